@@ -1,0 +1,133 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Blocks of any length to batches of exactly one, across epochs."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.rows import exact_limit
+from pymc.variational._streaming.sources import Source
+
+__all__ = ["Chunk", "cast", "read_epochs", "rebatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive rows of one epoch."""
+
+    epoch: int
+    offset: int
+    """Position of the first row in its epoch."""
+    rows: np.ndarray
+    """shape (n, *sample_shape); no rows at all mark the end of the epoch."""
+
+
+def read_epochs(
+    source: Source,
+    sample_shape: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    epoch: int = 0,
+    start: int = 0,
+    cycle: bool = True,
+) -> Iterator[Chunk]:
+    """Read a source epoch after epoch, each value checked and cast to *dtype*.
+
+    Every epoch ends with a chunk without rows, whose offset is the number of rows of the
+    epoch.
+    """
+    while True:
+        offset = start
+        for block in source.blocks(epoch, start):
+            if block.shape[1:] != sample_shape:
+                raise StreamError(
+                    f"source yields rows of shape {block.shape[1:]}; "
+                    f"sample_shape={sample_shape} was expected"
+                )
+            yield Chunk(epoch, offset, cast(block, dtype, source, offset))
+            offset += len(block)
+        yield Chunk(epoch, offset, np.empty(0, dtype))
+        if offset == 0:
+            raise StreamError(f"source gave no rows in epoch {epoch}")
+        if not cycle:
+            return
+        epoch, start = epoch + 1, 0
+
+
+def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
+    """Cut chunks into batches of *batch_size* rows that run across epochs.
+
+    The chunks without rows, which end the epochs, are passed on; if the chunks end, so does
+    this, with a batch as short as it comes.
+    """
+    rest: list[Chunk] = []
+    missing = batch_size
+    for chunk in chunks:
+        if not len(chunk.rows):
+            yield chunk
+        first = 0
+        while first < len(chunk.rows):
+            rows = chunk.rows[first : first + missing]
+            rest.append(Chunk(chunk.epoch, chunk.offset + first, rows))
+            first += len(rows)
+            missing -= len(rows)
+            if not missing:
+                yield _join(rest)
+                rest, missing = [], batch_size
+    if rest:
+        yield _join(rest)
+
+
+def cast(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> np.ndarray:
+    """Copy *rows* to *dtype*, and refuse what it cannot hold.
+
+    Raises
+    ------
+    StreamError
+        If a value is NaN or infinite, overflows, or is an integer that *dtype* rounds.
+    """
+    with np.errstate(all="ignore"):
+        out = rows.astype(dtype)
+    bad = _inexact(rows, out, source.integral)
+    if bad.any():
+        place = np.argwhere(bad)[0]
+        row, column = int(place[0]), tuple(int(i) for i in place[1:])
+        name = repr(source.columns[column[0]]) if source.columns else column
+        raise StreamError(
+            f"row {offset + row} of the stream holds {rows[tuple(place)]} in column {name}, "
+            f"which {dtype} cannot hold exactly; repair the data or pass a wider dtype="
+        )
+    return out
+
+
+def _join(parts: list[Chunk]) -> Chunk:
+    if len(parts) == 1:
+        return parts[0]
+    return Chunk(parts[0].epoch, parts[0].offset, np.concatenate([part.rows for part in parts]))
+
+
+def _inexact(rows: np.ndarray, out: np.ndarray, integral: tuple[bool, ...] | None) -> np.ndarray:
+    """Mark the values of *rows* that did not survive the cast to *out*."""
+    if out.dtype.kind != "f":
+        return out != rows
+    bad = ~np.isfinite(out)
+    limit = exact_limit(out.dtype)
+    if rows.dtype.kind in "iu" and rows.itemsize >= out.itemsize:
+        bad |= (rows > limit) | (rows < -limit)
+    elif integral is not None and rows.itemsize > out.itemsize:
+        bad |= (np.abs(rows) > limit) & np.array(integral)
+    return bad

@@ -1,0 +1,170 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Refuse models whose posterior would be wrong in minibatches."""
+
+import warnings
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pytensor import function
+from pytensor.compile.mode import Mode
+from pytensor.compile.sharedvalue import SharedVariable
+from pytensor.graph.basic import Constant, Variable
+from pytensor.graph.traversal import ancestors, explicit_graph_inputs
+from pytensor.tensor.type_other import NoneConst
+
+from pymc.model.core import Model
+from pymc.variational._streaming.errors import StreamError, StreamWarning
+from pymc.variational.minibatch_rv import MinibatchRandomVariable
+
+__all__ = ["check_model"]
+
+
+def check_model(model: Model, buffer: SharedVariable, total_size: int | None) -> None:
+    """Refuse a model whose posterior would be wrong with minibatches in *buffer*.
+
+    Parameters
+    ----------
+    model : Model
+    buffer : SharedVariable
+        Holds a batch of the stream, which the checks use; it is left as it is.
+    total_size : int or None
+        Rows of the whole stream.
+
+    Raises
+    ------
+    StreamError
+        If the model does not depend on the stream, if an observed variable that does has no
+        or another ``total_size``, if its log-likelihood is not one term per row of the batch,
+        or if an unobserved variable depends on the stream.
+    """
+    likelihoods = [rv for rv in model.observed_RVs if _depends(model, rv, buffer)]
+    potentials = [p for p in model.potentials if _depends(model, p, buffer)]
+    if not likelihoods and not potentials:
+        raise StreamError(
+            f"no observed variable of the model depends on the stream {buffer.name!r}; "
+            "build the likelihood from as_tensor(), or leave this callback out"
+        )
+    for rv in model.free_RVs:
+        if _depends(model, rv, buffer):
+            raise StreamError(
+                f"{rv.name!r} is not observed but its prior depends on the stream "
+                f"{buffer.name!r}; only likelihoods can be fitted in minibatches"
+            )
+    for rv in likelihoods:
+        _check_total_size(rv, total_size)
+    if likelihoods:
+        _check_rows(model, likelihoods, buffer)
+    for potential in potentials:
+        warnings.warn(
+            f"the Potential {potential.name!r} depends on the stream {buffer.name!r}, and PyMC "
+            "never scales a Potential to the whole data; scale it yourself, or write it as an "
+            "observed variable with total_size",
+            StreamWarning,
+            stacklevel=4,
+        )
+
+
+def _depends(model: Model, var: Variable, buffer: SharedVariable) -> bool:
+    """Whether *var* or its value is computed from *buffer*.
+
+    Transforming a model copies its shared variables, but they keep the container.
+    """
+    value = model.rvs_to_values.get(var)
+    roots = [var] if value is None else [var, value]
+    return any(getattr(a, "container", None) is buffer.container for a in ancestors(roots))
+
+
+def _check_total_size(rv: Variable, total_size: int | None) -> None:
+    found = _total_size_of(rv)
+    expected = [] if total_size is None else [total_size]
+    if found == expected:
+        return
+    if not found:
+        problem = "has no total_size, so its likelihood counts one batch instead of all rows"
+    else:
+        problem = f"has total_size={found if len(found) > 1 else found[0]}"
+    raise StreamError(
+        f"{rv.name!r} depends on the stream but {problem}; pass total_size={total_size}, "
+        "which is the stream's total_size"
+    )
+
+
+def _total_size_of(rv: Variable) -> list:
+    """Return the total_size of an observed variable by axis, without trailing Nones."""
+    if rv.owner is None or not isinstance(rv.owner.op, MinibatchRandomVariable):
+        return []
+    sizes = [_constant(size) for size in rv.owner.inputs[1:]]
+    while sizes and sizes[-1] is None:
+        sizes.pop()
+    return sizes
+
+
+def _constant(size: Variable) -> int | str | None:
+    if NoneConst.equals(size):
+        return None
+    return int(size.data) if isinstance(size, Constant) else str(size)
+
+
+def _check_rows(model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable) -> None:
+    """Check that each log-likelihood has one term per row, which depends on that row alone."""
+    batch = buffer.get_value()
+    logps = _row_logps(model, likelihoods, buffer)
+    half = batch.copy()
+    half[::2] = np.roll(batch, len(batch) // 2, axis=0)[::2]
+    terms, half_replaced, rolled = logps(batch), logps(half), logps(np.roll(batch, 1, axis=0))
+    for rv, term, replaced, roll in zip(likelihoods, terms, half_replaced, rolled):
+        if term.ndim == 0 or len(term) != len(batch):
+            raise StreamError(
+                f"the log-likelihood of {rv.name!r} has shape {term.shape}; streaming needs one "
+                f"term per row of the batch, with the {len(batch)} rows as the leading axis"
+            )
+        if not _same(replaced[1::2], term[1::2]) or not _same(roll, np.roll(term, 1, axis=0)):
+            raise StreamError(
+                f"the log-likelihood of {rv.name!r} ties the rows of a batch together: a row's "
+                "term changes with the other rows or with its place in the batch; minibatches "
+                "of rows need a likelihood that is a product over rows"
+            )
+
+
+def _row_logps(model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable):
+    """Compile the log-likelihood terms as a function of the batch, at a random point."""
+    graphs = model.logp(list(likelihoods), sum=False)
+    batch = buffer.type(name="batch")
+    roots = list(explicit_graph_inputs(graphs))
+    copies = [v for v in ancestors(graphs) if getattr(v, "container", None) is buffer.container]
+    values = [v for v in model.value_vars if v in roots]
+    terms = function(
+        [batch, *values],
+        graphs,
+        givens=dict.fromkeys(copies, batch),
+        mode=Mode(linker="py", optimizer="minimum_compile"),
+        on_unused_input="ignore",
+    )
+    rng = np.random.default_rng(0)
+    point = model.initial_point(random_seed=0)
+    jittered = [_jitter(np.asarray(point[v.name]), rng) for v in values]
+    return lambda rows: terms(rows, *jittered)
+
+
+def _jitter(value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    if value.dtype.kind != "f":
+        return value
+    return (value + rng.uniform(-0.1, 0.1, value.shape)).astype(value.dtype)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.allclose(a, b, rtol=1e-5 if a.dtype == np.float32 else 1e-9, equal_nan=True)

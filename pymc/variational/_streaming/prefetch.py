@@ -1,0 +1,88 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Read ahead in a thread."""
+
+import threading
+import weakref
+
+from collections.abc import Generator, Iterator
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+__all__ = ["Prefetcher"]
+
+T = TypeVar("T")
+
+
+class Prefetcher(Generic[T]):
+    """Iterate over *items* in a thread of its own, at most *depth* items ahead.
+
+    An exception in the thread is raised where the consumer would have met it.  The thread
+    ends when the items do, on :meth:`close`, or when nothing refers to the prefetcher.
+    """
+
+    def __init__(self, items: Generator[T], depth: int):
+        self._queue: SimpleQueue[tuple[bool, T | BaseException | None]] = SimpleQueue()
+        self._slots = threading.Semaphore(depth)
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=_run,
+            args=(items, self._queue, self._slots, stop),
+            name="pymc-streaming-prefetch",
+            daemon=True,
+        )
+        # The thread must not refer to self, or self would never be collected.
+        self._finalizer = weakref.finalize(self, _stop, thread, stop, self._slots)
+        thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if not self._finalizer.alive:
+            raise StopIteration
+        is_item, value = self._queue.get()
+        self._slots.release()
+        if is_item:
+            return value  # type: ignore[return-value]
+        self.close()
+        if value is None:
+            raise StopIteration
+        raise value  # type: ignore[misc]
+
+    def close(self) -> None:
+        """End the thread and wait for it; closes *items*."""
+        self._finalizer()
+
+
+def _run(items: Generator, queue: SimpleQueue, slots: threading.Semaphore, stop) -> None:
+    end: BaseException | None = None
+    try:
+        while slots.acquire() and not stop.is_set():
+            queue.put((True, next(items)))
+    except StopIteration:
+        pass
+    except BaseException as err:
+        end = err
+    finally:
+        items.close()
+        queue.put((False, end))
+
+
+def _stop(thread: threading.Thread, stop: threading.Event, slots: threading.Semaphore) -> None:
+    stop.set()
+    slots.release()
+    # The garbage collector can run this in the thread itself.
+    if threading.current_thread() is not thread:
+        thread.join()

@@ -1,0 +1,480 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Minibatch variational inference on data that stream from disk.
+
+The rows of a table that does not fit in memory pass through a bounded buffer, batch by
+batch, into a shared variable of the model; a callback of :func:`pymc.fit` puts the next
+batch in after each step::
+
+    ds = StreamingDataset(
+        shuffle_buffer(parquet_source("shuffled/"), buffer_size=1_000_000, batch_size=4096),
+        batch_size=4096,
+    )
+    with pm.Model():
+        mu = pm.Normal("mu")
+        pm.Normal("y", mu, observed=ds["y"], total_size=ds.total_size)
+        approx = pm.fit(20_000, callbacks=[ds.fit_callback()])
+
+Where the data fit in memory, :func:`pymc.Minibatch` is simpler.
+"""
+
+import logging
+import warnings
+import weakref
+
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pytensor
+
+from pytensor.compile.sharedvalue import SharedVariable
+from pytensor.tensor.variable import TensorVariable
+
+from pymc.model.core import Model
+from pymc.variational._streaming.batches import Chunk, read_epochs, rebatch
+from pymc.variational._streaming.errors import StreamError, StreamWarning
+from pymc.variational._streaming.guards import check_model
+from pymc.variational._streaming.prefetch import Prefetcher
+from pymc.variational._streaming.shuffle import ShuffleBuffer, shuffle_buffer
+from pymc.variational._streaming.sources import (
+    Source,
+    arrow_source,
+    as_source,
+    parquet_source,
+    positive_int,
+)
+from pymc.variational.callbacks import Callback
+
+__all__ = [
+    "StreamError",
+    "StreamWarning",
+    "StreamingDataset",
+    "arrow_source",
+    "parquet_source",
+    "shuffle_buffer",
+]
+
+logger = logging.getLogger(__name__)
+
+_PREFETCH_CHUNKS = 2
+"""Blocks read ahead; a block is tens of thousands of rows."""
+
+
+class StreamingDataset:
+    """A stream of minibatches that a model can observe.
+
+    Parameters
+    ----------
+    source : Source, ndarray, callable or iterable
+        Where the rows come from: :func:`parquet_source`, :func:`arrow_source`, a
+        :func:`shuffle_buffer` over one of them, an array or memory map, or a re-iterable, a
+        factory or a one-shot iterator of blocks, each an array of shape
+        ``(rows, *sample_shape)`` or an Arrow record batch.
+    batch_size : int
+        Rows of a minibatch.
+    sample_shape : tuple of int, optional
+        Shape of one row, e.g. ``(4,)`` for four columns. Default: learned from the source.
+    total_size : int, "auto" or None, default "auto"
+        Rows of the whole data set, which scale the likelihood. "auto" asks the source, or
+        counts in one pass. An int is checked against the rows that are seen. None leaves the
+        likelihood unscaled.
+    dtype : dtype, optional
+        Of the minibatch. Default: ``pytensor.config.floatX``.
+    cycle : bool, default True
+        Start another epoch when the source ends. If False, the fit stops there.
+    prefetch : bool, default True
+        Read ahead in a thread; the batches are the same either way.
+    name : str, default "stream"
+        Of the shared variable.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument does not fit the source.
+    StreamError
+        While streaming: if a value is NaN, infinite or not exact in *dtype*, the data
+        changed, or a one-shot source ran out; the message names the place.
+
+    Notes
+    -----
+    *Guarantees.* Every epoch uses every row exactly once: rows that do not fill its last
+    batch open the first batch of the next epoch. The same source, seed and parameters give
+    the same batches, with or without prefetch.
+
+    *Memory* does not grow with the number of rows: two windows of a shuffle buffer, a few
+    blocks of tens of thousands of rows each, and one batch.
+
+    Until :meth:`fit_callback` or :meth:`advance` puts the first batch in, and again after
+    the stream has been closed, the buffer holds NaN, so that a fit without the callback
+    fails at once (integer buffers hold their type's smallest number instead; and PyMC casts
+    the observations of a discrete variable to integers, which have no NaN).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pymc as pm
+    >>> rng = np.random.default_rng(0)
+    >>> rows = rng.normal(size=(10_000, 1))
+    >>> ds = StreamingDataset(rows, batch_size=500)
+    >>> with pm.Model():
+    ...     mu = pm.Normal("mu")
+    ...     y = pm.Normal("y", mu, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+    ...     approx = pm.fit(1_000, callbacks=[ds.fit_callback()])
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        batch_size: int,
+        sample_shape: tuple[int, ...] | None = None,
+        total_size: int | Literal["auto"] | None = "auto",
+        dtype: Any = None,
+        cycle: bool = True,
+        prefetch: bool = True,
+        name: str = "stream",
+    ):
+        self._source = as_source(source)
+        self._batch_size = positive_int("batch_size", batch_size)
+        if isinstance(self._source, ShuffleBuffer) and self._source.batch_size != self._batch_size:
+            raise ValueError(
+                f"batch_size={batch_size} but the shuffle_buffer was made with "
+                f"batch_size={self._source.batch_size}; pass the same to both"
+            )
+        self._sample_shape = _match_shape(self._source, sample_shape)
+        self._dtype = _numeric_dtype(dtype)
+        self._cycle = cycle
+        self._prefetch = prefetch
+        self._auto = isinstance(total_size, str)
+        self._warned = False
+        self._total_size = self._resolve_total_size(total_size)
+        self._buffer = pytensor.shared(self._blank(), name=name)
+        self._stream: Prefetcher[Chunk] | Generator[Chunk] | None = None
+        self._batches: Iterator[Chunk] = iter(())
+        self._position = _Position(0, 0, 0)
+        self._owner: object = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a minibatch."""
+        return self._batch_size
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        return self._sample_shape
+
+    @property
+    def total_size(self) -> int | None:
+        """Rows of the whole data set, for the ``total_size`` of observed variables."""
+        return self._total_size
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """Names of the columns, where the source has them."""
+        self._source.probe()
+        return self._source.columns
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the source's shuffle, None where nothing is shuffled."""
+        return self._source.seed
+
+    @property
+    def epoch(self) -> int:
+        """Epoch that the first row of the current batch belongs to, from 0."""
+        return self._position.epoch
+
+    @property
+    def rows_seen(self) -> int:
+        """Rows of all batches before the current one."""
+        return self._position.rows_seen
+
+    def as_tensor(self) -> SharedVariable:
+        """Return the buffer that holds the current batch, shape (batch_size, *sample_shape)."""
+        return self._buffer
+
+    def __getitem__(self, column: str) -> TensorVariable:
+        """Return the named column of the current batch, shape (batch_size,)."""
+        columns = self.columns
+        if columns is None:
+            raise KeyError(f"{column!r}: the source has no column names; slice as_tensor()")
+        if column not in columns:
+            raise KeyError(f"{column!r} is not a column of the source; it has {list(columns)}")
+        return self._buffer[:, columns.index(column)]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the batches of one epoch, the last as short as it comes.
+
+        The model's buffer and the state of the stream are left alone.
+        """
+        chunks = read_epochs(self._source, self._sample_shape, self._dtype, cycle=False)
+        return (batch.rows for batch in rebatch(chunks, self._batch_size) if len(batch.rows))
+
+    def fit_callback(self) -> Callback:
+        """Put the first batch in, and return the callback that puts in the next ones.
+
+        Returns
+        -------
+        Callback
+            For ``pm.fit(callbacks=[...])``, as the last one, so that the others see the batch
+            that the step used. It also serves :meth:`Inference.refine`. A newer callback takes
+            the stream over, and calling the older one is an error. When the callback is no
+            longer referenced, which is when :func:`pymc.fit` returns or fails, the stream is
+            closed; the next callback goes on with the batch that no step has used yet.
+
+        Raises
+        ------
+        StreamError
+            If the model in whose context this is called uses the stream wrongly: no observed
+            variable depends on it, or one has another ``total_size``, or its log-likelihood is
+            not one independent term per row. Without a context, this is found after the first
+            step.
+        """
+        self._owner = object()
+        callback = _FitCallback(self, self._owner)
+        try:
+            if self._stream is None:
+                self._open()
+            model = Model.get_context(error_if_none=False)
+            if model is not None and (model.observed_RVs or model.potentials):
+                callback.check(model)
+        except BaseException:
+            self.close()
+            raise
+        return callback
+
+    def advance(self) -> bool:
+        """Put the next batch into the buffer, for loops of your own.
+
+        Returns
+        -------
+        bool
+            False if the source has ended, which happens only with ``cycle=False``; the buffer
+            then holds NaN.
+        """
+        if self._stream is None:
+            self._open()
+            return True
+        return self._put_next(self.rows_seen + self._batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the current batch, as plain JSON."""
+        return {
+            **asdict(self._position),
+            "batch_size": self._batch_size,
+            "seed": self._source.seed,
+            "fingerprint": self._source.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position that :meth:`state_dict` gave.
+
+        The next :meth:`fit_callback` or :meth:`advance` puts the batch in that was current
+        then, since no step may have used it yet.
+
+        Raises
+        ------
+        ValueError
+            If the source, its seed or the batch size differ.
+        """
+        for key, mine in self.state_dict().items():
+            if key in ("batch_size", "seed", "fingerprint") and state[key] != mine:
+                raise ValueError(
+                    f"{key}={mine!r} where the state was saved with {state[key]!r}; "
+                    "make the dataset as it was then"
+                )
+        self.close()
+        self._position = _Position(state["epoch"], state["offset"], state["rows_seen"])
+
+    def close(self) -> None:
+        """End the thread, close the files, and put NaN in the buffer.
+
+        The position is kept: :meth:`fit_callback` or :meth:`advance` go on from there.
+        """
+        if self._stream is not None:
+            self._stream.close()
+            self._stream, self._batches = None, iter(())
+            self._buffer.set_value(self._blank(), borrow=True)
+
+    def __enter__(self) -> "StreamingDataset":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _blank(self) -> np.ndarray:
+        blank = np.nan if self._dtype.kind == "f" else np.iinfo(self._dtype).min
+        return np.full((self._batch_size, *self._sample_shape), blank, self._dtype)
+
+    def _resolve_total_size(self, total_size: int | str | None) -> int | None:
+        known = self._source.n_rows
+        if total_size is None:
+            warnings.warn(
+                "total_size=None leaves the likelihood of one batch unscaled against the "
+                'prior; pass total_size="auto" or the number of rows',
+                StreamWarning,
+                stacklevel=3,
+            )
+            return None
+        if isinstance(total_size, str):
+            if total_size != "auto":
+                raise ValueError(f'total_size={total_size!r} is no number; pass an int or "auto"')
+            return self._count() if known is None else known
+        size = positive_int("total_size", total_size)
+        if known is not None and size != known:
+            _warn_of_size(size, known)
+        return size
+
+    def _count(self) -> int:
+        logger.info('total_size="auto": the source does not know its rows; counting them')
+        n_rows = self._source.count()
+        if not n_rows:
+            raise ValueError("source has no rows")
+        logger.info(f"counted {n_rows:,} rows")
+        return n_rows
+
+    def _open(self) -> None:
+        """Start reading at the position of the current batch, and put that batch in."""
+        chunks = read_epochs(
+            self._source,
+            self._sample_shape,
+            self._dtype,
+            epoch=self._position.epoch,
+            start=self._position.offset,
+            cycle=self._cycle,
+        )
+        self._stream = Prefetcher(chunks, _PREFETCH_CHUNKS) if self._prefetch else chunks
+        self._batches = rebatch(self._stream, self._batch_size)
+        if not self._put_next(self.rows_seen):
+            raise StreamError(
+                f"the source has no full batch of {self._batch_size} rows left; "
+                "make the dataset anew to start over"
+            )
+
+    def _put_next(self, rows_seen: int) -> bool:
+        try:
+            batch = self._next_batch()
+            self._position = _Position(batch.epoch, batch.offset, rows_seen)
+            if len(batch.rows) == self._batch_size:
+                self._buffer.set_value(batch.rows, borrow=True)
+                return True
+        except BaseException:
+            self.close()
+            raise
+        self.close()
+        warnings.warn(
+            f"the source ended after {rows_seen // self._batch_size} batches of "
+            f"{self._batch_size} rows, with {len(batch.rows)} rows left over (cycle=False)",
+            StreamWarning,
+            stacklevel=3,
+        )
+        return False
+
+    def _next_batch(self) -> Chunk:
+        """Return the next batch; one that is not full ends the stream."""
+        end = None
+        for batch in self._batches:
+            if len(batch.rows):
+                return batch
+            self._check_epoch(batch.offset)
+            end = batch
+        assert end is not None
+        return end
+
+    def _check_epoch(self, n_rows: int) -> None:
+        """Compare the rows of an epoch that has ended with the declared size."""
+        if self._total_size in (None, n_rows):
+            return
+        if self._auto:
+            raise StreamError(
+                f"the source gave {n_rows} rows in an epoch but {self._total_size} before; "
+                "the data changed: make the dataset anew"
+            )
+        if self._source.n_rows is None and not self._warned:
+            self._warned = True
+            _warn_of_size(self._total_size, n_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """Where the current batch starts."""
+
+    epoch: int
+    offset: int
+    rows_seen: int
+
+
+class _FitCallback(Callback):
+    """Put the next batch in after each step."""
+
+    def __init__(self, dataset: StreamingDataset, token: object):
+        self._dataset = dataset
+        self._token = token
+        self._checked: Model | None = None
+        weakref.finalize(self, _release, weakref.ref(dataset), token)
+
+    def check(self, model: Model) -> None:
+        if model is not self._checked:
+            check_model(model, self._dataset.as_tensor(), self._dataset.total_size)
+            self._checked = model
+
+    def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
+        if self._dataset._owner is not self._token:
+            raise StreamError(
+                "a newer fit_callback() of this dataset has taken the stream over; "
+                "use that one, or a dataset for each fit"
+            )
+        self.check(approx.model)
+        if not self._dataset.advance():
+            raise StopIteration(f"the stream ended at step {i}")
+
+
+def _release(dataset: "weakref.ref[StreamingDataset]", token: object) -> None:
+    """Close the stream of a callback that is gone, unless a newer one owns it."""
+    owned = dataset()
+    if owned is not None and owned._owner is token:
+        owned.close()
+
+
+def _match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    if sample_shape is None:
+        source.probe()
+        assert source.sample_shape is not None
+        return source.sample_shape
+    shape = tuple(positive_int("sample_shape", n) for n in sample_shape)
+    if source.sample_shape not in (None, shape):
+        raise ValueError(
+            f"sample_shape={shape} but a row of the source has shape {source.sample_shape}"
+            + (f", columns {list(source.columns)}" if source.columns else "")
+        )
+    return shape
+
+
+def _numeric_dtype(dtype: Any) -> np.dtype:
+    chosen = np.dtype(pytensor.config.floatX if dtype is None else dtype)
+    if chosen.kind not in "iuf":
+        raise TypeError(f"dtype={dtype!r} is not a number; pass an integer or float dtype")
+    return chosen
+
+
+def _warn_of_size(declared: int | None, found: int) -> None:
+    warnings.warn(
+        f"total_size={declared} but the source holds {found} rows, so the likelihood is "
+        f'weighted wrongly; pass total_size={found} or "auto"',
+        StreamWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,263 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Conservation, determinism and bounds of the shuffle and of the batches."""
+
+import itertools
+import tempfile
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
+from tests.variational.strategies import (
+    batch_sizes,
+    buffers,
+    cut,
+    layouts,
+    numbered,
+    seeds,
+    write_layout,
+)
+
+block_sizes = st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any)
+n_rows_ = st.integers(1, 200)
+
+
+def drain(ds: StreamingDataset, n_batches: int) -> np.ndarray:
+    """Return the rows of the next *n_batches* batches."""
+    with ds:
+        batches = []
+        for _ in range(n_batches):
+            assert ds.advance()
+            batches.append(ds.as_tensor().get_value())
+    assert all(len(batch) == ds.batch_size for batch in batches)
+    rows = np.concatenate(batches)
+    np.testing.assert_array_equal(rows[:, 1], 2 * rows[:, 0])
+    return rows[:, 0].astype(int)
+
+
+def batches_of(n_epochs: int, n_rows: int, batch_size: int) -> int:
+    """Return how many full batches these epochs hold."""
+    return n_epochs * n_rows // batch_size
+
+
+def assert_epochs_are_whole(stream: np.ndarray, n_rows: int) -> None:
+    """Every row exactly once per epoch; of the last, begun one, each at most once."""
+    for first in range(0, len(stream), n_rows):
+        epoch = stream[first : first + n_rows]
+        if len(epoch) == n_rows:
+            np.testing.assert_array_equal(np.sort(epoch), np.arange(n_rows))
+        else:
+            assert len(np.unique(epoch)) == len(epoch)
+
+
+class TestConservation:
+    @given(layout=layouts, sizes=buffers(), seed=seeds)
+    def test_every_row_appears_once_per_epoch_of_shuffled_files(self, layout, sizes, seed):
+        batch_size, buffer_size = sizes
+        with tempfile.TemporaryDirectory() as folder:
+            n_rows = write_layout(Path(folder), layout)
+            source = parquet_source(folder)
+            buffer = shuffle_buffer(
+                source, buffer_size=buffer_size, batch_size=batch_size, seed=seed
+            )
+            ds = StreamingDataset(buffer, batch_size=batch_size, prefetch=False)
+            stream = drain(ds, batches_of(3, n_rows, batch_size) + 1)
+        assert ds.total_size == n_rows
+        assert_epochs_are_whole(stream, n_rows)
+
+    @given(n_rows=n_rows_, blocks=block_sizes, batch_size=batch_sizes)
+    def test_every_row_appears_once_per_epoch_of_plain_blocks(self, n_rows, blocks, batch_size):
+        ds = StreamingDataset(cut(n_rows, blocks), batch_size=batch_size, prefetch=False)
+        stream = drain(ds, batches_of(3, n_rows, batch_size) + 1)
+        np.testing.assert_array_equal(stream, np.arange(len(stream)) % n_rows)
+
+    @given(layout=layouts, seed=seeds)
+    def test_row_group_shuffle_keeps_every_row(self, layout, seed):
+        with tempfile.TemporaryDirectory() as folder:
+            n_rows = write_layout(Path(folder), layout)
+            source = parquet_source(folder, shuffle_row_groups=True, seed=seed)
+            ds = StreamingDataset(source, batch_size=3, prefetch=False)
+            stream = drain(ds, batches_of(3, n_rows, 3) + 1)
+        assert_epochs_are_whole(stream, n_rows)
+
+    @given(layout=layouts, batch_size=batch_sizes)
+    def test_layout_of_files_never_changes_an_unshuffled_stream(self, layout, batch_size):
+        with tempfile.TemporaryDirectory() as folder:
+            n_rows = write_layout(Path(folder), layout)
+            ds = StreamingDataset(parquet_source(folder), batch_size=batch_size, prefetch=False)
+            stream = drain(ds, 2 + n_rows // batch_size)
+        np.testing.assert_array_equal(stream, np.arange(len(stream)) % n_rows)
+
+    @given(layout=layouts, batch_size=batch_sizes)
+    def test_iterating_yields_one_epoch_with_a_short_last_batch(self, layout, batch_size):
+        with tempfile.TemporaryDirectory() as folder:
+            n_rows = write_layout(Path(folder), layout)
+            ds = StreamingDataset(parquet_source(folder), batch_size=batch_size)
+            batches = list(ds)
+        lengths = [len(batch) for batch in batches]
+        assert lengths[:-1] == [batch_size] * (len(lengths) - 1)
+        np.testing.assert_array_equal(np.concatenate(batches), numbered(n_rows))
+
+
+class TestDeterminism:
+    @given(n_rows=n_rows_, sizes=buffers(), seed=seeds, blocks=block_sizes)
+    def test_prefetch_and_block_sizes_do_not_change_the_batches(self, n_rows, sizes, seed, blocks):
+        batch_size, buffer_size = sizes
+
+        def stream(data, prefetch):
+            buffer = shuffle_buffer(data, buffer_size=buffer_size, batch_size=batch_size, seed=seed)
+            ds = StreamingDataset(buffer, batch_size=batch_size, prefetch=prefetch)
+            return drain(ds, batches_of(2, n_rows, batch_size) + 1)
+
+        expected = stream(numbered(n_rows), prefetch=False)
+        np.testing.assert_array_equal(stream(cut(n_rows, blocks), prefetch=True), expected)
+
+    @given(
+        layout=layouts,
+        sizes=buffers(),
+        seed=seeds,
+        stop=st.integers(1, 30),
+        shuffle_row_groups=st.booleans(),
+    )
+    def test_a_resumed_stream_starts_with_the_current_batch(
+        self, layout, sizes, seed, stop, shuffle_row_groups
+    ):
+        batch_size, buffer_size = sizes
+
+        def dataset():
+            source = parquet_source(folder, shuffle_row_groups=shuffle_row_groups, seed=seed)
+            buffer = shuffle_buffer(
+                source, buffer_size=buffer_size, batch_size=batch_size, seed=seed
+            )
+            return StreamingDataset(buffer, batch_size=batch_size, prefetch=False)
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_layout(Path(folder), layout)
+            whole = drain(dataset(), stop + 20)
+            stopped, resumed = dataset(), dataset()
+            drain(stopped, stop)
+            resumed.load_state_dict(stopped.state_dict())
+            rest = drain(resumed, 21)
+        assert resumed.rows_seen == (stop + 19) * batch_size
+        np.testing.assert_array_equal(rest, whole[(stop - 1) * batch_size :])
+
+    def test_epochs_and_windows_have_permutations_of_their_own(self):
+        """A sum of seed, epoch and window, or a list of them, would make some of these equal."""
+        buffers = [
+            shuffle_buffer(numbered(128), buffer_size=64, batch_size=8, seed=seed)
+            for seed in (0, 1)
+        ]
+        windows = [
+            np.concatenate(list(buffer.blocks(epoch)))[first : first + 64, 0] - first
+            for buffer, epoch, first in itertools.product(buffers, (0, 1, 2), (0, 64))
+        ]
+        assert len({tuple(window) for window in windows}) == 12
+
+    def test_a_seed_is_drawn_once_and_shown(self):
+        first, second = (
+            shuffle_buffer(numbered(64), buffer_size=64, batch_size=64) for _ in range(2)
+        )
+        again = shuffle_buffer(numbered(64), buffer_size=64, batch_size=64, seed=first.seed)
+        assert first.seed != second.seed
+        np.testing.assert_array_equal(*(np.concatenate(list(b)) for b in (first, again)))
+        assert StreamingDataset(first, batch_size=64).seed == first.seed
+
+    def test_global_random_state_is_neither_used_nor_changed(self):
+        buffer = shuffle_buffer(numbered(64), buffer_size=64, batch_size=64, seed=3)
+        np.random.seed(0)
+        state = np.random.get_state()[1].copy()
+        first = np.concatenate(list(buffer))
+        np.testing.assert_array_equal(np.random.get_state()[1], state)
+        np.random.seed(1)
+        np.testing.assert_array_equal(np.concatenate(list(buffer)), first)
+
+
+class TestBuffer:
+    @given(n_rows=n_rows_, sizes=buffers(), seed=seeds)
+    def test_rows_stay_in_their_window(self, n_rows, sizes, seed):
+        batch_size, buffer_size = sizes
+        buffer = shuffle_buffer(
+            numbered(n_rows), buffer_size=buffer_size, batch_size=batch_size, seed=seed
+        )
+        stream = np.concatenate(list(buffer))[:, 0]
+        np.testing.assert_array_equal(stream // buffer_size, np.arange(n_rows) // buffer_size)
+
+    @given(n_rows=n_rows_, sizes=buffers(), blocks=block_sizes)
+    def test_rows_held_are_at_most_two_windows_and_one_block(self, n_rows, sizes, blocks):
+        batch_size, buffer_size = sizes
+        read = 0
+
+        def counted():
+            nonlocal read
+            for block in cut(n_rows, blocks):
+                read += len(block)
+                yield block
+
+        buffer = shuffle_buffer(counted, buffer_size=buffer_size, batch_size=batch_size, seed=0)
+        emitted = 0
+        for rows in buffer.blocks():
+            assert read - emitted <= 2 * buffer_size + max(blocks)
+            emitted += len(rows)
+        assert emitted == n_rows
+
+    def test_every_order_of_a_window_is_equally_likely(self):
+        """Chi-square over the 24 orders of 4 rows; false-alarm rate 1e-6."""
+        counts: dict[tuple, int] = {}
+        buffer = shuffle_buffer(numbered(4), buffer_size=4, batch_size=4, seed=20)
+        for epoch in range(12_000):
+            order = tuple(next(buffer.blocks(epoch))[:, 0])
+            counts[order] = counts.get(order, 0) + 1
+        assert stats.chisquare([*counts.values(), *[0] * (24 - len(counts))]).pvalue > 1e-6
+
+    def test_two_iterations_do_not_disturb_each_other(self):
+        buffer = shuffle_buffer(numbered(100), buffer_size=30, batch_size=7, seed=0)
+        expected = np.concatenate(list(buffer))
+        pairs = list(zip(buffer, buffer))
+        for stream in zip(*pairs):
+            np.testing.assert_array_equal(np.concatenate(stream), expected)
+
+    def test_rows_and_columns_of_the_source_are_passed_on(self, tmp_path):
+        write_layout(tmp_path, [[5, 5]])
+        buffer = shuffle_buffer(parquet_source(tmp_path), buffer_size=4, batch_size=2, seed=9)
+        assert (buffer.n_rows, buffer.columns, buffer.seed) == (10, ("row", "twice"), 9)
+
+    def test_samples_keep_their_shape(self):
+        images = np.arange(5 * 2 * 3, dtype="float32").reshape(5, 2, 3)
+        buffer = shuffle_buffer(images, buffer_size=5, batch_size=5, seed=0)
+        (batch,) = buffer
+        np.testing.assert_array_equal(batch[np.argsort(batch[:, 0, 0])], images)
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"buffer_size": 3}, "buffer_size=3 must be at least batch_size=4"),
+            ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+            ({"seed": -1}, "seed=-1 must be a non-negative integer or None"),
+        ],
+    )
+    def test_impossible_sizes_and_seeds_are_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            shuffle_buffer(numbered(9), **{"buffer_size": 4, "batch_size": 4, **arguments})
+
+    @pytest.mark.parametrize("size", [True, 4.0, "4", None])
+    def test_sizes_are_integers(self, size):
+        with pytest.raises(TypeError, match="must be an integer"):
+            shuffle_buffer(numbered(9), buffer_size=8, batch_size=size)
