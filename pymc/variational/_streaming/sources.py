@@ -18,6 +18,7 @@ import os
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -383,7 +384,7 @@ class _OneShotSource(_IterableSource):
 
     def probe(self) -> None:
         if self.sample_shape is None:
-            self._first = [block for block, _ in zip(self._iterator, range(1))]
+            self._first = list(islice(self._iterator, 1))
             if not self._first:
                 raise ValueError("source yields no blocks, so the shape of a row is unknown")
 
