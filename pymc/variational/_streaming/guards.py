@@ -124,7 +124,7 @@ def _check_rows(model: Model, likelihoods: Sequence[Variable], buffer: SharedVar
     batch = buffer.get_value()
     logps = _row_logps(model, likelihoods, buffer)
     half = batch.copy()
-    half[::2] = np.roll(batch, len(batch) // 2, axis=0)[::2]
+    half[::2] = np.resize(batch[1::2], half[::2].shape)
     terms, half_replaced, rolled = logps(batch), logps(half), logps(np.roll(batch, 1, axis=0))
     for rv, term, replaced, roll in zip(likelihoods, terms, half_replaced, rolled):
         if term.ndim == 0 or len(term) != len(batch):

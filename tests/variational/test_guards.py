@@ -1,0 +1,223 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Models that would be fitted wrongly in minibatches are refused, others are not."""
+
+import warnings
+
+import numpy as np
+import pytensor.tensor as pt
+import pytest
+
+import pymc as pm
+
+from pymc.variational.streaming import StreamError, StreamingDataset, StreamWarning
+
+
+@pytest.fixture
+def ds():
+    rng = np.random.default_rng(0)
+    rows = np.column_stack(
+        [rng.normal(size=(60, 3)), rng.integers(0, 2, 60), rng.integers(0, 5, 60)]
+    )
+    with StreamingDataset(rows, batch_size=12) as ds:
+        yield ds
+
+
+def linear(buf):
+    return pm.Normal("b", 0, 1) * buf[:, 0]
+
+
+REFUSED = {
+    "unused stream": (
+        lambda buf, n: pm.Normal("y", pm.Normal("b"), observed=np.zeros(12)),
+        "no observed variable of the model depends on the stream 'stream'",
+    ),
+    "no total_size": (
+        lambda buf, n: pm.Normal("y", linear(buf), observed=buf[:, 1]),
+        "'y' depends on the stream but has no total_size, .* pass total_size=60",
+    ),
+    "no total_size, only the mean streams": (
+        lambda buf, n: pm.Normal("y", linear(buf), observed=np.zeros(12)),
+        "'y' depends on the stream but has no total_size",
+    ),
+    "another total_size": (
+        lambda buf, n: pm.Normal("y", linear(buf), observed=buf[:, 1], total_size=61),
+        "'y' depends on the stream but has total_size=61; pass total_size=60",
+    ),
+    "total_size of another axis": (
+        lambda buf, n: pm.Normal("y", buf[:, :2], observed=buf[:, 1:3], total_size=(None, n)),
+        r"'y' depends on the stream but has total_size=\[None, 60\]",
+    ),
+    "total_size of two axes": (
+        lambda buf, n: pm.Normal("y", buf[:, :2], observed=buf[:, 1:3], total_size=(n, 4)),
+        r"'y' depends on the stream but has total_size=\[60, 4\]",
+    ),
+    "one of two likelihoods without total_size": (
+        lambda buf, n: [
+            pm.Normal("y", linear(buf), observed=buf[:, 1], total_size=n),
+            pm.Normal("z", buf[:, 0], observed=buf[:, 2]),
+        ],
+        "'z' depends on the stream but has no total_size",
+    ),
+    "latent variable per row": (
+        lambda buf, n: pm.Normal(
+            "y", pm.Normal("z", buf[:, 0], shape=12), observed=buf[:, 1], total_size=n
+        ),
+        "'z' is not observed but its prior depends on the stream",
+    ),
+    "parameter per row of the batch": (
+        lambda buf, n: pm.Normal(
+            "y", pm.Normal("z", 0, 1, shape=12), observed=buf[:, 1], total_size=n
+        ),
+        "'y' ties the rows of a batch together",
+    ),
+    "transposed": (
+        lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:, :3].T, total_size=n),
+        r"'y' has shape \(3, 12\); streaming needs one term per row .* the 12 rows",
+    ),
+    "centred": (
+        lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:, 0] - buf[:, 0].mean(), total_size=n),
+        "'y' ties the rows of a batch together",
+    ),
+    "standardised regressor": (
+        lambda buf, n: pm.Normal(
+            "y", linear((buf - buf.mean(0)) / buf.std(0)), observed=buf[:, 1], total_size=n
+        ),
+        "'y' ties the rows of a batch together",
+    ),
+    "sliced": (
+        lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:5, 0], total_size=n),
+        r"'y' has shape \(5,\); streaming needs one term per row",
+    ),
+    "autoregressive": (
+        lambda buf, n: pm.Normal(
+            "y",
+            pm.Normal("b") * pt.concatenate([[0.0], buf[:-1, 0]]),
+            observed=buf[:, 0],
+            total_size=n,
+        ),
+        "'y' ties the rows of a batch together",
+    ),
+    "random walk": (
+        lambda buf, n: pm.GaussianRandomWalk(
+            "y", 0, 1, init_dist=pm.Normal.dist(), observed=buf[:, 0], total_size=n
+        ),
+        "'y'",
+    ),
+    "multivariate over rows": (
+        lambda buf, n: pm.MvNormal("y", np.zeros(12), np.eye(12), observed=buf[:, 0], total_size=n),
+        r"'y' has shape \(\)",
+    ),
+}
+
+ACCEPTED = {
+    "regression": lambda buf, n: pm.Normal("y", linear(buf), observed=buf[:, 1], total_size=n),
+    "named axes": lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:, :3], total_size=(n, None)),
+    "logistic": lambda buf, n: pm.Bernoulli(
+        "y", logit_p=linear(buf), observed=buf[:, 3], total_size=n
+    ),
+    "hierarchical": lambda buf, n: pm.Normal(
+        "y",
+        pm.Normal("g", 0, pm.HalfNormal("s"), shape=5)[buf[:, 4].astype("int64")],
+        observed=buf[:, 1],
+        total_size=n,
+    ),
+    "mixture": lambda buf, n: pm.NormalMixture(
+        "y",
+        pm.Dirichlet("w", np.ones(2)),
+        pm.Normal("m", shape=2),
+        observed=buf[:, 0],
+        total_size=n,
+    ),
+    "censored": lambda buf, n: pm.Censored(
+        "y", pm.Normal.dist(pm.Normal("b")), -1, 1, observed=pt.clip(buf[:, 0], -1, 1), total_size=n
+    ),
+    "custom": lambda buf, n: pm.CustomDist(
+        "y",
+        pm.Normal("b"),
+        logp=lambda value, b: -pt.abs(value - b),
+        observed=buf[:, 0],
+        total_size=n,
+    ),
+    "multivariate over columns": lambda buf, n: pm.MvNormal(
+        "y", pm.Normal("m", shape=3), np.eye(3), observed=buf[:, :3], total_size=n
+    ),
+    "deterministic beside it": lambda buf, n: pm.Normal(
+        "y", pm.Deterministic("mu", linear(buf)), observed=buf[:, 1], total_size=n
+    ),
+    "transformed observation": lambda buf, n: pm.Normal(
+        "y", 0, 1, observed=pt.log1p(buf[:, 0] ** 2), total_size=n
+    ),
+    "other data beside it": lambda buf, n: [
+        pm.Normal("y", linear(buf), observed=buf[:, 1], total_size=n),
+        pm.Normal("z", 0, 1, observed=np.zeros(3)),
+    ],
+}
+
+
+@pytest.mark.parametrize("build, message", REFUSED.values(), ids=REFUSED)
+def test_wrong_models_are_refused_before_the_first_step(ds, build, message):
+    with pm.Model():
+        build(ds.as_tensor(), ds.total_size)
+        with pytest.raises(StreamError, match=message):
+            ds.fit_callback()
+    assert np.isnan(ds.as_tensor().get_value()).all()
+
+
+@pytest.mark.parametrize("build", ACCEPTED.values(), ids=ACCEPTED)
+def test_right_models_are_accepted_and_the_batch_is_left_alone(ds, build):
+    with pm.Model():
+        build(ds.as_tensor(), ds.total_size)
+        callback = ds.fit_callback()
+        np.testing.assert_array_equal(ds.as_tensor().get_value(), next(iter(ds)))
+        del callback
+
+
+def test_a_potential_over_the_stream_is_warned_of(ds):
+    with pm.Model():
+        b = pm.Normal("b")
+        pm.Potential("y", pm.logp(pm.Normal.dist(b), ds.as_tensor()[:, 0]).sum())
+        with pytest.warns(StreamWarning, match="Potential 'y' depends on the stream 'stream'"):
+            ds.fit_callback()
+
+
+def test_an_unscaled_stream_wants_an_unscaled_likelihood():
+    with pytest.warns(StreamWarning):
+        ds = StreamingDataset(np.zeros((9, 1)), batch_size=3, total_size=None)
+    with pm.Model():
+        pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 0], total_size=9)
+        with pytest.raises(StreamError, match="has total_size=9; pass total_size=None"):
+            ds.fit_callback()
+
+
+def test_another_model_is_checked_when_it_is_met(ds):
+    with pm.Model():
+        pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 0], total_size=60)
+        callback = ds.fit_callback()
+    with pm.Model():
+        pm.Normal("y", pm.Normal("b"), observed=np.zeros(3))
+        with pytest.raises(StreamError, match="no observed variable of the model"):
+            pm.fit(
+                1,
+                callbacks=[callback],
+                progressbar=False,
+                compile_kwargs={"mode": "FAST_COMPILE"},
+            )
+
+
+def test_a_batch_of_one_row_is_accepted():
+    with StreamingDataset(np.ones((9, 1)), batch_size=1) as ds, pm.Model():
+        pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 0], total_size=9)
+        with warnings.catch_warnings(action="error"):
+            ds.fit_callback()
