@@ -1,0 +1,45 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Stream a folder in a process of its own, and print by how much resident memory grew, in MB."""
+
+import sys
+
+from pathlib import Path
+
+from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
+
+BATCH_SIZE = 4096
+
+
+def peak_mb() -> float:
+    """Return the peak of the resident set; ``ru_maxrss`` would start at the parent's peak."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def main(folder: str, buffer_size: str, n_epochs: str) -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_mb()
+    buffer = shuffle_buffer(
+        parquet_source(folder), buffer_size=int(buffer_size), batch_size=BATCH_SIZE, seed=0
+    )
+    with StreamingDataset(buffer, batch_size=BATCH_SIZE) as ds:
+        while ds.epoch < int(n_epochs):
+            ds.advance()
+    sys.stdout.write(f"{peak_mb() - before}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,175 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Streamed fits against exact posteriors and against rows in memory."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pymc as pm
+
+from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
+
+N_ROWS = 200_000
+BATCH_SIZE = 1_000
+COLUMNS = ["mid", "spread", "imbalance", "up"]
+
+
+class WholeEpochs:
+    """Average the means of the last whole epochs, in which the noise of the batches cancels."""
+
+    def __init__(self, n_steps: int, n_epochs: int):
+        self.first = n_steps - n_epochs * N_ROWS // BATCH_SIZE
+        self.means: list[np.ndarray] = []
+
+    def __call__(self, approx, losses, i):
+        if i > self.first:
+            self.means.append(approx.params[0].get_value())
+
+    def mean(self) -> np.ndarray:
+        return np.mean(self.means, axis=0)
+
+
+@pytest.fixture(scope="module")
+def book() -> np.ndarray:
+    """Return rows in order of time, whose label drifts more than its features explain."""
+    rng = np.random.default_rng(20)
+    time = np.linspace(-1, 1, N_ROWS)
+    x = rng.normal(size=(N_ROWS, 3)).astype("float32")
+    x[:, 0] += time
+    logit = 0.2 + 0.4 * x[:, 0] - 0.3 * x[:, 1] + x[:, 2] + 1.5 * np.sin(3 * time)
+    return np.column_stack([x, rng.random(N_ROWS) < 1 / (1 + np.exp(-logit))]).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def exact(book) -> tuple[np.ndarray, np.ndarray]:
+    """Return means and standard deviations of the posterior, by Newton on all rows."""
+    design = np.column_stack([np.ones(N_ROWS), book[:, :3]]).astype(float)
+    b = np.zeros(4)
+    for _ in range(20):
+        p = 1 / (1 + np.exp(-design @ b))
+        gradient = design.T @ (book[:, 3] - p) - b / 3**2
+        hessian = design.T @ (design * (p * (1 - p))[:, None]) + np.eye(4) / 3**2
+        b = b + np.linalg.solve(hessian, gradient)
+    return b, np.sqrt(np.diag(np.linalg.inv(hessian)))
+
+
+def write(rows: np.ndarray, folder) -> str:
+    for number, part in enumerate(np.array_split(rows, 3)):
+        columns = {name: part[:, j] for j, name in enumerate(COLUMNS)}
+        columns["up"] = columns["up"].astype("int8")
+        pq.write_table(pa.table(columns), folder / f"{number}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def ordered(book, tmp_path_factory) -> str:
+    return write(book, tmp_path_factory.mktemp("ordered"))
+
+
+@pytest.fixture(scope="module")
+def shuffled(book, tmp_path_factory) -> str:
+    rows = np.random.default_rng(21).permutation(book)
+    return write(rows, tmp_path_factory.mktemp("shuffled"))
+
+
+@pytest.fixture(scope="module")
+def fitted(ordered, shuffled):
+    """Return a function that fits rows of a folder through a buffer of a twentieth of them."""
+
+    def fit(folder: str, backend: str):
+        ds = StreamingDataset(
+            shuffle_buffer(
+                parquet_source(folder), buffer_size=10_000, batch_size=BATCH_SIZE, seed=0
+            ),
+            batch_size=BATCH_SIZE,
+            sample_shape=(4,),
+            total_size="auto",
+        )
+        with pm.Model():
+            b = pm.Normal("b", 0.0, 3.0, shape=4)
+            buf = ds.as_tensor()
+            logit = b[0] + b[1] * buf[:, 0] + b[2] * buf[:, 1] + b[3] * buf[:, 2]
+            pm.Bernoulli("up", logit_p=logit, observed=buf[:, 3], total_size=ds.total_size)
+            return optimize([ds.fit_callback()], backend)
+
+    return {
+        (rows, backend): fit(folder, backend)
+        for rows, folder in (("ordered", ordered), ("shuffled", shuffled))
+        for backend in ("numba", "c")
+    }
+
+
+def optimize(callbacks: list, backend: str = "numba") -> tuple[np.ndarray, np.ndarray]:
+    """Fit the model in context; return the last means and those of the last whole epochs."""
+    average = WholeEpochs(n_steps=3_000, n_epochs=5)
+    approx = pm.fit(
+        3_000,
+        method="advi",
+        callbacks=[average, *callbacks],
+        obj_optimizer=pm.adam(learning_rate=0.02),
+        progressbar=False,
+        random_seed=1,
+        backend=backend,
+    )
+    return approx.params[0].get_value(), average.mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numba", "c"])
+class TestOrderBook:
+    def test_shuffled_rows_give_the_exact_posterior(self, fitted, exact, backend):
+        """The averaged means came within 0.45 posterior sd at this seed."""
+        mean, sd = exact
+        last, averaged = fitted["shuffled", backend]
+        assert np.max(np.abs(averaged - mean) / sd) < 1
+        assert np.max(np.abs(last - mean) / sd) < 15
+
+    def test_ordered_rows_go_wrong_in_the_same_buffer(self, fitted, exact, backend):
+        """If this fails, the test above has lost its teeth."""
+        mean, sd = exact
+        last, _ = fitted["ordered", backend]
+        assert np.max(np.abs(last - mean) / sd) > 50
+
+
+@pytest.mark.slow
+def test_the_stream_agrees_with_rows_in_memory(fitted, exact, book):
+    """Batches of independent draws leave about 1 sd of noise in the average of 1,000 of them."""
+    _, sd = exact
+    columns = [*book[:, :3].T, book[:, 3].astype("int32")]
+    x0, x1, x2, up = pm.Minibatch(*columns, batch_size=BATCH_SIZE)
+    with pm.Model():
+        b = pm.Normal("b", 0.0, 3.0, shape=4)
+        logit = b[0] + b[1] * x0 + b[2] * x1 + b[3] * x2
+        pm.Bernoulli("up", logit_p=logit, observed=up, total_size=N_ROWS)
+        _, in_memory = optimize([])
+    _, streamed = fitted["shuffled", "numba"]
+    assert np.max(np.abs(streamed - in_memory) / sd) < 5
+
+
+@pytest.mark.slow
+def test_a_conjugate_posterior_is_found_when_batches_do_not_divide_the_rows():
+    """Normal mean with known variance; the posterior is a ratio of sums."""
+    rng = np.random.default_rng(3)
+    y = rng.normal(0.7, 2.0, size=(100_003, 1))
+    precision = len(y) / 2.0**2 + 1 / 10.0**2
+    mean, sd = y.sum() / 2.0**2 / precision, precision**-0.5
+    buffer = shuffle_buffer(y, buffer_size=20_000, batch_size=1_000, seed=0)
+    ds = StreamingDataset(buffer, batch_size=1_000)
+    with pm.Model():
+        mu = pm.Normal("mu", 0, 10)
+        pm.Normal("y", mu, 2.0, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+        _, averaged = optimize([ds.fit_callback()])
+    assert abs(averaged[0] - mean) < sd
