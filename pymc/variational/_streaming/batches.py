@@ -13,7 +13,7 @@
 #   limitations under the License.
 """Blocks of any length to batches of exactly one, across epochs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,7 @@ def read_epochs(
     epoch: int = 0,
     start: int = 0,
     cycle: bool = True,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk]:
     """Read a source epoch after epoch, each value checked and cast to *dtype*.
 
     Every epoch ends with a chunk without rows, whose offset is the number of rows of the

@@ -30,9 +30,9 @@ _TILE = 1024
 """Rows; many columns are interleaved in tiles that stay in the cache."""
 
 
-def exact_limit(dtype: np.dtype) -> int | None:
-    """Return the largest n such that *dtype* holds every integer up to n, for floats."""
-    return 2 ** (np.finfo(dtype).nmant + 1) if dtype.kind == "f" else None
+def exact_limit(dtype: np.dtype) -> float:
+    """Return the n up to which *dtype* holds every integer; infinite for integer types."""
+    return 2 ** (np.finfo(dtype).nmant + 1) if dtype.kind == "f" else np.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class RowFormat:
         values = [_to_numpy(array, kind) for array, kind in zip(arrays, self.types)]
         rows = _interleave(values, self.dtype)
         limit = exact_limit(self.dtype)
-        lossy = [j for j, v in enumerate(values) if limit and self._exceeds(j, v, limit)]
+        lossy = [j for j, v in enumerate(values) if self._exceeds(j, v, limit)]
         if not (lossy or any(a.null_count for a in arrays)) and np.isfinite(rows).all():
             return rows, None
         bad = ~np.isfinite(rows)
@@ -115,7 +115,7 @@ class RowFormat:
             bad[:, j] |= _beyond(values[j], limit)
         return rows, bad
 
-    def _exceeds(self, j: int, values: np.ndarray, limit: int) -> bool:
+    def _exceeds(self, j: int, values: np.ndarray, limit: float) -> bool:
         may = self.integral[j] and values.itemsize == 8 and self.dtype.kind == "f"
         return may and bool(_beyond(values, limit).any())
 
@@ -163,8 +163,7 @@ def _is_integral(kind: "pyarrow.DataType") -> bool:
 def _common_type(dtypes: Sequence[np.dtype]) -> np.dtype:
     """Return the smallest exact type; 64-bit integers beside floats are checked by value."""
     common = np.result_type(*dtypes)
-    widened = {"bool": np.dtype("uint8"), "float16": np.dtype("float32")}
-    return widened.get(common.name, common)
+    return np.dtype({"bool": "uint8", "float16": "float32"}.get(common.name, common))
 
 
 def _to_numpy(array: "pyarrow.Array", kind: "pyarrow.DataType") -> np.ndarray:
@@ -178,7 +177,7 @@ def _to_numpy(array: "pyarrow.Array", kind: "pyarrow.DataType") -> np.ndarray:
     return array.to_numpy(zero_copy_only=False)
 
 
-def _beyond(values: np.ndarray, limit: int) -> np.ndarray:
+def _beyond(values: np.ndarray, limit: float) -> np.ndarray:
     """Mark integers that a float with this limit cannot hold; decimals arrive as floats."""
     if values.dtype.kind == "f":
         return np.abs(values) >= limit

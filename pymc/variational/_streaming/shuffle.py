@@ -15,7 +15,7 @@
 
 import hashlib
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -120,11 +120,11 @@ class ShuffleBuffer(Source):
         chunks = (Chunk(0, 0, rows) for rows in self.blocks())
         return (batch.rows for batch in rebatch(chunks, self.batch_size))
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Iterator[np.ndarray]:
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
         window, skip = divmod(start, self.buffer_size)
         return self._shuffled(epoch, window, skip)
 
-    def _shuffled(self, epoch: int, window: int, skip: int) -> Iterator[np.ndarray]:
+    def _shuffled(self, epoch: int, window: int, skip: int) -> Generator[np.ndarray]:
         """Emit one window while the next one fills, as many rows in as out."""
         size = self.buffer_size
         step = min(_GATHER_ROWS, size // _GATHER_SHARE)

@@ -17,7 +17,7 @@ import hashlib
 import os
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,7 +60,7 @@ class Source(ABC):
     """What the stream of rows depends on, besides the epoch."""
 
     @abstractmethod
-    def blocks(self, epoch: int = 0, start: int = 0) -> Iterator[np.ndarray]:
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
         """Yield the rows of an epoch from row *start* on, as arrays (rows, *sample_shape)."""
 
     def probe(self) -> None:
@@ -266,7 +266,7 @@ class _ParquetSource(Source):
         parts = [self.columns, self.seed, self._drop, [(f.size, f.digest) for f in self._files]]
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Iterator[np.ndarray]:
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
         order = list(range(len(self._parts)))
         if self.seed is not None:
             sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
@@ -312,7 +312,7 @@ class _ArraySource(Source):
         self.n_rows = len(array)
         self.sample_shape = array.shape[1:]
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Iterator[np.ndarray]:
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
         row_bytes = max(1, self._array[:1].nbytes)
         step = max(1, _BLOCK_BYTES // row_bytes)
         for first in range(start, len(self._array), step):
@@ -336,7 +336,7 @@ class _IterableSource(Source):
                 raise ValueError("source yields no blocks, so the shape of a row is unknown")
             blocks.close()
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Iterator[np.ndarray]:
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
         return _skip(self._convert(self._open()), start)
 
     def _open(self) -> Iterator[Any]:
@@ -388,7 +388,7 @@ class _OneShotSource(_IterableSource):
             if not self._first:
                 raise ValueError("source yields no blocks, so the shape of a row is unknown")
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Iterator[np.ndarray]:
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
         if self._used:
             raise StreamError(
                 "source is a one-shot iterator and has been read; pass a function that makes "
@@ -433,7 +433,7 @@ def _require_numbers(block: Any) -> None:
         raise TypeError(f"a block of rows has dtype {block.dtype}; pass integers or floats")
 
 
-def _skip(blocks: Iterator[np.ndarray], n: int) -> Iterator[np.ndarray]:
+def _skip(blocks: Iterator[np.ndarray], n: int) -> Generator[np.ndarray]:
     """Yield what follows the first *n* rows, without empty blocks."""
     for block in blocks:
         if len(block) > n:
