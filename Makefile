@@ -1,0 +1,63 @@
+# `make` lists the targets; the README and CONTRIBUTING.md say when to use which.
+
+# PYTHON chooses the interpreter; the environment is then named after its version.
+ifdef PYTHON
+PYTHON_VERSION := $(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>&-)
+VENV ?= .venv-$(PYTHON_VERSION)
+endif
+VENV ?= .venv
+DIST ?= dist
+PYTEST_ARGS ?= -n auto --maxprocesses=4
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+WHEEL := $(DIST)/pymc_streaming-$(VERSION)-py3-none-any.whl
+INSTALLED := $(VENV)/installed
+PACKAGE := pymc/variational
+# The directory is listed for the files that leave it.
+SOURCES := pyproject.toml $(wildcard $(PACKAGE)/*.py) $(PACKAGE)/_streaming \
+    $(wildcard $(PACKAGE)/_streaming/*.py)
+
+RUN := $(VENV)/bin/python -m
+PIP := $(RUN) pip --quiet --disable-pip-version-check
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format wheel clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+
+demo: $(INSTALLED)  ## Ordered rows go wrong, shuffled ones right, on a synthetic order book (DATA=dir: on your rows)
+	$(RUN) benchmarks.orderbook.demo $(if $(DATA),--data "$(DATA)")
+
+test: $(INSTALLED)  ## Run the test suite on the built wheel (PYTEST_ARGS, PYTHON)
+	TEST_INSTALLED=1 $(RUN) pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## Check style and types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: $(INSTALLED)  ## Put the code in PyMC's style
+	$(RUN) ruff check --fix --exit-zero .
+	$(RUN) ruff format .
+
+wheel: $(WHEEL)  ## Build the wheel
+
+clean:  ## Remove environments, wheels and caches
+	rm -rf .venv .venv-* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	@python=$$(scripts/find-python.sh "$(PYTHON)") && \
+	echo "Making $(VENV) with $$python" && \
+	"$$python" -m venv "$(VENV)"
+
+$(WHEEL): $(SOURCES) | $(VENV)/pyvenv.cfg
+	$(PIP) wheel --no-deps --wheel-dir "$(DIST)" .
+
+# Leaving bytecode to the first import halves the time of the installation.
+$(INSTALLED): $(WHEEL) | $(VENV)/pyvenv.cfg
+	@echo "Installing into $(VENV); the first time takes a minute"
+	$(PIP) install --no-compile --force-reinstall --no-deps "$(WHEEL)"
+	$(PIP) install --no-compile "$(WHEEL)[dev]"
+	@touch "$@"
