@@ -21,13 +21,16 @@ RUN := $(VENV)/bin/python -m
 PIP := $(RUN) pip --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo results test lint format wheel clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
 demo: $(INSTALLED)  ## Ordered rows go wrong, shuffled ones right, on a synthetic order book (DATA=dir: on your rows)
 	$(RUN) benchmarks.orderbook.demo $(if $(DATA),--data "$(DATA)")
+
+results: $(INSTALLED)  ## Run the demo and put its table and figure into the README and the docs
+	$(RUN) benchmarks.orderbook.demo --results docs/source/results --readme README.md
 
 test: $(INSTALLED)  ## Run the test suite on the built wheel (PYTEST_ARGS, PYTHON)
 	TEST_INSTALLED=1 $(RUN) pytest $(PYTEST_ARGS)

@@ -1,0 +1,178 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+
+"""Make synthetic order-book messages whose regime drifts through the whole table.
+
+    python -m benchmarks.orderbook.generate MESSAGES --messages 2_500_000 --seed 0
+
+Markets of 15 minutes follow each other in several series, as Kalshi's do. While time goes from 0
+to 1 over all of them, the level of the mid, the width of the spread, the lean of the book and the
+rates of up and down moves drift, and so does the *relation* between features and the next move:
+a heavy bid announces a rise in the beginning and a fall in the end. A posterior fitted to
+a window of time is therefore wrong for the table, which is what these messages are for.
+They look like Kalshi's, but no conclusion about a real market can be drawn from them.
+"""
+
+import argparse
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.orderbook.lines import write_json
+from benchmarks.orderbook.messages import EVENT_SCHEMA, EXCHANGE_ZONE, LEVEL, MONTHS, Events
+from benchmarks.orderbook.publish import bar, published
+from benchmarks.orderbook.simulate import FEWEST_MESSAGES, Market, simulate
+
+__all__ = ["generate", "main", "plan"]
+
+SERIES = ("KXSYNA15M", "KXSYNB15M", "KXSYNC15M", "KXSYND15M")
+FIRST_OPEN_MS = 1_786_406_400_000  # 2026-08-11 00:00 UTC
+QUARTER_MS = 900_000
+MESSAGES_PER_MARKET = 100_000
+RESUBSCRIBED_EVERY = 3
+
+
+def generate(
+    destination: str | Path,
+    *,
+    messages: int,
+    seed: int,
+    file_format: Literal["json", "parquet"] = "json",
+    workers: int = 2,
+    overwrite: bool = False,
+    progressbar: bool = True,
+) -> None:
+    """Write synthetic messages of several markets.
+
+    Parameters
+    ----------
+    destination : str or Path
+        Directory that appears when all of its files are complete:
+        ``<market>/<date>.ndjson.gz`` or ``<market>/<date>.parquet``.
+    messages : int
+        Messages in total, exactly: snapshots, deltas and trades.
+    seed : int
+        The same seed and number give the same messages.
+    file_format : {"json", "parquet"}
+        Kalshi's JSON lines, or the same content in columns.
+    workers : int
+        Markets written at the same time.
+    overwrite : bool
+        Replace *destination* if it exists.
+    progressbar : bool
+        Show the progress.
+
+    Notes
+    -----
+    Memory does not depend on *messages*: each worker holds a block of one market.
+    """
+    if file_format not in ("json", "parquet"):
+        raise ValueError(f'file_format must be "json" or "parquet", got {file_format!r}')
+    markets = plan(messages, seed)
+    with published(destination, overwrite=overwrite) as (content, _), bar(progressbar) as progress:
+        task = progress.add_task("Generating messages", total=messages)
+
+        def write(market: Market) -> None:
+            directory = content / market.ticker
+            directory.mkdir()
+            day = datetime.fromtimestamp(market.open_ms / 1000, UTC).date().isoformat()
+            blocks = _watched(simulate(market), lambda n: progress.advance(task, n))
+            if file_format == "json":
+                write_json(directory / f"{day}.ndjson.gz", market.ticker, blocks)
+            else:
+                _write_parquet(directory / f"{day}.parquet", blocks)
+
+        with ThreadPoolExecutor(workers) as pool:
+            for _ in pool.map(write, markets):
+                pass
+
+
+def plan(messages: int, seed: int) -> list[Market]:
+    """Divide *messages* among markets, in the order of time."""
+    n_windows = max(1, round(messages / MESSAGES_PER_MARKET / len(SERIES)))
+    n_markets = n_windows * len(SERIES)
+    if messages < FEWEST_MESSAGES * n_markets:
+        raise ValueError(f"messages must be at least {FEWEST_MESSAGES * n_markets}, got {messages}")
+    bounds = np.linspace(0, messages, n_markets + 1).astype(int)
+    seeds = np.random.SeedSequence(seed).spawn(n_markets)
+    return [
+        _market(i, n_windows, int(bounds[i + 1] - bounds[i]), seeds[i]) for i in range(n_markets)
+    ]
+
+
+def _market(number: int, n_windows: int, n_messages: int, seed: np.random.SeedSequence) -> Market:
+    window, series = divmod(number, len(SERIES))
+    open_ms = FIRST_OPEN_MS + window * QUARTER_MS
+    close_ms = open_ms + QUARTER_MS
+    return Market(
+        ticker=_ticker(SERIES[series], close_ms),
+        open_ms=open_ms,
+        close_ms=close_ms,
+        n_messages=n_messages,
+        # The markets of a window share the socket's numbers.
+        seq=(1_000_000 + number + window * len(SERIES) * n_messages, len(SERIES)),
+        span=(window / n_windows, (window + 1) / n_windows),
+        resubscribes=number % RESUBSCRIBED_EVERY == 1,
+        seed=seed,
+    )
+
+
+def _ticker(series: str, close_ms: int) -> str:
+    close = datetime.fromtimestamp(close_ms / 1000, EXCHANGE_ZONE)
+    month = MONTHS[close.month - 1]
+    return f"{series}-{close:%y}{month}{close:%d%H%M}-{close:%M}"
+
+
+def _watched(blocks: Iterable[Events], advance: Callable[[int], None]) -> Iterator[Events]:
+    for events in blocks:
+        yield events
+        advance(int((events.kind != LEVEL).sum()))
+
+
+def _write_parquet(path: Path, blocks: Iterable[Events]) -> None:
+    with pq.ParquetWriter(path, EVENT_SCHEMA, compression="zstd") as writer:
+        for events in blocks:
+            writer.write_batch(pa.record_batch(list(events), schema=EVENT_SCHEMA))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.orderbook.generate",
+        description="Write synthetic order-book messages whose regime drifts.",
+    )
+    parser.add_argument("destination", type=Path, help="directory to make")
+    parser.add_argument("--messages", type=int, default=2_500_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--format", dest="file_format", choices=("json", "parquet"), default="json")
+    parser.add_argument("--workers", type=int, default=2, help="markets written at the same time")
+    parser.add_argument("--overwrite", action="store_true", help="replace the destination")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    options = vars(parser.parse_args(arguments))
+    quiet = options.pop("quiet")
+    try:
+        generate(**options, progressbar=not quiet)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

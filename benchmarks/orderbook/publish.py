@@ -1,0 +1,72 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+
+"""Directories that appear complete or not at all, and the bar that shows how far they are."""
+
+import contextlib
+import tempfile
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+
+__all__ = ["bar", "published"]
+
+
+@contextlib.contextmanager
+def published(destination: str | Path, *, overwrite: bool) -> Iterator[tuple[Path, Path]]:
+    """Make a directory that appears by one rename when the block ends without an error.
+
+    Parameters
+    ----------
+    destination : str or Path
+        The directory to make.
+    overwrite : bool
+        Replace what is there.
+
+    Yields
+    ------
+    content : Path
+        Directory to fill; it becomes *destination*.
+    scratch : Path
+        Directory on the same disk, gone in the end.
+
+    Raises
+    ------
+    FileExistsError
+        If *destination* exists and *overwrite* is False.
+    """
+    destination = Path(destination)
+    if destination.exists() and not overwrite:
+        raise FileExistsError(f"{destination} exists; choose another name, or pass overwrite")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{destination.name}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as temporary:
+        content, scratch, replaced = (
+            Path(temporary, n) for n in ("content", "scratch", "replaced")
+        )
+        content.mkdir()
+        scratch.mkdir()
+        yield content, scratch
+        if destination.exists():
+            destination.rename(replaced)
+        content.rename(destination)
+
+
+def bar(show: bool) -> Progress:
+    """Make a progress bar on standard error."""
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not show)
