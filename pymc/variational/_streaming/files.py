@@ -34,6 +34,8 @@ _MAGIC = b"PAR1"
 _WILDCARD = re.compile(r"[*?\[]")
 _READ_BUFFER = 1 << 16
 """Bytes.  Without a read buffer, reading one column chunk holds all of it."""
+_REMOTE_READ_BUFFER = 1 << 20
+"""Bytes.  Each read from an object store is a request, which takes many milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,7 @@ def read_batches(
         If the file changed, vanished, cannot be decoded, or is shorter than its footer says.
     """
     pa = import_pyarrow()
+    local = isinstance(fs, pa.fs.LocalFileSystem)
     found, metadata = inspect(fs, known.path)
     if found != known:
         raise StreamError(
@@ -168,7 +171,7 @@ def read_batches(
                 handle,
                 metadata=metadata,
                 pre_buffer=False,
-                buffer_size=_READ_BUFFER,
+                buffer_size=_READ_BUFFER if local else _REMOTE_READ_BUFFER,
                 page_checksum_verification=True,
             ) as file,
         ):

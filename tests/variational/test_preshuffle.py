@@ -1,0 +1,332 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hypothesis import given, settings
+
+from pymc.variational._streaming import cli
+from pymc.variational._streaming.files import inspect, list_parquet
+from pymc.variational._streaming.mark import check_marks, read_mark
+from pymc.variational._streaming.plan import parse_bytes
+from pymc.variational._streaming.preshuffle import preshuffle
+from tests.variational import strategies
+from tests.variational.preshuffled import cut_small, digests, every_type, rows_in_order
+
+
+@pytest.fixture
+def small_tasks(monkeypatch):
+    cut_small(monkeypatch.setattr)
+
+
+def write(folder, table, **options):
+    folder.mkdir(exist_ok=True)
+    pq.write_table(table, folder / "a.parquet", **options)
+    return folder
+
+
+def numbered(folder, n_rows, n_files=1, row_group_size=100):
+    folder.mkdir()
+    for number, rows in enumerate(np.array_split(np.arange(n_rows), n_files)):
+        table = pa.table({"row": rows, "twice": 2.0 * rows})
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=row_group_size)
+    return folder
+
+
+def shuffle(source, destination, *, seed=0, **options):
+    return preshuffle(source, destination, seed=seed, progressbar=False, **options)
+
+
+@settings(max_examples=40)
+@given(layout=strategies.layouts)
+def test_every_row_comes_out_once_whatever_the_layout(tmp_path_factory, layout):
+    folder = tmp_path_factory.mktemp("layout")
+    (folder / "in").mkdir()
+    n_rows = strategies.write_layout(folder / "in", layout)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch.setattr, block=256)
+        report = shuffle(folder / "in", folder / "out")
+    table = pq.read_table(folder / "out").sort_by("row")
+    assert table.to_pydict() == strategies.table(n_rows).to_pydict()
+    assert report.rows == n_rows
+
+
+@pytest.mark.parametrize("n_rows", [1, 1500], ids=["empty piles", "full piles"])
+@pytest.mark.usefixtures("small_tasks")
+def test_all_types_values_and_metadata_are_kept(tmp_path, n_rows):
+    table = every_type(n_rows)
+    source = write(tmp_path / "in", table, row_group_size=700)
+    expected = pq.read_table(source / "a.parquet")
+    report = shuffle(source, tmp_path / "out")
+    assert report.piles > 10
+    files = sorted((tmp_path / "out").iterdir())
+    found = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("row")
+    for name in expected.column_names:
+        assert found.schema.field(name).equals(expected.schema.field(name), check_metadata=True)
+        assert found[name].to_pylist() == expected[name].to_pylist(), name
+    assert found.schema.metadata[b"origin"] == b"a test"
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_categories_keep_their_order(tmp_path):
+    source = write(tmp_path / "in", every_type(2000).select(["row", "ordered"]))
+    shuffle(source, tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        column = pq.read_table(file)["ordered"]
+        for chunk in column.chunks:
+            assert chunk.dictionary.to_pylist() == ["low", "mid", "high", "never"]
+            assert chunk.type == pa.dictionary(pa.int8(), pa.string(), ordered=True)
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_categories_of_several_files_are_joined(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, words in {"a": ["x", "y"], "b": ["y", "z"]}.items():
+        column = pa.array(words * 500).dictionary_encode()
+        pq.write_table(pa.table({"word": column}), folder / f"{name}.parquet")
+    shuffle(folder, tmp_path / "out")
+    words = pq.read_table(tmp_path / "out")["word"].to_pylist()
+    assert {word: words.count(word) for word in "xyz"} == {"x": 500, "y": 1000, "z": 500}
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_chosen_columns_are_kept_in_the_order_asked_for(tmp_path):
+    source = write(tmp_path / "in", every_type(1000))
+    shuffle(source, tmp_path / "out", columns=["struct", "row"])
+    table = pq.read_table(tmp_path / "out")
+    assert table.column_names == ["struct", "row"]
+    assert sorted(table["row"].to_pylist()) == list(range(1000))
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_the_same_call_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
+    source = numbered(tmp_path / "in", 20_000)
+    for name, seed in {"one": 1, "again": 1, "other": 2}.items():
+        shuffle(source, tmp_path / name, seed=seed)
+    assert digests(tmp_path / "one") == digests(tmp_path / "again")
+    assert rows_in_order(tmp_path / "one") != rows_in_order(tmp_path / "other")
+
+
+def test_piles_that_turn_out_too_large_are_scattered_again(tmp_path, monkeypatch):
+    """A sample of the first rows of a row group says nothing of how wide the others are."""
+    cut_small(monkeypatch.setattr, block=1 << 12)
+    widths = np.r_[np.ones(2000, int), np.full(2000, 200)]
+    table = pa.table({"row": np.arange(4000), "text": ["x" * int(w) for w in widths]})
+    source = write(tmp_path / "in", table, row_group_size=4000)
+    report = shuffle(source, tmp_path / "out")
+    assert table.nbytes / report.piles > 4 * (1 << 12)
+    assert pq.read_table(tmp_path / "out").sort_by("row").equals(table)
+    assert rows_in_order(tmp_path / "out") != list(range(4000))
+
+
+def test_rows_wider_than_a_task_are_shuffled_one_by_one(tmp_path, monkeypatch):
+    cut_small(monkeypatch.setattr, block=1 << 10)
+    monkeypatch.setattr("pymc.variational._streaming.plan._share", lambda *_: (1, 1 << 10))
+    table = pa.table({"row": range(50), "blob": [b"x" * 5000] * 50})
+    shuffle(write(tmp_path / "in", table), tmp_path / "out")
+    assert sorted(rows_in_order(tmp_path / "out")) == list(range(50))
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_the_mark_says_what_was_shuffled(tmp_path):
+    source = numbered(tmp_path / "in", 5000, n_files=3)
+    report = shuffle(source, tmp_path / "out", seed=7)
+    marks = read_marks(tmp_path / "out")
+    mark = check_marks(marks)
+    assert (mark.seed, mark.n_rows, mark.source) == (7, 5000, str(source))
+    assert mark.n_files == report.piles == len(marks)
+    assert [m.index for m in marks.values()] == list(range(report.piles))
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_rewritten_file_is_not_marked(tmp_path):
+    """Libraries copy metadata along with rows that they sort, filter or join."""
+    shuffle(numbered(tmp_path / "in", 5000), tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        pq.write_table(pq.read_table(file).sort_by("row"), file)
+    assert set(read_marks(tmp_path / "out").values()) == {None}
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_shuffle_of_a_shuffle_has_its_own_mark(tmp_path):
+    shuffle(numbered(tmp_path / "in", 5000), tmp_path / "one", seed=1)
+    shuffle(tmp_path / "one", tmp_path / "two", seed=2)
+    assert check_marks(read_marks(tmp_path / "two")).seed == 2
+    assert sorted(rows_in_order(tmp_path / "two")) == list(range(5000))
+
+
+def test_mixed_missing_doubled_and_unmarked_files_are_noticed(tmp_path, small_tasks):
+    source = numbered(tmp_path / "in", 5000)
+    shuffle(source, tmp_path / "one", seed=1)
+    shuffle(source, tmp_path / "two", seed=2)
+    one, two = read_marks(tmp_path / "one"), read_marks(tmp_path / "two")
+    first = next(iter(one.values()))
+    with pytest.raises(RuntimeError, match=r"belong to two shuffles \(seeds 2 and 1\)"):
+        check_marks(one | two)
+    with pytest.raises(RuntimeError, match=f"1 of the {len(one)} files of its shuffle are missing"):
+        check_marks(dict(list(one.items())[1:]))
+    with pytest.raises(RuntimeError, match="are the same file of a shuffle; remove one"):
+        check_marks(one | {"copy": first})
+    with pytest.raises(RuntimeError, match=r"added: not shuffled with .*; preshuffle all rows"):
+        check_marks({"added": None} | one)
+    assert check_marks({"a": None, "b": None}) is None
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_pages_carry_checksums_that_are_verified(tmp_path):
+    shuffle(numbered(tmp_path / "in", 5000), tmp_path / "out")
+    file = min((tmp_path / "out").iterdir())
+    data = bytearray(file.read_bytes())
+    data[200] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(OSError, match="CRC checksum"):
+        pq.read_table(file, page_checksum_verification=True)
+
+
+def test_the_report_is_short_and_right(tmp_path):
+    report = shuffle(numbered(tmp_path / "in", 1000), tmp_path / "out")
+    assert report.piles == 1
+    assert report.bytes_written > sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
+    assert re.fullmatch(
+        r".*/out: 1,000 rows shuffled in 1 piles, 0.00 GB read, 0.00 GB written, "
+        r"\d+\.\d s \([\d,]+ rows/s\), peak memory \d\.\d\d GB",
+        str(report),
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"seed": -1}, "seed=-1 must be a non-negative integer"),
+        ({"seed": True}, "seed=True must be a non-negative integer"),
+        ({"memory_limit": "much"}, "memory_limit='much' is not a size; pass bytes or a string"),
+        ({"memory_limit": "1MB"}, r"memory_limit=1000000 is too small .*pass at least .*'\d+MB'"),
+        ({"columns": ["rows"]}, r"has no column 'rows', only \['row', 'twice'\]"),
+        ({"columns": ["row", "row"]}, "must be at least one, and distinct"),
+        ({"compression": "zip"}, "compression='zip' is not available"),
+        ({"row_group_size": 0}, "row_group_size=0 must be at least 1"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_wrong_arguments_are_refused_and_leave_nothing(tmp_path, options, message):
+    source = numbered(tmp_path / "in", 100)
+    with pytest.raises(ValueError, match=message):
+        shuffle(source, tmp_path / "out", **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_smallest_limit_that_the_message_names_is_enough(tmp_path):
+    source = numbered(tmp_path / "in", 100)
+    with pytest.raises(ValueError) as caught:
+        shuffle(source, tmp_path / "out", memory_limit=1)
+    enough = re.search(r"memory_limit='(\d+MB)'", str(caught.value))[1]
+    assert shuffle(source, tmp_path / "out", memory_limit=enough).rows == 100
+
+
+def test_a_source_without_rows_is_refused(tmp_path):
+    source = write(tmp_path / "in", pa.table({"x": pa.array([], "f8")}))
+    with pytest.raises(ValueError, match="holds no rows; there is nothing to shuffle"):
+        shuffle(source, tmp_path / "out")
+
+
+def test_files_that_differ_in_columns_are_refused(tmp_path):
+    source = write(tmp_path / "in", pa.table({"x": [1]}))
+    pq.write_table(pa.table({"y": [1]}), source / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet: has columns \['y'\] where .* has \['x'\]"):
+        shuffle(source, tmp_path / "out")
+    pq.write_table(pa.table({"x": [1.5]}), source / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet: its columns differ from those of"):
+        shuffle(source, tmp_path / "out")
+
+
+def test_types_that_cannot_be_shuffled_are_named(tmp_path):
+    table = pa.table({"views": pa.array([[1]], pa.list_view(pa.int8()))})
+    source = write(tmp_path / "in", table)
+    with pytest.raises(ValueError, match=r"column 'views' has type list_view.*cast it to list"):
+        shuffle(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("inside", ["in", "in/below", "."])
+def test_a_destination_that_overlaps_the_source_is_refused(tmp_path, inside):
+    source = numbered(tmp_path / "in", 100)
+    with pytest.raises(ValueError, match=r"overlaps with source=.*; write to a directory outside"):
+        shuffle(source, tmp_path / inside, overwrite=True)
+
+
+def test_what_is_at_the_destination_is_replaced_only_if_asked(tmp_path):
+    source = numbered(tmp_path / "in", 100)
+    shuffle(source, tmp_path / "out", seed=1)
+    before = digests(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="exists and is not empty; pass overwrite=True"):
+        shuffle(source, tmp_path / "out", seed=2)
+    assert digests(tmp_path / "out") == before
+    shuffle(source, tmp_path / "out", seed=2, overwrite=True)
+    assert check_marks(read_marks(tmp_path / "out")).seed == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_an_empty_directory_is_a_destination(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert shuffle(numbered(tmp_path / "in", 100), tmp_path / "out").rows == 100
+
+
+def test_scratch_elsewhere_is_used_and_left_empty(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    shuffle(numbered(tmp_path / "in", 100), tmp_path / "out", scratch=tmp_path / "scratch")
+    assert not list((tmp_path / "scratch").iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "scratch"]
+
+
+def test_files_globs_and_lists_are_sources(tmp_path):
+    source = numbered(tmp_path / "in", 100, n_files=4)
+    for number, chosen in enumerate([f"{source}/[01].parquet", [source / "0.parquet"]]):
+        shuffle(chosen, tmp_path / str(number))
+    assert sorted(rows_in_order(tmp_path / "0")) == list(range(50))
+    assert sorted(rows_in_order(tmp_path / "1")) == list(range(25))
+
+
+def test_the_command_line_does_the_same(tmp_path, capsys):
+    source = numbered(tmp_path / "in", 1000)
+    shuffle(source, tmp_path / "one", seed=3)
+    arguments = ["preshuffle", str(source), str(tmp_path / "two"), "--seed", "3", "--quiet"]
+    assert cli.main(arguments) == 0
+    assert "1,000 rows shuffled" in capsys.readouterr().out
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert cli.main(arguments) == 1
+    assert "exists and is not empty; pass overwrite=True" in capsys.readouterr().err
+
+
+def test_the_progress_bar_shows_rows_per_second(tmp_path, capsys):
+    preshuffle(numbered(tmp_path / "in", 1000), tmp_path / "out", seed=0)
+    shown = capsys.readouterr().err
+    assert "100%" in shown
+    assert "rows/s" in shown
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("512MB", 512_000_000), ("2 GiB", 2 << 30), ("1.5k", 1500), ("7", 7), (10**9, 10**9)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+def read_marks(folder):
+    fs, paths = list_parquet(folder)
+    return {path: read_mark(inspect(fs, path)[1]) for path in paths}
