@@ -30,6 +30,7 @@ Where the data fit in memory, :func:`pymc.Minibatch` is simpler.
 """
 
 import logging
+import sys
 import warnings
 import weakref
 
@@ -45,9 +46,17 @@ from pytensor.tensor.variable import TensorVariable
 
 from pymc.model.core import Model
 from pymc.variational._streaming.batches import Chunk, read_epochs, rebatch
-from pymc.variational._streaming.errors import StreamError, StreamWarning
+from pymc.variational._streaming.cli import main
+from pymc.variational._streaming.errors import (
+    OrderError,
+    OrderWarning,
+    StreamError,
+    StreamWarning,
+)
 from pymc.variational._streaming.guards import check_model
+from pymc.variational._streaming.order import OrderCheck, OrderReport, check_order
 from pymc.variational._streaming.prefetch import Prefetcher
+from pymc.variational._streaming.preshuffle import PreshuffleReport, preshuffle
 from pymc.variational._streaming.shuffle import ShuffleBuffer, shuffle_buffer
 from pymc.variational._streaming.sources import (
     Source,
@@ -59,11 +68,17 @@ from pymc.variational._streaming.sources import (
 from pymc.variational.callbacks import Callback
 
 __all__ = [
+    "OrderError",
+    "OrderReport",
+    "OrderWarning",
+    "PreshuffleReport",
     "StreamError",
     "StreamWarning",
     "StreamingDataset",
     "arrow_source",
+    "check_order",
     "parquet_source",
+    "preshuffle",
     "shuffle_buffer",
 ]
 
@@ -95,6 +110,11 @@ class StreamingDataset:
         Of the minibatch. Default: ``pytensor.config.floatX``.
     cycle : bool, default True
         Start another epoch when the source ends. If False, the fit stops there.
+    order_check : {"warn", "raise", "off"}, default "warn"
+        What to do when windows of the stream differ more than random ones would, so that the
+        posterior would be wrong: warn with an :class:`OrderWarning`, once, or raise an
+        :class:`OrderError`. A sample of the source is checked before the first step, and
+        the rows while they stream; see :func:`check_order`.
     prefetch : bool, default True
         Read ahead in a thread; the batches are the same either way.
     name : str, default "stream"
@@ -107,6 +127,8 @@ class StreamingDataset:
     StreamError
         While streaming: if a value is NaN, infinite or not exact in *dtype*, the data
         changed, or a one-shot source ran out; the message names the place.
+    OrderError
+        While streaming, with ``order_check="raise"``.
 
     Notes
     -----
@@ -144,6 +166,7 @@ class StreamingDataset:
         total_size: int | Literal["auto"] | None = "auto",
         dtype: Any = None,
         cycle: bool = True,
+        order_check: Literal["warn", "raise", "off"] = "warn",
         prefetch: bool = True,
         name: str = "stream",
     ):
@@ -161,6 +184,7 @@ class StreamingDataset:
         self._auto = isinstance(total_size, str)
         self._warned = False
         self._total_size = self._resolve_total_size(total_size)
+        self._order = OrderCheck(self._source, self._batch_size, self._total_size, order_check)
         self._buffer = pytensor.shared(self._blank(), name=name)
         self._stream: Prefetcher[Chunk] | Generator[Chunk] | None = None
         self._batches: Iterator[Chunk] = iter(())
@@ -349,6 +373,7 @@ class StreamingDataset:
 
     def _open(self) -> None:
         """Start reading at the position of the current batch, and put that batch in."""
+        self._order.before()
         chunks = read_epochs(
             self._source,
             self._sample_shape,
@@ -357,6 +382,7 @@ class StreamingDataset:
             start=self._position.offset,
             cycle=self._cycle,
         )
+        chunks = self._order.watch(chunks)
         self._stream = Prefetcher(chunks, _PREFETCH_CHUNKS) if self._prefetch else chunks
         self._batches = rebatch(self._stream, self._batch_size)
         if not self._put_next(self.rows_seen):
@@ -390,6 +416,9 @@ class StreamingDataset:
         for batch in self._batches:
             if len(batch.rows):
                 return batch
+            if batch.finding is not None:
+                self._order.tell(batch.finding)
+                continue
             self._check_epoch(batch.offset)
             end = batch
         assert end is not None
@@ -478,3 +507,7 @@ def _warn_of_size(declared: int | None, found: int) -> None:
         StreamWarning,
         stacklevel=4,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -78,14 +78,16 @@ class TestConservation:
             buffer = shuffle_buffer(
                 source, buffer_size=buffer_size, batch_size=batch_size, seed=seed
             )
-            ds = StreamingDataset(buffer, batch_size=batch_size, prefetch=False)
+            ds = StreamingDataset(buffer, batch_size=batch_size, prefetch=False, order_check="off")
             stream = drain(ds, batches_of(3, n_rows, batch_size) + 1)
         assert ds.total_size == n_rows
         assert_epochs_are_whole(stream, n_rows)
 
     @given(n_rows=n_rows_, blocks=block_sizes, batch_size=batch_sizes)
     def test_every_row_appears_once_per_epoch_of_plain_blocks(self, n_rows, blocks, batch_size):
-        ds = StreamingDataset(cut(n_rows, blocks), batch_size=batch_size, prefetch=False)
+        ds = StreamingDataset(
+            cut(n_rows, blocks), batch_size=batch_size, prefetch=False, order_check="off"
+        )
         stream = drain(ds, batches_of(3, n_rows, batch_size) + 1)
         np.testing.assert_array_equal(stream, np.arange(len(stream)) % n_rows)
 
@@ -94,7 +96,7 @@ class TestConservation:
         with tempfile.TemporaryDirectory() as folder:
             n_rows = write_layout(Path(folder), layout)
             source = parquet_source(folder, shuffle_row_groups=True, seed=seed)
-            ds = StreamingDataset(source, batch_size=3, prefetch=False)
+            ds = StreamingDataset(source, batch_size=3, prefetch=False, order_check="off")
             stream = drain(ds, batches_of(3, n_rows, 3) + 1)
         assert_epochs_are_whole(stream, n_rows)
 
@@ -102,7 +104,9 @@ class TestConservation:
     def test_layout_of_files_never_changes_an_unshuffled_stream(self, layout, batch_size):
         with tempfile.TemporaryDirectory() as folder:
             n_rows = write_layout(Path(folder), layout)
-            ds = StreamingDataset(parquet_source(folder), batch_size=batch_size, prefetch=False)
+            ds = StreamingDataset(
+                parquet_source(folder), batch_size=batch_size, prefetch=False, order_check="off"
+            )
             stream = drain(ds, 2 + n_rows // batch_size)
         np.testing.assert_array_equal(stream, np.arange(len(stream)) % n_rows)
 
@@ -124,7 +128,9 @@ class TestDeterminism:
 
         def stream(data, prefetch):
             buffer = shuffle_buffer(data, buffer_size=buffer_size, batch_size=batch_size, seed=seed)
-            ds = StreamingDataset(buffer, batch_size=batch_size, prefetch=prefetch)
+            ds = StreamingDataset(
+                buffer, batch_size=batch_size, prefetch=prefetch, order_check="off"
+            )
             return drain(ds, batches_of(2, n_rows, batch_size) + 1)
 
         expected = stream(numbered(n_rows), prefetch=False)
@@ -147,7 +153,9 @@ class TestDeterminism:
             buffer = shuffle_buffer(
                 source, buffer_size=buffer_size, batch_size=batch_size, seed=seed
             )
-            return StreamingDataset(buffer, batch_size=batch_size, prefetch=False)
+            return StreamingDataset(
+                buffer, batch_size=batch_size, prefetch=False, order_check="off"
+            )
 
         with tempfile.TemporaryDirectory() as folder:
             write_layout(Path(folder), layout)

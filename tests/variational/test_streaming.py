@@ -53,7 +53,7 @@ def batches_used(losses: np.ndarray, batch_size: int = 4) -> list[int]:
 
 def normal_model(ds: StreamingDataset, **kwargs) -> pm.Model:
     with pm.Model() as model:
-        mu = pm.Normal("mu", 0, 1e-3)
+        mu = pm.Normal("mu")
         kwargs = {"total_size": ds.total_size, **kwargs}
         pm.Normal("y", mu, 1, observed=ds.as_tensor()[:, 0], **kwargs)
     return model
@@ -233,7 +233,7 @@ class TestFreshness:
         small = StreamingDataset(tell_tale(3), batch_size=4, name="small")
         large = StreamingDataset(tell_tale(5, 2), batch_size=2, name="large")
         with pm.Model():
-            mu = pm.Normal("mu", 0, 1e-3)
+            mu = pm.Normal("mu")
             pm.Normal("y", mu, 1, observed=small.as_tensor()[:, 0], total_size=12)
             pm.Normal("z", mu, 1, observed=large.as_tensor()[:, 0], total_size=10)
             approx = pm.fit(
@@ -242,7 +242,7 @@ class TestFreshness:
         k = np.arange(7)
         expected = 12 * (k % 3 + 1.0) ** 2 / 2 + 10 * (k % 5 + 1.0) ** 2 / 2
         largest_scale = 10 / 2
-        np.testing.assert_allclose(approx.hist / 1e6 * largest_scale, expected, rtol=0.05)
+        np.testing.assert_allclose(approx.hist / 1e6 * largest_scale, expected, rtol=0.02)
 
     def test_a_model_built_after_the_callback_is_checked_at_its_first_call(self):
         ds = StreamingDataset(tell_tale(3), batch_size=4)
@@ -268,7 +268,7 @@ class TestCallback:
             if i == 12:
                 raise stop
 
-        ds = StreamingDataset(tell_tale(500), batch_size=4)
+        ds = StreamingDataset(tell_tale(500), batch_size=4, order_check="off")
         with normal_model(ds):
             try:
                 pm.fit(20, callbacks=[interrupt, ds.fit_callback()], **QUICK)
@@ -295,7 +295,7 @@ class TestCallback:
             pm.fit(20, callbacks=[ds.fit_callback()], **QUICK)
 
     def test_a_dataset_that_is_dropped_ends_its_thread(self):
-        ds = StreamingDataset(tell_tale(500), batch_size=4)
+        ds = StreamingDataset(tell_tale(500), batch_size=4, order_check="off")
         ds.advance()
         assert prefetch_threads()
         del ds

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.order_report import OrderReport
 from pymc.variational._streaming.rows import exact_limit
 from pymc.variational._streaming.sources import Source
 
@@ -33,7 +34,8 @@ class Chunk:
     offset: int
     """Position of the first row in its epoch."""
     rows: np.ndarray
-    """shape (n, *sample_shape); no rows at all mark the end of the epoch."""
+    """shape (n, *sample_shape); no rows at all mark the end of the epoch, or a finding."""
+    finding: OrderReport | None = None
 
 
 def read_epochs(
@@ -71,7 +73,7 @@ def read_epochs(
 def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
     """Cut chunks into batches of *batch_size* rows that run across epochs.
 
-    The chunks without rows, which end the epochs, are passed on; if the chunks end, so does
+    The chunks without rows, which end the epochs or tell of order, are passed on; if the chunks end, so does
     this, with a batch as short as it comes.
     """
     rest: list[Chunk] = []

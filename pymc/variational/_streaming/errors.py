@@ -13,7 +13,7 @@
 #   limitations under the License.
 """What streaming raises and warns with."""
 
-__all__ = ["StreamError", "StreamWarning"]
+__all__ = ["OrderError", "OrderWarning", "StreamError", "StreamWarning"]
 
 
 class StreamError(RuntimeError):
@@ -22,3 +22,11 @@ class StreamError(RuntimeError):
 
 class StreamWarning(UserWarning):
     """The stream goes on, but something about it deserves a look."""
+
+
+class OrderError(StreamError):
+    """The rows come in an order that the stream does not mix."""
+
+
+class OrderWarning(StreamWarning):
+    """The rows come in an order that the stream does not mix."""

@@ -30,7 +30,7 @@ from pymc.model.core import Model
 from pymc.variational._streaming.errors import StreamError, StreamWarning
 from pymc.variational.minibatch_rv import MinibatchRandomVariable
 
-__all__ = ["check_model"]
+__all__ = ["check_model", "depends_on", "total_size_of"]
 
 
 def check_model(model: Model, buffer: SharedVariable, total_size: int | None) -> None:
@@ -51,15 +51,15 @@ def check_model(model: Model, buffer: SharedVariable, total_size: int | None) ->
         or another ``total_size``, if its log-likelihood is not one term per row of the batch,
         or if an unobserved variable depends on the stream.
     """
-    likelihoods = [rv for rv in model.observed_RVs if _depends(model, rv, buffer)]
-    potentials = [p for p in model.potentials if _depends(model, p, buffer)]
+    likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
+    potentials = [p for p in model.potentials if depends_on(model, p, buffer)]
     if not likelihoods and not potentials:
         raise StreamError(
             f"no observed variable of the model depends on the stream {buffer.name!r}; "
             "build the likelihood from as_tensor(), or leave this callback out"
         )
     for rv in model.free_RVs:
-        if _depends(model, rv, buffer):
+        if depends_on(model, rv, buffer):
             raise StreamError(
                 f"{rv.name!r} is not observed but its prior depends on the stream "
                 f"{buffer.name!r}; only likelihoods can be fitted in minibatches"
@@ -78,7 +78,7 @@ def check_model(model: Model, buffer: SharedVariable, total_size: int | None) ->
         )
 
 
-def _depends(model: Model, var: Variable, buffer: SharedVariable) -> bool:
+def depends_on(model: Model, var: Variable, buffer: SharedVariable) -> bool:
     """Whether *var* or its value is computed from *buffer*.
 
     Transforming a model copies its shared variables, but they keep the container.
@@ -89,7 +89,7 @@ def _depends(model: Model, var: Variable, buffer: SharedVariable) -> bool:
 
 
 def _check_total_size(rv: Variable, total_size: int | None) -> None:
-    found = _total_size_of(rv)
+    found = total_size_of(rv)
     expected = [] if total_size is None else [total_size]
     if found == expected:
         return
@@ -103,7 +103,7 @@ def _check_total_size(rv: Variable, total_size: int | None) -> None:
     )
 
 
-def _total_size_of(rv: Variable) -> list:
+def total_size_of(rv: Variable) -> list:
     """Return the total_size of an observed variable by axis, without trailing Nones."""
     if rv.owner is None or not isinstance(rv.owner.op, MinibatchRandomVariable):
         return []

@@ -24,7 +24,7 @@ from pymc.variational._streaming.files import import_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Fault", "RowFormat", "exact_limit"]
+__all__ = ["Fault", "RowFormat", "column_ranges", "exact_limit"]
 
 _TILE = 1024
 """Rows; many columns are interleaved in tiles that stay in the cache."""
@@ -33,6 +33,19 @@ _TILE = 1024
 def exact_limit(dtype: np.dtype) -> float:
     """Return the n up to which *dtype* holds every integer; infinite for integer types."""
     return 2 ** (np.finfo(dtype).nmant + 1) if dtype.kind == "f" else np.inf
+
+
+def column_ranges(
+    row_group: "pyarrow.parquet.RowGroupMetaData", columns: Sequence[str]
+) -> list[tuple[float, float]]:
+    """Return least and greatest value of each column as a footer has them, NaN where it has not."""
+    found = dict.fromkeys(columns, (np.nan, np.nan))
+    for j in range(row_group.num_columns):
+        column = row_group.column(j)
+        if column.path_in_schema in found and column.is_stats_set and column.statistics.has_min_max:
+            statistics = column.statistics
+            found[column.path_in_schema] = float(statistics.min), float(statistics.max)
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,7 @@ class ShuffleBuffer(Source):
             )
         self.seed = draw_seed(seed)
 
+    source = property(lambda self: self._source)
     n_rows = property(lambda self: self._source.n_rows)  # type: ignore[assignment]
     columns = property(lambda self: self._source.columns)  # type: ignore[assignment]
     sample_shape = property(lambda self: self._source.sample_shape)  # type: ignore[assignment]

@@ -31,7 +31,8 @@ from pymc.variational._streaming.files import (
     list_parquet,
     read_batches,
 )
-from pymc.variational._streaming.rows import RowFormat
+from pymc.variational._streaming.mark import PreshuffleMark, check_marks, read_mark
+from pymc.variational._streaming.rows import RowFormat, column_ranges
 
 if TYPE_CHECKING:
     pass
@@ -58,6 +59,12 @@ class Source(ABC):
     seed: int | None = None
     fingerprint: str | None = None
     """What the stream of rows depends on, besides the epoch."""
+    random_access: bool = False
+    """Whether rows can be reached without reading all rows before them."""
+    shuffled: bool = False
+    """Whether the whole table was shuffled before."""
+    path: Any = None
+    """What :func:`preshuffle` would be called with, where the rows are in Parquet files."""
 
     @abstractmethod
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
@@ -65,6 +72,17 @@ class Source(ABC):
 
     def probe(self) -> None:
         """Learn ``sample_shape`` and ``columns`` from the first block, if need be."""
+
+    def entry(self, rows: np.ndarray) -> np.ndarray:
+        """Return where reading must start to reach each of *rows* of epoch 0."""
+        return np.zeros_like(rows)
+
+    def ranges(self, start: int, stop: int) -> np.ndarray | None:
+        """Return bounds on the columns in rows *start* to *stop* of epoch 0, shape (columns, 2).
+
+        They come from metadata; None where there are none, NaN for a column without them.
+        """
+        return None
 
     def count(self) -> int:
         """Read one epoch to count its rows."""
@@ -109,7 +127,8 @@ def parquet_source(
     Returns
     -------
     Source
-        Re-iterable; ``n_rows`` comes from the files' metadata.
+        Re-iterable; ``n_rows`` comes from the files' metadata, and ``mark`` tells the seed and
+        the source of files that :func:`preshuffle` wrote.
 
     Raises
     ------
@@ -117,6 +136,7 @@ def parquet_source(
         If there is no file, or its columns are missing or not numeric, or differ between
         files.
     StreamError
+        If pre-shuffled files are incomplete, or mixed with files of another shuffle or of none.
         While reading: if a file changed since the source was made, is truncated or corrupt,
         or a value is invalid; the message names file, row group, column and row.
 
@@ -141,7 +161,9 @@ def parquet_source(
     if isinstance(columns, str):
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     fs, paths = list_parquet(path, filesystem)
-    return _ParquetSource(fs, paths, columns, shuffle_row_groups, seed, invalid)
+    source = _ParquetSource(fs, paths, columns, shuffle_row_groups, seed, invalid)
+    source.path = os.fspath(path) if isinstance(path, str | os.PathLike) else list(path)
+    return source
 
 
 def arrow_source(
@@ -223,9 +245,12 @@ def positive_int(name: str, value: Any) -> int:
 
 
 class _ParquetSource(Source):
+    random_access = True
+
     def __init__(self, fs, paths, columns, shuffle_row_groups, seed, invalid):
         self._fs = fs
         self._files = []
+        self.mark: PreshuffleMark | None = None
         self._format = self._open_all(paths, columns)
         self.columns = self._format.columns
         self.sample_shape = (len(self.columns),)
@@ -244,6 +269,7 @@ class _ParquetSource(Source):
 
     def _open_all(self, paths: Sequence[str], columns: Sequence[str] | None) -> RowFormat:
         frozen: RowFormat | None = None
+        marks = {}
         for path in paths:
             known, metadata = inspect(self._fs, path)
             schema = metadata.schema.to_arrow_schema()
@@ -251,6 +277,8 @@ class _ParquetSource(Source):
                 frozen = RowFormat.from_schema(schema, columns, path)
             frozen.require(schema, path, whole=columns is None)
             self._files.append(known)
+            marks[path] = read_mark(metadata)
+        self.mark = check_marks(marks)
         assert frozen is not None
         return frozen
 
@@ -266,11 +294,36 @@ class _ParquetSource(Source):
         parts = [self.columns, self.seed, self._drop, [(f.size, f.digest) for f in self._files]]
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+    def entry(self, rows: np.ndarray) -> np.ndarray:
+        starts = self._part_starts()
+        return starts[np.searchsorted(starts, rows, side="right") - 1]
+
+    def ranges(self, start: int, stop: int) -> np.ndarray | None:
+        starts = self._part_starts()
+        first = int(np.searchsorted(starts, start, side="right")) - 1
+        last = int(np.searchsorted(starts, stop, side="left"))
+        bounds = []
+        for file, groups in self._runs(self._order(0)[first:last]):
+            _, metadata = inspect(self._fs, file.path)
+            bounds += [column_ranges(metadata.row_group(g), self._format.columns) for g in groups]
+        low, high = np.array(bounds).transpose(2, 0, 1)
+        return np.stack([low.min(axis=0), high.max(axis=0)], axis=1)
+
+    def _order(self, epoch: int) -> list[int]:
+        """Return the row groups in the order of an epoch."""
         order = list(range(len(self._parts)))
         if self.seed is not None:
             sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
             order = np.random.default_rng(sequence).permutation(len(order)).tolist()
+        return order
+
+    def _part_starts(self) -> np.ndarray:
+        """Return the first row of each row group in the order of epoch 0."""
+        rows = np.array(self._part_rows)[self._order(0)]
+        return np.cumsum(rows) - rows
+
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+        order = self._order(epoch)
         first = 0
         while first < len(order) and start >= self._part_rows[order[first]]:
             start -= self._part_rows[order[first]]
@@ -278,7 +331,11 @@ class _ParquetSource(Source):
         return _skip(self._read_parts(order[first:]), start)
 
     def _read_parts(self, order: Sequence[int]) -> Iterator[np.ndarray]:
-        """Read row groups in *order*, neighbours of one file in one go."""
+        for file, groups in self._runs(order):
+            yield from self._read(file, groups)
+
+    def _runs(self, order: Sequence[int]) -> list[tuple[ParquetInput, list[int]]]:
+        """Put neighbours of one file together, to be read in one go."""
         runs: list[tuple[ParquetInput, list[int]]] = []
         for part in order:
             file, group = self._parts[part]
@@ -286,8 +343,7 @@ class _ParquetSource(Source):
                 runs[-1][1].append(group)
             else:
                 runs.append((file, [group]))
-        for file, groups in runs:
-            yield from self._read(file, groups)
+        return runs
 
     def _read(self, file: ParquetInput, groups: Sequence[int]) -> Iterator[np.ndarray]:
         batches = read_batches(self._fs, file, columns=self.columns, row_groups=groups)
@@ -304,6 +360,8 @@ class _ParquetSource(Source):
 
 
 class _ArraySource(Source):
+    random_access = True
+
     def __init__(self, array: np.ndarray):
         _require_numbers(array)
         if not len(array):
@@ -311,6 +369,9 @@ class _ArraySource(Source):
         self._array = array
         self.n_rows = len(array)
         self.sample_shape = array.shape[1:]
+
+    def entry(self, rows: np.ndarray) -> np.ndarray:
+        return rows
 
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
         row_bytes = max(1, self._array[:1].nbytes)
@@ -410,6 +471,8 @@ class _OneShotSource(_IterableSource):
 
 def _arrow_batches(data: Any) -> Iterator[Any]:
     """Yield blocks of *data*; tables and Arrow streams are taken apart into batches."""
+    if isinstance(data, np.ndarray):
+        data = [data]
     if hasattr(data, "__arrow_c_stream__"):
         data = import_pyarrow().RecordBatchReader.from_stream(data)
     for block in data:
