@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.dictionaries import read_dictionaries, write_dictionaries
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.files import import_pyarrow
 from pymc.variational._streaming.mark import PreshuffleMark
 from pymc.variational._streaming.piles import PileFile, write_catalog
 from pymc.variational._streaming.plan import Plan
@@ -86,6 +87,7 @@ class Passes:
             infos = self.scratch_fs.get_file_info([result.piles.path for result in done.values()])
             there = zip(done.items(), infos)
             done = {i: r for (i, r), info in there if info.size == r.piles.size}
+            self._delete_all_but(done)
         self._count(done)
         table = self.plan.table
         return done | self._run(
@@ -99,6 +101,15 @@ class Passes:
                 if index not in done
             },
         )
+
+    def _delete_all_but(self, done: dict[int, Scattered]) -> None:
+        """Delete scatter files that a killed run left unfinished."""
+        known = {path for r in done.values() for path in (r.piles.path, r.dictionaries) if path}
+        names = {path.rpartition("/")[2] for path in known}
+        selector = import_pyarrow().fs.FileSelector(self.folder)
+        for info in self.scratch_fs.get_file_info(selector):
+            if info.base_name not in names:
+                self.scratch_fs.delete_file(info.path)
 
     def _gather_rest(
         self, scattered: dict[int, Scattered], done: dict[int, Gathered]

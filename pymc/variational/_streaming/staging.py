@@ -21,6 +21,7 @@ refuses the others until it is there.
 
 import json
 import os
+import pathlib
 import shutil
 import threading
 import uuid
@@ -195,6 +196,8 @@ class _LocalStaging(Staging):
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _look(self):
+        for draft in pathlib.Path(self.work).glob("part-*"):
+            draft.unlink()
         if os.path.lexists(self._old) and not os.path.lexists(self.destination):
             os.rename(self._old, self.destination)
         if not os.path.lexists(self.destination) or self._overwrite:

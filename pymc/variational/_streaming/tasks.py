@@ -20,7 +20,7 @@ import sys
 import threading
 import uuid
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,23 +141,24 @@ class Gathered:
 
 def scatter(task: ScatterTask) -> Scattered:
     """Read row groups, and write their rows grouped by pile."""
-    with _share_of_memory(task.scratch.at_once):
-        seen = _Seen(task.scratch.schema)
-        # A task that is run twice at once, or outlives its run, must not touch another's file.
-        path = f"{task.scratch.folder}/{task.index:05}-{uuid.uuid4().hex}"
+    scratch = task.scratch
+    # A task that is run twice at once, or outlives its run, must not touch another's file.
+    path = f"{scratch.folder}/{task.index:05}-{uuid.uuid4().hex}"
+    with _share_of_memory(scratch.at_once), _deleted_on_error(scratch.fs, path + ".piles"):
+        seen = _Seen(scratch.schema)
         piles = write_piles(
-            task.scratch.fs,
+            scratch.fs,
             path + ".piles",
             (batch for piece in task.pieces for batch in _read(task, piece, seen)),
-            task.scratch.schema,
+            scratch.schema,
             n_piles=task.n_piles,
-            rng=generator(task.scratch.seed, _LABELS, task.index),
-            block_bytes=task.scratch.block_bytes,
+            rng=generator(scratch.seed, _LABELS, task.index),
+            block_bytes=scratch.block_bytes,
         )
         dictionaries = None
         if seen.dictionaries.values:
             dictionaries = path + ".dictionaries"
-            write_dictionaries(task.scratch.fs, dictionaries, seen.dictionaries.values)
+            write_dictionaries(scratch.fs, dictionaries, seen.dictionaries.values)
         return Scattered(seen.rows, seen.checksum, piles, dictionaries, _peak_memory())
 
 
@@ -167,16 +168,12 @@ def gather(task: GatherTask) -> Gathered:
         # All that may be missing is looked up before the file is begun: on an object store there
         # is no draft, and what was there is replaced.
         extents = locate_pile(task.scratch.fs, task.catalog, task.index)
-        batches = _shuffle(task.scratch, extents, (task.index,), task.row_group_rows)
         paths = [task.dictionaries] if task.dictionaries else []
         dictionaries = read_dictionaries(task.scratch.fs, paths).values
         path = task.draft or task.path
-        with task.fs.open_output_stream(path) as sink, _open_writer(sink, task) as writer:
-            for batch in batches:
-                writer.write_batch(restore(batch, task.schema, dictionaries), batch.num_rows)
-            mark = dataclasses.replace(task.mark, index=task.index, data_end=sink.tell())
-            writer.add_key_value_metadata(mark.to_metadata())
-        seen, size = _read_back(task, path)
+        with _deleted_on_error(task.fs, path):
+            _write(task, path, extents, dictionaries)
+            seen, size = _read_back(task, path)
         if task.draft:
             task.fs.move(path, task.path)
         return Gathered(seen.rows, seen.checksum, size, _peak_memory())
@@ -195,6 +192,17 @@ def _share_of_memory(at_once: int) -> Iterator[None]:
         # Else the allocator keeps what a task had for the same thread's next one.
         import_pyarrow().default_memory_pool().release_unused()
         _memory.release(shares)
+
+
+@contextlib.contextmanager
+def _deleted_on_error(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[None]:
+    """Leave no half of a file on a disk that may be full."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fs.delete_file(path)
+        raise
 
 
 class _Seen:
@@ -269,6 +277,20 @@ def _shuffle_again(
         yield from _shuffle(scratch, extents, (*place, pile), rows)
     scratch.fs.delete_file(path + ".piles")
     scratch.fs.delete_file(path + ".catalog")
+
+
+def _write(
+    task: GatherTask,
+    path: str,
+    extents: list[Extent],
+    dictionaries: Mapping[str, "pyarrow.Array"],
+) -> None:
+    batches = _shuffle(task.scratch, extents, (task.index,), task.row_group_rows)
+    with task.fs.open_output_stream(path) as sink, _open_writer(sink, task) as writer:
+        for batch in batches:
+            writer.write_batch(restore(batch, task.schema, dictionaries), batch.num_rows)
+        mark = dataclasses.replace(task.mark, index=task.index, data_end=sink.tell())
+        writer.add_key_value_metadata(mark.to_metadata())
 
 
 def _open_writer(sink: Any, task: GatherTask) -> Any:
