@@ -45,6 +45,7 @@ from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.tensor.variable import TensorVariable
 
 from pymc.model.core import Model
+from pymc.variational._streaming.average import EpochAverage
 from pymc.variational._streaming.batches import Chunk, read_epochs, rebatch
 from pymc.variational._streaming.cli import main
 from pymc.variational._streaming.errors import (
@@ -53,6 +54,8 @@ from pymc.variational._streaming.errors import (
     StreamError,
     StreamWarning,
 )
+from pymc.variational._streaming.fit_check import check_fit
+from pymc.variational._streaming.fit_report import FitReport
 from pymc.variational._streaming.guards import check_model
 from pymc.variational._streaming.order import OrderCheck, OrderReport, check_order
 from pymc.variational._streaming.prefetch import Prefetcher
@@ -68,6 +71,8 @@ from pymc.variational._streaming.sources import (
 from pymc.variational.callbacks import Callback
 
 __all__ = [
+    "EpochAverage",
+    "FitReport",
     "OrderError",
     "OrderReport",
     "OrderWarning",
@@ -76,6 +81,7 @@ __all__ = [
     "StreamWarning",
     "StreamingDataset",
     "arrow_source",
+    "check_fit",
     "check_order",
     "parquet_source",
     "preshuffle",
