@@ -57,8 +57,8 @@ MESSAGES = 2_500_000
 SEED = 0
 WINDOW_SHARE = 20
 IN_MEMORY = "in memory"
-ORDERED = "in order of time"
-SHUFFLED = "after preshuffle"
+ORDERED = "ordered"
+SHUFFLED = "preshuffled"
 LEGEND = {
     IN_MEMORY: "in memory, pm.Minibatch",
     ORDERED: "streamed in order of time",
