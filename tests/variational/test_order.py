@@ -335,7 +335,7 @@ class TestReport:
         assert "'a' differs between 20 windows of 20,000 rows (p = " in message
         assert f"design effect is {alarm.design_effect:,.0f}:" in message
         assert "One window covers 5 % of the 400,000 rows" in message
-        assert f"up to {alarm.drift:,.0f} posterior standard deviations" in message
+        assert f"about {alarm.drift:,.0f} posterior standard deviations" in message
         assert "0.045 at 1 million rows, 0.69 at 20 million and 1.65 at 26 million" in message
         assert re.search(
             rf'preshuffle\("{path}", "{path[: -len(r".parquet") - 1]}-shuffled", seed=0\)', message

@@ -100,7 +100,7 @@ class OrderReport:
     design_effect: float
     """Variance of a window's mean, over that of as many random rows (Kish)."""
     drift: float
-    """Bound on how far the last iterate can drift, in posterior standard deviations."""
+    """How far the last iterate drifts, about, in posterior standard deviations: √(ρN)."""
     visible: float
     """Drift that this check would just have seen."""
     window: int
@@ -169,7 +169,7 @@ class OrderReport:
             f"The design effect is {self.design_effect:,.0f}: their means vary that many times "
             "as much as those of random rows. "
             f"One window covers {_percent(self.share)} of the {self.n_rows:,} rows, so each "
-            "minibatch is a slice of the order, and posterior means can drift by up to "
+            "minibatch is a slice of the order, and posterior means can drift by about "
             f"{self.drift:,.0f} posterior standard deviations. In an experiment with a logistic "
             "model on order-book rows sorted by time, this moved the posterior means by 0.045 at "
             "1 million rows, 0.69 at 20 million and 1.65 at 26 million, without any error. "
@@ -183,7 +183,7 @@ class OrderReport:
             return (
                 f"No order that a posterior would notice: {self.feature!r} differs between "
                 f"{self._groups()} (p = {_p(self.p_value)}), but with a design effect of "
-                f"{self.design_effect:.2g} a fit drifts by at most {self.drift:.2g} posterior "
+                f"{self.design_effect:.2g} a fit drifts by about {self.drift:.2g} posterior "
                 f"standard deviations. {self._limits()}"
             )
         return (

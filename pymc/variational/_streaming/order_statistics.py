@@ -218,7 +218,7 @@ def gate(
     design_effect : ndarray
         Kish's 1 + (span - 1) ρ.
     drift : ndarray
-        How far the last iterate can drift, in posterior standard deviations: the mean of a
+        About how far the last iterate drifts, in posterior standard deviations: the mean of a
         group is off by σ √ρ, and the posterior's own is known to σ / √N.
     notices : ndarray of bool
     """

@@ -19,7 +19,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,9 +33,6 @@ from pymc.variational._streaming.files import (
 )
 from pymc.variational._streaming.mark import PreshuffleMark, check_marks, read_mark
 from pymc.variational._streaming.rows import RowFormat, column_ranges
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Source", "arrow_source", "as_source", "draw_seed", "parquet_source", "positive_int"]
 
@@ -279,6 +276,7 @@ class _ParquetSource(Source):
             self._files.append(known)
             marks[path] = read_mark(metadata)
         self.mark = check_marks(marks)
+        self.shuffled = self.mark is not None
         assert frozen is not None
         return frozen
 
