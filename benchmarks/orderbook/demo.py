@@ -126,6 +126,7 @@ def show(exact: Posterior, fits: dict[str, Fit]) -> None:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        show_edge=False,
         title="Error of the posterior means, in posterior standard deviations",
         caption=(
             "By coefficient: means averaged over the second half of the steps. "

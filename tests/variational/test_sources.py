@@ -28,6 +28,7 @@ from pymc.variational.streaming import (
     StreamingDataset,
     arrow_source,
     parquet_source,
+    preshuffle,
     shuffle_buffer,
 )
 from tests.variational.strategies import numbered, table, write_layout
@@ -366,6 +367,16 @@ class TestReading:
         write_layout(tmp_path, [[2]])
         with pytest.raises(ValueError, match="invalid='skip' is not a choice"):
             parquet_source(tmp_path, invalid="skip")
+
+
+def test_preshuffled_rows_know_that_they_are(tmp_path):
+    (tmp_path / "ordered").mkdir()
+    write_layout(tmp_path / "ordered", [[50], [50]])
+    preshuffle(tmp_path / "ordered", tmp_path / "shuffled", seed=5, progressbar=False)
+    source = parquet_source(tmp_path / "shuffled")
+    assert source.shuffled and not parquet_source(tmp_path / "ordered").shuffled
+    assert (source.mark.seed, source.mark.source) == (5, str(tmp_path / "ordered"))
+    assert sorted(rows_of(source)[:, 0]) == list(range(100))
 
 
 class TestOtherSources:
