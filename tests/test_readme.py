@@ -33,7 +33,7 @@ def code_blocks(language: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_users_code_finds_the_exact_posterior(tmp_path, monkeypatch):
+def test_the_code_finds_the_exact_posterior_and_the_check_improves_it(tmp_path, monkeypatch):
     """With PyMC's default optimizer; the code sets no seed, and runs came within 0.3 sd."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(100_000, 3)).astype("float32")
@@ -43,12 +43,17 @@ def test_the_users_code_finds_the_exact_posterior(tmp_path, monkeypatch):
     (tmp_path / "shuffled").mkdir()
     pq.write_table(pa.table(columns), tmp_path / "shuffled" / "rows.parquet")
     monkeypatch.chdir(tmp_path)
-    (code,) = code_blocks("python")
+    fit, check = code_blocks("python")
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(fit, "README.md", "exec"), names)
     exact = exact_posterior(tmp_path / "shuffled")
     error = (names["approx"].mean.eval() - exact.mean) / exact.sd
     assert np.abs(error).max() < 1
+
+    exec(compile(check, "README.md", "exec"), names)
+    corrected = (names["approx"].mean.eval() - exact.mean) / exact.sd
+    assert np.abs(corrected).max() < 0.2
+    np.testing.assert_allclose(names["approx"].std.eval(), exact.sd, rtol=0.05)
 
 
 def test_the_table_is_the_generated_one():

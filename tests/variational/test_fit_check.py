@@ -461,6 +461,23 @@ class TestStreams:
         with pytest.raises(StreamError, match=r"'p' depends on the stream .* but is not observed"):
             check_fit(approx, ds)
 
+    def test_a_flat_prior(self):
+        y = np.random.default_rng(9).normal(size=100)
+        ds = stream(y, 30)
+        with pm.Model():
+            pm.Normal("y", pm.Flat("mu"), 1, observed=ds.as_tensor()[:, 0], total_size=100)
+            approx = pm.MeanField()
+        place(approx, y.mean() + 0.3, 0.1)
+        assert_errors(check_fit(approx, ds), 3, 0, 1e-6)
+
+    def test_a_stream_that_can_be_read_only_once(self, regression, fit):
+        ds = StreamingDataset(iter([regression.rows]), batch_size=150, total_size=1_011)
+        with regression.model(ds), ds:
+            approx = pm.MeanField()
+            ds.advance()
+            with pytest.raises(StreamError, match="one-shot iterator and has been read"):
+                check_fit(approx, ds)
+
     def test_particles(self, regression, fit):
         ds, approx = fit
         with approx.model:
@@ -513,9 +530,9 @@ class TestVerdict:
                 0.2,
                 3.0,
                 "scales off",
-                r"off by up to a\nfactor of 3. Run longer, or use report.appl",
+                r"scales off by up to a factor of 3\.\nRun longer, or use report.appl",
             ),
-            (0.2, 0.5, "scales off", r"off by up to a\nfactor of 2"),
+            (0.2, 0.5, "scales off", "scales off by up to a factor of 2"),
             (1.0, 1.1, "last-iterate noise", "is 1 posterior sd off, .* EpochAverage"),
             (20.0, 1.1, "not converged", "is 20 posterior sd off, which is clear from each batch"),
             (1.0, 5.0, "not converged", "scales are up to 5 times too wide"),

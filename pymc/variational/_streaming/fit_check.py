@@ -103,8 +103,8 @@ def check_fit(
     -----
     The means' errors come from the Hessian of the log density, estimated with as many pairs of
     draws as there are parameters, 8 at least. Beyond 64 parameters of a mean-field
-    approximation, 64 pairs estimate its diagonal only, and an error that correlated parameters
-    share shows smaller than it is. Both are exact where the log density is quadratic.
+    approximation, 64 pairs estimate its diagonal only, which serves where correlations are
+    weak. The former is exact where the log density is quadratic.
 
     *Cost*: a gradient of every row at each draw, 16 for up to 8 parameters. *Memory*: a
     few vectors of the parameters, or matrices where the Hessian is estimated, and a block of
@@ -229,7 +229,7 @@ def _compile_density(
     values = {v.name: v for v in group.model.value_vars}
     [total], flat = join_nonshared_inputs(
         group.model.initial_point(0),
-        [pt.add(*terms) if terms else pt.constant(0.0)],
+        [pt.add(*terms)],
         [values[name] for name in group.ordering],
     )
     inputs, givens = [flat], {}

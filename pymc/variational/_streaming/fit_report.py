@@ -49,7 +49,31 @@ _YOUNG_S = -10.0
 _CLEAR = 3.0
 """Times the noise of a batch that leave no doubt which way the means should go."""
 
+_EXPLANATIONS = {
+    "fine": "The means are at most {z:.2g} posterior sd off, the scales {percent:.2g} %.",
+    "scales off": (
+        "The means are where they should be, the scales off by up to a factor of {factor:.2g}.\n"
+        "Run longer, or use report.apply(approx)."
+    ),
+    "last-iterate noise": (
+        "{off}, which is within the noise of single batches.\n"
+        "Average over whole epochs with EpochAverage, run longer, or lower the learning rate."
+    ),
+    "not converged": "{off}, {why}.\nRun more steps, or raise the learning rate.",
+    "ordered rows": (
+        "{off}, and the gradient varies {disorder:.3g} times as much along the stream as it\n"
+        "would in random order: the fit follows the order of the rows.\n"
+        "Shuffle the whole table once with preshuffle."
+    ),
+    "one batch": (
+        "{off}, and the stream has never gone beyond its first batch.\n"
+        "Fit with callbacks=[ds.fit_callback()]."
+    ),
+}
+
 _MAX_DOUBT = 0.5
+"""Posterior standard deviations that a Newton step may miss by."""
+
 _MAX_LINES = 12
 """Parameters in the printed table."""
 
@@ -181,40 +205,20 @@ class FitReport:
         )
 
     def _explanation(self) -> list[str]:
+        if self.verdict == "wrong size":
+            return [_miscounted(s) for s in self.streams if s.rows != s.total_size]
         worst = int(np.argmax(np.abs(self.z)))
-        off = f"The mean of {self.names[worst]} is {abs(self.z[worst]):.2g} posterior sd off"
-        match self.verdict:
-            case "wrong size":
-                return [_miscounted(s) for s in self.streams if s.rows != s.total_size]
-            case "one batch":
-                return [
-                    f"{off}, and the stream has never gone beyond its first batch.",
-                    "Fit with callbacks=[ds.fit_callback()].",
-                ]
-            case "ordered rows":
-                return [
-                    f"{off}, and the gradient varies {self.disorder:.3g} times as much along the",
-                    "stream as it would in random order: the fit follows the order of the rows.",
-                    "Shuffle the whole table once with preshuffle.",
-                ]
-            case "not converged":
-                return [f"{off}{self._too_wide()}.", "Run more steps, or raise the learning rate."]
-            case "last-iterate noise":
-                return [
-                    f"{off}, which is within the noise of single batches.",
-                    "Average over whole epochs with EpochAverage, run longer, or lower the",
-                    "learning rate towards the end.",
-                ]
-            case "scales off":
-                return [
-                    "The means are where they should be, but scales are not yet: off by up to a",
-                    f"factor of {self._scale_error():.2g}. Run longer, or use report.apply(approx).",
-                ]
-            case _:
-                return [
-                    f"The means are at most {abs(self.z[worst]):.2g} posterior sd off, the scales "
-                    f"{100 * (self._scale_error() - 1):.2g} %."
-                ]
+        z, error = abs(self.z[worst]), self._scale_error()
+        return [
+            _EXPLANATIONS[self.verdict].format(
+                off=f"The mean of {self.names[worst]} is {z:.2g} posterior sd off",
+                z=z,
+                disorder=self.disorder,
+                why=self._why_not_converged(),
+                factor=error,
+                percent=100 * (error - 1),
+            )
+        ]
 
     def _numbers(self) -> list[str]:
         lines = [f"{self.rows:,} rows; ELBO {self.elbo:,.2f} ± {self.elbo_error:.2g}"]
@@ -248,10 +252,10 @@ class FitReport:
             lines.append(f"and {len(self.z) - len(shown)} more, less far off")
         return lines
 
-    def _too_wide(self) -> str:
+    def _why_not_converged(self) -> str:
         if self.s.min() >= _YOUNG_S:
-            return ", which is clear from each batch"
-        return f", and the scales are up to {np.sqrt(1 - self.s.min()):.3g} times too wide"
+            return "which is clear from each batch"
+        return f"and the scales are up to {np.sqrt(1 - self.s.min()):.3g} times too wide"
 
     def _scale_error(self) -> float:
         """Return the largest factor by which a scale is too wide or too narrow."""
