@@ -58,6 +58,7 @@ from pymc.variational._streaming.fit_check import check_fit
 from pymc.variational._streaming.fit_report import FitReport
 from pymc.variational._streaming.guards import check_model
 from pymc.variational._streaming.order import OrderCheck, OrderReport, check_order
+from pymc.variational._streaming.parquet import parquet_source
 from pymc.variational._streaming.prefetch import Prefetcher
 from pymc.variational._streaming.preshuffle import PreshuffleReport, preshuffle
 from pymc.variational._streaming.shuffle import ShuffleBuffer, shuffle_buffer
@@ -65,7 +66,6 @@ from pymc.variational._streaming.sources import (
     Source,
     arrow_source,
     as_source,
-    parquet_source,
     positive_int,
 )
 from pymc.variational.callbacks import Callback

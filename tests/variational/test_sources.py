@@ -15,6 +15,7 @@
 
 import gc
 import os
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -377,6 +378,14 @@ def test_preshuffled_rows_know_that_they_are(tmp_path):
     assert source.shuffled and not parquet_source(tmp_path / "ordered").shuffled
     assert (source.mark.seed, source.mark.source) == (5, str(tmp_path / "ordered"))
     assert sorted(rows_of(source)[:, 0]) == list(range(100))
+
+
+def test_pyarrow_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with StreamingDataset(numbered(4), batch_size=2) as ds:
+        assert ds.advance()
+    with pytest.raises(ImportError, match="needs pyarrow; install it with"):
+        parquet_source("rows/")
 
 
 class TestOtherSources:
