@@ -68,7 +68,7 @@ def every_type(n: int) -> pa.Table:
         "large list": _holed(
             [[str(i) for i in v] for v in lists], holes, pa.large_list(pa.string())
         ),
-        "fixed list": _holed([[1.5 * k, None] for k in numbers], holes, pa.list_(pa.float32(), 2)),
+        "fixed list": pa.array([[1.5 * k, None] for k in numbers], pa.list_(pa.float32(), 2)),
         "list of lists": _holed(
             [[v, None, v] for v in lists], holes, pa.list_(pa.list_(pa.int8()))
         ),

@@ -51,7 +51,8 @@ def test_checksums_of_slices_add_up(name, cut):
 @COLUMNS
 def test_equal_values_in_other_buffers_have_the_same_checksum(name):
     """What lies under a null, or before an offset, is no value."""
-    rebuilt = pa.concat_batches([batch(name).slice(k, 1) for k in range(TABLE.num_rows)])
+    rows = [batch(name).slice(k, 1) for k in range(TABLE.num_rows)]
+    rebuilt = pa.Table.from_batches(rows).combine_chunks().to_batches()[0]
     assert checksum_rows(batch(name)) == checksum_rows(rebuilt)
 
 

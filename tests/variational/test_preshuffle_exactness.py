@@ -24,6 +24,7 @@ import pytest
 from scipy import stats
 
 from pymc.variational._streaming.permute import draw_labels, generator, group_rows, permute_rows
+from pymc.variational._streaming.piles import concatenate
 from pymc.variational._streaming.preshuffle import preshuffle
 from tests.variational.preshuffled import cut_small, rows_in_order
 
@@ -41,8 +42,10 @@ def two_passes(n_rows: int, n_piles: int, seed: int) -> list[int]:
             piles[pile].append(grouped.slice(bounds[pile], bounds[pile + 1] - bounds[pile]))
     shuffled = []
     for number, pile in enumerate(piles):
-        for part in permute_rows(pa.concat_batches(pile), generator(seed, 1, number), 2):
-            shuffled += part["row"].to_pylist()
+        rows = [part for part in pile if part.num_rows]
+        if rows:
+            for part in permute_rows(concatenate(rows), generator(seed, 1, number), 2):
+                shuffled += part["row"].to_pylist()
     return shuffled
 
 

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["checksum_rows"]
 
 _WORD = 1 << 64
-_SLICE_BYTES = {"fixed": 1 << 20, "variable": 1 << 18}
-"""Rows are hashed in slices of about this size, so that what that takes stays in the cache."""
+_SLICE_BYTES = {"fixed": 1 << 22, "variable": 1 << 18}
+"""Words are made of slices of rows of about this size; of a string they take four times that."""
+_CHUNK = 1 << 15
+"""Rows that are hashed at once, so that all that it takes stays in the cache."""
 _NULL = np.uint64(0x9E6D_5F41_C3A8_27B3)
 _ALL_ONES = np.uint64(_WORD - 1)
 _MULTIPLIER = np.uint64(0xD6E8_FEB8_6659_FD93)
@@ -60,17 +62,26 @@ def checksum_rows(batch: "pyarrow.RecordBatch") -> int:
 
 
 def _sum_hashes(batch: "pyarrow.RecordBatch") -> int:
-    words = _combine([_words(column) for column in batch.columns], batch.num_rows)
-    return int(words.sum(dtype=np.uint64))
+    columns = [_words(column) for column in batch.columns]
+    spare = np.empty((2, min(_CHUNK, batch.num_rows)), np.uint64)
+    total = 0
+    for first in range(0, batch.num_rows, _CHUNK):
+        chunk = [words[first : first + _CHUNK] for words in columns]
+        total += int(_combine(chunk, *spare[:, : batch.num_rows - first]).sum(dtype=np.uint64))
+    return total
 
 
-def _combine(columns: list[np.ndarray], n: int) -> np.ndarray:
-    """Make one word of the words that stand beside each other in each of *n* rows."""
-    total = np.zeros(n, np.uint64)
-    product = np.empty_like(total)
+def _combine(columns: list[np.ndarray], total: np.ndarray, spare: np.ndarray) -> np.ndarray:
+    """Make one word of the words that stand beside each other in each row, in *total*."""
+    total[:] = 0
     for words, weight in zip(columns, _weights(len(columns))):
-        total += np.multiply(words, weight, out=product)
-    return _mix(total, product)
+        total += np.multiply(words, weight, out=spare)
+    return _mix(total, spare)
+
+
+def _join(columns: list[np.ndarray], n: int) -> np.ndarray:
+    """Combine words that belong to one value."""
+    return _combine(columns, np.empty(n, np.uint64), np.empty(n, np.uint64))
 
 
 def _words(array: "pyarrow.Array") -> np.ndarray:
@@ -94,7 +105,7 @@ def _valid_words(array: "pyarrow.Array") -> np.ndarray:
     kind = array.type
     if types.is_struct(kind):
         fields = [_words(array.field(i)) for i in range(kind.num_fields)]
-        return _combine(fields, len(array))
+        return _join(fields, len(array))
     if types.is_fixed_size_list(kind):
         bounds = np.arange(len(array) + 1) * kind.list_size
         children = array.values.slice(array.offset * kind.list_size, bounds[-1])
@@ -117,7 +128,7 @@ def _fixed_width_words(array: "pyarrow.Array") -> np.ndarray:
     if width <= 8:
         return data.view(f"u{width}")
     halves = data.view(np.uint64).reshape(len(array), -1)
-    return _combine(list(halves.T), len(array))
+    return _join(list(halves.T), len(array))
 
 
 def _binary_words(array: "pyarrow.Array") -> np.ndarray:
@@ -143,7 +154,7 @@ def _string_words(data: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     excess = -lengths & 7
     last = ends[1:][excess > 0] - 1
     eights[last] &= _ALL_ONES >> (8 * excess[excess > 0]).astype(np.uint64)
-    return _combine([_segments(eights, ends), lengths.astype(np.uint64)], len(lengths))
+    return _join([_segments(eights, ends), lengths.astype(np.uint64)], len(lengths))
 
 
 def _segments(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:

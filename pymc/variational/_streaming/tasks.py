@@ -31,6 +31,7 @@ from pymc.variational._streaming.dictionaries import (
     read_dictionaries,
     write_dictionaries,
 )
+from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.files import import_pyarrow, inspect, read_batches
 from pymc.variational._streaming.mark import PreshuffleMark
 from pymc.variational._streaming.permute import generator, permute_rows
@@ -130,7 +131,7 @@ class GatherTask:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What reading back the file of a pile gave."""
+    """What was handed to the writer of a pile."""
 
     rows: int
     checksum: int
@@ -163,7 +164,7 @@ def scatter(task: ScatterTask) -> Scattered:
 
 
 def gather(task: GatherTask) -> Gathered:
-    """Write one pile in random order as a Parquet file, and read it back."""
+    """Write one pile in random order as a Parquet file."""
     with _share_of_memory(task.scratch.at_once):
         # All that may be missing is looked up before the file is begun: on an object store there
         # is no draft, and what was there is replaced.
@@ -172,8 +173,8 @@ def gather(task: GatherTask) -> Gathered:
         dictionaries = read_dictionaries(task.scratch.fs, paths).values
         path = task.draft or task.path
         with _deleted_on_error(task.fs, path):
-            _write(task, path, extents, dictionaries)
-            seen, size = _read_back(task, path)
+            seen = _write(task, path, extents, dictionaries)
+            size = _check_footer(task, path, seen)
         if task.draft:
             task.fs.move(path, task.path)
         return Gathered(seen.rows, seen.checksum, size, _peak_memory())
@@ -189,8 +190,9 @@ def _share_of_memory(at_once: int) -> Iterator[None]:
     try:
         yield
     finally:
-        # Else the allocator keeps what a task had for the same thread's next one.
-        import_pyarrow().default_memory_pool().release_unused()
+        if shares > 1:
+            # Memory is tight, and an allocator keeps what each thread of the executor had.
+            import_pyarrow().default_memory_pool().release_unused()
         _memory.release(shares)
 
 
@@ -284,13 +286,18 @@ def _write(
     path: str,
     extents: list[Extent],
     dictionaries: Mapping[str, "pyarrow.Array"],
-) -> None:
+) -> _Seen:
+    """Write a file, and count what is handed to its writer."""
+    seen = _Seen(task.scratch.schema)
     batches = _shuffle(task.scratch, extents, (task.index,), task.row_group_rows)
     with task.fs.open_output_stream(path) as sink, _open_writer(sink, task) as writer:
         for batch in batches:
-            writer.write_batch(restore(batch, task.schema, dictionaries), batch.num_rows)
+            batch = restore(batch, task.schema, dictionaries)
+            seen.add(batch)
+            writer.write_batch(batch, batch.num_rows)
         mark = dataclasses.replace(task.mark, index=task.index, data_end=sink.tell())
         writer.add_key_value_metadata(mark.to_metadata())
+    return seen
 
 
 def _open_writer(sink: Any, task: GatherTask) -> Any:
@@ -304,13 +311,12 @@ def _open_writer(sink: Any, task: GatherTask) -> Any:
     )
 
 
-def _read_back(task: GatherTask, path: str) -> tuple[_Seen, int]:
-    """Read all rows of a written file, with the checksums of its pages."""
-    seen = _Seen(task.scratch.schema)
+def _check_footer(task: GatherTask, path: str, seen: _Seen) -> int:
+    """Check that a file ends with a footer for all its rows, and return its size."""
     known, _ = inspect(task.fs, path)
-    for _, _, batch in read_batches(task.fs, known, batch_rows=task.scratch.batch_rows):
-        seen.add(batch)
-    return seen, known.size
+    if known.n_rows != seen.rows:
+        raise StreamError(f"{path}: holds {known.n_rows} rows, {seen.rows} were written")
+    return known.size
 
 
 def _peak_memory() -> int:
