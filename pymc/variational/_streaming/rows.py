@@ -13,12 +13,14 @@
 #   limitations under the License.
 """Arrow columns to rows of numbers, exactly or not at all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.files import import_pyarrow
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ __all__ = ["Fault", "RowFormat", "column_ranges", "exact_limit"]
 
 _TILE = 1024
 """Rows; many columns are interleaved in tiles that stay in the cache."""
+
+_PIECE = 1 << 16
+"""Rows of a record batch that are converted at a time; some libraries make huge batches."""
 
 
 def exact_limit(dtype: np.dtype) -> float:
@@ -43,8 +48,9 @@ def column_ranges(
     for j in range(row_group.num_columns):
         column = row_group.column(j)
         if column.path_in_schema in found and column.is_stats_set and column.statistics.has_min_max:
-            statistics = column.statistics
-            found[column.path_in_schema] = float(statistics.min), float(statistics.max)
+            bounds = column.statistics.min, column.statistics.max
+            if not any(isinstance(bound, bytes) for bound in bounds):  # undecoded half floats
+                found[column.path_in_schema] = float(bounds[0]), float(bounds[1])
     return list(found.values())
 
 
@@ -104,6 +110,25 @@ class RowFormat:
                     f"{where}: column {name!r} is {found} where it was {expected} before; "
                     "write the files with one type"
                 )
+
+    def pieces(self, batch: "pyarrow.RecordBatch", where: str) -> Iterator[np.ndarray]:
+        """Yield the rows of *batch* in bounded pieces.
+
+        Raises
+        ------
+        StreamError
+            If a value is null, NaN, infinite or not exact in ``dtype``; it names *where*.
+        """
+        for first in range(0, batch.num_rows, _PIECE):
+            piece = batch.slice(first, _PIECE)
+            rows, bad = self.to_rows(piece)
+            if bad is not None:
+                fault = self.fault(piece, bad)
+                raise StreamError(
+                    f"{where}: column {fault.column!r} {fault.reason} in row "
+                    f"{first + fault.row}; repair or filter the rows before they are streamed"
+                )
+            yield rows
 
     def to_rows(self, batch: "pyarrow.RecordBatch") -> tuple[np.ndarray, np.ndarray | None]:
         """Interleave the columns of *batch*.
@@ -184,7 +209,10 @@ def _to_numpy(array: "pyarrow.Array", kind: "pyarrow.DataType") -> np.ndarray:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if array.null_count:
-        array = array.fill_null(pa.scalar(0).cast(kind))
+        is_decimal = pa.types.is_decimal(kind)  # whose precision may be too small for an int64
+        array = array.fill_null(
+            pa.scalar(Decimal(0), kind) if is_decimal else pa.scalar(0).cast(kind)
+        )
     if pa.types.is_decimal(kind):
         array = array.cast(pa.float64())
     return array.to_numpy(zero_copy_only=False)

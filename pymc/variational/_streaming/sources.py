@@ -11,12 +11,12 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Where rows come from: arrays, Arrow readers and iterables, as blocks of rows."""
+"""Where rows come from: arrays and iterables, as blocks of rows."""
 
 import os
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -26,22 +26,24 @@ from rich.console import Console
 
 from pymc.progress_bar import CustomProgress, default_progress_theme
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.files import (
-    import_pyarrow,
-)
+from pymc.variational._streaming.files import import_pyarrow
 from pymc.variational._streaming.rows import RowFormat
 
 __all__ = [
+    "IterableSource",
     "Source",
-    "arrow_source",
     "as_source",
     "draw_seed",
+    "is_arrow",
     "positive_int",
     "progress_bar",
     "skip_rows",
 ]
 
 _BLOCK_BYTES = 1 << 22
+_CHUNKED_BYTES = 1 << 18
+"""Of an array that has to be decoded; the order check reads single blocks all over it."""
+_REMEDY = "pass the number of rows of one pass, and a function that reads them all each time"
 
 
 class Source(ABC):
@@ -58,6 +60,8 @@ class Source(ABC):
     """Shape of one row, where it is known without reading one."""
     integral: tuple[bool, ...] | None = None
     """Which columns hold integers, where the blocks' dtype does not tell."""
+    checked: bool = False
+    """Whether the values of all blocks are known to be finite, and exact in the blocks' dtype."""
     seed: int | None = None
     fingerprint: str | None = None
     """What the stream of rows depends on, besides the epoch."""
@@ -100,60 +104,22 @@ class Source(ABC):
         return self.blocks()
 
 
-def arrow_source(
-    make_reader: Callable[[], Any],
-    *,
-    columns: Sequence[str] | None = None,
-    n_rows: int | None = None,
-) -> Source:
-    """Stream the record batches of anything that speaks Arrow.
-
-    Parameters
-    ----------
-    make_reader : callable
-        Called afresh for each pass over the data; returns a ``RecordBatchReader``, a table,
-        an iterable of record batches, or an object with ``__arrow_c_stream__``.
-    columns : sequence of str, optional
-        The columns of a row, in this order. Default: all columns of the first batch.
-    n_rows : int, optional
-        Rows of one pass, if you know them; checked when a pass ends.
-
-    Returns
-    -------
-    Source
-        Memory is bounded by the largest record batch, and by what the library behind the
-        reader holds.
-
-    Examples
-    --------
-    >>> import duckdb  # doctest: +SKIP
-    >>> query = "SELECT mid, spread, up FROM 'book/*.parquet'"
-    >>> source = arrow_source(lambda: duckdb.sql(query).to_arrow_reader())  # doctest: +SKIP
-    """
-    if not callable(make_reader):
-        raise TypeError(
-            f"make_reader={type(make_reader).__name__} is not callable; "
-            "pass a function that opens the reader afresh, e.g. lambda: table.to_reader()"
-        )
-    return _IterableSource(make_reader, columns=columns, n_rows=n_rows)
-
-
 def as_source(data: Any) -> Source:
     """Make a source of an array, a factory, a re-iterable or a one-shot iterator of blocks."""
     if isinstance(data, Source):
         return data
-    if isinstance(data, np.ndarray):
-        return _ArraySource(data)
     if isinstance(data, str | os.PathLike):
         raise TypeError(f"source={data!r} is a path; pass parquet_source({data!r})")
+    if all(hasattr(data, name) for name in ("shape", "dtype", "__getitem__")):
+        return _ArraySource(data)
+    if is_arrow(data):
+        return IterableSource(lambda: data)
     if callable(data):
-        return _IterableSource(data)
-    if _is_arrow(data):
-        return _IterableSource(lambda: data)
+        return IterableSource(data)
     if isinstance(data, Iterator):
         return _OneShotSource(data)
     if isinstance(data, Iterable):
-        return _IterableSource(lambda: data)
+        return IterableSource(lambda: data)
     raise TypeError(
         f"source={type(data).__name__} is not a source; pass parquet_source(...), "
         "arrow_source(...), an array, or an iterable or factory of blocks of rows"
@@ -179,27 +145,31 @@ def positive_int(name: str, value: Any) -> int:
 
 
 class _ArraySource(Source):
+    """An array, or what can be sliced like one: zarr, h5py, xarray, dask."""
+
     random_access = True
 
-    def __init__(self, array: np.ndarray):
-        _require_numbers(array)
-        if not len(array):
+    def __init__(self, array: Any):
+        first = _as_rows(np.asanyarray(array[:1]) if array.shape else array)
+        if not len(first):
             raise ValueError("source=array has no rows")
         self._array = array
-        self.n_rows = len(array)
-        self.sample_shape = array.shape[1:]
+        self._chunk = _chunk_rows(array)
+        self._row_bytes = max(1, first.nbytes)
+        self.n_rows = int(array.shape[0])
+        self.sample_shape = first.shape[1:]
 
     def entry(self, rows: np.ndarray) -> np.ndarray:
-        return rows
+        return rows - rows % self._chunk
 
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
-        row_bytes = max(1, self._array[:1].nbytes)
-        step = max(1, _BLOCK_BYTES // row_bytes)
-        for first in range(start, len(self._array), step):
-            yield self._array[first : first + step]
+        block_bytes = _BLOCK_BYTES if self._chunk == 1 else _CHUNKED_BYTES
+        step = max(1, block_bytes // (self._row_bytes * self._chunk)) * self._chunk
+        for first in range(start - start % self._chunk, int(self._array.shape[0]), step):
+            yield _as_rows(np.asanyarray(self._array[max(first, start) : first + step]))
 
 
-class _IterableSource(Source):
+class IterableSource(Source):
     """Blocks from whatever *make* returns; Arrow batches become rows of numbers."""
 
     def __init__(self, make: Callable[[], Any], *, columns=None, n_rows=None):
@@ -217,43 +187,48 @@ class _IterableSource(Source):
             blocks.close()
 
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
-        return skip_rows(self._convert(self._open()), start)
+        return skip_rows(self._counted(self._convert(_arrow_batches(self._make()))), start)
 
-    def _open(self) -> Iterator[Any]:
-        return _arrow_batches(self._make())
+    def _counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Pass blocks on as long as they keep what ``n_rows`` promises."""
+        n_rows = 0
+        for block in blocks:
+            n_rows += len(block)
+            if self.n_rows is not None and n_rows > self.n_rows:
+                raise StreamError(f"source gave more rows than n_rows={self.n_rows}; {_REMEDY}")
+            yield block
+        if self.n_rows not in (None, n_rows):
+            raise StreamError(f"source gave {n_rows} rows where n_rows={self.n_rows}; {_REMEDY}")
 
     def _convert(self, blocks: Iterable[Any]) -> Iterator[np.ndarray]:
         for number, block in enumerate(blocks):
-            rows = self._arrow_rows(block, number) if _is_arrow(block) else block
-            _require_numbers(rows)
-            kind = rows.shape[1:], rows.dtype
-            if self._kind is None:
-                self._kind = kind
-                self.sample_shape = rows.shape[1:]
-            if kind != self._kind:
-                raise StreamError(
-                    f"block {number} has rows of shape {kind[0]} and type {kind[1]} where "
-                    f"{self._kind[0]} and {self._kind[1]} came before; make all blocks alike"
-                )
-            yield rows
+            arrow = is_arrow(block)
+            for rows in self._arrow_rows(block, number) if arrow else [_as_rows(block)]:
+                self._require_kind(rows, number)
+                yield rows
 
-    def _arrow_rows(self, batch: Any, number: int) -> np.ndarray:
+    def _require_kind(self, rows: np.ndarray, number: int) -> None:
+        kind = rows.shape[1:], rows.dtype
+        if self._kind is None:
+            self._kind = kind
+            self.sample_shape = rows.shape[1:]
+        if kind != self._kind:
+            raise StreamError(
+                f"block {number} has rows of shape {kind[0]} and type {kind[1]} where "
+                f"{self._kind[0]} and {self._kind[1]} came before; make all blocks alike"
+            )
+
+    def _arrow_rows(self, batch: Any, number: int) -> Iterator[np.ndarray]:
         where = f"block {number}"
+        batch = import_pyarrow().record_batch(batch)
         if self._format is None:
             self._format = RowFormat.from_schema(batch.schema, self._names, where)
             self.columns, self.integral = self._format.columns, self._format.integral
         self._format.require(batch.schema, where, whole=self._names is None)
-        rows, bad = self._format.to_rows(batch)
-        if bad is not None:
-            fault = self._format.fault(batch, bad)
-            raise StreamError(
-                f"{where}: column {fault.column!r} {fault.reason} in row {fault.row}; "
-                "repair or filter the rows before they are streamed"
-            )
-        return rows
+        return self._format.pieces(batch, where)
 
 
-class _OneShotSource(_IterableSource):
+class _OneShotSource(IterableSource):
     """Blocks of an iterator, which can be read only once."""
 
     def __init__(self, iterator: Iterator[Any]):
@@ -305,11 +280,12 @@ def progress_bar() -> CustomProgress:
     return CustomProgress(console=Console(theme=default_progress_theme))
 
 
-def _is_arrow(block: Any) -> bool:
+def is_arrow(block: Any) -> bool:
     return hasattr(block, "__arrow_c_array__") or hasattr(block, "__arrow_c_stream__")
 
 
-def _require_numbers(block: Any) -> None:
+def _as_rows(block: Any) -> np.ndarray:
+    """Return a block as a plain array, or refuse it."""
     if not isinstance(block, np.ndarray) or not block.ndim:
         raise TypeError(
             f"a block of rows is {type(block).__name__}; "
@@ -317,6 +293,17 @@ def _require_numbers(block: Any) -> None:
         )
     if block.dtype.kind not in "biuf":
         raise TypeError(f"a block of rows has dtype {block.dtype}; pass integers or floats")
+    if np.ma.is_masked(block):
+        raise StreamError("a block of rows has masked values; fill them or leave their rows out")
+    return np.asarray(block)
+
+
+def _chunk_rows(array: Any) -> int:
+    """Return how many rows an array holds in one piece on disk."""
+    chunks = getattr(array, "chunks", None)
+    if not chunks:
+        return 1
+    return int(np.max(chunks[0]))
 
 
 def skip_rows(blocks: Iterator[np.ndarray], n: int) -> Generator[np.ndarray]:
