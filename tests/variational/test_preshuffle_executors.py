@@ -12,11 +12,11 @@
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
 import importlib
+import re
 import subprocess
 import sys
 
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,9 +28,11 @@ import pytest
 
 from pymc.variational._streaming.mark import check_marks, read_mark
 from pymc.variational._streaming.preshuffle import preshuffle
+from tests.variational.object_store import s3_server
 from tests.variational.preshuffled import digests, every_type
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "source" / "preshuffle.md"
 N_ROWS = 200_000
 LOAD = {"initializer": importlib.import_module, "initargs": ("tests",)}
 """Worker processes look for the code under test where this process does."""
@@ -81,7 +83,7 @@ def test_processes_give_the_same_bytes(source, tmp_path, expected):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_a_dask_cluster_of_processes_gives_the_same_bytes(source, tmp_path, expected):
+def test_a_dask_cluster_of_processes_gives_the_same_bytes(source, tmp_path, expected, monkeypatch):
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
@@ -92,21 +94,11 @@ def test_a_dask_cluster_of_processes_gives_the_same_bytes(source, tmp_path, expe
         client.run(importlib.import_module, "tests")
         with client.get_executor() as executor:
             assert shuffle(source, tmp_path / "out", executor) == expected
-
-
-@contextmanager
-def object_store(monkeypatch):
-    """Serve the S3 protocol over loopback."""
-    server_module = pytest.importorskip("moto.server")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        yield f"{host}:{port}"
-    finally:
-        server.stop()
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "raw").symlink_to(source)
+        code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)[1]
+        exec(compile(code, PAGE.name, "exec"), {"address": cluster.scheduler_address})
+        assert len(digests(tmp_path / "shuffled")) == len(expected)
 
 
 @pytest.mark.slow
@@ -114,7 +106,7 @@ def object_store(monkeypatch):
 def test_an_object_store_is_source_scratch_and_destination(tmp_path, monkeypatch):
     """By filesystem and by URI."""
     table = every_type(3000)
-    with object_store(monkeypatch) as endpoint:
+    with s3_server(monkeypatch) as endpoint:
         s3 = pa.fs.S3FileSystem(
             endpoint_override=endpoint,
             scheme="http",

@@ -19,18 +19,29 @@ import os
 import re
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.footer import MAGIC, check_footer, read_footer
+from pymc.variational._streaming.remote import RemoteFile, fsspec_of, retried
 
 if TYPE_CHECKING:
     import pyarrow.fs
     import pyarrow.parquet
 
-__all__ = ["ParquetInput", "import_pyarrow", "inspect", "list_parquet", "read_batches", "resolve"]
+__all__ = [
+    "ParquetInput",
+    "import_pyarrow",
+    "inspect",
+    "list_parquet",
+    "read_batches",
+    "read_metadata",
+    "resolve",
+]
 
-_MAGIC = b"PAR1"
+_UNREADABLE = "not a readable Parquet file"
 _WILDCARD = re.compile(r"[*?\[]")
 _READ_BUFFER = 1 << 16
 """Bytes.  Without a read buffer, reading one column chunk holds all of it."""
@@ -108,6 +119,8 @@ def list_parquet(
         listed = [list_parquet(p, filesystem) for p in path]
         if not listed:
             raise ValueError("path=[] names no file; pass at least one Parquet file")
+        if any(fs != listed[0][0] for fs, _ in listed):
+            raise ValueError("path=[...] names more than one filesystem; pass one source for each")
         return listed[0][0], [file for _, files in listed for file in files]
     fs, inner = resolve(path, filesystem)
     files = _find(fs, inner)
@@ -117,17 +130,23 @@ def list_parquet(
 
 
 def inspect(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[ParquetInput, Any]:
-    """Read the footer of *path*: what identifies the file, and its Parquet metadata."""
-    pa = import_pyarrow()
-    try:
-        info = fs.get_file_info(path)
-        footer = _read_footer(fs, path)
-        metadata = pa.parquet.read_metadata(pa.BufferReader(_MAGIC + footer))
-    except (OSError, pa.ArrowException) as err:
-        raise StreamError(f"{path}: not a readable Parquet file ({_first_line(err)})") from err
-    group_rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
-    digest = hashlib.blake2b(footer, digest_size=16).hexdigest()
-    return ParquetInput(path, info.size, info.mtime_ns, digest, group_rows), metadata
+    """Read the footer of *path*: what identifies the file, and its Parquet metadata.
+
+    Raises
+    ------
+    StreamError
+        If the footer cannot be read, or contradicts itself or the size of the file.
+    """
+    with _open(fs, path) as (_, known, metadata, footer), _blaming(path, _UNREADABLE):
+        check_footer(footer, known.size - len(footer))
+    return known, metadata
+
+
+def read_metadata(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> Any:
+    """Read the Parquet metadata of a file that must not have changed since *known* was taken."""
+    with _open(fs, known.path) as (_, found, metadata, _):
+        _require_unchanged(known, found)
+    return metadata
 
 
 def read_batches(
@@ -156,30 +175,24 @@ def read_batches(
     StreamError
         If the file changed, vanished, cannot be decoded, or is shorter than its footer says.
     """
-    pa = import_pyarrow()
-    local = isinstance(fs, pa.fs.LocalFileSystem)
-    found, metadata = inspect(fs, known.path)
-    if found != known:
-        raise StreamError(
-            f"{known.path}: changed since the source was made ({_difference(known, found)}); "
-            "make the source anew"
-        )
-    try:
-        with (
-            fs.open_input_file(known.path) as handle,
-            pa.parquet.ParquetFile(
-                handle,
-                metadata=metadata,
-                pre_buffer=False,
-                buffer_size=_READ_BUFFER if local else _REMOTE_READ_BUFFER,
-                page_checksum_verification=True,
-            ) as file,
-        ):
-            groups = range(metadata.num_row_groups) if row_groups is None else row_groups
+    with (
+        _open(fs, known.path) as (handle, found, metadata, _),
+        _blaming(known.path, "reading failed"),
+    ):
+        _require_unchanged(known, found)
+        groups = range(metadata.num_row_groups) if row_groups is None else row_groups
+        with import_pyarrow().parquet.ParquetFile(
+            handle,
+            metadata=metadata,
+            pre_buffer=False,
+            buffer_size=_READ_BUFFER if _is_local(fs) else _REMOTE_READ_BUFFER,
+            page_checksum_verification=True,
+        ) as file:
             for group in groups:
                 yield from _read_row_group(file, known, group, columns, batch_rows)
-    except (OSError, pa.ArrowException) as err:
-        raise StreamError(f"{known.path}: reading failed ({_first_line(err)})") from err
+        last = _get_info(fs, known.path)
+        if (last.size, _mtime_ns(fs, last)) != (known.size, known.mtime_ns):
+            raise StreamError(f"{known.path}: changed while it was read; make the source anew")
 
 
 def _read_row_group(
@@ -230,7 +243,7 @@ def _find(fs: "pyarrow.fs.FileSystem", inner: str) -> list[str]:
     matches = [i for i in below if _matches(i.path.split("/"), parts)]
     files = [i.path for i in matches if i.type == pafs.FileType.File]
     folders = [i.path for i in matches if i.type == pafs.FileType.Directory]
-    return sorted(files + [f for folder in folders for f in _data_files(fs, folder)])
+    return sorted({*files, *(f for folder in folders for f in _data_files(fs, folder))})
 
 
 def _data_files(fs: "pyarrow.fs.FileSystem", folder: str) -> list[str]:
@@ -253,17 +266,73 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
     return fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
 
 
-def _read_footer(fs: "pyarrow.fs.FileSystem", path: str) -> bytes:
-    """Return the footer of a Parquet file with the length and magic that end it."""
-    with fs.open_input_file(path) as handle:
-        size = handle.size()
-        tail = handle.read_at(8, size - 8) if size >= 12 else b""
-        if tail[4:] != _MAGIC:
-            raise OSError("it does not end like a Parquet file; truncated, or another format")
-        length = int.from_bytes(tail[:4], "little") + 8
-        if length + len(_MAGIC) > size:
-            raise OSError("its footer is longer than the file; truncated, or corrupt")
-        return handle.read_at(length, size - length)
+@contextmanager
+def _open(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[tuple[Any, ParquetInput, Any, bytes]]:
+    """Open a file; yield a handle, what identifies the file, its metadata and its footer."""
+    pa = import_pyarrow()
+    with ExitStack() as stack:
+        with _blaming(path, _UNREADABLE):
+            info = _get_info(fs, path)
+            if _is_local(fs):
+                handle = fs.open_input_file(path)
+            else:
+                handle = pa.PythonFile(RemoteFile(fs, path, info.size), mode="r")
+            stack.enter_context(handle)
+            footer = read_footer(handle, handle.size())
+            metadata = pa.parquet.read_metadata(pa.BufferReader(MAGIC + footer))
+            metadata.schema.to_arrow_schema()  # fails here, by name, or nowhere
+            group_rows = tuple(
+                metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)
+            )
+            digest = hashlib.blake2b(footer, digest_size=16).hexdigest()
+            mtime_ns = _mtime_ns(fs, info)
+        known = ParquetInput(path, handle.size(), mtime_ns, digest, group_rows)
+        yield handle, known, metadata, footer
+
+
+@contextmanager
+def _blaming(path: str, problem: str) -> Iterator[None]:
+    """Turn what goes wrong with a file into an error that names it."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, import_pyarrow().ArrowException) as err:
+        raise StreamError(f"{path}: {problem} ({_first_line(err)})") from err
+
+
+def _is_local(fs: "pyarrow.fs.FileSystem") -> bool:
+    return isinstance(fs, import_pyarrow().fs.LocalFileSystem)
+
+
+def _get_info(fs: "pyarrow.fs.FileSystem", path: str) -> "pyarrow.fs.FileInfo":
+    """Ask the filesystem itself, not what fsspec remembers of it."""
+    if _is_local(fs):
+        return fs.get_file_info(path)
+    fsspec = fsspec_of(fs)
+    if fsspec is not None:
+        fsspec.invalidate_cache(path)
+    info = retried(lambda: fs.get_file_info(path))
+    if info.type != import_pyarrow().fs.FileType.File:
+        raise FileNotFoundError(f"no such file: {path}")
+    return info
+
+
+def _mtime_ns(fs: "pyarrow.fs.FileSystem", info: "pyarrow.fs.FileInfo") -> int | None:
+    """Return the time of the last modification; fsspec has a method for it."""
+    fsspec = fsspec_of(fs)
+    if fsspec is None or info.mtime_ns is not None:
+        return info.mtime_ns
+    try:
+        return int(1e9 * retried(lambda: fsspec.modified(info.path)).timestamp())
+    except (NotImplementedError, OSError):
+        return None
+
+
+def _require_unchanged(known: ParquetInput, found: ParquetInput) -> None:
+    if found != known:
+        raise StreamError(
+            f"{known.path}: changed since the source was made ({_difference(known, found)}); "
+            "make the source anew"
+        )
 
 
 def _difference(known: ParquetInput, found: ParquetInput) -> str:

@@ -22,7 +22,13 @@ from typing import Any, Literal
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.files import ParquetInput, inspect, list_parquet, read_batches
+from pymc.variational._streaming.files import (
+    ParquetInput,
+    inspect,
+    list_parquet,
+    read_batches,
+    read_metadata,
+)
 from pymc.variational._streaming.mark import PreshuffleMark, check_marks, read_mark
 from pymc.variational._streaming.rows import RowFormat, column_ranges
 from pymc.variational._streaming.sources import Source, draw_seed, progress_bar, skip_rows
@@ -76,7 +82,8 @@ def parquet_source(
     StreamError
         If pre-shuffled files are incomplete, or mixed with files of another shuffle or of none.
         While reading: if a file changed since the source was made, is truncated or corrupt,
-        or a value is invalid; the message names file, row group, column and row.
+        an object store fails in spite of retries, or a value is invalid; the message names
+        file, row group, column and row.
 
     Notes
     -----
@@ -106,6 +113,7 @@ def parquet_source(
 
 class _ParquetSource(Source):
     random_access = True
+    checked = True
 
     def __init__(self, fs, paths, columns, shuffle_row_groups, seed, invalid):
         self._fs = fs
@@ -137,7 +145,10 @@ class _ParquetSource(Source):
                 frozen = RowFormat.from_schema(schema, columns, path)
             frozen.require(schema, path, whole=columns is None)
             self._files.append(known)
-            marks[path] = read_mark(metadata)
+            try:
+                marks[path] = read_mark(metadata)
+            except (KeyError, TypeError, ValueError) as err:
+                raise StreamError(f"{path}: its pre-shuffle mark is corrupt ({err})") from err
         self.mark = check_marks(marks)
         self.shuffled = self.mark is not None
         assert frozen is not None
@@ -167,7 +178,7 @@ class _ParquetSource(Source):
         last = int(np.searchsorted(starts, stop, side="left"))
         bounds = []
         for file, groups in self._runs(self._order(0)[first:last]):
-            _, metadata = inspect(self._fs, file.path)
+            metadata = read_metadata(self._fs, file)
             bounds += [column_ranges(metadata.row_group(g), self._format.columns) for g in groups]
         low, high = np.array(bounds).transpose(2, 0, 1)
         return np.stack([low.min(axis=0), high.max(axis=0)], axis=1)
