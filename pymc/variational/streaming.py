@@ -35,6 +35,7 @@ import warnings
 import weakref
 
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -45,8 +46,10 @@ from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.tensor.variable import TensorVariable
 
 from pymc.model.core import Model
+from pymc.variational._streaming.arrow import arrow_source
 from pymc.variational._streaming.average import EpochAverage
 from pymc.variational._streaming.batches import Chunk, read_epochs, rebatch
+from pymc.variational._streaming.checkpoint import resumable_fit
 from pymc.variational._streaming.cli import main
 from pymc.variational._streaming.errors import (
     OrderError,
@@ -56,18 +59,15 @@ from pymc.variational._streaming.errors import (
 )
 from pymc.variational._streaming.fit_check import check_fit
 from pymc.variational._streaming.fit_report import FitReport
+from pymc.variational._streaming.given import given_rows
 from pymc.variational._streaming.guards import check_model
 from pymc.variational._streaming.order import OrderCheck, OrderReport, check_order
 from pymc.variational._streaming.parquet import parquet_source
 from pymc.variational._streaming.prefetch import Prefetcher
 from pymc.variational._streaming.preshuffle import PreshuffleReport, preshuffle
 from pymc.variational._streaming.shuffle import ShuffleBuffer, shuffle_buffer
-from pymc.variational._streaming.sources import (
-    Source,
-    arrow_source,
-    as_source,
-    positive_int,
-)
+from pymc.variational._streaming.sources import Source, as_source, positive_int
+from pymc.variational.approximations import Empirical
 from pymc.variational.callbacks import Callback
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "check_order",
     "parquet_source",
     "preshuffle",
+    "resumable_fit",
     "shuffle_buffer",
 ]
 
@@ -196,6 +197,7 @@ class StreamingDataset:
         self._batches: Iterator[Chunk] = iter(())
         self._position = _Position(0, 0, 0)
         self._owner: object = None
+        self._lent = False
 
     @property
     def batch_size(self) -> int:
@@ -274,6 +276,7 @@ class StreamingDataset:
             not one independent term per row. Without a context, this is found after the first
             step.
         """
+        self._require_own_rows()
         self._owner = object()
         callback = _FitCallback(self, self._owner)
         try:
@@ -296,16 +299,55 @@ class StreamingDataset:
             False if the source has ended, which happens only with ``cycle=False``; the buffer
             then holds NaN.
         """
+        self._require_own_rows()
         if self._stream is None:
             self._open()
             return True
         return self._put_next(self.rows_seen + self._batch_size)
+
+    def rows(self, rows: Any) -> AbstractContextManager[None]:
+        """Put rows of your own into the buffer for the length of a ``with`` block.
+
+        For what follows a fit: predictions and log-likelihoods of rows of your choice.
+
+        Parameters
+        ----------
+        rows : ndarray, shape (n, *sample_shape), or Source or Arrow table
+            Any number of rows, all of which are held in memory. A table, or a data frame
+            that speaks Arrow, is read by the names of the stream's columns.
+
+        Returns
+        -------
+        context manager
+            Afterwards, also after an error, the buffer holds what it held before. The stream
+            does not move meanwhile: :meth:`advance` and :meth:`fit_callback` are refused.
+
+        Raises
+        ------
+        StreamError, ValueError, TypeError
+            If the rows are not of the stream's shape and columns, or hold a value that would
+            be refused in a batch.
+
+        Notes
+        -----
+        PyMC scales the likelihood of *n* rows to ``total_size``, so the result of
+        :func:`pymc.compute_log_likelihood` must be multiplied by ``n / ds.total_size``.
+
+        Examples
+        --------
+        >>> with model, ds.rows(held_out):  # doctest: +SKIP
+        ...     predictions = pm.sample_posterior_predictive(approx.sample(500))
+        """
+        self._require_own_rows()
+        given = given_rows(rows, self.columns, self._sample_shape, self._dtype)
+        return self._lend(given)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the current batch, as plain JSON."""
         return {
             **asdict(self._position),
             "batch_size": self._batch_size,
+            "dtype": str(self._dtype),
             "seed": self._source.seed,
             "fingerprint": self._source.fingerprint,
         }
@@ -322,7 +364,7 @@ class StreamingDataset:
             If the source, its seed or the batch size differ.
         """
         for key, mine in self.state_dict().items():
-            if key in ("batch_size", "seed", "fingerprint") and state[key] != mine:
+            if key not in asdict(self._position) and state[key] != mine:
                 raise ValueError(
                     f"{key}={mine!r} where the state was saved with {state[key]!r}; "
                     "make the dataset as it was then"
@@ -336,9 +378,19 @@ class StreamingDataset:
         The position is kept: :meth:`fit_callback` or :meth:`advance` go on from there.
         """
         if self._stream is not None:
-            self._stream.close()
+            stream = self._stream
             self._stream, self._batches = None, iter(())
-            self._buffer.set_value(self._blank(), borrow=True)
+            if not self._lent:
+                self._buffer.set_value(self._blank(), borrow=True)
+            stream.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the thread and the open files behind; a copy goes on from the same batch."""
+        return {**self.__dict__, "_stream": None, "_batches": iter(()), "_owner": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._buffer.set_value(self._blank(), borrow=True)
 
     def __enter__(self) -> "StreamingDataset":
         return self
@@ -349,6 +401,23 @@ class StreamingDataset:
     def _blank(self) -> np.ndarray:
         blank = np.nan if self._dtype.kind == "f" else np.iinfo(self._dtype).min
         return np.full((self._batch_size, *self._sample_shape), blank, self._dtype)
+
+    @contextmanager
+    def _lend(self, rows: np.ndarray) -> Iterator[None]:
+        self._require_own_rows()
+        batch = self._buffer.get_value(borrow=True)
+        self._buffer.set_value(rows, borrow=True)
+        self._lent = True
+        try:
+            yield
+        finally:
+            self._lent = False
+            closed = self._stream is None
+            self._buffer.set_value(self._blank() if closed else batch, borrow=True)
+
+    def _require_own_rows(self) -> None:
+        if self._lent:
+            raise StreamError("the buffer holds other rows; leave the `with ds.rows(...)` first")
 
     def _resolve_total_size(self, total_size: int | str | None) -> int | None:
         known = self._source.n_rows
@@ -468,6 +537,11 @@ class _FitCallback(Callback):
             self._checked = model
 
     def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
+        if losses is None and not isinstance(approx, Empirical):
+            raise StreamError(
+                "score=False: without the loss, PyMC makes every step with the same random draw, "
+                "and the posterior is wrong; leave score out"
+            )
         if self._dataset._owner is not self._token:
             raise StreamError(
                 "a newer fit_callback() of this dataset has taken the stream over; "

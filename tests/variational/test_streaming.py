@@ -217,13 +217,18 @@ class TestFreshness:
             )
         assert seen == batches_used(approx.hist)
 
-    def test_fits_without_a_score_stream_too(self):
+    def test_a_fit_that_repeats_its_random_draw_is_refused(self):
+        """Without a loss, PyMC 6.4 does not advance the random numbers of the step."""
+        ds = StreamingDataset(tell_tale(5), batch_size=4)
+        with normal_model(ds), pytest.raises(StreamError, match=r"score=False.*leave score out"):
+            pm.fit(3, score=False, callbacks=[ds.fit_callback()], **STANDING_STILL)
+
+    def test_a_method_without_a_loss_or_random_draws_streams(self):
         ds = StreamingDataset(tell_tale(5), batch_size=4)
         seen = []
         with normal_model(ds):
-            pm.fit(
+            pm.SVGD(n_particles=3).fit(
                 3,
-                score=False,
                 callbacks=[lambda *_: seen.append(ds.rows_seen), ds.fit_callback()],
                 **STANDING_STILL,
             )

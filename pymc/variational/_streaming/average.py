@@ -15,12 +15,13 @@
 
 import warnings
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pymc.variational._streaming.bins import Bins, Moments, merged
+from pymc.variational._streaming.bins import Bins, Moments, merged, stack, unstack
 from pymc.variational._streaming.errors import StreamError, StreamWarning
 from pymc.variational._streaming.gaussian import (
     gaussian_group,
@@ -76,7 +77,7 @@ class EpochAverage(Callback):
     *Place*: before or after ``ds.fit_callback()`` in the list of callbacks. It goes on through
     :meth:`Inference.refine`; another fit starts another average. An epoch counts as whole if
     the fit has made every step whose batch begins in it, so the first epoch of a resumed
-    stream usually does not.
+    stream usually does not. In a :func:`resumable_fit` it goes on where it was.
 
     *Memory*: at most 70 vectors of the size of the means, whatever the number of steps.
 
@@ -146,6 +147,15 @@ class EpochAverage(Callback):
             _warn_of_part(self._ds, sum(part.n for part in kept))
         put(mean_variable(group), merged(kept).mean)
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return what has been seen, as arrays by name, for :func:`resumable_fit`."""
+        return {} if self._path is None else self._path.state()
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from what :meth:`state_dict` gave, with a stream that goes on from there too."""
+        self._path = _Path.of_state(state, self._ds.batch_size) if state else None
+        self._here, self._follows = _place_of(self._ds), None
+
     def _place_of_step(self) -> "_Place":
         """Return the place of the batch that the step has used.
 
@@ -187,6 +197,31 @@ class _Path:
         self.epochs = Bins(size)
         self._batch_size = batch_size
         self._next_rows = -1
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the path so far, as arrays by name."""
+        parts = {
+            "steps": self.steps.state(),
+            "epochs": self.epochs.state(),
+            "open": stack([self._open], self.steps.size),
+        }
+        arrays = {f"{part} {name}": a for part, state in parts.items() for name, a in state.items()}
+        return {"place": np.array([self._epoch, self._next_rows, self._whole]), **arrays}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, np.ndarray], batch_size: int) -> "_Path":
+        """Go on from what :meth:`state` gave."""
+        path = cls(state["open mean"].shape[1], batch_size)
+        path._epoch, path._next_rows, whole = (int(value) for value in state["place"])
+        path._whole = bool(whole)
+        parts: dict[str, dict[str, np.ndarray]] = {"steps": {}, "epochs": {}, "open": {}}
+        for key, array in state.items():
+            part, _, name = key.partition(" ")
+            if name:
+                parts[part][name] = array
+        path.steps, path.epochs = Bins.of_state(parts["steps"]), Bins.of_state(parts["epochs"])
+        (path._open,) = unstack(parts["open"])
+        return path
 
     def go_to(self, place: _Place) -> None:
         """Enter the step whose batch begins at *place*."""

@@ -13,12 +13,12 @@
 #   limitations under the License.
 """Means and scatter of a long series, in memory that does not grow with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import batched
 
 import numpy as np
 
-__all__ = ["Bins", "Moments", "merged"]
+__all__ = ["Bins", "Moments", "merged", "stack", "unstack"]
 
 _MAX_BINS = 16
 """Bins are merged in pairs when there are this many, so that 8 to 16 cover the series."""
@@ -72,10 +72,41 @@ class Bins:
             self._bins.append(Moments(self.size))
         self._bins[-1].add(value)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Return all that has been seen, as arrays by name."""
+        return {"length": np.array(self._length), **stack(self._bins, self.size)}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, np.ndarray]) -> "Bins":
+        """Go on from what :meth:`state` gave."""
+        bins = cls(state["mean"].shape[1])
+        bins._length = int(state["length"])
+        bins._bins = unstack(state)
+        return bins
+
     def after(self, fraction: float, at_least: int = 1) -> list[Moments]:
         """Return the bins that begin no earlier than at *fraction*, and *at_least* the last."""
         first = int(-(-fraction * self.n // self._length))
         return self._bins[max(0, min(first, len(self._bins) - at_least)) :]
+
+
+def stack(parts: Sequence[Moments], size: int) -> dict[str, np.ndarray]:
+    """Return moments of vectors of this size as arrays by name, the parts along the first axis."""
+    return {
+        "n": np.array([part.n for part in parts], np.int64),
+        "mean": np.array([part.mean for part in parts]).reshape(len(parts), size),
+        "squares": np.array([part.squares for part in parts]).reshape(len(parts), size),
+    }
+
+
+def unstack(state: Mapping[str, np.ndarray]) -> list[Moments]:
+    """Return the moments that :func:`stack` made arrays of."""
+    parts = []
+    for n, mean, squares in zip(state["n"], state["mean"], state["squares"]):
+        part = Moments(mean.size)
+        part.n, part.mean, part.squares = int(n), mean.copy(), squares.copy()
+        parts.append(part)
+    return parts
 
 
 def merged(parts: Iterable[Moments]) -> Moments:

@@ -13,12 +13,15 @@
 #   limitations under the License.
 """Read ahead in a thread."""
 
+import os
 import threading
 import weakref
 
 from collections.abc import Generator, Iterator
 from queue import SimpleQueue
 from typing import Generic, TypeVar
+
+from pymc.variational._streaming.errors import StreamError
 
 __all__ = ["Prefetcher"]
 
@@ -29,7 +32,8 @@ class Prefetcher(Generic[T]):
     """Iterate over *items* in a thread of its own, at most *depth* items ahead.
 
     An exception in the thread is raised where the consumer would have met it.  The thread
-    ends when the items do, on :meth:`close`, or when nothing refers to the prefetcher.
+    ends when the items do, on :meth:`close`, or when nothing refers to the prefetcher.  A
+    forked process has no copy of it, and is refused.
     """
 
     def __init__(self, items: Generator[T], depth: int):
@@ -43,7 +47,8 @@ class Prefetcher(Generic[T]):
             daemon=True,
         )
         # The thread must not refer to self, or self would never be collected.
-        self._finalizer = weakref.finalize(self, _stop, thread, stop, self._slots)
+        self._pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _stop, thread, stop, self._slots, self._pid)
         thread.start()
 
     def __iter__(self) -> Iterator[T]:
@@ -52,6 +57,12 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         if not self._finalizer.alive:
             raise StopIteration
+        if os.getpid() != self._pid:
+            raise StreamError(
+                "the stream was opened before this process was forked, and its thread is not "
+                "in this process; the dataset is closed here now: open it anew with "
+                "fit_callback() or advance(), or spawn processes instead"
+            )
         is_item, value = self._queue.get()
         self._slots.release()
         if is_item:
@@ -80,9 +91,13 @@ def _run(items: Generator, queue: SimpleQueue, slots: threading.Semaphore, stop)
         queue.put((False, end))
 
 
-def _stop(thread: threading.Thread, stop: threading.Event, slots: threading.Semaphore) -> None:
+def _stop(
+    thread: threading.Thread, stop: threading.Event, slots: threading.Semaphore, pid: int
+) -> None:
+    if os.getpid() != pid:
+        return  # the thread may have held these locks when the process was forked
     stop.set()
     slots.release()
-    # The garbage collector can run this in the thread itself.
-    if threading.current_thread() is not thread:
+    # The garbage collector can run this in the thread itself, an interrupt before it starts.
+    if thread.is_alive() and threading.current_thread() is not thread:
         thread.join()

@@ -1,0 +1,354 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""A fit that goes on where it was killed, to the same numbers.
+
+What the next step of a fit depends on, besides the model, is saved to one file every so many
+steps: whatever the compiled step changes (the variational parameters, the optimizer's memory and
+the random streams), where the streams of data are, and the losses so far.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+import zipfile
+import zlib
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytensor
+
+from pytensor.compile.sharedvalue import SharedVariable
+from pytensor.graph.basic import Constant, Variable
+from pytensor.graph.traversal import toposort
+
+import pymc
+
+from pymc.variational._streaming.errors import StreamError, StreamWarning
+from pymc.variational._streaming.sources import positive_int
+from pymc.variational.callbacks import Callback
+from pymc.variational.inference import Inference
+from pymc.variational.opvi import Approximation
+
+if TYPE_CHECKING:
+    from pymc.variational.streaming import StreamingDataset
+
+__all__ = ["resumable_fit"]
+
+
+def resumable_fit(
+    inference: Inference,
+    n: int,
+    *,
+    path: str | os.PathLike,
+    datasets: Sequence["StreamingDataset"],
+    every: int = 10_000,
+    callbacks: Sequence[Callback] = (),
+    progressbar: bool = True,
+    **kwargs: Any,
+) -> Approximation:
+    """Fit, or go on with a fit that was killed, to the same numbers.
+
+    Parameters
+    ----------
+    inference : Inference
+        For example ``pm.ADVI()``, made as it was made for the first call.
+    n : int
+        Steps of the whole fit, those of earlier calls included.
+    path : path_like
+        File of the checkpoint. If it exists, the fit goes on from there.
+    datasets : sequence of StreamingDataset
+        All streams of the model, in the order of the first call. Their callbacks are added
+        here.
+    every : int, default 10_000
+        Steps between checkpoints; a killed fit repeats fewer steps than that.
+    callbacks : sequence of callable, optional
+        Called after each step, before the streams go on. Their ``i`` counts the steps of the
+        whole fit. What they remember is saved if they have ``state_dict()``, which gives
+        arrays or numbers by name, and ``load_state_dict(state)``.
+    progressbar : bool, default True
+    **kwargs
+        For :meth:`Inference.fit`.
+
+    Returns
+    -------
+    Approximation
+        Like that of :func:`pymc.fit`, also after an interrupt.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint is of another model, data, optimizer or option, or has more steps
+        than *n*; or if the fit has no losses (``score=False``), because PyMC then makes every
+        step with the same random draw.
+    StreamError
+        If the checkpoint cannot be read.
+
+    Notes
+    -----
+    The parameters, the losses and all later batches are, bit for bit, those of a fit that was
+    never stopped, on the same machine with the same versions; other versions are allowed, with
+    a warning. No random seed is needed for that.
+
+    The file is replaced at once: killed at any moment, the last checkpoint is whole. It holds
+    no code. Beside the parameters, it has eight bytes for each step's loss.
+
+    Saved are the shared variables that the compiled step changes, and the scalar ones that a
+    callback may change, such as a learning rate.
+
+    Examples
+    --------
+    >>> with model:  # doctest: +SKIP
+    ...     approx = resumable_fit(
+    ...         pm.ADVI(), 1_000_000, path="night.fit", datasets=[ds], obj_optimizer=pm.adam()
+    ...     )
+    """
+    positive_int("n", n)
+    positive_int("every", every)
+    inference.fit(0, progressbar=False, **kwargs)
+    if not inference.state.score:
+        raise ValueError(
+            "score=False: without the loss, PyMC makes every step with the same random draw, "
+            "and the posterior is wrong; leave score out"
+        )
+    fit = _ResumableFit(inference, datasets, callbacks, kwargs)
+    checkpoint = _Checkpoint(fit, Path(path), every, n)
+    done = checkpoint.restore()
+    try:
+        streams = [ds.fit_callback() for ds in datasets]
+        in_order = [*callbacks, *streams, checkpoint]
+        inference.state = inference.state._replace(i=done, callbacks=in_order)
+        if done < n:
+            inference.refine(n - done, progressbar)
+    finally:
+        for ds in datasets:
+            ds.close()
+    inference.approx.hist = inference.hist
+    return inference.approx
+
+
+class _Checkpoint(Callback):
+    """Save the fit every so many steps; called after all other callbacks."""
+
+    def __init__(self, fit: "_ResumableFit", path: Path, every: int, n: int):
+        self._fit = fit
+        self._path = path
+        self._every = every
+        self._n = n
+        self._done = 0
+        self._identity = fit.identity()
+
+    def restore(self) -> int:
+        """Go to the last checkpoint, and return how many steps it has."""
+        if not self._path.exists():
+            return 0
+        header, arrays = _read(self._path)
+        _warn_of_versions(self._path, header["versions"])
+        _require_same(self._path, header["identity"], self._identity)
+        self._done = header["done"]
+        if self._done > self._n:
+            raise ValueError(
+                f"n={self._n} but {self._path} has {self._done} steps; "
+                "pass at least as many, or another path"
+            )
+        self._fit.load(header["state"], arrays)
+        return self._done
+
+    def __call__(self, approx: Approximation, losses: np.ndarray, i: int) -> None:
+        self._done += 1
+        if self._done % self._every and self._done != self._n:
+            return
+        state, arrays = self._fit.state(losses)
+        header = {
+            "versions": _versions(),
+            "identity": self._identity,
+            "done": self._done,
+            "state": state,
+        }
+        _write(self._path, header, arrays)
+
+
+class _ResumableFit:
+    """What the next step depends on, and what tells this fit from another."""
+
+    def __init__(
+        self,
+        inference: Inference,
+        datasets: Sequence["StreamingDataset"],
+        callbacks: Sequence[Callback],
+        options: dict[str, Any],
+    ):
+        self._inference = inference
+        self._datasets = datasets
+        self._callbacks = {
+            str(k): callback
+            for k, callback in enumerate(callbacks)
+            if hasattr(callback, "load_state_dict")
+        }
+        self._options = options
+        self._variables = _changing_variables(inference)
+        # What cannot be saved fails here, and not after the first ten thousand steps.
+        self.state(np.empty(0))
+
+    def identity(self) -> dict[str, str]:
+        """Describe the fit, one name for each thing that must be the same."""
+        approx = self._inference.approx
+        model = approx.model
+        described = {"inference": f"{type(self._inference).__name__}, {type(approx).__name__}"}
+        described["the options"] = _describe(self._options)
+        for ds in self._datasets:
+            described[f"stream {ds.as_tensor().name!r}"] = (
+                f"{ds.as_tensor().type}, columns {ds.columns}, total_size {ds.total_size}"
+            )
+        for rv in [*model.free_RVs, *model.observed_RVs, *model.potentials]:
+            described[f"variable {rv.name!r}"] = rv.str_repr()
+        described["the digest of the log-probability"] = _digest(model.logp())
+        for k, variable in enumerate(self._variables):
+            shape = np.shape(variable.get_value(borrow=True))
+            described[f"state {k}"] = f"{variable.name} {variable.type} {shape}"
+        for at, callback in self._callbacks.items():
+            described[f"callback {at}"] = type(callback).__name__
+        return described
+
+    def state(self, losses: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return what to save, as plain JSON and as arrays."""
+        arrays = {"losses": np.concatenate([self._inference.hist, losses])}
+        random = {}
+        for k, variable in enumerate(self._variables):
+            value = variable.get_value()
+            if isinstance(value, np.random.Generator):
+                random[str(k)] = value.bit_generator.state
+            elif isinstance(value, np.ndarray):
+                arrays[str(k)] = value
+            else:
+                raise TypeError(
+                    f"the state of this fit has a {type(value).__name__} ({variable.type}), which "
+                    'cannot be saved; pass backend="numba" or "c"'
+                )
+        for at, callback in self._callbacks.items():
+            for name, seen in callback.state_dict().items():  # type: ignore[attr-defined]
+                arrays[f"callback {at} {name}"] = np.asarray(seen)
+        return {"random": random, "streams": [ds.state_dict() for ds in self._datasets]}, arrays
+
+    def load(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Go back to what was saved."""
+        for ds, position in zip(self._datasets, state["streams"]):
+            ds.load_state_dict(position)
+        for k, variable in enumerate(self._variables):
+            if str(k) in arrays:
+                variable.set_value(arrays[str(k)])
+            else:
+                bits = np.random.PCG64()
+                bits.state = state["random"][str(k)]
+                variable.set_value(np.random.Generator(bits))
+        for at, callback in self._callbacks.items():
+            prefix = f"callback {at} "
+            callback.load_state_dict(  # type: ignore[attr-defined]
+                {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
+            )
+        self._inference.hist = arrays["losses"]
+
+
+def _changing_variables(inference: Inference) -> list[SharedVariable]:
+    """Return what steps or callbacks change, in the order of the graph.
+
+    The model's own data are not among them: their size has no bound.
+    """
+    inputs = [i for i in inference.state.step.maker.inputs if i.implicit]
+    own = inference.approx.model.named_vars
+    return [
+        i.variable
+        for i in inputs
+        if i.update is not None
+        or (getattr(i.variable, "ndim", None) == 0 and i.variable.name not in own)
+    ]
+
+
+def _describe(value: Any) -> str:
+    """Describe an option without addresses in memory, so that the next process agrees."""
+    if isinstance(value, partial):
+        arguments = ", ".join(f"{k}={_describe(v)}" for k, v in value.keywords.items())
+        return f"{_describe(value.func)}({arguments})"
+    if isinstance(value, dict):
+        return str({k: _describe(v) for k, v in value.items()})
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _digest(graph: Variable) -> str:
+    """Digest operations and constants; names and addresses differ between processes."""
+    nodes = list(toposort([graph]))
+    place = {out: f"{k}.{j}" for k, node in enumerate(nodes) for j, out in enumerate(node.outputs)}
+    digest = hashlib.blake2b(digest_size=8)
+    for node in nodes:
+        operation = type(getattr(node.op, "scalar_op", node.op)).__name__
+        digest.update(f"{operation} {[str(out.type) for out in node.outputs]}".encode())
+        for variable in node.inputs:
+            if isinstance(variable, Constant) and isinstance(variable.data, np.ndarray):
+                digest.update(variable.data.tobytes())
+            digest.update(place.get(variable, str(variable.type)).encode())
+    return digest.hexdigest()
+
+
+def _require_same(path: Path, saved: dict[str, str], mine: dict[str, str]) -> None:
+    for name in saved | mine:
+        was, now = saved.get(name, "missing"), mine.get(name, "missing")
+        if was != now:
+            raise ValueError(
+                f"{path} is of another fit: {name} is {now} where it was {was}; "
+                "make the fit as it was then, or pass another path"
+            )
+
+
+def _versions() -> dict[str, str]:
+    modules = {"pymc": pymc, "pytensor": pytensor, "numpy": np}
+    return {name: module.__version__ for name, module in modules.items()}
+
+
+def _warn_of_versions(path: Path, saved: dict[str, str]) -> None:
+    if saved != _versions():
+        warnings.warn(
+            f"{path} was saved with {saved} and goes on with {_versions()}: "
+            "the numbers may differ from those of a fit that was never stopped",
+            StreamWarning,
+            stacklevel=4,
+        )
+
+
+def _write(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Replace the file at once, by one that is on the disk."""
+    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        np.savez(file, allow_pickle=False, header=text, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
+            arrays = dict(found)
+        return json.loads(arrays.pop("header").tobytes()), arrays
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as err:
+        raise StreamError(
+            f"{path} is not a readable checkpoint ({type(err).__name__}: {err}); "
+            "put a copy in its place, or delete it to start over"
+        ) from err
