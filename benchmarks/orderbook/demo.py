@@ -45,7 +45,8 @@ from benchmarks.orderbook.experiment import (
     Fit,
     Posterior,
     exact_posterior,
-    fit_in_process,
+    fit_model,
+    in_process,
     parquet_files,
 )
 from benchmarks.orderbook.fold import fold
@@ -95,7 +96,7 @@ def run(data: Path | None, work: Path, n_steps: int) -> tuple[Posterior, dict[st
         if folder is shuffled:
             _preshuffle(rows, shuffled)
         console.rule(LEGEND[name])
-        fits[name] = fit_in_process(folder, buffer_size=size, n_steps=n_steps, seed=SEED)
+        fits[name] = in_process(fit_model, folder, buffer_size=size, n_steps=n_steps, seed=SEED)
         for warning in fits[name].warnings:
             console.print(f"[yellow]StreamWarning:[/] {warning}", highlight=False)
     return exact, fits
@@ -198,8 +199,8 @@ def _save(exact: Posterior, fits: dict[str, Fit], results: Path) -> None:
     (results / "demo.md").write_text(markdown_table(exact, fits))
     posterior: dict[str, Any] = {
         "names": exact.names,
-        "mean": exact.mean.tolist(),
-        "sd": exact.sd.tolist(),
+        "mean": exact.mean,
+        "sd": exact.sd,
         "n_rows": exact.n_rows,
     }
     summary = {name: {**asdict(fit), "trace": None} for name, fit in fits.items()}

@@ -13,39 +13,56 @@
 #   limitations under the License.
 """Fit the order-book model to one table in different ways, each in a process of its own.
 
-    python -m benchmarks.orderbook.experiment ROWS --buffer-size 100000
+>>> in_process(fit_model, Path("rows"), buffer_size=100_000, n_steps=6_000, seed=0)
 
 The model is a logistic regression of the last column on the others::
 
     logit P(up) = b0 + b1 * mid + b2 * spread + b3 * imbalance,  b ~ Normal(0, 3)
 
 so its exact posterior is found by Newton's method on all rows, and an error can be told in
-posterior standard deviations. Without ``--buffer-size`` the rows are held in memory and drawn by
+posterior standard deviations. Without ``buffer_size`` the rows are held in memory and drawn by
 ``pm.Minibatch``.
 """
 
-import argparse
-import dataclasses
-import json
-import subprocess
-import sys
+import logging
+import os
+import threading
 import time
+import warnings
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numba
 import numpy as np
 import pyarrow.parquet as pq
 
-__all__ = ["Fit", "Posterior", "exact_posterior", "fit_in_process", "parquet_files"]
+__all__ = [
+    "BATCH_SIZE",
+    "Examination",
+    "Fit",
+    "Order",
+    "Posterior",
+    "State",
+    "exact_posterior",
+    "fit_model",
+    "in_process",
+    "parquet_files",
+    "peak_mb",
+]
 
 PRIOR_SD = 3.0
 BATCH_SIZE = 4096
 LEARNING_RATE = 0.02
 WARM_UP_STEPS = 500
 TRACED_EVERY = 20
+WORKERS = 2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +71,55 @@ class Posterior:
 
     names: tuple[str, ...]
     """"intercept" and the names of the feature columns."""
-    mean: np.ndarray
-    sd: np.ndarray
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+    mean_field_sd: tuple[float, ...]
+    """Standard deviations of the best mean-field approximation, which knows no correlations."""
     n_rows: int
     """Rows of the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What ``check_order`` said before a fit."""
+
+    ordered: bool
+    feature: str
+    """The column or product that differs most between windows."""
+    design_effect: float
+    drift: float
+    """Posterior standard deviations by which means may drift."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """An approximation, and what ``check_fit`` said of it, if it was asked."""
+
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+    verdict: str | None = None
+    z: float | None = None
+    """Posterior standard deviations by which the worst mean is off, as ``check_fit`` sees it."""
+    seconds: float | None = None
+    """Duration of the check."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What the checks said of a streamed fit."""
+
+    order: Order
+    epochs: int
+    """Whole epochs that ``EpochAverage`` averaged; with 0, the steps of a part of one."""
+    last: State
+    """As the last step left it."""
+    averaged: State
+    """After ``EpochAverage.apply``."""
+    corrected: State | None
+    """After ``FitReport.apply``; None if that refused."""
+    refusal: str | None
+    """Why ``FitReport.apply`` refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +128,19 @@ class Fit:
 
     last: tuple[float, ...]
     """Posterior means of the last step."""
+    sd: tuple[float, ...]
+    """Posterior standard deviations of the last step."""
     averaged: tuple[float, ...]
     """Posterior means, averaged over the second half of the steps."""
     trace: tuple[tuple[float, ...], ...]
     """Posterior means every ``TRACED_EVERY`` steps."""
     steps_per_second: float
     """After ``WARM_UP_STEPS``."""
+    seconds: dict[str, float]
+    """Duration of getting ready (reading, checking the order, the first batch) and of the fit."""
     peak_mb: float
-    """Largest resident set of the process."""
+    """Largest resident set of the process until the end of the fit."""
+    examination: Examination | None
     warnings: tuple[str, ...]
     """What the stream warned of."""
 
@@ -93,7 +160,7 @@ class Tail:
         if 2 * i > self.n_steps:
             self.total, self.n_averaged = self.total + mean, self.n_averaged + 1
         if i % TRACED_EVERY == 0:
-            self.trace.append(tuple(mean))
+            self.trace.append(tuple(mean.tolist()))
         if i == WARM_UP_STEPS:
             self.started = time.perf_counter()
 
@@ -109,31 +176,24 @@ def exact_posterior(rows: Path) -> Posterior:
     b = np.zeros(len(columns))
     step = np.ones_like(b)
     while np.abs(step).max() > 1e-10:
-        precision = np.eye(len(b)) / PRIOR_SD**2
-        gradient = -b / PRIOR_SD**2
-        n_rows = 0
-        for block in _blocks(files):
-            design = np.column_stack([np.ones(len(block)), block[:, :-1]])
-            p = 1 / (1 + np.exp(-design @ b))
-            gradient += design.T @ (block[:, -1] - p)
-            precision += design.T @ (design * (p * (1 - p))[:, None])
-            n_rows += len(block)
-        step = np.linalg.solve(precision, gradient)
+        gradient, information = _derivatives(files, b)
+        precision = information + np.eye(len(b)) / PRIOR_SD**2
+        step = np.linalg.solve(precision, gradient - b / PRIOR_SD**2)
         b = b + step
-    sd = np.sqrt(np.diag(np.linalg.inv(precision)))
-    return Posterior(("intercept", *columns[:-1]), b, sd, n_rows)
+    return Posterior(
+        names=("intercept", *columns[:-1]),
+        mean=tuple(b.tolist()),
+        sd=tuple(np.sqrt(np.diag(np.linalg.inv(precision))).tolist()),
+        mean_field_sd=tuple((1 / np.sqrt(np.diag(precision))).tolist()),
+        n_rows=sum(pq.read_metadata(file).num_rows for file in files),
+    )
 
 
-def fit_in_process(rows: Path, *, buffer_size: int | None, n_steps: int, seed: int) -> Fit:
-    """Fit in a process of its own, so that its memory can be told from that of others."""
-    command = [sys.executable, "-m", __spec__.name, str(rows)]
-    command += ["--steps", str(n_steps), "--seed", str(seed)]
-    if buffer_size is not None:
-        command += ["--buffer-size", str(buffer_size)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the fit of {rows} failed; what it printed stands above")
-    return Fit(**json.loads(done.stdout.splitlines()[-1]))
+def in_process(function: Callable[..., T], /, *args: Any, **options: Any) -> T:
+    """Call *function* in a fresh process, so that its memory can be told from that of others."""
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent) as pool:
+        return pool.submit(function, *args, **options).result()
 
 
 def parquet_files(rows: Path) -> list[Path]:
@@ -144,55 +204,177 @@ def parquet_files(rows: Path) -> list[Path]:
     return files
 
 
-def fit(rows: Path, *, buffer_size: int | None, n_steps: int, seed: int) -> Fit:
-    """Fit in this process."""
-    import warnings
+def peak_mb() -> float:
+    """Return the largest resident set of this process so far; nan where there is no /proc."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
+
+def fit_model(
+    rows: Path,
+    *,
+    buffer_size: int | None,
+    n_steps: int,
+    seed: int,
+    examine: bool = False,
+    check_last: bool = True,
+    progressbar: bool = True,
+) -> Fit:
+    """Fit in this process.
+
+    Parameters
+    ----------
+    rows : Path
+        Directory of Parquet files, whose last column is 0 or 1.
+    buffer_size : int or None
+        Rows; None holds all rows in memory.
+    n_steps, seed : int
+    examine : bool
+        Check the order of the rows before the fit, and the fit after it; only for streams.
+    check_last : bool
+        Check the fit also as the last step left it, not only when it is averaged.
+    progressbar : bool
+    """
     import pymc as pm
 
+    if not progressbar:
+        logging.getLogger("pymc").setLevel(logging.WARNING)
     tail = Tail(n_steps)
     with warnings.catch_warnings(record=True) as caught, pm.Model():
         warnings.simplefilter("always")
-        callbacks = _in_memory(rows) if buffer_size is None else _stream(rows, buffer_size, seed)
+        began = time.perf_counter()
+        ds = _model(rows, buffer_size, seed)
+        examiner = _Examiner(ds, _buffer(rows, buffer_size, seed), check_last) if examine else None
+        callbacks = [tail, *([examiner.average] if examiner else [])]
+        callbacks += [ds.fit_callback()] if ds is not None else []
+        ready = time.perf_counter()
         approx = pm.fit(
             n_steps,
             method="advi",
-            callbacks=[tail, *callbacks],
+            callbacks=callbacks,
             obj_optimizer=pm.adam(learning_rate=LEARNING_RATE),
             random_seed=seed,
+            progressbar=progressbar,
         )
-        rate = tail.rate()
-    return Fit(
-        last=tuple(approx.params[0].get_value()),
-        averaged=tuple(tail.total / tail.n_averaged),
-        trace=tuple(tail.trace),
-        steps_per_second=rate,
-        peak_mb=_peak_mb(),
-        warnings=tuple(str(w.message) for w in caught if "Stream" in str(w.category.__mro__)),
-    )
+        rate, ended, state = tail.rate(), time.perf_counter(), _state(approx)
+        return Fit(
+            last=state.mean,
+            sd=state.sd,
+            averaged=tuple((tail.total / tail.n_averaged).tolist()),
+            trace=tuple(tail.trace),
+            steps_per_second=rate,
+            seconds={"ready": ready - began, "fit": ended - ready},
+            peak_mb=peak_mb(),
+            examination=examiner.report(approx) if examiner else None,
+            warnings=_of_stream(caught),
+        )
 
 
-def _stream(rows: Path, buffer_size: int, seed: int) -> list:
-    from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
+def _end_with_parent() -> None:
+    """Leave nothing running when the parent is killed: it would meet itself in the next run."""
+    parent = parent_process()
+    assert parent is not None
 
-    ds = StreamingDataset(
-        shuffle_buffer(
-            parquet_source(rows), buffer_size=buffer_size, batch_size=BATCH_SIZE, seed=seed
-        ),
-        batch_size=BATCH_SIZE,
-    )
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class _Examiner:
+    """Ask the checks about one streamed fit."""
+
+    def __init__(self, ds: Any, source: Any, check_last: bool):
+        from pymc.variational.streaming import EpochAverage
+
+        self.average = EpochAverage(ds)
+        self._ds = ds
+        self._check_last = check_last
+        self._order = _check_order(source)
+
+    def report(self, approx: Any) -> Examination:
+        """Check *approx*, then improve it as its user would, and tell how it went."""
+        from pymc.variational.streaming import StreamError
+
+        last = self._check(approx)[1] if self._check_last else _state(approx)
+        epochs = self.average.epochs
+        self.average.apply(approx)
+        check, averaged = self._check(approx)
+        corrected = refusal = None
+        try:
+            check.apply(approx)
+            corrected = _state(approx)
+        except StreamError as error:
+            refusal = str(error)
+        return Examination(self._order, epochs, last, averaged, corrected, refusal)
+
+    def _check(self, approx: Any) -> tuple[Any, State]:
+        from pymc.variational.streaming import check_fit
+
+        began = time.perf_counter()
+        check = check_fit(approx, self._ds, progressbar=False)
+        seconds, worst = time.perf_counter() - began, float(np.abs(check.z).max())
+        return check, _state(approx, verdict=check.verdict, z=worst, seconds=seconds)
+
+
+def _check_order(source: Any) -> Order:
+    from pymc.variational.streaming import check_order
+
+    began = time.perf_counter()
+    report = check_order(source)
+    seconds = time.perf_counter() - began
+    return Order(report.ordered, report.feature, report.design_effect, report.drift, seconds)
+
+
+def _state(approx: Any, **checked: Any) -> State:
+    mean, sd = approx.mean.eval(), approx.std.eval()
+    return State(tuple(mean.tolist()), tuple(sd.tolist()), **checked)
+
+
+def _of_stream(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
+    from pymc.variational.streaming import StreamWarning
+
+    return tuple(str(w.message) for w in caught if issubclass(w.category, StreamWarning))
+
+
+def _model(rows: Path, buffer_size: int | None, seed: int) -> Any:
+    """Build the model in context; return the stream that it observes, if any."""
+    from pymc.variational.streaming import StreamingDataset
+
+    if buffer_size is None:
+        _in_memory(rows)
+        return None
+    ds = StreamingDataset(_buffer(rows, buffer_size, seed), batch_size=BATCH_SIZE)
     columns = pq.read_schema(parquet_files(rows)[0]).names
     _logistic([ds[name] for name in columns], ds.total_size)
-    return [ds.fit_callback()]
+    return ds
 
 
-def _in_memory(rows: Path) -> list:
+def _buffer(rows: Path, buffer_size: int | None, seed: int) -> Any:
+    from pymc.variational.streaming import parquet_source, shuffle_buffer
+
+    if buffer_size is None:
+        raise ValueError("buffer_size must be given to examine a fit, got None")
+    source = parquet_source(rows)
+    return shuffle_buffer(source, buffer_size=buffer_size, batch_size=BATCH_SIZE, seed=seed)
+
+
+def _in_memory(rows: Path) -> None:
+    """Build the model in context on all rows, in the types of the table."""
     import pymc as pm
 
-    table = np.concatenate(list(_blocks(parquet_files(rows))))
-    features, up = table[:, :-1].T, table[:, -1].astype("int32")
-    _logistic(pm.Minibatch(*features, up, batch_size=BATCH_SIZE), len(table))
-    return []
+    files = parquet_files(rows)
+    *features, up = (
+        np.concatenate([pq.read_table(file, columns=[name])[0].to_numpy() for file in files])
+        for name in pq.read_schema(files[0]).names
+    )
+    # PyMC would cast smaller integers, and then refuse them as data.
+    batch = pm.Minibatch(*features, up.astype("int32"), batch_size=BATCH_SIZE)
+    _logistic(batch, len(up))
 
 
 def _logistic(columns: list, total_size: int | None) -> None:
@@ -204,32 +386,36 @@ def _logistic(columns: list, total_size: int | None) -> None:
     pm.Bernoulli("up", logit_p=logit, observed=columns[-1], total_size=total_size)
 
 
-def _blocks(files: list[Path]) -> Iterator[np.ndarray]:
-    for file in files:
-        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as parquet:
-            for batch in parquet.iter_batches(use_threads=False):
-                yield np.column_stack([column.to_numpy() for column in batch.columns]).astype(float)
+def _derivatives(files: list[Path], b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum gradient and information of the log-likelihood over the rows of all files."""
+
+    def of_file(file: Path) -> tuple[np.ndarray, np.ndarray]:
+        gradient, information = np.zeros(len(b)), np.zeros((len(b), len(b)))
+        for block in _blocks(file):
+            _add_derivatives(block, b, gradient, information)
+        return gradient, information
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        gradients, informations = zip(*pool.map(of_file, files))
+    return np.sum(gradients, axis=0), np.sum(informations, axis=0)
 
 
-def _peak_mb() -> float:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def _blocks(file: Path) -> Iterator[np.ndarray]:
+    with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as parquet:
+        for batch in parquet.iter_batches(use_threads=False):
+            yield np.column_stack([column.to_numpy() for column in batch.columns]).astype(float)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Fit once, and print the result as JSON on the last line."""
-    parser = argparse.ArgumentParser(description="Fit the order-book model to a table.")
-    parser.add_argument("rows", type=Path, help="directory of Parquet files, last column 0 or 1")
-    parser.add_argument("--buffer-size", type=int, help="rows; default: all rows in memory")
-    parser.add_argument("--steps", type=int, default=6_000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    result = fit(args.rows, buffer_size=args.buffer_size, n_steps=args.steps, seed=args.seed)
-    sys.stdout.write(json.dumps(dataclasses.asdict(result)) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+@numba.njit(cache=True, nogil=True)
+def _add_derivatives(rows, b, gradient, information):
+    x = np.ones(len(b))
+    for row in rows:
+        x[1:] = row[:-1]
+        logit = 0.0
+        for i in range(len(b)):
+            logit += b[i] * x[i]
+        p = 1 / (1 + np.exp(-logit))
+        for i in range(len(b)):
+            gradient[i] += (row[-1] - p) * x[i]
+            for j in range(len(b)):
+                information[i, j] += p * (1 - p) * x[i] * x[j]

@@ -1,0 +1,115 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""How fast ``preshuffle`` is, beside DuckDB's random order and a plain copy of the same files.
+
+    python -m benchmarks.preshuffle_speed --rows 16000000 --repeats 5
+
+The table is that of the order books, in order of time.  The three take turns, so that whatever
+else the machine does meets all of them.  DuckDB gets the same memory limit and as many threads
+as ``preshuffle`` has; the copy reads each file whole and writes it with the encoding that
+``preshuffle`` uses, without any limit.  Needs ``duckdb``.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from benchmarks.orderbook.rows import write_rows
+from pymc.variational.streaming import preshuffle
+
+THREADS = 2
+ENCODING = {
+    "compression": "lz4",
+    "use_dictionary": False,
+    "write_statistics": False,
+    "write_page_checksum": True,
+}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rows", type=int, default=16_000_000)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--memory-limit", default="512MB")
+    options.add_argument("--folder", type=Path, help="for the data; default: temporary")
+    chosen = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
+        folder = Path(name)
+        write_rows(folder / "book", rows=chosen.rows, seed=0)
+        report(compare(folder, chosen.repeats, chosen.memory_limit), chosen.rows)
+
+
+def compare(folder: Path, repeats: int, memory_limit: str) -> dict[str, list[float]]:
+    """Return the seconds of each contender, of each repeat after a warm-up."""
+    contenders: dict[str, Callable[[Path, Path, str], None]] = {
+        "preshuffle": shuffle_ours,
+        "DuckDB, ORDER BY random()": shuffle_duckdb,
+        "plain copy": copy_plain,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats + 1):
+        for name, run in contenders.items():
+            target = folder / "result"
+            start = time.perf_counter()
+            run(folder / "book", target, memory_limit)
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+            shutil.rmtree(target)
+    return seconds
+
+
+def shuffle_ours(source: Path, target: Path, memory_limit: str) -> None:
+    preshuffle(source, target, seed=0, memory_limit=memory_limit, progressbar=False)
+
+
+def shuffle_duckdb(source: Path, target: Path, memory_limit: str) -> None:
+    import duckdb
+
+    target.mkdir()
+    settings = {"memory_limit": memory_limit, "threads": THREADS, "temp_directory": str(target)}
+    with duckdb.connect(config=settings) as connection:
+        connection.execute("SET enable_progress_bar = false")
+        connection.execute(
+            f"COPY (SELECT * FROM '{source}/*.parquet' ORDER BY random()) "
+            f"TO '{target}/all.parquet' (FORMAT parquet, COMPRESSION lz4_raw)"
+        )
+
+
+def copy_plain(source: Path, target: Path, memory_limit: str) -> None:
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        pq.write_table(pq.read_table(file), target / file.name, **ENCODING)
+
+
+def report(seconds: dict[str, list[float]], n_rows: int) -> None:
+    ours = seconds["preshuffle"]
+    for name, theirs in seconds.items():
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs))
+        median = statistics.median(theirs)
+        sys.stdout.write(
+            f"{name:28}{median:7.2f} s (from {min(theirs):.2f} to {max(theirs):.2f}) "
+            f"{n_rows / median / 1e6:6.1f} M rows/s  {ratio:5.2f} times as long as preshuffle\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""The experiment on tables that take seconds, for tests that kill it.
+
+python -m tests.orderbook.small_reproduce WORK STEPS
+"""
+
+import sys
+
+from pathlib import Path
+
+from benchmarks.orderbook.reproduce import Settings, plan
+from benchmarks.orderbook.stages import run_stages
+from benchmarks.orderbook.tables import publish
+
+SETTINGS = {"sizes": (), "billion": 20_000, "messages": 8_000, "buffer_size": 5_000}
+
+
+def run(work: Path, steps: int) -> None:
+    settings = Settings(**SETTINGS, steps=steps)
+    publish(run_stages(plan(settings, work / "tables"), work / "records"), work / "results", None)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]))
