@@ -13,7 +13,7 @@
 #   limitations under the License.
 """How fast ``preshuffle`` is, beside DuckDB's random order and a plain copy of the same files.
 
-    python -m benchmarks.preshuffle_speed --rows 16000000 --repeats 5
+    python -m benchmarks.preshuffle_speed --page docs/source/preshuffle.md
 
 The table is that of the order books, in order of time.  The three take turns, so that whatever
 else the machine does meets all of them.  DuckDB gets the same memory limit and as many threads
@@ -37,6 +37,10 @@ from benchmarks.orderbook.rows import write_rows
 from pymc.variational.streaming import preshuffle
 
 THREADS = 2
+MARKERS = (
+    "<!-- speed: written by `python -m benchmarks.preshuffle_speed` -->\n",
+    "<!-- end of speed -->",
+)
 ENCODING = {
     "compression": "lz4",
     "use_dictionary": False,
@@ -48,14 +52,18 @@ ENCODING = {
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rows", type=int, default=16_000_000)
-    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--repeats", type=int, default=9)
     options.add_argument("--memory-limit", default="512MB")
     options.add_argument("--folder", type=Path, help="for the data; default: temporary")
+    options.add_argument("--page", type=Path, help="file to put the table into")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = Path(name)
         write_rows(folder / "book", rows=chosen.rows, seed=0)
-        report(compare(folder, chosen.repeats, chosen.memory_limit), chosen.rows)
+        text = table(compare(folder, chosen.repeats, chosen.memory_limit), chosen.rows)
+    sys.stdout.write(text)
+    if chosen.page is not None:
+        publish(chosen.page, text)
 
 
 def compare(folder: Path, repeats: int, memory_limit: str) -> dict[str, list[float]]:
@@ -100,15 +108,28 @@ def copy_plain(source: Path, target: Path, memory_limit: str) -> None:
         pq.write_table(pq.read_table(file), target / file.name, **ENCODING)
 
 
-def report(seconds: dict[str, list[float]], n_rows: int) -> None:
+def table(seconds: dict[str, list[float]], n_rows: int) -> str:
+    """Return the results as a Markdown table."""
     ours = seconds["preshuffle"]
+    lines = [
+        f"| {n_rows:,} rows | seconds, median (least to most) | million rows/s | time over preshuffle's |",
+        "|---|---|---|---|",
+    ]
     for name, theirs in seconds.items():
-        ratio = statistics.median(b / a for a, b in zip(ours, theirs))
         median = statistics.median(theirs)
-        sys.stdout.write(
-            f"{name:28}{median:7.2f} s (from {min(theirs):.2f} to {max(theirs):.2f}) "
-            f"{n_rows / median / 1e6:6.1f} M rows/s  {ratio:5.2f} times as long as preshuffle\n"
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs))
+        lines.append(
+            f"| {name} | {median:.2f} ({min(theirs):.2f} to {max(theirs):.2f}) "
+            f"| {n_rows / median / 1e6:.1f} | {ratio:.2f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def publish(page: Path, text: str) -> None:
+    """Put the table between the markers of the page."""
+    begin, end = MARKERS
+    before, rest = page.read_text().split(begin)
+    page.write_text(before + begin + text + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

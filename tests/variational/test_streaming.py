@@ -15,6 +15,7 @@
 
 import gc
 import json
+import sys
 import threading
 import warnings
 
@@ -165,6 +166,18 @@ class TestExactValues:
         (batch,) = StreamingDataset(rows, batch_size=3, dtype=dtype)
         np.testing.assert_array_equal(batch, rows.astype(dtype))
 
+    @pytest.mark.parametrize("kind, dtype", [("int64", "float64"), ("int32", "float32")])
+    def test_a_file_of_integers_is_checked_against_the_buffer(self, tmp_path, kind, dtype):
+        """The file's own type holds them, and NumPy calls the cast of int64 to float64 safe."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        beyond = {"float64": 2**53, "float32": 2**24}[dtype] + 1
+        pq.write_table(pa.table({"n": np.array([1, beyond], kind)}), tmp_path / "a.parquet")
+        ds = StreamingDataset(parquet_source(tmp_path), batch_size=2, dtype=dtype)
+        with pytest.raises(StreamError, match=rf"holds {beyond} in column 'n', which {dtype}"):
+            list(ds)
+
     def test_integers_beside_floats_survive_a_narrower_buffer_or_are_refused(self, tmp_path):
         """The rows are float64 already; that the column held integers is still known."""
         import pyarrow as pa
@@ -306,6 +319,17 @@ class TestCallback:
         del ds
         gc.collect()
         assert not prefetch_threads()
+
+    def test_the_interpreter_switches_threads_faster_while_streams_are_open(self):
+        """A compiled step holds the interpreter, and the thread that reads waits for it."""
+        usual = sys.getswitchinterval()
+        first, second = (StreamingDataset(tell_tale(3), batch_size=4) for _ in range(2))
+        first.advance()
+        second.advance()
+        first.close()
+        assert sys.getswitchinterval() < usual
+        second.close()
+        assert sys.getswitchinterval() == usual
 
     def test_dropping_an_old_callback_leaves_the_stream_to_the_new_one(self):
         ds = StreamingDataset(tell_tale(3), batch_size=4)

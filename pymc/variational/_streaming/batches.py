@@ -104,6 +104,8 @@ def cast(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> np.n
     """
     with np.errstate(all="ignore"):
         out = rows.astype(dtype)
+    if source.checked and (rows.dtype == dtype or _is_wider(dtype, rows.dtype)):
+        return out
     bad = _inexact(rows, out, source.integral)
     if bad.any():
         place = np.argwhere(bad)[0]
@@ -120,6 +122,11 @@ def _join(parts: list[Chunk]) -> Chunk:
     if len(parts) == 1:
         return parts[0]
     return Chunk(parts[0].epoch, parts[0].offset, np.concatenate([part.rows for part in parts]))
+
+
+def _is_wider(dtype: np.dtype, other: np.dtype) -> bool:
+    """Whether *dtype* holds all values of *other*; NumPy says so of float64 and int64 too."""
+    return dtype.itemsize > other.itemsize and np.can_cast(other, dtype)
 
 
 def _inexact(rows: np.ndarray, out: np.ndarray, integral: tuple[bool, ...] | None) -> np.ndarray:

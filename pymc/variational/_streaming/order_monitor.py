@@ -35,8 +35,9 @@ _PILOT = 4_096
 _GROUPS = 40
 """At most; as soon as there are as many, pairs of neighbours become one."""
 _FIRST_LOOK = 4
-_SLAB_ROWS, _SLAB_VALUES = 2_048, 1 << 17
-"""What is computed at a time: at least so many rows, or so many values of features."""
+_SLAB_ROWS, _SLAB_VALUES = (2_048, 8_192), 1 << 17
+"""What is computed at a time: about so many values of features, which stay in the cache, and rows
+within these limits; for dot products of 10,000 numbers OpenBLAS would wake threads of its own."""
 
 
 class Monitor:
@@ -139,7 +140,7 @@ class _Tally:
     def add(self, offset: int, rows: np.ndarray) -> None:
         self.end = offset + len(rows)
         at = self._picked(offset, len(rows))
-        step = max(_SLAB_ROWS, _SLAB_VALUES // len(self.features))
+        step = int(np.clip(_SLAB_VALUES // len(self.features), *_SLAB_ROWS))
         for first in range(0, len(at), step):
             slab = at[first : first + step]
             self._take(self.features(rows.take(slab, axis=0)), (slab + offset) // self._window)

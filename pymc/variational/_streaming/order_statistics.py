@@ -92,7 +92,7 @@ class Features:
         np.maximum(scaled, -self._limit, out=scaled)
         scaled[self._constant] = values[self._constant] != self._centre[self._constant]
         n_base = d + len(self._projections)
-        np.matmul(self._projections, scaled, out=found[d:n_base])
+        np.einsum("pd,dn->pn", self._projections, scaled, out=found[d:n_base])
         left, right = (found.take(pair, axis=0) for pair in (self._left, self._right))
         np.multiply(left, right, out=found[n_base:])
         return found

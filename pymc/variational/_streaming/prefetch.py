@@ -14,6 +14,7 @@
 """Read ahead in a thread."""
 
 import os
+import sys
 import threading
 import weakref
 
@@ -27,13 +28,18 @@ __all__ = ["Prefetcher"]
 
 T = TypeVar("T")
 
+_SWITCH_INTERVAL = 1e-4
+"""Seconds.  A compiled step holds the interpreter lock, and by default a thread that waits asks for
+it every 5 ms only: many steps, during which nothing would be read."""
+
 
 class Prefetcher(Generic[T]):
     """Iterate over *items* in a thread of its own, at most *depth* items ahead.
 
     An exception in the thread is raised where the consumer would have met it.  The thread
     ends when the items do, on :meth:`close`, or when nothing refers to the prefetcher.  A
-    forked process has no copy of it, and is refused.
+    forked process has no copy of it, and is refused.  Until the thread ends, the interpreter
+    switches between threads more often than usual.
     """
 
     def __init__(self, items: Generator[T], depth: int):
@@ -46,6 +52,7 @@ class Prefetcher(Generic[T]):
             name="pymc-streaming-prefetch",
             daemon=True,
         )
+        _switching.hurry()
         # The thread must not refer to self, or self would never be collected.
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _stop, thread, stop, self._slots, self._pid)
@@ -77,6 +84,31 @@ class Prefetcher(Generic[T]):
         self._finalizer()
 
 
+class _Switching:
+    """The interval at which the interpreter switches threads, shorter while anyone hurries."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # finalizers run anywhere, also inside these methods
+        self._in_a_hurry = 0
+        self._usual = 0.0
+
+    def hurry(self) -> None:
+        with self._lock:
+            if not self._in_a_hurry:
+                self._usual = sys.getswitchinterval()
+                sys.setswitchinterval(min(_SWITCH_INTERVAL, self._usual))
+            self._in_a_hurry += 1
+
+    def relax(self) -> None:
+        with self._lock:
+            self._in_a_hurry -= 1
+            if not self._in_a_hurry:
+                sys.setswitchinterval(self._usual)
+
+
+_switching = _Switching()
+
+
 def _run(items: Generator, queue: SimpleQueue, slots: threading.Semaphore, stop) -> None:
     end: BaseException | None = None
     try:
@@ -96,6 +128,7 @@ def _stop(
 ) -> None:
     if os.getpid() != pid:
         return  # the thread may have held these locks when the process was forked
+    _switching.relax()
     stop.set()
     slots.release()
     # The garbage collector can run this in the thread itself, an interrupt before it starts.

@@ -25,8 +25,9 @@ from pymc.variational._streaming.sources import Source, as_source, draw_seed, po
 
 __all__ = ["ShuffleBuffer", "shuffle_buffer"]
 
-_GATHER_ROWS = 1 << 16
-"""Rows that are gathered from the window at a time; several batches are cheaper than one."""
+_GATHER_BYTES = 1 << 21
+"""Of rows that are gathered from the window at a time.  Between calls a thread that reads ahead
+waits for the interpreter, which a compiled step holds: few calls keep it ahead."""
 
 _GATHER_SHARE = 8
 """No more than this part of a window, to keep what is read ahead small beside it."""
@@ -103,11 +104,10 @@ class ShuffleBuffer(Source):
     columns = property(lambda self: self._source.columns)  # type: ignore[assignment]
     sample_shape = property(lambda self: self._source.sample_shape)  # type: ignore[assignment]
     integral = property(lambda self: self._source.integral)  # type: ignore[assignment]
+    checked = property(lambda self: self._source.checked)  # type: ignore[assignment]
 
     @property
-    def fingerprint(self) -> str | None:  # type: ignore[override]
-        if self._source.fingerprint is None:
-            return None
+    def fingerprint(self) -> str:  # type: ignore[override]
         parts = [self._source.fingerprint, self.seed, self.buffer_size]
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
@@ -128,10 +128,10 @@ class ShuffleBuffer(Source):
     def _shuffled(self, epoch: int, window: int, skip: int) -> Generator[np.ndarray]:
         """Emit one window while the next one fills, as many rows in as out."""
         size = self.buffer_size
-        step = min(_GATHER_ROWS, size // _GATHER_SHARE)
-        step = max(step - step % self.batch_size, self.batch_size)
         reader = _RowReader(self._source.blocks(epoch, window * size))
         current, following = reader.window(self._window_rows()), None
+        step = min(_GATHER_BYTES // max(current[:1].nbytes, 1), size // _GATHER_SHARE)
+        step = max(step - step % self.batch_size, self.batch_size)
         filled = reader.fill(current, 0, size)
         while filled:
             order = self._permutation(epoch, window, filled)
