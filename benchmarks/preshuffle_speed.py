@@ -34,13 +34,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.orderbook.rows import write_rows
+from benchmarks.pages import filled
 from pymc.variational.streaming import preshuffle
 
 THREADS = 2
-MARKERS = (
-    "<!-- speed: written by `python -m benchmarks.preshuffle_speed` -->\n",
-    "<!-- end of speed -->",
-)
+COMMAND = "python -m benchmarks.preshuffle_speed"
 ENCODING = {
     "compression": "lz4",
     "use_dictionary": False,
@@ -63,7 +61,8 @@ def main() -> None:
         text = table(compare(folder, chosen.repeats, chosen.memory_limit), chosen.rows)
     sys.stdout.write(text)
     if chosen.page is not None:
-        publish(chosen.page, text)
+        page = chosen.page.read_text()
+        chosen.page.write_text(filled(page, "speed", COMMAND, text))
 
 
 def compare(folder: Path, repeats: int, memory_limit: str) -> dict[str, list[float]]:
@@ -123,13 +122,6 @@ def table(seconds: dict[str, list[float]], n_rows: int) -> str:
             f"| {n_rows / median / 1e6:.1f} | {ratio:.2f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def publish(page: Path, text: str) -> None:
-    """Put the table between the markers of the page."""
-    begin, end = MARKERS
-    before, rest = page.read_text().split(begin)
-    page.write_text(before + begin + text + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

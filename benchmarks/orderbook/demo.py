@@ -51,6 +51,7 @@ from benchmarks.orderbook.experiment import (
 )
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
+from benchmarks.pages import filled
 
 __all__ = ["main"]
 
@@ -65,7 +66,6 @@ LEGEND = {
     ORDERED: "streamed in order of time",
     SHUFFLED: "streamed after preshuffle",
 }
-MARKERS = "<!-- demo: written by `make results` -->\n", "<!-- end of demo -->"
 
 console = Console(stderr=True)
 
@@ -208,13 +208,6 @@ def _save(exact: Posterior, fits: dict[str, Fit], results: Path) -> None:
     plot(exact, fits, results / "demo.png")
 
 
-def write_readme(readme: Path, table: str) -> None:
-    """Put the table between the markers of the README."""
-    begin, end = MARKERS
-    before, rest = readme.read_text().split(begin)
-    readme.write_text(before + begin + table + end + rest.split(end)[1])
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the demonstration."""
     parser = argparse.ArgumentParser(description="Ordered rows go wrong, shuffled ones right.")
@@ -232,7 +225,8 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(work)
     _save(exact, fits, args.results)
     if args.readme is not None:
-        write_readme(args.readme, markdown_table(exact, fits))
+        text = filled(args.readme.read_text(), "demo", "make results", markdown_table(exact, fits))
+        args.readme.write_text(text)
     show(exact, fits)
     console.print(
         f"{time.perf_counter() - started:.0f} s; the figure is {args.results / 'demo.png'}"

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.orderbook.stages import Records
+from benchmarks.pages import filled
 
 __all__ = ["publish"]
 
@@ -43,6 +44,7 @@ ORIGINAL = {
 ORIGINAL_MB = {FIRST: 9_100, SHUFFLED: 570}
 ORIGINAL_ROWS = 122_000_000
 
+COMMAND = "make reproduce"
 COLORS = {FIRST: "tab:gray", SECOND: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
 NOTHING = "–"
 
@@ -62,7 +64,7 @@ def publish(records: Records, results: Path, page: Path | None) -> None:
     (results / "reproduce.json").write_text(json.dumps(content, indent=1) + "\n")
     if page is not None:
         for name, table in make_tables(records).items():
-            page.write_text(filled(page.read_text(), name, table))
+            page.write_text(filled(page.read_text(), name, COMMAND, table))
     cases = {name: _results(case) for name, case in records.items()}
     draw_means(_synthetic(cases), results / "reproduce_means.png")
     draw_memory(_synthetic(cases), results / "reproduce_memory.png")
@@ -79,13 +81,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
-
-
-def filled(text: str, name: str, table: str) -> str:
-    """Put a table between its markers in the text of a page."""
-    before, rest = text.split(begin := f"<!-- {name}: written by `make reproduce` -->\n")
-    _, after = rest.split(end := f"<!-- end of {name} -->")
-    return f"{before}{begin}{table}{end}{after}"
 
 
 def make_tables(records: Records) -> dict[str, str]:

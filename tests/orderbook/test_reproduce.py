@@ -35,7 +35,8 @@ from benchmarks.orderbook.generate import generate
 from benchmarks.orderbook.reproduce import main
 from benchmarks.orderbook.rows import _messages_for, write_rows
 from benchmarks.orderbook.stages import Stage, run_stages
-from benchmarks.orderbook.tables import filled, make_tables
+from benchmarks.orderbook.tables import COMMAND, make_tables
+from benchmarks.pages import filled
 from tests.orderbook.test_fold import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +216,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was_and_publishes(tmp_path):
 def test_the_tables_of_the_page_are_those_of_its_numbers():
     page = PAGE.read_text()
     for name, table in make_tables(json.loads(NUMBERS.read_text())["records"]).items():
-        assert filled(page, name, table) == page
+        assert filled(page, name, COMMAND, table) == page
     assert len(re.findall("written by `make reproduce`", page)) == 7
 
 

@@ -1,0 +1,101 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""What the order check costs, before a fit and while the rows stream.
+
+    python -m benchmarks.order_speed --page docs/source/order.md
+
+The table is that of the order books, in order of time.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from benchmarks.orderbook.rows import write_rows
+from benchmarks.pages import filled
+from pymc.variational._streaming.order_monitor import Monitor
+from pymc.variational._streaming.order_report import Stream
+from pymc.variational._streaming.shuffle import ShuffleBuffer
+from pymc.variational.streaming import check_order, parquet_source, shuffle_buffer
+
+COMMAND = "python -m benchmarks.order_speed"
+SIZES = 1_000_000, 10_000_000, 100_000_000
+WINDOW = 1_000_000
+WATCHED_WINDOWS = 4
+BATCH = 4_096
+REPEATS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the order check costs.")
+    parser.add_argument("--folder", type=Path, help="for the data; default: temporary")
+    parser.add_argument("--page", type=Path, help="file to put the table into")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
+        text = make_table([measure(Path(folder), n_rows) for n_rows in SIZES])
+    sys.stdout.write(text)
+    if chosen.page is not None:
+        page = chosen.page.read_text()
+        chosen.page.write_text(filled(page, "speed", COMMAND, text))
+
+
+def measure(folder: Path, n_rows: int) -> tuple[int, float, float]:
+    """Return the rows, seconds of the check before the fit, and of one batch while it streams."""
+    rows = folder / f"{n_rows}"
+    write_rows(rows, rows=n_rows, seed=0)
+    source = parquet_source(rows)
+    before = median_seconds(lambda: check_order(source, buffer_size=WINDOW))
+    buffer = shuffle_buffer(source, buffer_size=WINDOW, batch_size=BATCH, seed=0)
+    blocks = list(islice(buffer.blocks(), WATCHED_WINDOWS * WINDOW // (1 << 17)))
+    n_watched = sum(len(block) for block in blocks)
+    watched = median_seconds(lambda: watch(buffer, blocks))
+    return n_rows, before, watched * BATCH / n_watched
+
+
+def watch(buffer: ShuffleBuffer, blocks: list) -> None:
+    monitor = Monitor(Stream(buffer.source, WINDOW, buffer.n_rows))
+    monitor.start()
+    offset = 0
+    for block in blocks:
+        monitor.add(offset, block)
+        monitor.look()
+        offset += len(block)
+
+
+def median_seconds(function: Callable[[], object]) -> float:
+    return statistics.median(islice(_timed(function), REPEATS))
+
+
+def _timed(function: Callable[[], object]) -> Iterator[float]:
+    while True:
+        start = time.perf_counter()
+        function()
+        yield time.perf_counter() - start
+
+
+def make_table(lines: list[tuple[int, float, float]]) -> str:
+    text = "| rows | before the fit, s | while streaming, ms per 4,096 rows |\n|---|---|---|\n"
+    for n_rows, before, watched in lines:
+        text += f"| {n_rows:,} | {before:.2f} | {watched * 1e3:.3f} |\n"
+    return text
+
+
+if __name__ == "__main__":
+    main()
