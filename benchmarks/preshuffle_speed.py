@@ -92,8 +92,8 @@ def shuffle_duckdb(source: Path, target: Path, memory_limit: str) -> None:
     import duckdb
 
     target.mkdir()
-    settings = {"memory_limit": memory_limit, "threads": THREADS, "temp_directory": str(target)}
-    with duckdb.connect(config=settings) as connection:
+    settings = {"memory_limit": memory_limit, "threads": str(THREADS)}
+    with duckdb.connect(config={**settings, "temp_directory": str(target)}) as connection:
         connection.execute("SET enable_progress_bar = false")
         connection.execute(
             f"COPY (SELECT * FROM '{source}/*.parquet' ORDER BY random()) "
