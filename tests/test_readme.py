@@ -15,12 +15,15 @@
 
 import re
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+import pymc as pm
 
 from benchmarks.orderbook.experiment import exact_posterior
 
@@ -34,7 +37,8 @@ def code_blocks(language: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_code_finds_the_exact_posterior_and_the_check_improves_it(tmp_path, monkeypatch):
-    """With PyMC's default optimizer; the code sets no seed, and runs came within 0.3 sd."""
+    """With PyMC's default optimizer; the code sets no seed, so that is done here."""
+    monkeypatch.setattr(pm, "fit", partial(pm.fit, random_seed=0))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(100_000, 3)).astype("float32")
     logit = 0.3 + x @ [0.5, -0.4, 0.8]

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.request import urlopen
 
 import pytest
 
@@ -44,6 +45,8 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.start()
     try:
         host, port = server.get_host_and_port()
+        # All servers of a process share what they hold.
+        urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
         yield f"{host}:{port}"
     finally:
         server.stop()
