@@ -32,22 +32,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytensor
 
 import pymc as pm
 
+from benchmarks.orderbook.experiment import BATCH_SIZE, build_model, logistic
 from benchmarks.orderbook.rows import write_rows
 from benchmarks.pages import filled
-from pymc.variational.streaming import (
-    StreamingDataset,
-    parquet_source,
-    preshuffle,
-    shuffle_buffer,
-)
+from pymc.variational.streaming import parquet_source, preshuffle
 
 COMMAND = "python -m benchmarks.fit_speed"
-BATCH_SIZE = 4_096
 BUFFER_SIZE = 1_000_000
 LIMIT = "one batch, again and again"
 
@@ -94,9 +88,11 @@ def make_lanes(folder: Path, n_rows: int) -> dict[str, Lane]:
     preshuffle(ordered, shuffled, seed=0, progressbar=False)
     return {
         LIMIT: make_lane(lambda: one_batch(ordered, n_rows)),
-        "stream, preshuffled": make_lane(lambda: stream(shuffled)),
-        "stream, as it comes (zstd, dictionaries)": make_lane(lambda: stream(ordered)),
-        "`pm.Minibatch`, in memory": make_lane(lambda: in_memory(shuffled)),
+        "stream, preshuffled": make_lane(lambda: from_table(shuffled, BUFFER_SIZE)),
+        "stream, as it comes (zstd, dictionaries)": make_lane(
+            lambda: from_table(ordered, BUFFER_SIZE)
+        ),
+        "`pm.Minibatch`, in memory": make_lane(lambda: from_table(shuffled, None)),
     }
 
 
@@ -121,27 +117,10 @@ def one_batch(rows: Path, n_rows: int) -> list:
     return []
 
 
-def stream(rows: Path) -> list:
-    buffer = shuffle_buffer(
-        parquet_source(rows), buffer_size=BUFFER_SIZE, batch_size=BATCH_SIZE, seed=0
-    )
-    ds = StreamingDataset(buffer, batch_size=BATCH_SIZE)
-    logistic([ds[name] for name in ds.columns or ()], ds.total_size)
-    return [ds.fit_callback()]
-
-
-def in_memory(rows: Path) -> list:
-    table = np.concatenate(list(parquet_source(rows))).astype(pytensor.config.floatX)
-    features, up = table[:, :3].T.copy(), table[:, 3].astype("int32")
-    logistic(list(pm.Minibatch(*features, up, batch_size=BATCH_SIZE)), len(table))
-    return []
-
-
-def logistic(columns: list, total_size: int | None) -> None:
-    """Build the model in context; the last column is the label."""
-    b = pm.Normal("b", 0.0, 3.0, shape=4)
-    logit = b[0] + b[1] * columns[0] + b[2] * columns[1] + b[3] * columns[2]
-    pm.Bernoulli("up", logit_p=logit, observed=columns[3], total_size=total_size)
+def from_table(rows: Path, buffer_size: int | None) -> list:
+    """Observe a stream of the rows, or all of them in memory."""
+    ds = build_model(rows, buffer_size, seed=0)
+    return [] if ds is None else [ds.fit_callback()]
 
 
 def make_table(lanes: dict[str, Lane]) -> str:

@@ -21,7 +21,6 @@ epoch through a shuffle buffer of 100,000 rows.  Libraries that are not installe
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory import forget_peak, peak_mb
 from benchmarks.pages import filled
 
 COMMAND = "python -m benchmarks.library_memory"
@@ -141,7 +141,8 @@ def growth(read: Callable[[], Any]) -> float:
     from pymc.variational.streaming import StreamingDataset, arrow_source, shuffle_buffer
 
     source = arrow_source(read)
-    before = set_back_peak()
+    forget_peak()
+    before = peak_mb()
     buffer = shuffle_buffer(source, buffer_size=100_000, batch_size=4_096, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -150,17 +151,7 @@ def growth(read: Callable[[], Any]) -> float:
         )
         while ds.advance():
             pass
-    return peak() - before
-
-
-def set_back_peak() -> float:
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
-
-
-def peak() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+    return peak_mb() - before
 
 
 if __name__ == "__main__":

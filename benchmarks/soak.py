@@ -39,6 +39,7 @@ import pyarrow.parquet as pq
 
 import pymc as pm
 
+from benchmarks.orderbook.experiment import logistic
 from pymc.variational.streaming import (
     StreamingDataset,
     parquet_source,
@@ -141,9 +142,7 @@ def fit(folder: Path, watch: Watch, n_steps: int) -> None:
     )
     ds = StreamingDataset(buffer, batch_size=4096)
     with pm.Model():
-        b = pm.Normal("b", 0.0, 3.0, shape=4)
-        logit = b[0] + b[1] * ds["mid"] + b[2] * ds["spread"] + b[3] * ds["imbalance"]
-        pm.Bernoulli("up", logit_p=logit, observed=ds["up"], total_size=ds.total_size)
+        logistic([ds[name] for name in ds.columns or ()], ds.total_size)
         resumable_fit(
             pm.ADVI(random_seed=0),
             n_steps,

@@ -41,6 +41,8 @@ import numba
 import numpy as np
 import pyarrow.parquet as pq
 
+from benchmarks.memory import peak_mb
+
 __all__ = [
     "BATCH_SIZE",
     "Examination",
@@ -48,11 +50,12 @@ __all__ = [
     "Order",
     "Posterior",
     "State",
+    "build_model",
     "exact_posterior",
     "fit_model",
     "in_process",
+    "logistic",
     "parquet_files",
-    "peak_mb",
 ]
 
 PRIOR_SD = 3.0
@@ -204,15 +207,6 @@ def parquet_files(rows: Path) -> list[Path]:
     return files
 
 
-def peak_mb() -> float:
-    """Return the largest resident set of this process so far; nan where there is no /proc."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def fit_model(
     rows: Path,
     *,
@@ -246,7 +240,7 @@ def fit_model(
     with warnings.catch_warnings(record=True) as caught, pm.Model():
         warnings.simplefilter("always")
         began = time.perf_counter()
-        ds = _model(rows, buffer_size, seed)
+        ds = build_model(rows, buffer_size, seed)
         examiner = _Examiner(ds, _buffer(rows, buffer_size, seed), check_last) if examine else None
         callbacks = [tail, *([examiner.average] if examiner else [])]
         callbacks += [ds.fit_callback()] if ds is not None else []
@@ -271,6 +265,28 @@ def fit_model(
             examination=examiner.report(approx) if examiner else None,
             warnings=_of_stream(caught),
         )
+
+
+def build_model(rows: Path, buffer_size: int | None, seed: int) -> Any:
+    """Build the model in context; return the stream that it observes, if any."""
+    from pymc.variational.streaming import StreamingDataset
+
+    if buffer_size is None:
+        _in_memory(rows)
+        return None
+    ds = StreamingDataset(_buffer(rows, buffer_size, seed), batch_size=BATCH_SIZE)
+    columns = pq.read_schema(parquet_files(rows)[0]).names
+    logistic([ds[name] for name in columns], ds.total_size)
+    return ds
+
+
+def logistic(columns: list, total_size: int | None) -> None:
+    """Build the model in context; the last column is the label."""
+    import pymc as pm
+
+    b = pm.Normal("b", 0.0, PRIOR_SD, shape=len(columns))
+    logit = b[0] + sum(b[j + 1] * x for j, x in enumerate(columns[:-1]))
+    pm.Bernoulli("up", logit_p=logit, observed=columns[-1], total_size=total_size)
 
 
 def _end_with_parent() -> None:
@@ -341,19 +357,6 @@ def _of_stream(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
     return tuple(str(w.message) for w in caught if issubclass(w.category, StreamWarning))
 
 
-def _model(rows: Path, buffer_size: int | None, seed: int) -> Any:
-    """Build the model in context; return the stream that it observes, if any."""
-    from pymc.variational.streaming import StreamingDataset
-
-    if buffer_size is None:
-        _in_memory(rows)
-        return None
-    ds = StreamingDataset(_buffer(rows, buffer_size, seed), batch_size=BATCH_SIZE)
-    columns = pq.read_schema(parquet_files(rows)[0]).names
-    _logistic([ds[name] for name in columns], ds.total_size)
-    return ds
-
-
 def _buffer(rows: Path, buffer_size: int | None, seed: int) -> Any:
     from pymc.variational.streaming import parquet_source, shuffle_buffer
 
@@ -374,16 +377,7 @@ def _in_memory(rows: Path) -> None:
     )
     # PyMC would cast smaller integers, and then refuse them as data.
     batch = pm.Minibatch(*features, up.astype("int32"), batch_size=BATCH_SIZE)
-    _logistic(batch, len(up))
-
-
-def _logistic(columns: list, total_size: int | None) -> None:
-    """Build the model in context; the last column is the label."""
-    import pymc as pm
-
-    b = pm.Normal("b", 0.0, PRIOR_SD, shape=len(columns))
-    logit = b[0] + sum(b[j + 1] * x for j, x in enumerate(columns[:-1]))
-    pm.Bernoulli("up", logit_p=logit, observed=columns[-1], total_size=total_size)
+    logistic(batch, len(up))
 
 
 def _derivatives(files: list[Path], b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

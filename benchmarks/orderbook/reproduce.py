@@ -41,13 +41,13 @@ import pyarrow.parquet as pq
 
 from rich.console import Console
 
+from benchmarks.memory import peak_mb
 from benchmarks.orderbook.experiment import (
     BATCH_SIZE,
     exact_posterior,
     fit_model,
     in_process,
     parquet_files,
-    peak_mb,
 )
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate

@@ -60,7 +60,7 @@ from pymc.variational._streaming.errors import (
 from pymc.variational._streaming.fit_check import check_fit
 from pymc.variational._streaming.fit_report import FitReport
 from pymc.variational._streaming.given import given_rows
-from pymc.variational._streaming.guards import check_model
+from pymc.variational._streaming.guards import WITHOUT_LOSS, check_model
 from pymc.variational._streaming.order import OrderCheck, OrderReport, check_order
 from pymc.variational._streaming.parquet import parquet_source
 from pymc.variational._streaming.prefetch import Prefetcher
@@ -338,7 +338,6 @@ class StreamingDataset:
         >>> with model, ds.rows(held_out):  # doctest: +SKIP
         ...     predictions = pm.sample_posterior_predictive(approx.sample(500))
         """
-        self._require_own_rows()
         given = given_rows(rows, self.columns, self._sample_shape, self._dtype)
         return self._lend(given)
 
@@ -538,10 +537,7 @@ class _FitCallback(Callback):
 
     def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
         if losses is None and not isinstance(approx, Empirical):
-            raise StreamError(
-                "score=False: without the loss, PyMC makes every step with the same random draw, "
-                "and the posterior is wrong; leave score out"
-            )
+            raise StreamError(WITHOUT_LOSS)
         if self._dataset._owner is not self._token:
             raise StreamError(
                 "a newer fit_callback() of this dataset has taken the stream over; "

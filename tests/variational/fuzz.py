@@ -42,9 +42,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.memory import forget_peak, peak_mb
 from pymc.variational.streaming import StreamError, parquet_source
 from tests.variational.fuzz_files import Case, damage, make_case, regions
-from tests.variational.resident import peak_mb
 
 __all__ = ["FAULTS", "main", "run"]
 
@@ -135,7 +135,7 @@ def _read_files(first: int, last: int) -> None:
     """Read files in this process, and print a line about each."""
     claimed = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
     resource.setrlimit(resource.RLIMIT_AS, (claimed + _MEMORY, claimed + _MEMORY))
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     before = peak_mb()
     results, sys.stdout = sys.stdout, io.StringIO()  # progress bars write there, too
     with tempfile.TemporaryDirectory() as folder:

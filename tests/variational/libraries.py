@@ -30,8 +30,8 @@ import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet as pq
 
+from benchmarks.memory import forget_peak, peak_mb
 from pymc.variational.streaming import StreamingDataset, shuffle_buffer
-from tests.variational.resident import peak_mb
 
 ROOT = Path(__file__).parents[2]
 BATCH_SIZE = 4096
@@ -134,7 +134,7 @@ HOW_TOS = {
 
 def peaks(heading: str) -> tuple[float, float]:
     """Count the rows and stream them once; return the peaks of resident and of anonymous memory, in MB."""
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     anonymous = 0.0
     source = run("sources.md", heading)["source"]
     buffer = shuffle_buffer(source, buffer_size=50_000, batch_size=BATCH_SIZE, seed=0)

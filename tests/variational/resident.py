@@ -15,22 +15,14 @@
 
 import sys
 
-from pathlib import Path
-
+from benchmarks.memory import forget_peak, peak_mb
 from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
 
 BATCH_SIZE = 4096
 
 
-def peak_mb() -> float:
-    """Return the peak of the resident set; ``ru_maxrss`` would start at the parent's peak."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def main(folder: str, buffer_size: str, n_epochs: str) -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     before = peak_mb()
     buffer = shuffle_buffer(
         parquet_source(folder), buffer_size=int(buffer_size), batch_size=BATCH_SIZE, seed=0

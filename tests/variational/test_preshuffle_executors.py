@@ -141,10 +141,9 @@ def read_all(fs, folder):
 
 MEMORY = """
 import sys
-from pathlib import Path
-from tests.variational.resident import peak_mb
+from benchmarks.memory import forget_peak, peak_mb
 from pymc.variational._streaming.preshuffle import preshuffle
-Path("/proc/self/clear_refs").write_text("5")
+forget_peak()
 before = peak_mb()
 preshuffle(sys.argv[1], sys.argv[2], seed=0, memory_limit=sys.argv[3], progressbar=False)
 sys.stdout.write(f"{peak_mb() - before}")

@@ -114,6 +114,7 @@ class _IpcFile:
 
 class _IpcSource(Source):
     random_access = True
+    checked = True
 
     def __init__(self, paths: Sequence[str], columns: Sequence[str] | None):
         self._format = _freeze(paths, columns)

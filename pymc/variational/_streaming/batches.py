@@ -73,8 +73,8 @@ def read_epochs(
 def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
     """Cut chunks into batches of *batch_size* rows that run across epochs.
 
-    The chunks without rows, which end the epochs or tell of order, are passed on; if the chunks end, so does
-    this, with a batch as short as it comes.
+    The chunks without rows, which end the epochs or tell of order, are passed on; if the
+    chunks end, so does this, with a batch as short as it comes.
     """
     rest: list[Chunk] = []
     missing = batch_size

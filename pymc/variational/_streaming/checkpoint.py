@@ -40,6 +40,7 @@ from pytensor.graph.traversal import toposort
 import pymc
 
 from pymc.variational._streaming.errors import StreamError, StreamWarning
+from pymc.variational._streaming.guards import WITHOUT_LOSS
 from pymc.variational._streaming.sources import positive_int
 from pymc.variational.callbacks import Callback
 from pymc.variational.inference import Inference
@@ -122,10 +123,7 @@ def resumable_fit(
     positive_int("every", every)
     inference.fit(0, progressbar=False, **kwargs)
     if not inference.state.score:
-        raise ValueError(
-            "score=False: without the loss, PyMC makes every step with the same random draw, "
-            "and the posterior is wrong; leave score out"
-        )
+        raise ValueError(WITHOUT_LOSS)
     fit = _ResumableFit(inference, datasets, callbacks, kwargs)
     checkpoint = _Checkpoint(fit, Path(path), every, n)
     done = checkpoint.restore()

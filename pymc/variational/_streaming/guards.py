@@ -30,7 +30,13 @@ from pymc.model.core import Model
 from pymc.variational._streaming.errors import StreamError, StreamWarning
 from pymc.variational.minibatch_rv import MinibatchRandomVariable
 
-__all__ = ["check_model", "depends_on", "total_size_of"]
+__all__ = ["WITHOUT_LOSS", "check_model", "depends_on", "total_size_of"]
+
+WITHOUT_LOSS = (
+    "score=False: without the loss, PyMC makes every step with the same random draw, "
+    "and the posterior is wrong; leave score out"
+)
+"""Why a stream refuses a fit that does not compute its loss."""
 
 
 def check_model(model: Model, buffer: SharedVariable, total_size: int | None) -> None:
