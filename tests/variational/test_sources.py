@@ -268,6 +268,23 @@ class TestInvalidValues:
             np.testing.assert_array_equal(rest, rows_of(source)[start:])
 
 
+class TestLargeValues:
+    """A sum tells whether any value is infinite, unless it overflows itself."""
+
+    def test_they_are_read_although_their_sum_overflows(self, tmp_path):
+        for dtype in ("float32", "float64"):
+            rows = np.full((100, 1), np.finfo(dtype).max, dtype)
+            pq.write_table(pa.table({"x": rows[:, 0]}), tmp_path / f"{dtype}.parquet")
+            np.testing.assert_array_equal(
+                rows_of(parquet_source(tmp_path / f"{dtype}.parquet")), rows
+            )
+
+    def test_infinities_that_cancel_are_refused(self, tmp_path):
+        pq.write_table(pa.table({"x": [1.0, np.inf, -np.inf]}), tmp_path / "a.parquet")
+        with pytest.raises(StreamError, match="column 'x' is inf in row 1 of row group 0"):
+            rows_of(parquet_source(tmp_path / "a.parquet"))
+
+
 class TestFilesThatChange:
     @pytest.fixture
     def source(self, tmp_path):
@@ -505,10 +522,10 @@ class TestOtherSources:
             ds.advance()
 
     def test_huge_record_batches_are_converted_in_pieces(self):
-        rows = table(200_000)
+        rows = table(600_000)
         blocks = list(arrow_source(lambda: rows.to_batches()))
-        assert max(map(len, blocks)) <= 1 << 16
-        np.testing.assert_array_equal(np.concatenate(blocks), numbered(200_000))
+        assert max(map(len, blocks)) <= 1 << 18
+        np.testing.assert_array_equal(np.concatenate(blocks), numbered(600_000))
         values = pa.array([*range(199_999), None])
         source = arrow_source(lambda: pa.table({"x": values}))
         with pytest.raises(StreamError, match="block 0: column 'x' is null in row 199999;"):

@@ -155,7 +155,7 @@ def read_batches(
     *,
     columns: Sequence[str] | None = None,
     row_groups: Iterable[int] | None = None,
-    batch_rows: int = 1 << 16,
+    batch_rows: int,
 ) -> Iterator[tuple[int, int, "pyarrow.RecordBatch"]]:
     """Read a file that must not have changed since *known* was taken, in bounded memory.
 

@@ -35,9 +35,10 @@ _PILOT = 4_096
 _GROUPS = 40
 """At most; as soon as there are as many, pairs of neighbours become one."""
 _FIRST_LOOK = 4
-_SLAB_ROWS, _SLAB_VALUES = (2_048, 8_192), 1 << 17
-"""What is computed at a time: about so many values of features, which stay in the cache, and rows
-within these limits; for dot products of 10,000 numbers OpenBLAS would wake threads of its own."""
+_SLAB_ROWS, _SLAB_VALUES = (2_048, 1 << 15), 1 << 19
+"""What is computed at a time: about so many values of features, and rows within these limits.
+Each call gives up the interpreter lock and waits for the step that compiled code makes meanwhile:
+few calls keep a stream ahead."""
 
 
 class Monitor:
@@ -143,7 +144,7 @@ class _Tally:
         step = int(np.clip(_SLAB_VALUES // len(self.features), *_SLAB_ROWS))
         for first in range(0, len(at), step):
             slab = at[first : first + step]
-            self._take(self.features(rows.take(slab, axis=0)), (slab + offset) // self._window)
+            self._take(self.features(rows.take(slab, axis=0)), slab + offset)
 
     def by_window(self) -> Anova:
         """Compare windows, the open one as far as it goes."""
@@ -172,13 +173,17 @@ class _Tally:
             found.append(self._picks[low:high] + (start - offset))
         return np.concatenate(found)
 
-    def _take(self, values: np.ndarray, windows: np.ndarray) -> None:
-        """Add features of rows, shape (n_features, n), that belong to these windows."""
-        self.total += Moments.of(values)
-        starts = np.concatenate([[0], np.flatnonzero(windows[1:] != windows[:-1]) + 1])
-        sums = np.add.reduceat(values, starts, axis=1).T
-        sizes = np.diff(starts, append=len(windows))
-        ids = windows[starts]
+    def _take(self, values: np.ndarray, places: np.ndarray) -> None:
+        """Add features of the rows at these places, shape (n_features, n)."""
+        found = Moments.of(values)
+        self.total += found
+        ids = np.arange(places[0] // self._window, places[-1] // self._window + 1)
+        starts = np.searchsorted(places, ids * self._window)
+        sizes = np.diff(starts, append=len(places))
+        if len(ids) == 1:
+            sums = found.sums[:1].copy()
+        else:
+            sums = np.add.reduceat(values, starts, axis=1).T
         self._add_to_groups(ids, sums, sizes)
         if ids[0] == self._open:
             sums[0] += self._open_sum

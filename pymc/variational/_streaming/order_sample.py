@@ -28,7 +28,7 @@ from pymc.variational._streaming.order_report import (
     one_window,
 )
 from pymc.variational._streaming.order_statistics import ALPHA, Anova, Features, Moments, anova
-from pymc.variational._streaming.sources import Source
+from pymc.variational._streaming.sources import GLANCE_ROWS, Source
 
 __all__ = ["preflight"]
 
@@ -41,8 +41,6 @@ _SLAB = 2_048
 """Rows whose features fit into the cache."""
 _BUDGET = 3 << 24
 """Values that may be decoded, in about half a second."""
-_READ_ROWS = 1 << 16
-"""What one read decodes at least."""
 _OPEN_VALUES = 1 << 18
 """What could be decoded in the time that opening a file takes."""
 _HALF_LEVEL = 1e-2
@@ -218,14 +216,14 @@ def _cost(source: Source, places: np.ndarray, block: int) -> int:
     first = _reads(entries, places, block)
     last = np.append(first[1:], len(places)) - 1
     depth = places[last] + block - entries[first]
-    decoded = -(-depth // _READ_ROWS) * _READ_ROWS
+    decoded = -(-depth // GLANCE_ROWS) * GLANCE_ROWS
     return int(decoded.sum()) * _width(source) + len(first) * _OPEN_VALUES
 
 
 def _reads(entries: np.ndarray, places: np.ndarray, block: int) -> np.ndarray:
     """Return the first block of each read; what lies near the last one is cheaper to read on."""
     gaps = entries[1:] - (places[:-1] + block)
-    return np.append(0, np.flatnonzero(gaps > _READ_ROWS) + 1)
+    return np.append(0, np.flatnonzero(gaps > GLANCE_ROWS) + 1)
 
 
 def _width(source: Source) -> int:
@@ -249,7 +247,7 @@ def _read(source: Source, plan: _Plan) -> np.ndarray:
 def _read_from(source: Source, entry: int, places: np.ndarray, n: int) -> np.ndarray:
     """Return *n* rows from each of the ascending *places*, reading on from *entry*."""
     found, start, done = None, entry, 0
-    with closing(source.blocks(0, entry)) as blocks:
+    with closing(source.glance(entry)) as blocks:
         while done < len(places):
             rows = next(blocks)
             if found is None:

@@ -88,11 +88,12 @@ class Features:
         found = np.empty((len(self), values.shape[1]))
         scaled = np.subtract(values, self._centre, out=found[:d])
         scaled *= self._factor
-        np.minimum(scaled, self._limit, out=scaled)
-        np.maximum(scaled, -self._limit, out=scaled)
-        scaled[self._constant] = values[self._constant] != self._centre[self._constant]
+        np.clip(scaled, -self._limit, self._limit, out=scaled)
+        if len(self._constant):
+            scaled[self._constant] = values[self._constant] != self._centre[self._constant]
         n_base = d + len(self._projections)
-        np.einsum("pd,dn->pn", self._projections, scaled, out=found[d:n_base])
+        if len(self._projections):
+            np.einsum("pd,dn->pn", self._projections, scaled, out=found[d:n_base])
         left, right = (found.take(pair, axis=0) for pair in (self._left, self._right))
         np.multiply(left, right, out=found[n_base:])
         return found
@@ -110,7 +111,8 @@ class Moments:
     def of(cls, values: np.ndarray) -> "Moments":
         squares = values * values
         pairs = (values, values), (squares, values), (squares, squares)
-        powers = [np.vecdot(a, b) for a, b in pairs]
+        # Unlike a dot product, which wakes threads of the BLAS for many rows.
+        powers = [np.einsum("fn,fn->f", a, b) for a, b in pairs]
         return cls(values.shape[1], np.array([values.sum(axis=1), *powers]))
 
     def __add__(self, other: "Moments") -> "Moments":

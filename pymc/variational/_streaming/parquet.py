@@ -30,8 +30,14 @@ from pymc.variational._streaming.files import (
     read_metadata,
 )
 from pymc.variational._streaming.mark import PreshuffleMark, check_marks, read_mark
-from pymc.variational._streaming.rows import RowFormat, column_ranges
-from pymc.variational._streaming.sources import Source, draw_seed, progress_bar, skip_rows
+from pymc.variational._streaming.rows import RowFormat, column_ranges, piece_rows
+from pymc.variational._streaming.sources import (
+    GLANCE_ROWS,
+    Source,
+    draw_seed,
+    progress_bar,
+    skip_rows,
+)
 
 __all__ = ["parquet_source"]
 
@@ -97,9 +103,12 @@ def parquet_source(
 
     Examples
     --------
-    >>> source = parquet_source("shuffled/", columns=["mid", "spread", "up"])  # doctest: +SKIP
-    >>> source.n_rows  # doctest: +SKIP
-    121800000
+    >>> import pyarrow as pa
+    >>> import pyarrow.parquet as pq
+    >>> pq.write_table(pa.table({"mid": [0.48, 0.52, 0.5], "up": [1, 0, 1]}), "book.parquet")
+    >>> source = parquet_source("book.parquet", columns=["up", "mid"])
+    >>> source.n_rows, source.columns
+    (3, ('up', 'mid'))
     """
     if invalid not in ("raise", "drop"):
         raise ValueError(f"invalid={invalid!r} is not a choice; pass 'raise' or 'drop'")
@@ -122,6 +131,7 @@ class _ParquetSource(Source):
         self._format = self._open_all(paths, columns)
         self.columns = self._format.columns
         self.sample_shape = (len(self.columns),)
+        self._piece_rows = piece_rows(len(self.columns))
         self.integral = self._format.integral
         self.seed = draw_seed(seed) if shuffle_row_groups else None
         self._drop = invalid == "drop"
@@ -160,7 +170,7 @@ class _ParquetSource(Source):
         with progress_bar() as progress:
             task = progress.add_task("Counting valid rows", total=total)
             for part, (file, group) in enumerate(self._parts):
-                self._part_rows[part] = sum(len(rows) for rows in self._read(file, [group]))
+                self._part_rows[part] = sum(map(len, self._read(file, [group], self._piece_rows)))
                 progress.update(task, advance=file.group_rows[group])
         self.n_dropped = total - sum(self._part_rows)
 
@@ -197,16 +207,22 @@ class _ParquetSource(Source):
         return np.cumsum(rows) - rows
 
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
-        order = self._order(epoch)
+        return self._read_rows(self._order(epoch), start, self._piece_rows)
+
+    def glance(self, start: int) -> Generator[np.ndarray]:
+        return self._read_rows(self._order(0), start, GLANCE_ROWS)
+
+    def _read_rows(self, order: list[int], start: int, size: int) -> Generator[np.ndarray]:
+        """Read on from row *start* of the row groups in *order*, at most *size* rows at a time."""
         first = 0
         while first < len(order) and start >= self._part_rows[order[first]]:
             start -= self._part_rows[order[first]]
             first += 1
-        return skip_rows(self._read_parts(order[first:]), start)
+        return skip_rows(self._read_parts(order[first:], size), start)
 
-    def _read_parts(self, order: Sequence[int]) -> Iterator[np.ndarray]:
+    def _read_parts(self, order: Sequence[int], size: int) -> Iterator[np.ndarray]:
         for file, groups in self._runs(order):
-            yield from self._read(file, groups)
+            yield from self._read(file, groups, size)
 
     def _runs(self, order: Sequence[int]) -> list[tuple[ParquetInput, list[int]]]:
         """Put neighbours of one file together, to be read in one go."""
@@ -219,8 +235,10 @@ class _ParquetSource(Source):
                 runs.append((file, [group]))
         return runs
 
-    def _read(self, file: ParquetInput, groups: Sequence[int]) -> Iterator[np.ndarray]:
-        batches = read_batches(self._fs, file, columns=self.columns, row_groups=groups)
+    def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
+        batches = read_batches(
+            self._fs, file, columns=self.columns, row_groups=groups, batch_rows=size
+        )
         for group, first, batch in batches:
             rows, bad = self._format.to_rows(batch)
             if bad is not None and not self._drop:

@@ -26,18 +26,24 @@ from pymc.variational._streaming.files import import_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Fault", "RowFormat", "column_ranges", "exact_limit"]
+__all__ = ["Fault", "RowFormat", "column_ranges", "exact_limit", "piece_rows"]
 
 _TILE = 1024
 """Rows; many columns are interleaved in tiles that stay in the cache."""
 
-_PIECE = 1 << 16
-"""Rows of a record batch that are converted at a time; some libraries make huge batches."""
+_PIECE_VALUES, _PIECE_ROWS = 1 << 20, 1 << 18
+"""What is decoded or converted at a time, at most.  Each call gives up the interpreter lock, and
+then waits for the step that compiled code makes meanwhile: few calls keep a stream ahead."""
 
 
 def exact_limit(dtype: np.dtype) -> float:
     """Return the n up to which *dtype* holds every integer; infinite for integer types."""
     return 2 ** (np.finfo(dtype).nmant + 1) if dtype.kind == "f" else np.inf
+
+
+def piece_rows(n_columns: int) -> int:
+    """Return how many rows to decode or convert at a time."""
+    return max(1, min(_PIECE_VALUES // max(n_columns, 1), _PIECE_ROWS))
 
 
 def column_ranges(
@@ -119,8 +125,9 @@ class RowFormat:
         StreamError
             If a value is null, NaN, infinite or not exact in ``dtype``; it names *where*.
         """
-        for first in range(0, batch.num_rows, _PIECE):
-            piece = batch.slice(first, _PIECE)
+        size = piece_rows(len(self.columns))
+        for first in range(0, batch.num_rows, size):
+            piece = batch.slice(first, size)
             rows, bad = self.to_rows(piece)
             if bad is not None:
                 fault = self.fault(piece, bad)
@@ -144,14 +151,14 @@ class RowFormat:
         rows = _interleave(values, self.dtype)
         limit = exact_limit(self.dtype)
         lossy = [j for j, v in enumerate(values) if self._exceeds(j, v, limit)]
-        if not (lossy or any(a.null_count for a in arrays)) and np.isfinite(rows).all():
+        if not (lossy or any(a.null_count for a in arrays)) and _all_finite(rows):
             return rows, None
         bad = ~np.isfinite(rows)
         for j, array in enumerate(arrays):
             bad[:, j] |= array.is_null().to_numpy(zero_copy_only=False)
         for j in lossy:
             bad[:, j] |= _beyond(values[j], limit)
-        return rows, bad
+        return rows, bad if bad.any() else None
 
     def _exceeds(self, j: int, values: np.ndarray, limit: float) -> bool:
         may = self.integral[j] and values.itemsize == 8 and self.dtype.kind == "f"
@@ -215,7 +222,9 @@ def _to_numpy(array: "pyarrow.Array", kind: "pyarrow.DataType") -> np.ndarray:
         )
     if pa.types.is_decimal(kind):
         array = array.cast(pa.float64())
-    return array.to_numpy(zero_copy_only=False)
+    if pa.types.is_boolean(array.type) or array.null_count:
+        return array.to_numpy(zero_copy_only=False)
+    return np.from_dlpack(array)
 
 
 def _beyond(values: np.ndarray, limit: float) -> np.ndarray:
@@ -223,6 +232,12 @@ def _beyond(values: np.ndarray, limit: float) -> np.ndarray:
     if values.dtype.kind == "f":
         return np.abs(values) >= limit
     return (values > limit) | (values < -limit)
+
+
+def _all_finite(rows: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; in doubt, when large values add up to infinity, no."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(rows.sum()))
 
 
 def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:

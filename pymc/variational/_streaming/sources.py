@@ -30,6 +30,7 @@ from pymc.variational._streaming.files import import_pyarrow
 from pymc.variational._streaming.rows import RowFormat
 
 __all__ = [
+    "GLANCE_ROWS",
     "IterableSource",
     "Source",
     "as_source",
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 _BLOCK_BYTES = 1 << 22
+GLANCE_ROWS = 1 << 16
+"""Decoded at a time for a reader of few rows, who stops soon."""
 _CHUNKED_BYTES = 1 << 18
 """Of an array that has to be decoded; the order check reads single blocks all over it."""
 _REMEDY = "pass the number of rows of one pass, and a function that reads them all each time"
@@ -75,6 +78,10 @@ class Source(ABC):
     @abstractmethod
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
         """Yield the rows of an epoch from row *start* on, as arrays (rows, *sample_shape)."""
+
+    def glance(self, start: int) -> Generator[np.ndarray]:
+        """Yield the rows of epoch 0 from row *start* on, for a reader of few of them."""
+        return self.blocks(0, start)
 
     def probe(self) -> None:
         """Learn ``sample_shape`` and ``columns`` from the first block, if need be."""
