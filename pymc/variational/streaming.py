@@ -161,7 +161,7 @@ class StreamingDataset:
     >>> with pm.Model():
     ...     mu = pm.Normal("mu")
     ...     y = pm.Normal("y", mu, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
-    ...     approx = pm.fit(1_000, callbacks=[ds.fit_callback()])
+    ...     approx = pm.fit(1_000, callbacks=[ds.fit_callback()], progressbar=False)
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class StreamingDataset:
         return self._position.rows_seen
 
     def as_tensor(self) -> SharedVariable:
-        """Return the buffer that holds the current batch, shape (batch_size, *sample_shape)."""
+        """Return the buffer that holds the current batch, ``(batch_size, *sample_shape)``."""
         return self._buffer
 
     def __getitem__(self, column: str) -> TensorVariable:
@@ -312,9 +312,10 @@ class StreamingDataset:
 
         Parameters
         ----------
-        rows : ndarray, shape (n, *sample_shape), or Source or Arrow table
-            Any number of rows, all of which are held in memory. A table, or a data frame
-            that speaks Arrow, is read by the names of the stream's columns.
+        rows : ndarray, Source or Arrow table
+            Any number *n* of rows, all of which are held in memory: an array of shape
+            ``(n, *sample_shape)``, or a table or data frame that speaks Arrow, which is read
+            by the names of the stream's columns.
 
         Returns
         -------
@@ -335,8 +336,11 @@ class StreamingDataset:
 
         Examples
         --------
-        >>> with model, ds.rows(held_out):  # doctest: +SKIP
-        ...     predictions = pm.sample_posterior_predictive(approx.sample(500))
+        >>> import numpy as np
+        >>> ds = StreamingDataset(np.ones((1_000, 2)), batch_size=100)
+        >>> with ds.rows(np.zeros((3, 2))):
+        ...     ds.as_tensor().sum(axis=1).eval()
+        array([0., 0., 0.])
         """
         given = given_rows(rows, self.columns, self._sample_shape, self._dtype)
         return self._lend(given)
@@ -356,6 +360,11 @@ class StreamingDataset:
 
         The next :meth:`fit_callback` or :meth:`advance` puts the batch in that was current
         then, since no step may have used it yet.
+
+        Parameters
+        ----------
+        state : dict
+            Of a dataset that was made in the same way.
 
         Raises
         ------

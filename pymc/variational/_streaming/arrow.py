@@ -78,11 +78,11 @@ def arrow_source(
 
     Examples
     --------
-    >>> import duckdb  # doctest: +SKIP
-    >>> query = "SELECT mid, spread, up FROM 'book/*.parquet'"
-    >>> source = arrow_source(  # doctest: +SKIP
-    ...     lambda: duckdb.connect().sql(query).to_arrow_reader(65_536)
-    ... )
+    >>> import pyarrow as pa
+    >>> table = pa.table({"mid": [0.48, 0.52, 0.5], "up": [1, 0, 1]})
+    >>> source = arrow_source(lambda: table.to_reader(max_chunksize=2))
+    >>> [block.shape for block in source]
+    [(2, 2), (1, 2)]
     """
     if isinstance(columns, str):
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")

@@ -88,9 +88,24 @@ class EpochAverage(Callback):
 
     Examples
     --------
+    >>> import numpy as np
+    >>> import pymc as pm
+    >>> from pymc.variational.streaming import StreamingDataset
+    >>> rows = np.random.default_rng(0).normal(1.0, 2.0, size=(10_000, 1))
+    >>> ds = StreamingDataset(rows, batch_size=100)
     >>> average = EpochAverage(ds)
-    >>> approx = pm.fit(20_000, callbacks=[average, ds.fit_callback()])
+    >>> with pm.Model():
+    ...     mu = pm.Normal("mu", 0, 10)
+    ...     y = pm.Normal("y", mu, 2, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+    ...     approx = pm.fit(
+    ...         2_000,
+    ...         callbacks=[average, ds.fit_callback()],
+    ...         obj_optimizer=pm.adam(learning_rate=0.05),
+    ...         progressbar=False,
+    ...     )
     >>> average.apply(approx)
+    >>> average.epochs
+    10
     """
 
     def __init__(self, ds: "StreamingDataset", *, burn_in: float = 0.5):
@@ -121,6 +136,11 @@ class EpochAverage(Callback):
         If less than one whole epoch followed the burn-in, the steps that did are averaged,
         with a warning. If the means still travel, so that an average would lag behind them,
         nothing is changed, with a warning.
+
+        Parameters
+        ----------
+        approx : MeanField or FullRank
+            What the fit returned.
 
         Raises
         ------

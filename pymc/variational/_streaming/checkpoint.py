@@ -114,10 +114,18 @@ def resumable_fit(
 
     Examples
     --------
-    >>> with model:  # doctest: +SKIP
+    >>> import numpy as np
+    >>> import pymc as pm
+    >>> from pymc.variational.streaming import StreamingDataset
+    >>> ds = StreamingDataset(np.ones((1_000, 1)), batch_size=100)
+    >>> with pm.Model():
+    ...     mu = pm.Normal("mu")
+    ...     y = pm.Normal("y", mu, 1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
     ...     approx = resumable_fit(
-    ...         pm.ADVI(), 1_000_000, path="night.fit", datasets=[ds], obj_optimizer=pm.adam()
+    ...         pm.ADVI(), 100, path="night.fit", datasets=[ds], progressbar=False
     ...     )
+    >>> len(approx.hist)
+    100
     """
     positive_int("n", n)
     positive_int("every", every)

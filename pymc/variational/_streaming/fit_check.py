@@ -117,9 +117,23 @@ def check_fit(
 
     Examples
     --------
-    >>> report = check_fit(approx, ds)
-    >>> print(report)
-    >>> report.apply(approx)
+    >>> import numpy as np
+    >>> import pymc as pm
+    >>> from pymc.variational.streaming import StreamingDataset
+    >>> rows = np.random.default_rng(0).normal(1.0, 2.0, size=(10_000, 1))
+    >>> ds = StreamingDataset(rows, batch_size=100)
+    >>> with pm.Model():
+    ...     mu = pm.Normal("mu", 0, 10)
+    ...     y = pm.Normal("y", mu, 2, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+    ...     approx = pm.fit(
+    ...         2_000,
+    ...         callbacks=[ds.fit_callback()],
+    ...         obj_optimizer=pm.adam(learning_rate=0.05),
+    ...         progressbar=False,
+    ...     )
+    >>> check_fit(approx, ds, progressbar=False).apply(approx)
+    >>> check_fit(approx, ds, progressbar=False).verdict
+    'fine'
     """
     streams = list(ds) if isinstance(ds, Sequence) else [ds]
     group = gaussian_group(approx)

@@ -146,6 +146,11 @@ class FitReport:
     def apply(self, approx: Approximation) -> None:
         """Move *approx* to where a Newton step leads, means and scales.
 
+        Parameters
+        ----------
+        approx : MeanField or FullRank
+            The fit that was checked.
+
         Raises
         ------
         StreamError

@@ -136,7 +136,17 @@ class OrderReport:
         return f"{verdict} {self.note}".strip()
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Plot window means of the worst features over the table, with their expected band."""
+        """Plot window means of the worst features over the table, with their expected band.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, optional
+            Default: those of a new figure.
+
+        Returns
+        -------
+        matplotlib Axes
+        """
         if ax is None:
             import matplotlib.pyplot as plt
 

@@ -154,6 +154,21 @@ def preshuffle(
     read from the source and as they were handed to the writers of the result, are compared
     before the result appears. The pages of its files carry checksums of their own, which
     :func:`parquet_source` verifies.
+
+    References
+    ----------
+    Rao, C. R. (1961). Generation of random permutations of given number of elements using
+    random sampling numbers. Sankhya A 23, 305-307.
+    Sandelius, M. (1962). A simple randomization procedure. Journal of the Royal Statistical
+    Society B 24, 472-481.
+
+    Examples
+    --------
+    >>> import pyarrow as pa
+    >>> import pyarrow.parquet as pq
+    >>> pq.write_table(pa.table({"time": range(1_000)}), "ordered.parquet")
+    >>> preshuffle("ordered.parquet", "shuffled", seed=0, progressbar=False).rows
+    1000
     """
     start = time.monotonic()
     _check_arguments(seed, columns, compression, row_group_size)

@@ -81,6 +81,9 @@ def shuffle_buffer(
     >>> rows = np.arange(10.0).reshape(-1, 1)
     >>> for batch in shuffle_buffer(rows, buffer_size=5, batch_size=4, seed=0):
     ...     print(batch.ravel())
+    [1. 0. 2. 3.]
+    [4. 6. 7. 5.]
+    [8. 9.]
     """
     return ShuffleBuffer(as_source(source), buffer_size, batch_size, seed)
 

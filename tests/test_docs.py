@@ -1,0 +1,259 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""The code of all pages and the examples of all docstrings run, and what pages name exists.
+
+Some pages are run by the tests of what they are about; those are listed here.
+"""
+
+import ast
+import doctest
+import importlib.util
+import json
+import re
+import subprocess
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from docs.pages import Ran, code_blocks, run, shown
+from pymc.variational import streaming
+from tests.variational.libraries import HOW_TOS
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "docs" / "source"
+PAGES = sorted(SOURCE.glob("*.md"))
+PROSE = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+CLAIMS = [*PAGES, ROOT / "README.md"]
+"""Where each name of a program or test is that of one; CONTRIBUTING.md has examples of names."""
+
+RUN_HERE = {
+    "averaging.md",
+    "coming_from.md",
+    "fit_check.md",
+    "getting_started.md",
+    "index.md",
+    "order.md",
+}
+RUN_ELSEWHERE = {
+    "models.md": "tests/variational/test_models.py",
+    "object_stores.md": "tests/variational/test_object_stores.py",
+    "preshuffle.md": "tests/variational/test_preshuffle_executors.py",
+    "resume.md": "tests/variational/test_checkpoint.py",
+    "sources.md": "tests/variational/test_libraries.py",
+}
+
+NUMBER = re.compile(r"-?\b\d[\d.,]*(e[+-]?\d+)?\b\.?")
+
+# PyMC's compilation of predictions warns of what is none of a reader's business.
+quietly = pytest.mark.filterwarnings("ignore:Numba will use object mode:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write_rows(folder: str, **columns) -> None:
+    Path(folder).mkdir()
+    pq.write_table(pa.table(columns), f"{folder}/rows.parquet")
+
+
+def without_numbers(text: str) -> str:
+    """Return what a text says beside its numbers, and how it is laid out."""
+    return " ".join(NUMBER.sub("#", text).split())
+
+
+class TestCode:
+    def test_each_page_with_code_is_run(self):
+        assert {page.name for page in PAGES if code_blocks(page)} == RUN_HERE | set(RUN_ELSEWHERE)
+        for page, test in RUN_ELSEWHERE.items():
+            assert page in (ROOT / test).read_text()
+
+    def test_all_code_of_pages_that_are_run_in_parts_is_run(self):
+        sections = (SOURCE / "sources.md").read_text().split("\n## ")[1:]
+        with_code = {section.split("\n")[0] for section in sections if "```python" in section}
+        assert with_code == set(HOW_TOS)
+        assert len(code_blocks(SOURCE / "preshuffle.md")) == 2
+
+    @pytest.mark.slow
+    @quietly
+    def test_getting_started_gives_what_it_shows(self):
+        page = SOURCE / "getting_started.md"
+        blocks = run_as_shown(page)
+        assert sum(len(block.figures) for block in blocks) == 2
+        names = blocks[-1].names
+        off = (names["approx"].mean.eval()[:3] - names["exact"]) / names["approx"].std.eval()[:3]
+        assert np.abs(off).max() < 0.1
+        assert names["report"].verdict == "fine"
+
+    @pytest.mark.parametrize("name", ["averaging.md", "fit_check.md"])
+    def test_a_how_to_comes_close_to_the_exact_posterior(self, name):
+        *_, last = run_as_shown(SOURCE / name)
+        rows, approx = last.names["rows"], last.names["approx"]
+        assert np.abs(approx.mean.eval() - rows.mean()) < 0.5 * 2 / np.sqrt(len(rows))
+
+    def test_the_order_of_the_page_is_seen(self):
+        seen, repaired = run_as_shown(SOURCE / "order.md")
+        assert seen.names["report"].ordered
+        assert seen.figures
+        assert repaired.printed.startswith("No order found")
+
+    def test_coming_from_elsewhere_is_coming_to_the_same(self):
+        """Within what Adam's last step leaves, ten posterior standard deviations."""
+        *_, last = run(SOURCE / "coming_from.md")
+        fits = [last.names[name].mean.eval() for name in ("in_memory", "streamed")]
+        np.testing.assert_allclose(fits, 0.5, atol=0.05)
+
+    def test_the_first_page_runs(self):
+        x = np.random.default_rng(0).normal(size=20_000)
+        write_rows("shuffled", x=x, y=0.5 * x)
+        (block,) = run_shorter(SOURCE / "index.md")
+        assert len(block.names["approx"].hist) == 500
+
+    @pytest.mark.parametrize("name", streaming.__all__)
+    def test_examples_of_docstrings_run(self, name):
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        runner = doctest.DocTestRunner(optionflags=flags)
+        finder = doctest.DocTestFinder(exclude_empty=True)
+        public = getattr(streaming, name)
+        for example in finder.find(public, name, globs={name: public}):
+            assert not any(doctest.SKIP in line.options for line in example.examples)
+            runner.run(example)
+        assert not runner.failures
+
+
+def run_as_shown(page: Path) -> list[Ran]:
+    """Run a page whose blocks must print what it shows for them, but for numbers."""
+    blocks = list(run(page))
+    for number, block in enumerate(blocks, 1):
+        expected = without_numbers(shown(page, number) or "")
+        assert without_numbers(block.printed) == expected, f"block {number}"
+    return blocks
+
+
+def run_shorter(page: Path) -> list[Ran]:
+    """Run a page with fewer steps than it asks for."""
+    copy = Path(page.name)
+    copy.write_text(page.read_text().replace("pm.fit(20_000,", "pm.fit(500,"))
+    return list(run(copy))
+
+
+class TestCommands:
+    @pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+    def test_shell_blocks_parse(self, page):
+        for block in code_blocks(page, "bash") + code_blocks(page, "console"):
+            script = re.sub(r"^\$ ", "", block.replace("<your fork>", "fork"), flags=re.MULTILINE)
+            subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+    @pytest.mark.parametrize("page", CLAIMS, ids=lambda page: page.name)
+    def test_their_programs_targets_and_files_exist(self, page):
+        text = page.read_text()
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        for target in re.findall(r"(?:`|^)make ([a-z]+)\b", text, re.MULTILINE):
+            assert target in targets
+        for module, arguments in re.findall(r"python -m ([\w.]+)((?: [^\n`]*)?)", text):
+            spec = importlib.util.find_spec(module)
+            assert spec is not None, module
+            for option in re.findall(r"--[a-z-]+", arguments) if "." in module else ():
+                spellings = {option, option.replace("--no-", "--")}
+                assert spellings & accepted(spec), f"{module} {option}"
+        for path in re.findall(r"pytest (?:-\S+ )?(tests/[\w/.]+)", text):
+            assert (ROOT / path).exists()
+
+    @pytest.mark.parametrize("page", CLAIMS, ids=lambda page: page.name)
+    def test_the_tests_that_it_names_exist(self, page):
+        tests = "".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
+        named = re.findall(r"\b(test_\w+|Test[A-Z]\w+)(\.py)?", page.read_text())
+        for name, is_file in named:
+            if is_file:
+                assert list(ROOT.glob(f"tests/**/{name}.py")), name
+            else:
+                assert re.search(rf"(def|class) {name}\b", tests), name
+
+    @pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+    def test_its_links_lead_somewhere(self, page):
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(#[\w-]+)?\)", page.read_text()):
+            if target.startswith("http"):
+                continue
+            file = page.parent / target if target else page
+            assert file.exists(), target
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+                assert anchor[1:] in {slug(heading) for heading in headings}, anchor
+
+
+def accepted(spec) -> set[str]:
+    """Return the options in the code of a module, which for the command line is another one."""
+    files = [Path(spec.origin), Path(streaming.main.__code__.co_filename)]
+    literals = (n for file in files for n in ast.walk(ast.parse(file.read_text())))
+    return {n.value for n in literals if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+class TestReference:
+    def test_every_public_name_is_in_it(self):
+        page = (SOURCE / "api" / "streaming.rst").read_text()
+        documented = re.findall(
+            r"^\.\. auto(?:class|function|exception):: (\w+)", page, re.MULTILINE
+        )
+        assert sorted(documented) == sorted(streaming.__all__)
+
+    @pytest.mark.parametrize("name", streaming.__all__)
+    def test_every_public_name_has_an_example_or_is_made_by_another(self, name):
+        made = {"FitReport", "OrderReport", "PreshuffleReport"}
+        raised = {"OrderError", "OrderWarning", "StreamError", "StreamWarning"}
+        assert (">>>" in getattr(streaming, name).__doc__) == (name not in made | raised)
+
+
+class TestNumbers:
+    def test_the_table_of_power_is_that_of_the_results(self):
+        results = json.loads((SOURCE / "results" / "order_power.json").read_text())
+        by_effect = {point["design_effect"]: point for point in results["power"]}
+        table = (SOURCE / "order.md").read_text().split("| seen by the stream |\n")[1]
+        lines = table.split("\n\n")[0].splitlines()[1:]
+        assert lines
+        for line in lines:
+            effect, drift, errors, *seen = (float(n) for n in re.findall(r"[\d.]+", line))
+            point = by_effect[effect]
+            assert drift == pytest.approx(point["expected_drift"], abs=0.5)
+            low, middle, high = point["last_iterate"]
+            *quartiles, sample, stream = seen
+            expected = [middle, low, high]
+            assert [errors, *quartiles] == pytest.approx(expected, abs=0.5)
+            detected = point["detected"]
+            assert [sample, stream] == pytest.approx(
+                [100 * detected["sample"], 100 * detected["stream"]], abs=0.5
+            )
+
+
+def test_the_figures_of_why_order_matters_show_what_it_says():
+    """Ordered rows drift with the table, as shuffled ones do not; a whole buffer repairs them."""
+    from docs import figures
+
+    rng = np.random.default_rng(0)
+    rows = figures.rows_in_time(figures.N_ROWS, rng)
+    first, *_, last = figures.batches(rows)
+    random = next(figures.batches(rng.permutation(rows)))
+    assert figures.slope_of(first) > 0.7 > 0.6 > figures.slope_of(random) > 0.4
+    assert figures.slope_of(last) < 0.3
+    scattered, permuted = figures.preshuffled_by_hand(60, 4, rng)
+    assert sorted(np.concatenate(permuted)) == list(range(60))
+    assert all((np.diff(pile) > 0).all() for pile in scattered)
