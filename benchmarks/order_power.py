@@ -223,7 +223,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     curve = power(options.repeats)
     order_sample._WINDOW_VALUES = SAMPLE_VALUES
-    order_sample._READ_ROWS = 0  # no block is reached by reading on from another
+    order_sample.GLANCE_ROWS = 0  # no block is reached by reading on from another
     command = "python -m benchmarks.order_power"
     results = {
         "command": f"{command} --datasets {options.datasets} --repeats {options.repeats}",

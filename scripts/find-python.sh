@@ -1,9 +1,13 @@
 #!/bin/sh
 # Print the Python to make the environment with: 3.13 if there is one, else 3.12, else 3.14.
 # Candidates are run, not only found: the shims of a version manager may exist and fail.
-# With an argument, that is the only candidate.
+# With an argument, that is the only candidate; or, if it is a version such as 3.14, only such ones.
 set -u
 wanted=${1-}
+version='3\.1[234]'
+case $wanted in
+    3.1[234]) version=$(echo "$wanted" | sed 's/\./\\./') wanted= ;;
+esac
 
 probe='
 import sys, sysconfig, ensurepip, venv
@@ -32,6 +36,7 @@ run_candidates() {
 }
 
 best=$(run_candidates |
+    grep "^$version " |
     sed -n 's/^3\.13 /1 /p; s/^3\.12 /2 /p; s/^3\.14 /3 /p' |
     sort -s -k 1,1 | head -n 1 | cut -d ' ' -f 2-)
 

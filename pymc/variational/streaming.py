@@ -29,7 +29,6 @@ batch in after each step::
 Where the data fit in memory, :func:`pymc.Minibatch` is simpler.
 """
 
-import logging
 import sys
 import warnings
 import weakref
@@ -67,6 +66,7 @@ from pymc.variational._streaming.prefetch import Prefetcher
 from pymc.variational._streaming.preshuffle import PreshuffleReport, preshuffle
 from pymc.variational._streaming.shuffle import ShuffleBuffer, shuffle_buffer
 from pymc.variational._streaming.sources import Source, as_source, positive_int
+from pymc.variational._streaming.total_size import TotalSize
 from pymc.variational.approximations import Empirical
 from pymc.variational.callbacks import Callback
 
@@ -88,8 +88,6 @@ __all__ = [
     "resumable_fit",
     "shuffle_buffer",
 ]
-
-logger = logging.getLogger(__name__)
 
 _PREFETCH_CHUNKS = 4
 """Blocks read ahead, of up to a few megabytes: steps go on while a window is permuted."""
@@ -188,10 +186,8 @@ class StreamingDataset:
         self._dtype = _numeric_dtype(dtype)
         self._cycle = cycle
         self._prefetch = prefetch
-        self._auto = isinstance(total_size, str)
-        self._warned = False
-        self._total_size = self._resolve_total_size(total_size)
-        self._order = OrderCheck(self._source, self._batch_size, self._total_size, order_check)
+        self._total_size = TotalSize(total_size, self._source)
+        self._order = OrderCheck(self._source, self._batch_size, self.total_size, order_check)
         self._buffer = pytensor.shared(self._blank(), name=name)
         self._stream: Prefetcher[Chunk] | Generator[Chunk] | None = None
         self._batches: Iterator[Chunk] = iter(())
@@ -212,7 +208,7 @@ class StreamingDataset:
     @property
     def total_size(self) -> int | None:
         """Rows of the whole data set, for the ``total_size`` of observed variables."""
-        return self._total_size
+        return self._total_size.rows
 
     @property
     def columns(self) -> tuple[str, ...] | None:
@@ -427,33 +423,6 @@ class StreamingDataset:
         if self._lent:
             raise StreamError("the buffer holds other rows; leave the `with ds.rows(...)` first")
 
-    def _resolve_total_size(self, total_size: int | str | None) -> int | None:
-        known = self._source.n_rows
-        if total_size is None:
-            warnings.warn(
-                "total_size=None leaves the likelihood of one batch unscaled against the "
-                'prior; pass total_size="auto" or the number of rows',
-                StreamWarning,
-                stacklevel=3,
-            )
-            return None
-        if isinstance(total_size, str):
-            if total_size != "auto":
-                raise ValueError(f'total_size={total_size!r} is no number; pass an int or "auto"')
-            return self._count() if known is None else known
-        size = positive_int("total_size", total_size)
-        if known is not None and size != known:
-            _warn_of_size(size, known)
-        return size
-
-    def _count(self) -> int:
-        logger.info('total_size="auto": the source does not know its rows; counting them')
-        n_rows = self._source.count()
-        if not n_rows:
-            raise ValueError("source has no rows")
-        logger.info(f"counted {n_rows:,} rows")
-        return n_rows
-
     def _open(self) -> None:
         """Start reading at the position of the current batch, and put that batch in."""
         self._order.before()
@@ -502,23 +471,10 @@ class StreamingDataset:
             if batch.finding is not None:
                 self._order.tell(batch.finding)
                 continue
-            self._check_epoch(batch.offset)
+            self._total_size.check_epoch(batch.offset)
             end = batch
         assert end is not None
         return end
-
-    def _check_epoch(self, n_rows: int) -> None:
-        """Compare the rows of an epoch that has ended with the declared size."""
-        if self._total_size in (None, n_rows):
-            return
-        if self._auto:
-            raise StreamError(
-                f"the source gave {n_rows} rows in an epoch but {self._total_size} before; "
-                "the data changed: make the dataset anew"
-            )
-        if self._source.n_rows is None and not self._warned:
-            self._warned = True
-            _warn_of_size(self._total_size, n_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,15 +539,6 @@ def _numeric_dtype(dtype: Any) -> np.dtype:
     if chosen.kind not in "iuf":
         raise TypeError(f"dtype={dtype!r} is not a number; pass an integer or float dtype")
     return chosen
-
-
-def _warn_of_size(declared: int | None, found: int) -> None:
-    warnings.warn(
-        f"total_size={declared} but the source holds {found} rows, so the likelihood is "
-        f'weighted wrongly; pass total_size={found} or "auto"',
-        StreamWarning,
-        stacklevel=4,
-    )
 
 
 if __name__ == "__main__":

@@ -448,7 +448,7 @@ class TestOtherSources:
             StreamingDataset(iter([numbered(10)]), batch_size=4)
 
     def test_factories_are_counted_in_one_pass(self, caplog):
-        with caplog.at_level("INFO", logger="pymc.variational.streaming"):
+        with caplog.at_level("INFO", logger="pymc"):
             ds = StreamingDataset(lambda: [numbered(10), numbered(5)], batch_size=4)
         assert ds.total_size == 15
         assert "counted 15 rows" in caplog.text
