@@ -12,6 +12,8 @@ PYTEST_ARGS ?= -n auto --maxprocesses=4
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 WHEEL := $(DIST)/pymc_streaming-$(VERSION)-py3-none-any.whl
 INSTALLED := $(VENV)/installed
+DOCS_INSTALLED := $(VENV)/installed-docs
+BENCH_INSTALLED := $(VENV)/installed-bench
 PACKAGE := pymc/variational
 # The directory is listed for the files that leave it.
 SOURCES := pyproject.toml $(wildcard $(PACKAGE)/*.py) $(PACKAGE)/_streaming \
@@ -19,9 +21,10 @@ SOURCES := pyproject.toml $(wildcard $(PACKAGE)/*.py) $(PACKAGE)/_streaming \
 
 RUN := $(VENV)/bin/python -m
 PIP := $(RUN) pip --quiet --disable-pip-version-check
+ASV := cd benchmarks && ASV_PYTHONPATH="$(CURDIR)" "$(abspath $(VENV))/bin/python" -m asv
 
 .DELETE_ON_ERROR:
-.PHONY: help demo results reproduce test lint format wheel clean
+.PHONY: help demo results reproduce test matrix lint format wheel docs bench pymc clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -39,6 +42,9 @@ reproduce: $(INSTALLED)  ## The experiment at 121.8 million and a billion rows, 
 test: $(INSTALLED)  ## Run the test suite on the built wheel (PYTEST_ARGS, PYTHON)
 	TEST_INSTALLED=1 $(RUN) pytest $(PYTEST_ARGS)
 
+matrix:  ## Run the tests on each Python that is here, with the oldest and the newest pyarrow (PYTEST_ARGS)
+	scripts/matrix.sh $(if $(filter command% environment%,$(origin PYTEST_ARGS)),$(PYTEST_ARGS))
+
 lint: $(INSTALLED)  ## Check style and types
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -47,6 +53,16 @@ lint: $(INSTALLED)  ## Check style and types
 format: $(INSTALLED)  ## Put the code in PyMC's style
 	$(RUN) ruff check --fix --exit-zero .
 	$(RUN) ruff format .
+
+docs: $(DOCS_INSTALLED)  ## Build the documentation in build/docs; warnings are errors
+	$(RUN) sphinx -W --keep-going -n -q -d build/doctrees docs/source build/docs
+
+bench: $(BENCH_INSTALLED)  ## Run the ASV suites on the built wheel (BENCH_ARGS)
+	test -e ~/.asv-machine.json || ($(ASV) machine --yes > /dev/null)
+	$(ASV) run --python=same --show-stderr $(BENCH_ARGS)
+
+pymc: $(INSTALLED)  ## Put streaming into PyMC's own source in build/upstream, and test it there (PYMC_ARGS=--quick, PYTEST_ARGS)
+	$(RUN) upstream.check --venv "$(VENV)-pymc" $(PYMC_ARGS) -- $(PYTEST_ARGS)
 
 wheel: $(WHEEL)  ## Build the wheel
 
@@ -66,5 +82,13 @@ $(WHEEL): $(SOURCES) | $(VENV)/pyvenv.cfg
 $(INSTALLED): $(WHEEL) | $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV); the first time takes a minute"
 	$(PIP) install --no-compile --force-reinstall --no-deps "$(WHEEL)"
-	$(PIP) install --no-compile "$(WHEEL)[dev]"
+	$(PIP) install --no-compile "$(WHEEL)[dev]" $(if $(filter-out newest,$(PYARROW)),"pyarrow==$(PYARROW)")
+	@touch "$@"
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(PIP) install --no-compile "$(WHEEL)[docs]"
+	@touch "$@"
+
+$(BENCH_INSTALLED): $(INSTALLED)
+	$(PIP) install --no-compile "$(WHEEL)[bench]"
 	@touch "$@"

@@ -11,138 +11,138 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""How fast a fit is on a stream, beside a batch that never changes and ``pm.Minibatch``.
+"""How fast fits on streams are, what memory they take, and how soon they start.
 
     python -m benchmarks.fit_speed --page docs/source/speed.md
+    python -m benchmarks.fit_speed --only speed
 
-All fits are compiled first and run long enough to fill their windows; then they take turns, some
-thousand steps at a time, so that whatever else the machine does meets all of them.  The fit on one
-batch is the limit: it reads nothing.  Processor time is that of all threads of the process.
+Each fit has a process of its own, is compiled first and runs long enough to fill its windows; then
+the fits of a table take turns of some thousand steps.  The fit on one batch is the limit: it reads
+nothing.  Processor time is that of all threads.  With ``--folder`` the data are kept, and found the
+next time.
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
-import warnings
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import pytensor
-
-import pymc as pm
-
-from benchmarks.orderbook.experiment import BATCH_SIZE, build_model, logistic
-from benchmarks.orderbook.rows import write_rows
+from benchmarks.data import N_GROUPS, Data
+from benchmarks.fit_memory import forget_pages, memory_table, start_table
+from benchmarks.fits import (
+    LIMIT,
+    MEMORY,
+    PEER,
+    STREAM,
+    Case,
+    hierarchical,
+    in_memory,
+    in_memory_columns,
+    on_dataloader,
+    on_one_batch,
+    on_stream,
+    on_stream_without_lock,
+    order_book,
+    wide,
+)
+from benchmarks.orderbook.experiment import parquet_files
 from benchmarks.pages import filled
-from pymc.variational.streaming import parquet_source, preshuffle
+from benchmarks.peers import fetch_dataloader
+from benchmarks.turns import Lane, race, ratio, taking_turns
+
+__all__ = ["speeds"]
 
 COMMAND = "python -m benchmarks.fit_speed"
-BUFFER_SIZE = 1_000_000
-LIMIT = "one batch, again and again"
+WIDE_BUFFER = 100_000
 
 
-@dataclass(slots=True)
-class Lane:
-    """A fit that takes turns with others."""
-
-    inference: pm.ADVI
-    seconds: list[float] = field(default_factory=list)
-    """Of a step, one for each turn."""
-    processor_seconds: list[float] = field(default_factory=list)
-
-    def run(self, n_steps: int) -> None:
-        start, processor_start = time.perf_counter(), time.process_time()
-        self.inference.refine(n_steps, progressbar=False)
-        self.seconds.append((time.perf_counter() - start) / n_steps)
-        self.processor_seconds.append((time.process_time() - processor_start) / n_steps)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Steps per second of fits that take turns.")
-    parser.add_argument("--rows", type=float, default=20e6)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="What fits on streams cost.")
+    parser.add_argument("--only", choices=TABLES, help="measure one table instead of all")
+    parser.add_argument("--rows", type=float, default=20e6, help="of the order book")
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=2_000, help="of each turn")
-    parser.add_argument("--folder", type=Path, help="for the data; default: temporary")
-    parser.add_argument("--page", type=Path, help="file to put the table into")
-    chosen = parser.parse_args()
-    warnings.simplefilter("ignore")  # the rows in order of time are meant to be
-    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-        lanes = make_lanes(Path(folder), int(chosen.rows))
-        for _ in range(chosen.turns):
-            for lane in lanes.values():
-                lane.run(chosen.steps)
-        text = make_table(lanes)
-    sys.stdout.write(text)
-    if chosen.page is not None:
-        chosen.page.write_text(filled(chosen.page.read_text(), "speed", COMMAND, text))
+    parser.add_argument("--folder", type=Path, help="for the data, which stay; default: temporary")
+    parser.add_argument("--page", type=Path, help="file to put the tables into")
+    chosen = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Data(chosen.folder or Path(temporary), int(chosen.rows))
+        for name in [chosen.only] if chosen.only else TABLES:
+            text = TABLES[name](data, chosen.turns)
+            sys.stdout.write(f"{name}\n{text}\n")
+            if chosen.page is not None:
+                page = chosen.page.read_text()
+                chosen.page.write_text(filled(page, name, COMMAND, text))
 
 
-def make_lanes(folder: Path, n_rows: int) -> dict[str, Lane]:
-    ordered, shuffled = folder / "ordered", folder / "shuffled"
-    write_rows(ordered, rows=n_rows, seed=0)
-    preshuffle(ordered, shuffled, seed=0, progressbar=False)
-    return {
-        LIMIT: make_lane(lambda: one_batch(ordered, n_rows)),
-        "stream, preshuffled": make_lane(lambda: from_table(shuffled, BUFFER_SIZE)),
-        "stream, as it comes (zstd, dictionaries)": make_lane(
-            lambda: from_table(ordered, BUFFER_SIZE)
-        ),
-        "`pm.Minibatch`, in memory": make_lane(lambda: from_table(shuffled, None)),
+def speed_table(data: Data, turns: int) -> str:
+    """Measure the order-book model on PyMC's default settings."""
+    ordered = data.order_book()
+    shuffled = Case(data.shuffled(ordered), order_book)
+    wheel = fetch_dataloader(data.folder)
+    lanes = {
+        LIMIT: Lane(on_one_batch, shuffled),
+        STREAM: Lane(on_stream, shuffled),
+        f"{STREAM}, step without the lock": Lane(on_stream_without_lock, shuffled),
+        "stream, as it comes (zstd, dictionaries)": Lane(on_stream, Case(ordered, order_book)),
+        MEMORY: Lane(in_memory_columns, shuffled),
+        f"{MEMORY}, features in one matrix": Lane(in_memory, shuffled),
+        PEER: Lane(on_dataloader, Case(ordered, order_book), wheel),
     }
+    with taking_turns(lanes):
+        race(lanes.values(), turns=turns)
+    return f"| rows |{HEADER}|---|{RULE}" + speeds(lanes, LIMIT, MEMORY)
 
 
-def make_lane(make: Callable[[], list]) -> Lane:
-    """Compile a fit, and let it fill its windows."""
-    with pm.Model():
-        callbacks = make()
-        inference = pm.ADVI()
-        inference.fit(
-            2 * BUFFER_SIZE // BATCH_SIZE,
-            callbacks=callbacks,
-            progressbar=False,
-            obj_optimizer=pm.adam(learning_rate=1e-3),
-        )
-    return Lane(inference)
+def shapes_table(data: Data, turns: int) -> str:
+    """Measure other models and tables, each beside its own limit."""
+    book, groups = data.shuffled(data.order_book()), data.shuffled(data.groups())
+    cases = {
+        "64 columns": Case(data.shuffled(data.wide()), wide, buffer_size=WIDE_BUFFER),
+        "batches of 256": Case(book, order_book, batch_size=256),
+        f"hierarchical, {N_GROUPS} groups": Case(groups, hierarchical),
+        "order book, cold page cache": Case(book, order_book),
+    }
+    text = f"| model | rows |{HEADER}|---|---|{RULE}"
+    for name, case in cases.items():
+        before = partial(forget_pages, parquet_files(case.rows)) if "cold" in name else None
+        ways = {LIMIT: on_one_batch, STREAM: on_stream, MEMORY: in_memory}
+        lanes = {way: Lane(make, case) for way, make in ways.items()}
+        with taking_turns(lanes):
+            race(lanes.values(), turns=turns, before=before)
+        text += speeds(lanes, LIMIT, MEMORY, f"| {name} ")
+    return text
 
 
-def one_batch(rows: Path, n_rows: int) -> list:
-    batch = next(iter(parquet_source(rows)))[:BATCH_SIZE].astype(pytensor.config.floatX)
-    buffer: Any = pytensor.shared(batch, name="batch")
-    logistic([buffer[:, j] for j in range(4)], n_rows)
-    return []
+HEADER = (
+    " steps/s | ms a step | processor ms a step | MB/s from disk "
+    "| speed over the limit's | over `pm.Minibatch`'s |\n"
+)
+RULE = "---|---|---|---|---|---|\n"
 
 
-def from_table(rows: Path, buffer_size: int | None) -> list:
-    """Observe a stream of the rows, or all of them in memory."""
-    ds = build_model(rows, buffer_size, seed=0)
-    return [] if ds is None else [ds.fit_callback()]
-
-
-def make_table(lanes: dict[str, Lane]) -> str:
-    limit = lanes[LIMIT].seconds
-    text = (
-        "| rows | steps/s | ms a step | processor ms a step | speed over the limit's "
-        "| over `pm.Minibatch`'s |\n|---|---|---|---|---|---|\n"
-    )
-    memory = list(lanes.values())[-1].seconds
+def speeds(lanes: dict[str, Lane], limit: str, other: str, prefix: str = "") -> str:
+    """Give a line for each lane, with its speed over that of two of them."""
+    text = ""
     for name, lane in lanes.items():
-        seconds = statistics.median(lane.seconds)
+        seconds = lane.median("seconds")
         text += (
-            f"| {name} | {1 / seconds:,.0f} | {1e3 * seconds:.2f} "
-            f"| {1e3 * statistics.median(lane.processor_seconds):.2f} "
-            f"| {ratio(limit, lane.seconds):.2f} | {ratio(memory, lane.seconds):.2f} |\n"
+            f"{prefix}| {name} | {1 / seconds:,.0f} | {1e3 * seconds:.3f} "
+            f"| {1e3 * lane.median('processor_seconds'):.3f} "
+            f"| {lane.median('disk_mb') / seconds:.0f} "
+            f"| {ratio(lane, lanes[limit]):.2f} | {ratio(lane, lanes[other]):.2f} |\n"
         )
     return text
 
 
-def ratio(theirs: list[float], ours: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(theirs, ours))
-
+TABLES: dict[str, Callable[[Data, int], str]] = {
+    "speed": speed_table,
+    "shapes": shapes_table,
+    "memory": memory_table,
+    "start": start_table,
+}
 
 if __name__ == "__main__":
     main()

@@ -147,6 +147,10 @@ class RowFormat:
             Which values are null, NaN, infinite or not exact in ``dtype``; None if none is.
         """
         arrays = [batch.column(name) for name in self.columns]
+        if all(_is_plain(array) for array in arrays):
+            rows = _interleave_at_once(arrays, self.columns)
+            if rows.dtype == self.dtype and _all_finite(rows):
+                return rows, None
         values = [_to_numpy(array, kind) for array, kind in zip(arrays, self.types)]
         rows = _interleave(values, self.dtype)
         limit = exact_limit(self.dtype)
@@ -232,6 +236,22 @@ def _beyond(values: np.ndarray, limit: float) -> np.ndarray:
     if values.dtype.kind == "f":
         return np.abs(values) >= limit
     return (values > limit) | (values < -limit)
+
+
+def _is_plain(array: "pyarrow.Array") -> bool:
+    """Whether the values are numbers as they are, none missing, that every wider float holds."""
+    types = import_pyarrow().types
+    kind = array.type
+    small_integer = types.is_integer(kind) and kind.bit_width < 64
+    return array.null_count == 0 and (
+        small_integer or types.is_float32(kind) or types.is_float64(kind)
+    )
+
+
+def _interleave_at_once(arrays: Sequence["pyarrow.Array"], columns: Sequence[str]) -> np.ndarray:
+    """Return plain arrays as rows, in one call without the interpreter lock."""
+    batch = import_pyarrow().RecordBatch.from_arrays(arrays, names=columns)
+    return batch.to_tensor().to_numpy()
 
 
 def _all_finite(rows: np.ndarray) -> bool:

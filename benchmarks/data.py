@@ -1,0 +1,102 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Tables that benchmarks read, each written when it is first asked for.
+
+>>> data = Data(folder, 20_000_000)
+>>> data.shuffled(data.order_book())
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.orderbook.publish import published
+from pymc.variational.streaming import preshuffle
+
+__all__ = ["N_FEATURES", "N_GROUPS", "Data"]
+
+N_FEATURES = 63
+N_GROUPS = 500
+ROWS_PER_FILE = 500_000
+
+
+class Data:
+    """Tables in one folder.
+
+    Parameters
+    ----------
+    folder : Path
+        What it holds already is not written again.
+    n_rows : int
+        Of a table, unless another number is asked for.
+    """
+
+    def __init__(self, folder: Path, n_rows: int):
+        self.folder = folder
+        self.n_rows = n_rows
+
+    def order_book(self, n_rows: int | None = None) -> Path:
+        """Four columns in order of time."""
+        n_rows = n_rows or self.n_rows
+        return self._table(f"book-{n_rows}", partial(_write_book, n_rows))
+
+    def wide(self) -> Path:
+        """64 columns of float32, the last one 0 or 1; a tenth of the rows."""
+        n_rows = self.n_rows // 10
+        return self._table(f"wide-{n_rows}", partial(_write, n_rows, _wide_columns))
+
+    def groups(self) -> Path:
+        """Number of a group, x and y."""
+        return self._table(f"groups-{self.n_rows}", partial(_write, self.n_rows, _group_columns))
+
+    def shuffled(self, table: Path) -> Path:
+        """Give what ``preshuffle`` makes of a table."""
+        shuffle = partial(preshuffle, table, seed=0, progressbar=False)
+        return self._table(f"{table.name}-shuffled", shuffle)
+
+    def _table(self, name: str, write: Callable[[Path], object]) -> Path:
+        if not (self.folder / name).exists():
+            write(self.folder / name)
+        return self.folder / name
+
+
+def _write_book(n_rows: int, folder: Path) -> None:
+    # The simulator takes seconds to import, and every benchmark is a process of its own.
+    from benchmarks.orderbook.rows import write_rows
+
+    write_rows(folder, rows=n_rows, seed=0)
+
+
+def _write(n_rows: int, columns: Callable, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    with published(folder, overwrite=False) as (content, _):
+        for first in range(0, n_rows, ROWS_PER_FILE):
+            table = pa.table(columns(rng, min(ROWS_PER_FILE, n_rows - first)))
+            pq.write_table(table, content / f"part-{first:010}.parquet")
+
+
+def _wide_columns(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+    x = rng.normal(size=(N_FEATURES, n)).astype("float32")
+    up = rng.random(n) < 1 / (1 + np.exp(-x[:5].sum(axis=0)))
+    return {**{f"x{j}": column for j, column in enumerate(x)}, "up": up.astype("float32")}
+
+
+def _group_columns(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+    group, x = rng.integers(N_GROUPS, size=n, dtype="int16"), rng.normal(size=n)
+    y = group / N_GROUPS + 0.5 * x + rng.normal(size=n)
+    return {"group": group, "x": x.astype("float32"), "y": y.astype("float32")}

@@ -1,0 +1,210 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Fits of one model to one table, on rows that come in different ways.
+
+>>> case = Case(Path("shuffled"), order_book)
+>>> on_stream(case).run(2_000)
+
+Each is compiled and has filled its windows when it is returned.
+"""
+
+import logging
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytensor
+
+import pymc as pm
+
+from benchmarks.data import N_FEATURES, N_GROUPS
+from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, build_model, logistic
+from benchmarks.peers import load_dataloader
+from benchmarks.turns import Runner
+from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
+
+__all__ = [
+    "BUFFER_SIZE",
+    "LIMIT",
+    "MEMORY",
+    "PEER",
+    "STREAM",
+    "Case",
+    "hierarchical",
+    "in_memory",
+    "in_memory_columns",
+    "on_dataloader",
+    "on_one_batch",
+    "on_stream",
+    "on_stream_without_lock",
+    "order_book",
+    "stream",
+    "wide",
+]
+
+LIMIT = "one batch, again and again"
+STREAM = "stream, preshuffled"
+MEMORY = "`pm.Minibatch`, in memory"
+PEER = "pymc-extras DataLoader, as it comes"
+
+BUFFER_SIZE = 1_000_000
+LEARNING_RATE = 1e-3
+FEWEST_STEPS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model, the rows it is fitted to, and how they are cut."""
+
+    rows: Path
+    """Directory of Parquet files."""
+    model: Callable[[Any, Any, int | None], object]
+    """Build the model in context, given a batch's first columns, its last one, and the number of
+    rows."""
+    batch_size: int = BATCH_SIZE
+    buffer_size: int = BUFFER_SIZE
+
+    @property
+    def window_steps(self) -> int:
+        return -(-self.buffer_size // self.batch_size)
+
+    @property
+    def turn_steps(self) -> int:
+        """Whole windows, since work that comes once in a window must not miss a turn."""
+        return -(-FEWEST_STEPS // self.window_steps) * self.window_steps
+
+
+def order_book(x: Any, up: Any, n_rows: int | None) -> None:
+    logistic([*(x[:, j] for j in range(3)), up], n_rows)
+
+
+def wide(x: Any, up: Any, n_rows: int | None) -> None:
+    b = pm.Normal("b", 0.0, PRIOR_SD, shape=N_FEATURES)
+    pm.Bernoulli("up", logit_p=x @ b, observed=up, total_size=n_rows)
+
+
+def hierarchical(x: Any, y: Any, n_rows: int | None) -> None:
+    """Let each group, whose number is the first column, have its own level."""
+    spread = pm.HalfNormal("spread", 1.0)
+    level = pm.Normal("level", pm.Normal("mean", 0.0, PRIOR_SD), spread, shape=N_GROUPS)
+    mu = level[x[:, 0].astype("int32")] + pm.Normal("slope", 0.0, PRIOR_SD) * x[:, 1]
+    pm.Normal("y", mu, pm.HalfNormal("noise", 1.0), observed=y, total_size=n_rows)
+
+
+def on_one_batch(case: Case, backend: str | None = None) -> Runner:
+    """Fit to a batch that never changes, the limit: nothing is read."""
+    with pm.Model():
+        batch = next(iter(parquet_source(case.rows)))[: case.batch_size]
+        buffer = _shared(batch)
+        case.model(buffer[:, :-1], buffer[:, -1], parquet_source(case.rows).n_rows)
+        return _fitted(case, [], backend)
+
+
+def on_stream(case: Case, backend: str | None = None) -> Runner:
+    with pm.Model():
+        ds = stream(case)
+        buffer: Any = ds.as_tensor()
+        case.model(buffer[:, :-1], buffer[:, -1], ds.total_size)
+        return _fitted(case, [ds.fit_callback()], backend)
+
+
+def on_stream_without_lock(case: Case) -> Runner:
+    """Fit to a stream with a step that gives the interpreter lock up, as PyTensor's could."""
+    from pytensor.link.numba.dispatch.basic import numba_njit
+    from pytensor.link.numba.linker import NumbaLinker
+
+    def jit_compile(self, function_and_key):
+        function, _ = function_and_key
+        return numba_njit(function.py_func, final_function=True, cache=False, nogil=True)
+
+    with patch.object(NumbaLinker, "jit_compile", jit_compile):
+        return on_stream(case)
+
+
+def in_memory(case: Case, backend: str | None = None) -> Runner:
+    """Fit with ``pm.Minibatch`` to one matrix and the last column."""
+    with pm.Model():
+        rows = np.concatenate(list(parquet_source(case.rows)))
+        # Compiling takes long with large constants.
+        x = pytensor.shared(rows[:, :-1].copy(), borrow=True)
+        y = pytensor.shared(rows[:, -1].astype(pytensor.config.floatX), borrow=True)
+        x_batch, y_batch = pm.Minibatch(x, y, batch_size=case.batch_size)
+        case.model(x_batch, y_batch, len(rows))
+        return _fitted(case, [], backend)
+
+
+def in_memory_columns(case: Case, backend: str | None = None) -> Runner:
+    """Fit with ``pm.Minibatch`` to one array for each column of the order book."""
+    with pm.Model():
+        build_model(case.rows, None, seed=0)
+        return _fitted(case, [], backend)
+
+
+def on_dataloader(case: Case, wheel: Path, backend: str | None = None) -> Runner:
+    """Fit with the DataLoader of pymc-extras, a window a turn, since it is filled all at once.
+
+    Its window is as many row groups as make up the buffer, so give it a table of which a whole
+    number of row groups does.
+    """
+    peer = load_dataloader(wheel)
+    loader = peer.DataLoader(
+        peer.parquet_source(str(case.rows)),
+        batch_size=case.batch_size,
+        shuffle=True,
+        buffer_size=case.buffer_size,
+        seed=0,
+    )
+    batches = (batch for _ in count() for batch in loader)
+    with pm.Model():
+        buffer = _shared(next(batches))
+
+        def put_next(approx: Any, losses: Any, i: int) -> None:
+            buffer.set_value(next(batches).astype(buffer.dtype), borrow=True)
+
+        case.model(buffer[:, :-1], buffer[:, -1], loader.total_size)
+        return Runner(_fitted(case, [put_next], backend).run, case.window_steps)
+
+
+def stream(case: Case) -> StreamingDataset:
+    buffer = shuffle_buffer(
+        parquet_source(case.rows),
+        buffer_size=case.buffer_size,
+        batch_size=case.batch_size,
+        seed=0,
+    )
+    return StreamingDataset(buffer, batch_size=case.batch_size)
+
+
+def _fitted(case: Case, callbacks: list, backend: str | None) -> Runner:
+    """Compile a fit, and let it go on for more than a window."""
+    logging.getLogger("pymc").setLevel(logging.WARNING)  # it would tell of every turn
+    inference = pm.ADVI(random_seed=0)
+    inference.fit(
+        2 * case.window_steps,
+        callbacks=callbacks,
+        progressbar=False,
+        backend=backend,
+        obj_optimizer=pm.adam(learning_rate=LEARNING_RATE),
+    )
+    return Runner(partial(inference.refine, progressbar=False), case.turn_steps)
+
+
+def _shared(batch: np.ndarray) -> Any:
+    return pytensor.shared(batch.astype(pytensor.config.floatX), name="batch")

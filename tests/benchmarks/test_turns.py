@@ -1,0 +1,130 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Lanes take turns, and tables say what the turns were."""
+
+import os
+import time
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import fit_speed, ladder
+from benchmarks.data import Data
+from benchmarks.fit_memory import first_batch
+from benchmarks.fits import Case, hierarchical, in_memory, on_stream, wide
+from benchmarks.orderbook.experiment import parquet_files
+from benchmarks.pages import filled
+from benchmarks.turns import Lane, Runner, Turn, race, ratio, taking_turns
+
+PAGE = (Path(__file__).parents[2] / "docs/source/speed.md").read_text()
+
+
+def sleeper(seconds):
+    return Runner(lambda n_steps: time.sleep(n_steps * seconds), 10)
+
+
+def spinner():
+    assert "floatX=float32" in os.environ["PYTENSOR_FLAGS"].split(",")
+
+    def spin(n_steps):
+        end = time.process_time() + n_steps * 0.01
+        while time.process_time() < end:
+            pass
+
+    return Runner(spin, 10)
+
+
+def lane_of(*seconds):
+    """Return what looks like a lane that has taken turns."""
+    lane = Lane.__new__(Lane)
+    lane.turns = [Turn(each, 2 * each, 0.001) for each in seconds]
+    return lane
+
+
+def test_lanes_take_turns_in_processes_of_their_own():
+    flags, seen = os.environ.get("PYTENSOR_FLAGS"), []
+    lanes = {"short": Lane(sleeper, 0.01), "spin": Lane(spinner, flags="floatX=float32")}
+    assert os.environ.get("PYTENSOR_FLAGS") == flags
+    with taking_turns(lanes):
+        race(
+            lanes.values(),
+            turns=2,
+            before=lambda: seen.append([len(x.turns) for x in lanes.values()]),
+        )
+    assert seen == [[0, 0], [1, 0], [1, 1], [2, 1]]
+    assert lanes["short"].median("seconds") >= 0.01
+    assert lanes["short"].median("processor_seconds") < 0.005
+    assert lanes["spin"].median("processor_seconds") == pytest.approx(0.01, rel=0.2)
+    assert lanes["spin"].peak_mb > 1
+
+
+def test_a_lane_that_fails_to_start_is_an_error():
+    with pytest.raises(EOFError):
+        with taking_turns({"": Lane(sleeper)}):
+            pass
+
+
+def test_ratio_is_of_turns_next_to_each_other():
+    """A machine that slows down by and by does not change it."""
+    assert ratio(lane_of(1, 2, 4), lane_of(3, 6, 12)) == 3
+
+
+def test_a_line_of_the_table_says_what_its_turns_were():
+    lanes = {"limit": lane_of(0.001), "mine": lane_of(0.002), "other": lane_of(0.005)}
+    lines = fit_speed.speeds(lanes, "limit", "other").splitlines()
+    assert lines[1] == "| mine | 500 | 2.000 | 4.000 | 0 | 0.50 | 2.50 |"
+    assert lines[1].count("|") == ("| rows |" + fit_speed.HEADER).count("|")
+
+
+@pytest.mark.parametrize(
+    ["name", "command"],
+    [*((name, fit_speed.COMMAND) for name in fit_speed.TABLES), ("ladder", ladder.COMMAND)],
+)
+def test_the_page_has_a_place_for_every_table(name, command):
+    assert "new text" in filled(PAGE, name, command, "new text")
+
+
+def test_a_table_is_written_once(tmp_path):
+    data = Data(tmp_path, 30_000)
+    table = data.groups()
+    written = [file.stat().st_mtime_ns for file in parquet_files(table)]
+    assert data.groups() == table
+    assert [file.stat().st_mtime_ns for file in parquet_files(table)] == written
+
+
+@pytest.mark.parametrize(
+    ["make", "table", "model"],
+    [(on_stream, Data.wide, wide), (in_memory, Data.groups, hierarchical)],
+    ids=["stream of wide rows", "groups in memory"],
+)
+def test_a_fit_of_another_shape_takes_its_turns(tmp_path, make, table, model):
+    rows = table(Data(tmp_path, 10_000))
+    case = Case(rows, model, batch_size=64, buffer_size=256)
+    assert case.turn_steps % case.window_steps == 0
+    make(case).run(3)
+
+
+def test_the_first_batch_of_a_stream_is_timed(tmp_path):
+    rows = Data(tmp_path, 5_000).order_book()
+    opened, first = first_batch(rows)
+    assert min(opened, first) > 0
+
+
+def test_only_the_table_that_is_asked_for_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setitem(fit_speed.TABLES, "start", lambda data, turns: f"| {turns} |\n")
+    page = tmp_path / "speed.md"
+    page.write_text(PAGE)
+    fit_speed.main(["--only", "start", "--turns", "7", "--page", str(page)])
+    assert page.read_text() == filled(PAGE, "start", fit_speed.COMMAND, "| 7 |\n")
