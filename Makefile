@@ -67,7 +67,7 @@ pymc: $(INSTALLED)  ## Put streaming into PyMC's own source in build/upstream, a
 wheel: $(WHEEL)  ## Build the wheel
 
 clean:  ## Remove environments, wheels and caches
-	rm -rf .venv .venv-* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
