@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 import pymc as pm
 
 from benchmarks.orderbook.experiment import logistic
+from benchmarks.pages import filled
 from pymc.variational.streaming import (
     StreamingDataset,
     parquet_source,
@@ -60,6 +61,7 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=5_000_000)
     options.add_argument("--interval", type=float, default=5, help="seconds between readings")
     options.add_argument("--output", type=Path, default=Path("soak"))
+    options.add_argument("--page", type=Path, help="file to put the verdict into")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder) / "rows.parquet", chosen.rows)
@@ -69,6 +71,9 @@ def main() -> None:
     chosen.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     plot(report, chosen.output.with_suffix(".png"))
     sys.stdout.write(verdict(report))
+    if chosen.page is not None:
+        page = filled(chosen.page.read_text(), "soak", "python -m benchmarks.soak", verdict(report))
+        chosen.page.write_text(page)
     sys.exit(0 if report["flat"] else 1)
 
 
@@ -169,8 +174,8 @@ def plot(report: dict, path: Path) -> None:
 
 def verdict(report: dict) -> str:
     return (
-        f"{'flat' if report['flat'] else 'GREW'}: {report['steps']:,} steps at "
-        f"{report['steps_per_second']:,.0f} a second, {report['growth']['mb']:+.1f} MB, "
+        f"{'flat' if report['flat'] else 'GREW'}: {report['steps']:,} steps in "
+        f"{report['minutes']:g} minutes, {report['growth']['mb']:+.1f} MB, "
         f"{report['growth']['files']:+} files, {report['growth']['threads']:+} threads\n"
     )
 

@@ -338,6 +338,7 @@ class StreamingDataset:
         ...     ds.as_tensor().sum(axis=1).eval()
         array([0., 0., 0.])
         """
+        self._require_own_rows()
         given = given_rows(rows, self.columns, self._sample_shape, self._dtype)
         return self._lend(given)
 

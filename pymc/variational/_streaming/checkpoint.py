@@ -233,7 +233,9 @@ class _ResumableFit:
 
     def state(self, losses: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return what to save, as plain JSON and as arrays."""
-        arrays = {"losses": np.concatenate([self._inference.hist, losses])}
+        before = self._inference.hist
+        # There is one for each step of a long fit, so they are not copied without need.
+        arrays = {"losses": np.concatenate([before, losses]) if len(before) else losses}
         random = {}
         for k, variable in enumerate(self._variables):
             value = variable.get_value()
