@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, help="file to put the table into")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    work = Path("build/demo/work")
+    work = Path("build/demo/tables")
     work.mkdir(parents=True, exist_ok=True)
     try:
         exact, fits = run(args.data, work, args.steps)

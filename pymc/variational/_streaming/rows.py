@@ -43,7 +43,7 @@ def exact_limit(dtype: np.dtype) -> float:
 
 def piece_rows(n_columns: int) -> int:
     """Return how many rows to decode or convert at a time."""
-    return max(1, min(_PIECE_VALUES // max(n_columns, 1), _PIECE_ROWS))
+    return max(1, min(_PIECE_VALUES // n_columns, _PIECE_ROWS))
 
 
 def column_ranges(
