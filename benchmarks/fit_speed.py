@@ -43,6 +43,7 @@ from benchmarks.fits import (
     in_memory_columns,
     on_dataloader,
     on_one_batch,
+    on_ready_batches,
     on_stream,
     on_stream_without_lock,
     order_book,
@@ -84,6 +85,7 @@ def speed_table(data: Data, turns: int) -> str:
     wheel = fetch_dataloader(data.folder)
     lanes = {
         LIMIT: Lane(on_one_batch, shuffled),
+        "batches that are in memory already": Lane(on_ready_batches, shuffled),
         STREAM: Lane(on_stream, shuffled),
         f"{STREAM}, step without the lock": Lane(on_stream_without_lock, shuffled),
         "stream, as it comes (zstd, dictionaries)": Lane(on_stream, Case(ordered, order_book)),

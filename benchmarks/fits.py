@@ -24,7 +24,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -52,6 +52,7 @@ __all__ = [
     "in_memory_columns",
     "on_dataloader",
     "on_one_batch",
+    "on_ready_batches",
     "on_stream",
     "on_stream_without_lock",
     "order_book",
@@ -115,6 +116,21 @@ def on_one_batch(case: Case, backend: str | None = None) -> Runner:
         buffer = _shared(batch)
         case.model(buffer[:, :-1], buffer[:, -1], parquet_source(case.rows).n_rows)
         return _fitted(case, [], backend)
+
+
+def on_ready_batches(case: Case) -> Runner:
+    """Fit to batches that are in memory, another one in each step: nothing is read."""
+    with pm.Model():
+        rows = next(iter(parquet_source(case.rows))).astype(pytensor.config.floatX)
+        n_batches = len(rows) // case.batch_size
+        batches = cycle(np.split(rows[: n_batches * case.batch_size], n_batches))
+        buffer = _shared(next(batches))
+
+        def put_next(approx: Any, losses: Any, i: int) -> None:
+            buffer.set_value(next(batches), borrow=True)
+
+        case.model(buffer[:, :-1], buffer[:, -1], parquet_source(case.rows).n_rows)
+        return _fitted(case, [put_next], None)
 
 
 def on_stream(case: Case, backend: str | None = None) -> Runner:

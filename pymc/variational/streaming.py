@@ -35,8 +35,7 @@ import weakref
 
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytensor
@@ -89,8 +88,8 @@ __all__ = [
     "shuffle_buffer",
 ]
 
-_PREFETCH_CHUNKS = 4
-"""Blocks read ahead, of up to a few megabytes: steps go on while a window is permuted."""
+_PREFETCH_CHUNKS = 2
+"""Blocks read ahead, of up to a few megabytes."""
 
 
 class StreamingDataset:
@@ -345,7 +344,7 @@ class StreamingDataset:
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the current batch, as plain JSON."""
         return {
-            **asdict(self._position),
+            **self._position._asdict(),
             "batch_size": self._batch_size,
             "dtype": str(self._dtype),
             "seed": self._source.seed,
@@ -369,7 +368,7 @@ class StreamingDataset:
             If the source, its seed or the batch size differ.
         """
         for key, mine in self.state_dict().items():
-            if key not in asdict(self._position) and state[key] != mine:
+            if key not in self._position._fields and state[key] != mine:
                 raise ValueError(
                     f"{key}={mine!r} where the state was saved with {state[key]!r}; "
                     "make the dataset as it was then"
@@ -478,8 +477,7 @@ class StreamingDataset:
         return end
 
 
-@dataclass(frozen=True, slots=True)
-class _Position:
+class _Position(NamedTuple):
     """Where the current batch starts."""
 
     epoch: int

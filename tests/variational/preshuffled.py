@@ -26,13 +26,16 @@ import pyarrow.parquet as pq
 from pymc.variational._streaming import plan
 
 
-def cut_small(monkeypatch_or_module, *, block: int = 1 << 14, tasks: int = 16) -> None:
+def cut_small(
+    monkeypatch_or_module, *, block: int = 1 << 14, tasks: int = 16, files: int | None = None
+) -> None:
     """Let tables of kilobytes be cut into as many tasks as those of gigabytes are."""
     for name, value in {
         "_SMALL_TASK": 1,
         "_SMALLEST_BLOCK": 1,
         "_LARGEST_BLOCK": block,
         "_FEWEST_TASKS": tasks,
+        "_FEWEST_FILES": files or tasks,
         "_BATCH_BYTES": block // 4,
     }.items():
         monkeypatch_or_module(plan, name, value)

@@ -239,6 +239,31 @@ class TestStatistic:
             p_values.append(anova(sums, np.full(20, 1_500), total).p_value[0])
         assert stats.kstest(p_values, "uniform").pvalue > 1e-5
 
+    @pytest.mark.parametrize("n_columns", [3, 9], ids=["all products", "projections"])
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_sums_over_windows_are_those_of_numpy(self, n_columns, dtype):
+        """Rows 700 to 3,700 of windows of 1,000 rows, with a constant and a binary column."""
+        rng = np.random.default_rng(0)
+        rows = rng.standard_t(2, size=(3_000, n_columns)).astype(dtype)
+        rows[:, 0], rows[:, 1] = rng.random(3_000) < 0.01, 7.0
+        features = Features.fit(rows, None)
+        rows[::50, 1] = 8.0
+        values, picks = features(rows), np.sort(rng.choice(1_000, 400, replace=False))
+        used = np.isin(np.arange(700, 3_700) % 1_000, picks)
+        windows = np.arange(700, 3_700) // 1_000
+        total, sums, sizes = features.sums(rows, 700, 1_000, picks)
+        expected = [values[:, used & (windows == w)].sum(axis=1) for w in range(4)]
+        np.testing.assert_allclose(sums, expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_array_equal(sizes, np.bincount(windows[used]))
+        np.testing.assert_allclose(total.sums, Moments.of(values[:, used]).sums, rtol=1e-9)
+        assert total.n == used.sum()
+        first = np.clip((rows - features.arrays[0]) * features.arrays[1], -5, 5)[:, 2]
+        np.testing.assert_allclose(values[2], first, rtol=1e-6)
+        np.testing.assert_array_equal(values[1], rows[:, 1] == 8.0)
+        product = features.names.index(f"column 0 × column {n_columns - 1}")
+        expected = values[0] * values[n_columns - 1]
+        np.testing.assert_allclose(values[product], expected, rtol=1e-9)
+
     @given(
         scale=st.floats(1e-6, 1e6),
         shift=st.floats(-10, 10),

@@ -64,7 +64,7 @@ def test_every_row_comes_out_once_whatever_the_layout(tmp_path_factory, layout):
     (folder / "in").mkdir()
     n_rows = strategies.write_layout(folder / "in", layout)
     with pytest.MonkeyPatch.context() as patch:
-        cut_small(patch.setattr, block=256)
+        cut_small(patch.setattr, block=256, files=3)
         report = shuffle(folder / "in", folder / "out")
     table = pq.read_table(folder / "out").sort_by("row")
     assert table.to_pydict() == strategies.table(n_rows).to_pydict()
@@ -149,15 +149,37 @@ def test_rows_wider_than_a_task_are_shuffled_one_by_one(tmp_path, monkeypatch):
     assert sorted(rows_in_order(tmp_path / "out")) == list(range(50))
 
 
-@pytest.mark.usefixtures("small_tasks")
-def test_the_mark_says_what_was_shuffled(tmp_path):
+def test_files_hold_several_piles_and_do_not_change_the_order(tmp_path, monkeypatch):
+    source = numbered(tmp_path / "in", 5000, n_files=3)
+    for files, expected in ((16, 16), (4, 4), (3, 4), (1, 1)):
+        cut_small(monkeypatch.setattr, files=files)
+        report = shuffle(source, tmp_path / f"{files}")
+        assert report.piles == 16
+        assert len(list((tmp_path / f"{files}").glob("*.parquet"))) == expected
+        assert rows_in_order(tmp_path / f"{files}") == rows_in_order(tmp_path / "16")
+
+
+def test_row_groups_of_a_pile_are_even(tmp_path, monkeypatch):
+    """A short last one would cost a reader as many calls as a long one."""
+    cut_small(monkeypatch.setattr, tasks=1, block=1 << 20)
+    source = numbered(tmp_path / "in", 1000)
+    for limit, expected in ((1000, [1000]), (400, [334, 334, 332]), (1001, [1000])):
+        shuffle(source, tmp_path / "out", row_group_size=limit, overwrite=True)
+        (file,) = (tmp_path / "out").glob("*.parquet")
+        metadata = pq.read_metadata(file)
+        groups = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        assert groups == expected
+
+
+def test_the_mark_says_what_was_shuffled(tmp_path, monkeypatch):
+    cut_small(monkeypatch.setattr, files=4)
     source = numbered(tmp_path / "in", 5000, n_files=3)
     report = shuffle(source, tmp_path / "out", seed=7)
     marks = read_marks(tmp_path / "out")
     mark = check_marks(marks)
     assert (mark.seed, mark.n_rows, mark.source) == (7, 5000, str(source))
-    assert mark.n_files == report.piles == len(marks)
-    assert [m.index for m in marks.values()] == list(range(report.piles))
+    assert mark.n_files == len(marks) == 4 < report.piles
+    assert [m.index for m in marks.values()] == list(range(len(marks)))
 
 
 @pytest.mark.usefixtures("small_tasks")

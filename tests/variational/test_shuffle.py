@@ -25,7 +25,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
+from pymc.variational._streaming.sources import Source
+from pymc.variational.streaming import (
+    StreamError,
+    StreamingDataset,
+    parquet_source,
+    shuffle_buffer,
+)
 from tests.variational.strategies import (
     batch_sizes,
     buffers,
@@ -235,6 +241,65 @@ class TestBuffer:
             counts[order] = counts.get(order, 0) + 1
         assert stats.chisquare([*counts.values(), *[0] * (24 - len(counts))]).pvalue > 1e-6
 
+    def test_every_row_is_as_likely_at_every_place_of_a_window(self):
+        """Chi-square over tenths of a window that fills from uneven blocks; false alarms 1e-6."""
+        buffer = shuffle_buffer(cut(300, [7, 150, 1]), buffer_size=300, batch_size=300, seed=0)
+        epochs = [next(buffer.blocks(epoch))[:, 0] for epoch in range(2_000)]
+        table = np.histogram2d(np.tile(np.arange(300), 2_000), np.ravel(epochs), bins=10)[0]
+        # Rows and columns are fixed, so 9 * 9 degrees of freedom remain.
+        statistic = ((table - 6_000) ** 2 / 6_000).sum()
+        low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], 81)
+        assert low < statistic < high
+
+    @pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
+    @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
+    def test_rows_of_any_width_stay_whole(self, dtype, shape):
+        rows = np.random.default_rng(0).integers(0, 200, (500, *shape)).astype(dtype)
+        buffer = shuffle_buffer(rows, buffer_size=300, batch_size=7, seed=0)
+        found = np.concatenate(list(buffer))
+        assert found.dtype == rows.dtype
+        assert sorted(row.tolist() for row in found) == sorted(row.tolist() for row in rows)
+
+    def test_the_next_epoch_is_read_before_this_one_ends(self):
+        """Or every epoch would begin with a pause in which a window fills."""
+        opened = 0
+
+        def blocks():
+            nonlocal opened
+            opened += 1
+            return cut(30, [10])
+
+        pieces = shuffle_buffer(blocks, buffer_size=10, batch_size=10, seed=0).epochs(
+            0, 0, cycle=True
+        )
+        assert [next(pieces)[0] for _ in range(3)] == [0, 0, 0]
+        assert opened == 1
+        assert next(pieces) == (0, None)
+        assert opened == 2
+
+    @pytest.mark.parametrize("prefetch", [True, False])
+    def test_rows_before_a_fault_are_streamed(self, prefetch):
+        def blocks():
+            yield from cut(30, [10])
+            raise OSError("the cable is out")
+
+        buffer = shuffle_buffer(blocks, buffer_size=10, batch_size=5, seed=0)
+        ds = StreamingDataset(
+            buffer, batch_size=5, total_size=40, order_check="off", prefetch=prefetch
+        )
+        assert len(drain(ds, 6)) == 30
+        with pytest.raises(OSError, match="cable"):
+            drain(ds, 2)
+
+    def test_blocks_of_another_shape_are_refused(self):
+        class Growing(Source):
+            def blocks(self, epoch=0, start=0):
+                yield from (np.zeros((5, 2)), np.zeros((5, 3)))
+
+        buffer = shuffle_buffer(Growing(), buffer_size=20, batch_size=5, seed=0)
+        with pytest.raises(StreamError, match=r"shape \(3,\); sample_shape=\(2,\)"):
+            list(buffer)
+
     def test_two_iterations_do_not_disturb_each_other(self):
         buffer = shuffle_buffer(numbered(100), buffer_size=30, batch_size=7, seed=0)
         expected = np.concatenate(list(buffer))
@@ -258,6 +323,7 @@ class TestBuffer:
         [
             ({"buffer_size": 3}, "buffer_size=3 must be at least batch_size=4"),
             ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+            ({"buffer_size": 2**32}, "buffer_size=4294967296 must be at most 4294967295"),
             ({"seed": -1}, "seed=-1 must be a non-negative integer or None"),
         ],
     )

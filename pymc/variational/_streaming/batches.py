@@ -14,7 +14,7 @@
 """Blocks of any length to batches of exactly one, across epochs."""
 
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,11 +23,10 @@ from pymc.variational._streaming.order_report import OrderReport
 from pymc.variational._streaming.rows import exact_limit
 from pymc.variational._streaming.sources import Source
 
-__all__ = ["Chunk", "cast", "read_epochs", "rebatch"]
+__all__ = ["Chunk", "cast", "read_epochs", "rebatch", "require_shape"]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive rows of one epoch."""
 
     epoch: int
@@ -52,22 +51,17 @@ def read_epochs(
     Every epoch ends with a chunk without rows, whose offset is the number of rows of the
     epoch.
     """
-    while True:
-        offset = start
-        for block in source.blocks(epoch, start):
-            if block.shape[1:] != sample_shape:
-                raise StreamError(
-                    f"source yields rows of shape {block.shape[1:]}; "
-                    f"sample_shape={sample_shape} was expected"
-                )
-            yield Chunk(epoch, offset, cast(block, dtype, source, offset))
+    offset = start
+    for number, block in source.epochs(epoch, start, cycle=cycle):
+        if block is not None:
+            require_shape(block, sample_shape)
+            yield Chunk(number, offset, cast(block, dtype, source, offset))
             offset += len(block)
-        yield Chunk(epoch, offset, np.empty(0, dtype))
+            continue
+        yield Chunk(number, offset, np.empty(0, dtype))
         if offset == 0:
-            raise StreamError(f"source gave no rows in epoch {epoch}")
-        if not cycle:
-            return
-        epoch, start = epoch + 1, 0
+            raise StreamError(f"source gave no rows in epoch {number}")
+        offset = 0
 
 
 def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
@@ -79,19 +73,30 @@ def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
     rest: list[Chunk] = []
     missing = batch_size
     for chunk in chunks:
-        if not len(chunk.rows):
+        n = len(chunk.rows)
+        if not n:
             yield chunk
         first = 0
-        while first < len(chunk.rows):
-            rows = chunk.rows[first : first + missing]
-            rest.append(Chunk(chunk.epoch, chunk.offset + first, rows))
-            first += len(rows)
-            missing -= len(rows)
-            if not missing:
-                yield _join(rest)
-                rest, missing = [], batch_size
+        while first < n:
+            last = min(first + missing, n)
+            part = Chunk(chunk.epoch, chunk.offset + first, chunk.rows[first:last])
+            missing -= last - first
+            first = last
+            if missing:
+                rest.append(part)
+                continue
+            yield _join([*rest, part]) if rest else part
+            rest, missing = [], batch_size
     if rest:
         yield _join(rest)
+
+
+def require_shape(block: np.ndarray, sample_shape: tuple[int, ...]) -> None:
+    if block.shape[1:] != sample_shape:
+        raise StreamError(
+            f"source yields rows of shape {block.shape[1:]}; "
+            f"sample_shape={sample_shape} was expected"
+        )
 
 
 def cast(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> np.ndarray:
@@ -119,8 +124,6 @@ def cast(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> np.n
 
 
 def _join(parts: list[Chunk]) -> Chunk:
-    if len(parts) == 1:
-        return parts[0]
     return Chunk(parts[0].epoch, parts[0].offset, np.concatenate([part.rows for part in parts]))
 
 

@@ -20,7 +20,7 @@ import re
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.errors import StreamError
@@ -137,16 +137,19 @@ def inspect(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[ParquetInput, Any]:
     StreamError
         If the footer cannot be read, or contradicts itself or the size of the file.
     """
-    with _open(fs, path) as (_, known, metadata, footer), _blaming(path, _UNREADABLE):
-        check_footer(footer, known.size - len(footer))
-    return known, metadata
+    with _open(fs, path) as opened, _blaming(path, _UNREADABLE):
+        metadata = opened.parse()
+        metadata.schema.to_arrow_schema()  # fails here, by name, or nowhere
+        group_rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
+        check_footer(opened.footer, opened.size - len(opened.footer))
+    return ParquetInput(path, *opened.identity, group_rows), metadata
 
 
 def read_metadata(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> Any:
     """Read the Parquet metadata of a file that must not have changed since *known* was taken."""
-    with _open(fs, known.path) as (_, found, metadata, _):
-        _require_unchanged(known, found)
-    return metadata
+    with _open(fs, known.path) as opened:
+        _require_unchanged(known, opened)
+        return opened.parse()
 
 
 def read_batches(
@@ -175,17 +178,16 @@ def read_batches(
     StreamError
         If the file changed, vanished, cannot be decoded, or is shorter than its footer says.
     """
-    with (
-        _open(fs, known.path) as (handle, found, metadata, _),
-        _blaming(known.path, "reading failed"),
-    ):
-        _require_unchanged(known, found)
-        groups = range(metadata.num_row_groups) if row_groups is None else row_groups
+    with _open(fs, known.path) as opened, _blaming(known.path, "reading failed"):
+        _require_unchanged(known, opened)
+        groups = range(len(known.group_rows)) if row_groups is None else row_groups
+        is_local = _is_local(fs)
         with import_pyarrow().parquet.ParquetFile(
-            handle,
-            metadata=metadata,
+            opened.handle,
+            # A second read is cheaper than a call more on a disk, and dearer on an object store.
+            metadata=None if is_local else opened.parse(),
             pre_buffer=False,
-            buffer_size=_READ_BUFFER if _is_local(fs) else _REMOTE_READ_BUFFER,
+            buffer_size=_READ_BUFFER if is_local else _REMOTE_READ_BUFFER,
             page_checksum_verification=True,
         ) as file:
             for group in groups:
@@ -206,8 +208,11 @@ def _read_row_group(
     for batch in file.iter_batches(
         batch_rows, row_groups=[group], columns=columns, use_threads=False
     ):
-        yield group, row, batch if columns is None else batch.select(columns)
-        row += batch.num_rows
+        first, row = row, row + batch.num_rows
+        if columns is not None:
+            batch = batch.select(columns)
+        yield group, first, batch
+        del batch  # while the next one is read
     if row != known.group_rows[group]:
         raise StreamError(
             f"{known.path}: row group {group} gave {row} rows, "
@@ -266,28 +271,42 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
     return fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An open file."""
+
+    handle: Any
+    size: int
+    mtime_ns: int | None
+    footer: bytes
+
+    @property
+    def identity(self) -> tuple[int, int | None, str]:
+        """Return size, time of modification, and digest."""
+        return self.size, self.mtime_ns, hashlib.blake2b(self.footer, digest_size=16).hexdigest()
+
+    def parse(self) -> Any:
+        """Return the Parquet metadata in the footer."""
+        pa = import_pyarrow()
+        return pa.parquet.read_metadata(pa.BufferReader(MAGIC + self.footer))
+
+
 @contextmanager
-def _open(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[tuple[Any, ParquetInput, Any, bytes]]:
-    """Open a file; yield a handle, what identifies the file, its metadata and its footer."""
+def _open(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[_Opened]:
     pa = import_pyarrow()
     with ExitStack() as stack:
         with _blaming(path, _UNREADABLE):
             info = _get_info(fs, path)
             if _is_local(fs):
                 handle = fs.open_input_file(path)
+                size = handle.size()
             else:
                 handle = pa.PythonFile(RemoteFile(fs, path, info.size), mode="r")
+                size = info.size
             stack.enter_context(handle)
-            footer = read_footer(handle, handle.size())
-            metadata = pa.parquet.read_metadata(pa.BufferReader(MAGIC + footer))
-            metadata.schema.to_arrow_schema()  # fails here, by name, or nowhere
-            group_rows = tuple(
-                metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)
-            )
-            digest = hashlib.blake2b(footer, digest_size=16).hexdigest()
+            footer = read_footer(handle, size)
             mtime_ns = _mtime_ns(fs, info)
-        known = ParquetInput(path, handle.size(), mtime_ns, digest, group_rows)
-        yield handle, known, metadata, footer
+        yield _Opened(handle, size, mtime_ns, footer)
 
 
 @contextmanager
@@ -327,18 +346,15 @@ def _mtime_ns(fs: "pyarrow.fs.FileSystem", info: "pyarrow.fs.FileInfo") -> int |
         return None
 
 
-def _require_unchanged(known: ParquetInput, found: ParquetInput) -> None:
-    if found != known:
+def _require_unchanged(known: ParquetInput, opened: _Opened) -> None:
+    names = ("size", "mtime", "footer")
+    pairs = zip(names, (known.size, known.mtime_ns, known.digest), opened.identity)
+    changed = [name for name, before, now in pairs if before != now]
+    if changed:
         raise StreamError(
-            f"{known.path}: changed since the source was made ({_difference(known, found)}); "
+            f"{known.path}: changed since the source was made ({', '.join(changed)}); "
             "make the source anew"
         )
-
-
-def _difference(known: ParquetInput, found: ParquetInput) -> str:
-    names = [field.name for field in fields(known)]
-    changed = [n for n in names if getattr(known, n) != getattr(found, n)]
-    return ", ".join(changed).replace("mtime_ns", "mtime").replace("digest", "footer")
 
 
 def _first_line(err: BaseException) -> str:

@@ -28,17 +28,13 @@ from pymc.variational._streaming.order_statistics import (
 __all__ = ["Monitor"]
 
 _SHARE = 0.25
-"""Of the rows; comparing every row costs as much as shuffling them."""
+"""Of the rows; to compare every row would cost as much as to shuffle them."""
 _MIN_PICKS = 64
 _MAX_PICKS = 1 << 20
 _PILOT = 4_096
 _GROUPS = 40
 """At most; as soon as there are as many, pairs of neighbours become one."""
 _FIRST_LOOK = 4
-_SLAB_ROWS, _SLAB_VALUES = (2_048, 1 << 15), 1 << 19
-"""What is computed at a time: about so many values of features, and rows within these limits.
-Each call gives up the interpreter lock and waits for the step that compiled code makes meanwhile:
-few calls keep a stream ahead."""
 
 
 class Monitor:
@@ -140,11 +136,12 @@ class _Tally:
 
     def add(self, offset: int, rows: np.ndarray) -> None:
         self.end = offset + len(rows)
-        at = self._picked(offset, len(rows))
-        step = int(np.clip(_SLAB_VALUES // len(self.features), *_SLAB_ROWS))
-        for first in range(0, len(at), step):
-            slab = at[first : first + step]
-            self._take(self.features(rows.take(slab, axis=0)), slab + offset)
+        found, sums, sizes = self.features.sums(rows, offset, self._window, self._picks)
+        if not found.n:
+            return
+        self.total += found
+        used = np.flatnonzero(sizes)
+        self._take(used + offset // self._window, sums[used], sizes[used])
 
     def by_window(self) -> Anova:
         """Compare windows, the open one as far as it goes."""
@@ -165,25 +162,8 @@ class _Tally:
         middles = (used + 0.5) * self.per_group * self._window
         return middles, means, np.broadcast_to(1 / np.sqrt(sizes), means.shape)
 
-    def _picked(self, offset: int, n: int) -> np.ndarray:
-        """Return which of *n* rows from *offset* on are compared."""
-        found = []
-        for start in range(offset - offset % self._window, offset + n, self._window):
-            low, high = np.searchsorted(self._picks, [offset - start, offset + n - start])
-            found.append(self._picks[low:high] + (start - offset))
-        return np.concatenate(found)
-
-    def _take(self, values: np.ndarray, places: np.ndarray) -> None:
-        """Add features of the rows at these places, shape (n_features, n)."""
-        found = Moments.of(values)
-        self.total += found
-        ids = np.arange(places[0] // self._window, places[-1] // self._window + 1)
-        starts = np.searchsorted(places, ids * self._window)
-        sizes = np.diff(starts, append=len(places))
-        if len(ids) == 1:
-            sums = found.sums[:1].copy()
-        else:
-            sums = np.add.reduceat(values, starts, axis=1).T
+    def _take(self, ids: np.ndarray, sums: np.ndarray, sizes: np.ndarray) -> None:
+        """Add what was summed up of adjacent windows, the last of which may go on."""
         self._add_to_groups(ids, sums, sizes)
         if ids[0] == self._open:
             sums[0] += self._open_sum

@@ -46,36 +46,27 @@ class Features:
     """
 
     names: tuple[str, ...]
-    _centre: np.ndarray
-    _factor: np.ndarray
-    """One over the scale."""
-    _limit: np.ndarray
-    """Two-valued columns are not clipped: that would make rare values vanish."""
-    _constant: np.ndarray
-    """Constant in the pilot sample, as a label of sorted rows is: departures are watched."""
-    _projections: np.ndarray
-    _left: np.ndarray
-    _right: np.ndarray
+    arrays: tuple[np.ndarray, ...]
+    """For each column its centre, one over its scale, its limit, and whether it was constant in the
+    pilot sample, as a label of sorted rows is: then departures are watched.  Two-valued columns
+    have no limit: that would make rare values vanish.  Then the projections, shape (n, n_columns),
+    and the factors of each product."""
 
     @classmethod
     def fit(cls, pilot: np.ndarray, columns: Sequence[str] | None) -> "Features":
         """Choose and scale the features for rows like those of *pilot*."""
-        values = _flat(pilot)
+        values = np.ascontiguousarray(_flat(pilot).T, dtype="float64")
         kinds = [_standardise(column) for column in values]
-        centre, scale, limit = (np.array(part)[:, None] for part in list(zip(*kinds))[:3])
+        centre, scale, limit = (np.array(part) for part in list(zip(*kinds))[:3])
         plain = np.array([kind[3] for kind in kinds])
         n_random = _PROJECTIONS if len(values) > _ALL_PRODUCTS else 0
         projections = np.random.default_rng(0).normal(size=(n_random, len(values)))
+        projections /= np.sqrt(len(values))
         left, right = _pairs(plain, n_random)
+        factor = 1.0 / np.where(scale, scale, 1.0)
         return cls(
-            _names(columns, centre.ravel(), scale.ravel(), n_random, left, right),
-            centre,
-            1.0 / np.where(scale, scale, 1.0),
-            limit,
-            np.flatnonzero(scale.ravel() == 0),
-            projections / np.sqrt(len(values)),
-            left,
-            right,
+            _names(columns, centre, scale, n_random, left, right),
+            (centre, factor, limit, scale == 0, projections, left, right),
         )
 
     def __len__(self) -> int:
@@ -83,20 +74,27 @@ class Features:
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Return the features of *rows*, shape (n_features, n_rows)."""
-        values = _flat(rows)
-        d = len(values)
-        found = np.empty((len(self), values.shape[1]))
-        scaled = np.subtract(values, self._centre, out=found[:d])
-        scaled *= self._factor
-        np.clip(scaled, -self._limit, self._limit, out=scaled)
-        if len(self._constant):
-            scaled[self._constant] = values[self._constant] != self._centre[self._constant]
-        n_base = d + len(self._projections)
-        if len(self._projections):
-            np.einsum("pd,dn->pn", self._projections, scaled, out=found[d:n_base])
-        left, right = (found.take(pair, axis=0) for pair in (self._left, self._right))
-        np.multiply(left, right, out=found[n_base:])
+        from pymc.variational._streaming.compiled import evaluate_features
+
+        found = np.empty((len(self), len(rows)))
+        evaluate_features(_flat(rows), np.arange(len(rows)), found, *self.arrays)
         return found
+
+    def sums(
+        self, rows: np.ndarray, offset: int, window: int, picks: np.ndarray
+    ) -> tuple["Moments", np.ndarray, np.ndarray]:
+        """Sum up the *picks* of each window that *rows*, from *offset* on, are a part of.
+
+        Returns
+        -------
+        total : Moments
+        sums : ndarray, shape (n_windows, n_features)
+        sizes : ndarray, shape (n_windows,)
+        """
+        from pymc.variational._streaming.compiled import sum_features
+
+        powers, sums, sizes = sum_features(_flat(rows), offset, window, picks, self.arrays)
+        return Moments(int(sizes.sum()), powers), sums, sizes
 
 
 @dataclass(slots=True)
@@ -242,8 +240,8 @@ def drift_seen(p_value: float, k: int, n: int, group_rows: float, span: float, n
 
 
 def _flat(rows: np.ndarray) -> np.ndarray:
-    """Return float64 columns, shape (n_columns, n_rows)."""
-    return np.ascontiguousarray(rows.reshape(len(rows), -1).T, dtype="float64")
+    """Return contiguous rows of columns, shape (n_rows, n_columns)."""
+    return np.ascontiguousarray(rows).reshape(len(rows), -1)
 
 
 def _standardise(column: np.ndarray) -> tuple[float, float, float, bool]:

@@ -97,7 +97,7 @@ def parquet_source(
     converted to the smallest type that holds all of them exactly (decimals with a fraction
     are rounded to float64).
 
-    Memory is bounded by one read of 65,536 rows and one decoded page per column, whatever
+    Memory is bounded by one read of 262,144 rows or fewer and one decoded page per column, whatever
     the size of files and row groups. Page checksums are verified where the files have them;
     without them, a flipped bit in a data page can go unnoticed.
 
@@ -248,4 +248,8 @@ class _ParquetSource(Source):
                     f"{first + fault.row} of row group {group}; "
                     'repair the file or pass invalid="drop"'
                 )
-            yield rows if bad is None else rows[~bad.any(axis=1)]
+            if bad is not None:
+                rows = rows[~bad.any(axis=1)]
+            del batch, bad  # while the rows are used, and the next ones read
+            yield rows
+            del rows

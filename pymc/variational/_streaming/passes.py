@@ -70,14 +70,14 @@ class Passes:
         )
 
     def place(self, index: int) -> tuple[str, str | None]:
-        """Return where the file of a pile belongs, and where to draft it."""
-        return self.staging.place(f"part-{index:05}-of-{self.plan.n_piles:05}.parquet", index)
+        """Return where a file belongs, and where to draft it."""
+        return self.staging.place(f"part-{index:05}-of-{self.plan.n_files:05}.parquet", index)
 
     def run(self) -> tuple[dict[int, Scattered], dict[int, Gathered]]:
         """Run all tasks that no earlier run has done, and return the results of all."""
         gathered = {i: Gathered(**r) for i, r in self.staging.results("gather").items()}
         self._count(gathered)
-        scattered = self._scatter_all(files_needed=len(gathered) < self.plan.n_piles)
+        scattered = self._scatter_all(files_needed=len(gathered) < self.plan.n_files)
         return scattered, gathered | self._gather_rest(scattered, gathered)
 
     def _scatter_all(self, *, files_needed: bool) -> dict[int, Scattered]:
@@ -115,7 +115,7 @@ class Passes:
         self, scattered: dict[int, Scattered], done: dict[int, Gathered]
     ) -> dict[int, Gathered]:
         """Run what is left of the second pass."""
-        left = [index for index in range(self.plan.n_piles) if index not in done]
+        left = [index for index in range(self.plan.n_files) if index not in done]
         if not left:
             return {}
         catalog = f"{self.folder}/{uuid.uuid4().hex}.catalog"
@@ -123,6 +123,7 @@ class Passes:
         write_catalog(self.scratch_fs, catalog, [result.piles for result in in_order])
         task = GatherTask(
             index=0,
+            piles=range(0),
             catalog=catalog,
             dictionaries=self._merge_dictionaries(in_order),
             scratch=self.scratch,
@@ -135,9 +136,16 @@ class Passes:
             mark=_mark(self.plan, in_order),
         )
         tasks = {}
+        piles, step = range(self.plan.n_piles), self.plan.piles_per_file
         for index in left:
             path, draft = self.place(index)
-            tasks[index] = dataclasses.replace(task, index=index, path=path, draft=draft)
+            tasks[index] = dataclasses.replace(
+                task,
+                index=index,
+                piles=piles[index * step : (index + 1) * step],
+                path=path,
+                draft=draft,
+            )
         return self._run("gather", gather, tasks)
 
     def _merge_dictionaries(self, scattered: list[Scattered]) -> str | None:
@@ -216,6 +224,6 @@ def _mark(plan: Plan, scattered: list[Scattered]) -> PreshuffleMark:
         fingerprint=plan.table.fingerprint,
         n_rows=plan.table.n_rows,
         checksum=f"{add_checksums(scattered):016x}",
-        n_files=plan.n_piles,
+        n_files=plan.n_files,
         index=0,
     )

@@ -25,6 +25,8 @@ References
    Society B, 24, 472-481.
 """
 
+import math
+
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -74,8 +76,10 @@ def group_rows(
 def permute_rows(
     batch: "pyarrow.RecordBatch", rng: np.random.Generator, rows: int
 ) -> Iterator["pyarrow.RecordBatch"]:
-    """Yield the rows in a uniformly random order, at most *rows* at a time."""
+    """Yield the rows in a uniformly random order, at most *rows* at a time, in even parts."""
     order = rng.permutation(batch.num_rows)
+    n_parts = math.ceil(len(order) / rows)
+    rows = math.ceil(len(order) / max(n_parts, 1)) or rows
     for first in range(0, len(order), rows):
         yield _take(batch, order[first : first + rows])
 

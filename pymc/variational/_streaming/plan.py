@@ -36,6 +36,7 @@ from pymc.variational._streaming.files import (
 from pymc.variational._streaming.mark import MARK_KEY
 from pymc.variational._streaming.piles import MAX_PILES
 from pymc.variational._streaming.plain import plain_schema, to_plain
+from pymc.variational._streaming.rows import PIECE_ROWS
 
 if TYPE_CHECKING:
     import pyarrow
@@ -64,6 +65,11 @@ _FEWEST_TASKS = 16
 """Tasks per pass for tables of more than a few megabytes, to keep many workers busy."""
 _SMALL_TASK = 1 << 22
 _ROW_GROUP_BYTES = 1 << 23
+"""At most; and no more rows than a source reads at a time, so that it reads them at once."""
+_FEWEST_FILES = 8
+_FILE_BYTES = 1 << 26
+"""About what a file holds, of rows in memory, where there are more files than the fewest: opening
+one takes a reader longer than a row group."""
 _SAMPLED_GROUPS = 16
 _SAMPLED_ROWS = 256
 
@@ -118,6 +124,7 @@ class Plan:
     scatter: tuple[tuple[Piece, ...], ...]
     """What each task of the first pass reads."""
     n_piles: int
+    piles_per_file: int
     at_once: int
     """Tasks in one process."""
     block_bytes: int
@@ -126,7 +133,11 @@ class Plan:
     row_group_rows: int
     compression: str
     shuffle: str
-    """Digest of all that the rows of the result and their order depend on."""
+    """Digest of all that the rows of the result, their order and their files depend on."""
+
+    @property
+    def n_files(self) -> int:
+        return math.ceil(self.n_piles / self.piles_per_file)
 
 
 def parse_bytes(value: int | str, name: str = "memory_limit") -> int:
@@ -176,14 +187,17 @@ def make_plan(
     n_tasks = min(_FEWEST_TASKS, math.ceil(total / _SMALL_TASK))
     n_piles = min(max(n_tasks, math.ceil(1.2 * total / block)), MAX_PILES)
     batch_rows = max(1, min(_BATCH_ROWS, int(min(_BATCH_BYTES, block / 4) / widest)))
-    group_rows = row_group_size or max(1, int(min(_ROW_GROUP_BYTES, block) / row_bytes))
-    chosen = (n_piles, block, batch_rows, group_rows, compression)
+    default = min(int(min(_ROW_GROUP_BYTES, block) / row_bytes), PIECE_ROWS)
+    group_rows = row_group_size or max(1, default)
+    per_file = max(1, n_piles // max(_FEWEST_FILES, math.ceil(total / _FILE_BYTES)))
+    chosen = (n_piles, per_file, block, batch_rows, group_rows, compression)
     return Plan(
         seed=seed,
         table=table,
         plain=plain,
         scatter=tuple(_cut(table.files, row_bytes, min(block, total / n_tasks))),
         n_piles=n_piles,
+        piles_per_file=per_file,
         at_once=at_once,
         block_bytes=block,
         batch_rows=batch_rows,

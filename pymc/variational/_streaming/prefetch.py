@@ -44,7 +44,9 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, items: Generator[T], depth: int):
         self._queue: SimpleQueue[tuple[bool, T | BaseException | None]] = SimpleQueue()
-        self._slots = threading.Semaphore(depth)
+        self._slots: SimpleQueue[None] = SimpleQueue()  # a semaphore in one call
+        for _ in range(depth):
+            self._slots.put(None)
         stop = threading.Event()
         thread = threading.Thread(
             target=_run,
@@ -71,7 +73,7 @@ class Prefetcher(Generic[T]):
                 "fit_callback() or advance(), or spawn processes instead"
             )
         is_item, value = self._queue.get()
-        self._slots.release()
+        self._slots.put(None)
         if is_item:
             return value  # type: ignore[return-value]
         self.close()
@@ -109,10 +111,13 @@ class _Switching:
 _switching = _Switching()
 
 
-def _run(items: Generator, queue: SimpleQueue, slots: threading.Semaphore, stop) -> None:
+def _run(items: Generator, queue: SimpleQueue, slots: SimpleQueue, stop: threading.Event) -> None:
     end: BaseException | None = None
     try:
-        while slots.acquire() and not stop.is_set():
+        while True:
+            slots.get()
+            if stop.is_set():
+                break
             queue.put((True, next(items)))
     except StopIteration:
         pass
@@ -123,14 +128,12 @@ def _run(items: Generator, queue: SimpleQueue, slots: threading.Semaphore, stop)
         queue.put((False, end))
 
 
-def _stop(
-    thread: threading.Thread, stop: threading.Event, slots: threading.Semaphore, pid: int
-) -> None:
+def _stop(thread: threading.Thread, stop: threading.Event, slots: SimpleQueue, pid: int) -> None:
     if os.getpid() != pid:
         return  # the thread may have held these locks when the process was forked
     _switching.relax()
     stop.set()
-    slots.release()
+    slots.put(None)
     # The garbage collector can run this in the thread itself, an interrupt before it starts.
     if thread.is_alive() and threading.current_thread() is not thread:
         thread.join()

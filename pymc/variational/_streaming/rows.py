@@ -26,12 +26,13 @@ from pymc.variational._streaming.files import import_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Fault", "RowFormat", "column_ranges", "exact_limit", "piece_rows"]
+__all__ = ["PIECE_ROWS", "Fault", "RowFormat", "column_ranges", "exact_limit", "piece_rows"]
 
 _TILE = 1024
 """Rows; many columns are interleaved in tiles that stay in the cache."""
 
-_PIECE_VALUES, _PIECE_ROWS = 1 << 20, 1 << 18
+PIECE_ROWS = 1 << 18
+_PIECE_VALUES = 1 << 20
 """What is decoded or converted at a time, at most.  Each call gives up the interpreter lock, and
 then waits for the step that compiled code makes meanwhile: few calls keep a stream ahead."""
 
@@ -43,7 +44,7 @@ def exact_limit(dtype: np.dtype) -> float:
 
 def piece_rows(n_columns: int) -> int:
     """Return how many rows to decode or convert at a time."""
-    return max(1, min(_PIECE_VALUES // n_columns, _PIECE_ROWS))
+    return max(1, min(_PIECE_VALUES // n_columns, PIECE_ROWS))
 
 
 def column_ranges(

@@ -14,23 +14,23 @@
 """The bounded shuffle buffer."""
 
 import hashlib
+import math
 
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
 
-from pymc.variational._streaming.batches import Chunk, rebatch
+from pymc.variational._streaming.batches import Chunk, rebatch, require_shape
 from pymc.variational._streaming.sources import Source, as_source, draw_seed, positive_int
 
 __all__ = ["ShuffleBuffer", "shuffle_buffer"]
 
-_GATHER_BYTES = 1 << 21
-"""Of rows that are gathered from the window at a time.  Between calls a thread that reads ahead
-waits for the interpreter, which a compiled step holds: few calls keep it ahead."""
+_PIECE_BYTES = 1 << 22
+"""Of rows that are emitted at a time, about.  Between calls a thread that reads ahead waits for
+the interpreter, which a compiled step holds: few calls keep it ahead."""
 
-_GATHER_SHARE = 8
-"""No more than this part of a window, to keep what is read ahead small beside it."""
+_MOST_ROWS = 2**32 - 1
 
 
 def shuffle_buffer(
@@ -60,7 +60,7 @@ def shuffle_buffer(
     Raises
     ------
     ValueError
-        If a size is below 1 or a window does not hold a batch.
+        If a size is below 1, or a window does not hold a batch or holds 2**32 rows.
 
     Notes
     -----
@@ -72,8 +72,8 @@ def shuffle_buffer(
 
     At most two windows and one block of the source are in memory.
 
-    The permutation of a window is drawn from
-    ``SeedSequence(seed, spawn_key=(epoch, window))``.
+    The order of a window is drawn from ``SeedSequence(seed, spawn_key=(epoch, window))``, while
+    the window fills, by a loop that is compiled with numba (and kept on disk) on first use.
 
     Examples
     --------
@@ -81,9 +81,9 @@ def shuffle_buffer(
     >>> rows = np.arange(10.0).reshape(-1, 1)
     >>> for batch in shuffle_buffer(rows, buffer_size=5, batch_size=4, seed=0):
     ...     print(batch.ravel())
-    [1. 0. 2. 3.]
-    [4. 6. 7. 5.]
-    [8. 9.]
+    [0. 2. 1. 4.]
+    [3. 8. 9. 6.]
+    [5. 7.]
     """
     return ShuffleBuffer(as_source(source), buffer_size, batch_size, seed)
 
@@ -100,6 +100,8 @@ class ShuffleBuffer(Source):
                 f"buffer_size={buffer_size} must be at least batch_size={batch_size}; "
                 "a window of many batches shuffles better"
             )
+        if self.buffer_size > _MOST_ROWS:
+            raise ValueError(f"buffer_size={buffer_size} must be at most {_MOST_ROWS}")
         self.seed = draw_seed(seed)
 
     source = property(lambda self: self._source)
@@ -125,58 +127,121 @@ class ShuffleBuffer(Source):
         return (batch.rows for batch in rebatch(chunks, self.batch_size))
 
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
-        window, skip = divmod(start, self.buffer_size)
-        return self._shuffled(epoch, window, skip)
+        pieces = self.epochs(epoch, start, cycle=False)
+        return (rows.copy() for _, rows in pieces if rows is not None)
 
-    def _shuffled(self, epoch: int, window: int, skip: int) -> Generator[np.ndarray]:
-        """Emit one window while the next one fills, as many rows in as out."""
-        size = self.buffer_size
-        reader = _RowReader(self._source.blocks(epoch, window * size))
-        current, following = reader.window(self._window_rows()), None
-        step = min(_GATHER_BYTES // max(current[:1].nbytes, 1), size // _GATHER_SHARE)
-        step = max(step - step % self.batch_size, self.batch_size)
-        filled = reader.fill(current, 0, size)
-        while filled:
-            order = self._permutation(epoch, window, filled)
-            if following is None:
-                following = reader.window(self._window_rows())
-            ahead = 0
-            for first in range(skip, filled, step):
-                ahead = reader.fill(following, ahead, min(ahead + step, size))
-                yield current.take(order[first : first + step], axis=0)
-            filled = reader.fill(following, ahead, size)
-            current, following = following, current
-            window, skip = window + 1, 0
+    def epochs(
+        self, epoch: int, start: int, *, cycle: bool
+    ) -> Generator[tuple[int, np.ndarray | None]]:
+        number, skip = divmod(start, self.buffer_size)
+        size = min(self.buffer_size, self.n_rows or self.buffer_size)
+        rows = _Rows(self._source, epoch, number * self.buffer_size, cycle=cycle)
+        current, following = (_Window(rows.room(size), self.seed) for _ in range(2))
+        n_pieces = math.ceil(current.rows.nbytes / _PIECE_BYTES)
+        step = math.ceil(size / n_pieces / self.batch_size) * self.batch_size
+        current.begin(epoch, number)
+        rows.fill(current, size)
+        rows.require_success()
+        while True:
+            # One window is emitted while the next one fills, about as many rows in as out.
+            following.begin(*current.place_after(epoch_ended=rows.ended()))
+            for first in range(skip, current.filled, step):
+                yield current.epoch, current.rows[first : min(first + step, current.filled)]
+                rows.fill(following, min(first + step, size))
+            rows.fill(following, size)
+            if following.epoch > current.epoch:
+                yield current.epoch, None
+                if not cycle:
+                    return
+            rows.require_success()
+            current, following, skip = following, current, 0
 
-    def _permutation(self, epoch: int, window: int, n: int) -> np.ndarray:
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch, window))
-        return np.random.default_rng(sequence).permutation(n)
 
-    def _window_rows(self) -> int:
-        return min(self.buffer_size, self.n_rows or self.buffer_size)
+class _Window:
+    """Room for rows, which are in random order at any time."""
+
+    def __init__(self, room: np.ndarray, seed: int | None):
+        self.rows = room
+        self._words = _as_words(room)
+        self._seed = seed
+
+    def begin(self, epoch: int, number: int) -> None:
+        """Forget all rows, to hold those of another window."""
+        self.epoch, self._number = epoch, number
+        self.filled = 0
+        """Rows in it; what follows them has no meaning."""
+        sequence = np.random.SeedSequence(self._seed, spawn_key=(epoch, number))
+        self._bits = np.random.PCG64(sequence)
+
+    def place_after(self, *, epoch_ended: bool) -> tuple[int, int]:
+        """Return the epoch of the next window, and its number there."""
+        return (self.epoch + 1, 0) if epoch_ended else (self.epoch, self._number + 1)
+
+    def insert(self, rows: np.ndarray) -> None:
+        from pymc.variational._streaming.compiled import insert_shuffled
+
+        words = _as_words(np.ascontiguousarray(rows, self.rows.dtype))
+        insert_shuffled(self._words, self.filled, words, self._bits.random_raw(len(rows)))
+        self.filled += len(rows)
 
 
-class _RowReader:
-    """Hands out the rows of blocks, as many as asked for."""
+class _Rows:
+    """Rows of a source, from which windows are filled, epoch after epoch.
 
-    def __init__(self, blocks: Iterator[np.ndarray]):
-        self._blocks = blocks
-        self._rest = next(blocks, np.empty(0))
+    What goes wrong while rows are read ahead is raised by :meth:`require_success`, after the rows
+    that came before it.
+    """
 
-    def window(self, size: int) -> np.ndarray:
+    def __init__(self, source: Source, epoch: int, start: int, *, cycle: bool):
+        self._source, self._cycle = source, cycle
+        self._failure: Exception | None = None
+        self._epoch = epoch
+        self._blocks: Iterator[np.ndarray] | None = source.blocks(epoch, start)
+        self._rest = next(self._blocks, np.empty(0))
+        """Of the block that was read last."""
+        self._sample_shape = self._rest.shape[1:]
+
+    def room(self, size: int) -> np.ndarray:
         """Return room for *size* rows of the kind that the blocks hold."""
-        return np.empty((size, *self._rest.shape[1:]), self._rest.dtype)
+        return np.empty((size, *self._sample_shape), self._rest.dtype)
 
-    def fill(self, window: np.ndarray, start: int, stop: int) -> int:
-        """Copy rows into window[start:stop]; return where the rows end."""
-        while start < stop:
-            if not len(self._rest):
-                block = next(self._blocks, None)
-                if block is None:
-                    break
-                self._rest = block
-            rows = self._rest[: stop - start]
-            window[start : start + len(rows)] = rows
+    def ended(self) -> bool:
+        """Whether the epoch has no more rows."""
+        return not (self._load() or self._failure)
+
+    def fill(self, window: _Window, enough: int) -> None:
+        """Insert whole blocks, until *enough* rows are in the window, it is full, or none are left.
+
+        A block that begins in one window ends in the next.
+        """
+        if window.epoch > self._epoch and self._cycle:
+            self._epoch, self._blocks = window.epoch, None
+        while window.filled < enough and self._load():
+            rows = self._rest[: len(window.rows) - window.filled]
+            window.insert(rows)
             self._rest = self._rest[len(rows) :]
-            start += len(rows)
-        return start
+
+    def require_success(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _load(self) -> bool:
+        """Have rows at hand, or return False."""
+        if not len(self._rest) and self._failure is None:
+            try:
+                if self._blocks is None:
+                    self._blocks = self._source.blocks(self._epoch)
+                for self._rest in self._blocks:
+                    require_shape(self._rest, self._sample_shape)
+                    if len(self._rest):
+                        break
+            except Exception as err:
+                self._failure = err
+        return self._failure is None and len(self._rest) > 0
+
+
+def _as_words(rows: np.ndarray) -> np.ndarray:
+    """Return the bytes of contiguous rows as few unsigned integers each."""
+    n_bytes = rows.dtype.itemsize * math.prod(rows.shape[1:])
+    word = next(size for size in (8, 4, 2, 1) if n_bytes % size == 0)
+    return rows.reshape(len(rows), -1).view(f"u{word}")

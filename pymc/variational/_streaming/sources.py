@@ -79,6 +79,21 @@ class Source(ABC):
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
         """Yield the rows of an epoch from row *start* on, as arrays (rows, *sample_shape)."""
 
+    def epochs(
+        self, epoch: int, start: int, *, cycle: bool
+    ) -> Generator[tuple[int, np.ndarray | None]]:
+        """Yield the blocks of one epoch after another with their epochs, and None to end each.
+
+        A block may be overwritten when the next one is asked for.
+        """
+        while True:
+            for block in self.blocks(epoch, start):
+                yield epoch, block
+            yield epoch, None
+            if not cycle:
+                return
+            epoch, start = epoch + 1, 0
+
     def glance(self, start: int) -> Generator[np.ndarray]:
         """Yield the rows of epoch 0 from row *start* on, for a reader of few of them."""
         return self.blocks(0, start)
@@ -316,6 +331,8 @@ def _chunk_rows(array: Any) -> int:
 def skip_rows(blocks: Iterator[np.ndarray], n: int) -> Generator[np.ndarray]:
     """Yield what follows the first *n* rows, without empty blocks."""
     for block in blocks:
-        if len(block) > n:
+        size = len(block)
+        if size > n:
             yield block[n:]
-        n = max(0, n - len(block))
+        del block  # while the next one is read
+        n = max(0, n - size)

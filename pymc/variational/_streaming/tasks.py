@@ -112,9 +112,11 @@ class Scattered:
 
 @dataclass(frozen=True, slots=True)
 class GatherTask:
-    """A pile to be permuted and written."""
+    """Piles to be permuted, each for itself, and written to one file."""
 
     index: int
+    """Of the file."""
+    piles: range
     catalog: str
     """Path of the list of scatter files."""
     dictionaries: str | None
@@ -131,7 +133,7 @@ class GatherTask:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What was handed to the writer of a pile."""
+    """What was handed to the writer of a file."""
 
     rows: int
     checksum: int
@@ -164,16 +166,16 @@ def scatter(task: ScatterTask) -> Scattered:
 
 
 def gather(task: GatherTask) -> Gathered:
-    """Write one pile in random order as a Parquet file."""
+    """Write piles, each in random order, as a Parquet file."""
     with _share_of_memory(task.scratch.at_once):
         # All that may be missing is looked up before the file is begun: on an object store there
         # is no draft, and what was there is replaced.
-        extents = locate_pile(task.scratch.fs, task.catalog, task.index)
+        found = {p: locate_pile(task.scratch.fs, task.catalog, p) for p in task.piles}
         paths = [task.dictionaries] if task.dictionaries else []
         dictionaries = read_dictionaries(task.scratch.fs, paths).values
         path = task.draft or task.path
         with _deleted_on_error(task.fs, path):
-            seen = _write(task, path, extents, dictionaries)
+            seen = _write(task, path, found, dictionaries)
             size = _check_footer(task, path, seen)
         if task.draft:
             task.fs.move(path, task.path)
@@ -284,12 +286,16 @@ def _shuffle_again(
 def _write(
     task: GatherTask,
     path: str,
-    extents: list[Extent],
+    piles: Mapping[int, list[Extent]],
     dictionaries: Mapping[str, "pyarrow.Array"],
 ) -> _Seen:
     """Write a file, and count what is handed to its writer."""
     seen = _Seen(task.scratch.schema)
-    batches = _shuffle(task.scratch, extents, (task.index,), task.row_group_rows)
+    batches = (
+        batch
+        for pile, extents in piles.items()
+        for batch in _shuffle(task.scratch, extents, (pile,), task.row_group_rows)
+    )
     with task.fs.open_output_stream(path) as sink, _open_writer(sink, task) as writer:
         for batch in batches:
             batch = restore(batch, task.schema, dictionaries)
