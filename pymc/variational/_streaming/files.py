@@ -18,7 +18,7 @@ import hashlib
 import os
 import re
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,14 @@ class ParquetInput:
     @property
     def n_rows(self) -> int:
         return sum(self.group_rows)
+
+    def place(self, groups: Sequence[int], row: int) -> tuple[int, int]:
+        """Return the row group of a row of *groups*, read one after the other, and its row there."""
+        for group in groups:
+            if row < self.group_rows[group]:
+                return group, row
+            row -= self.group_rows[group]
+        raise IndexError(f"row groups {list(groups)} end {row} rows before")
 
 
 def import_pyarrow() -> Any:
@@ -157,9 +165,9 @@ def read_batches(
     known: ParquetInput,
     *,
     columns: Sequence[str] | None = None,
-    row_groups: Iterable[int] | None = None,
+    row_groups: Sequence[int] | None = None,
     batch_rows: int,
-) -> Iterator[tuple[int, int, "pyarrow.RecordBatch"]]:
+) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
     """Read a file that must not have changed since *known* was taken, in bounded memory.
 
     Reads are buffered and never ahead, so memory does not depend on the size of the file or
@@ -167,9 +175,8 @@ def read_batches(
 
     Yields
     ------
-    row_group : int
     first_row : int
-        Of the batch, inside its row group.
+        Of the batch, counted over the row groups that are read; see ``ParquetInput.place``.
     batch : pyarrow.RecordBatch
         At most *batch_rows* rows, with the columns in the order asked for.
 
@@ -190,33 +197,32 @@ def read_batches(
             buffer_size=_READ_BUFFER if is_local else _REMOTE_READ_BUFFER,
             page_checksum_verification=True,
         ) as file:
-            for group in groups:
-                yield from _read_row_group(file, known, group, columns, batch_rows)
+            yield from _read_row_groups(file, known, groups, columns, batch_rows)
         last = _get_info(fs, known.path)
         if (last.size, _mtime_ns(fs, last)) != (known.size, known.mtime_ns):
             raise StreamError(f"{known.path}: changed while it was read; make the source anew")
 
 
-def _read_row_group(
+def _read_row_groups(
     file: "pyarrow.parquet.ParquetFile",
     known: ParquetInput,
-    group: int,
+    groups: Sequence[int],
     columns: Sequence[str] | None,
     batch_rows: int,
-) -> Iterator[tuple[int, int, "pyarrow.RecordBatch"]]:
-    row = 0
+) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
+    row, promised = 0, sum(known.group_rows[group] for group in groups)
     for batch in file.iter_batches(
-        batch_rows, row_groups=[group], columns=columns, use_threads=False
+        batch_rows, row_groups=list(groups), columns=columns, use_threads=False
     ):
         first, row = row, row + batch.num_rows
         if columns is not None:
             batch = batch.select(columns)
-        yield group, first, batch
+        yield first, batch
         del batch  # while the next one is read
-    if row != known.group_rows[group]:
+    if row != promised:
         raise StreamError(
-            f"{known.path}: row group {group} gave {row} rows, "
-            f"its footer promises {known.group_rows[group]}"
+            f"{known.path}: {len(groups)} row groups gave {row} rows, "
+            f"its footer promises {promised}"
         )
 
 

@@ -239,13 +239,14 @@ class _ParquetSource(Source):
         batches = read_batches(
             self._fs, file, columns=self.columns, row_groups=groups, batch_rows=size
         )
-        for group, first, batch in batches:
+        for first, batch in batches:
             rows, bad = self._format.to_rows(batch)
             if bad is not None and not self._drop:
                 fault = self._format.fault(batch, bad)
+                group, row = file.place(groups, first + fault.row)
                 raise StreamError(
                     f"{file.path}: column {fault.column!r} {fault.reason} in row "
-                    f"{first + fault.row} of row group {group}; "
+                    f"{row} of row group {group}; "
                     'repair the file or pass invalid="drop"'
                 )
             if bad is not None:

@@ -273,7 +273,7 @@ def _sample(table: Table) -> Iterator["pyarrow.RecordBatch"]:
     ]
     for number in range(min(_SAMPLED_GROUPS, len(groups))):
         file, group = groups[number * len(groups) // min(_SAMPLED_GROUPS, len(groups))]
-        for _, _, batch in read_batches(
+        for _, batch in read_batches(
             table.fs,
             file,
             columns=table.columns,
