@@ -41,11 +41,11 @@ from benchmarks.fits import (
     hierarchical,
     in_memory,
     in_memory_columns,
+    on_changed_pytensor,
     on_dataloader,
     on_one_batch,
     on_ready_batches,
     on_stream,
-    on_stream_without_lock,
     order_book,
     wide,
 )
@@ -87,11 +87,19 @@ def speed_table(data: Data, turns: int) -> str:
         LIMIT: Lane(on_one_batch, shuffled),
         "batches that are in memory already": Lane(on_ready_batches, shuffled),
         STREAM: Lane(on_stream, shuffled),
-        f"{STREAM}, step without the lock": Lane(on_stream_without_lock, shuffled),
         "stream, as it comes (zstd, dictionaries)": Lane(on_stream, Case(ordered, order_book)),
         MEMORY: Lane(in_memory_columns, shuffled),
         f"{MEMORY}, features in one matrix": Lane(in_memory, shuffled),
         PEER: Lane(on_dataloader, Case(ordered, order_book), wheel),
+        f"{LIMIT}, PyTensor's arguments by place": Lane(
+            partial(on_changed_pytensor, nogil=False), on_one_batch, shuffled
+        ),
+        f"{STREAM}, PyTensor's arguments by place": Lane(
+            partial(on_changed_pytensor, nogil=False), on_stream, shuffled
+        ),
+        f"{STREAM}, and its step without the lock": Lane(
+            partial(on_changed_pytensor, nogil=True), on_stream, shuffled
+        ),
     }
     with taking_turns(lanes):
         race(lanes.values(), turns=turns)

@@ -50,11 +50,11 @@ __all__ = [
     "hierarchical",
     "in_memory",
     "in_memory_columns",
+    "on_changed_pytensor",
     "on_dataloader",
     "on_one_batch",
     "on_ready_batches",
     "on_stream",
-    "on_stream_without_lock",
     "order_book",
     "stream",
     "wide",
@@ -141,17 +141,19 @@ def on_stream(case: Case, backend: str | None = None) -> Runner:
         return _fitted(case, [ds.fit_callback()], backend)
 
 
-def on_stream_without_lock(case: Case) -> Runner:
-    """Fit to a stream with a step that gives the interpreter lock up, as PyTensor's could."""
+def on_changed_pytensor(make: Callable[[Case], Runner], case: Case, *, nogil: bool) -> Runner:
+    """Fit with the changes to PyTensor of ``upstream/pytensor``."""
     from pytensor.link.numba.dispatch.basic import numba_njit
     from pytensor.link.numba.linker import NumbaLinker
 
     def jit_compile(self, function_and_key):
-        function, _ = function_and_key
-        return numba_njit(function.py_func, final_function=True, cache=False, nogil=True)
+        names = ", ".join(f"argument_{i}" for i in range(len(self.fgraph.inputs)))
+        made = {"function": function_and_key[0]}
+        exec(f"def step({names}): return function({names})", made)
+        return numba_njit(made["step"], final_function=True, cache=False, nogil=nogil)
 
     with patch.object(NumbaLinker, "jit_compile", jit_compile):
-        return on_stream(case)
+        return make(case)
 
 
 def in_memory(case: Case, backend: str | None = None) -> Runner:

@@ -14,17 +14,21 @@
 """Conservation, determinism and bounds of the shuffle and of the batches."""
 
 import itertools
+import runpy
 import tempfile
 
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
 from hypothesis import given
 from hypothesis import strategies as st
+from numba.core import caching
 from scipy import stats
 
+from pymc.variational._streaming import compiled
 from pymc.variational._streaming.sources import Source
 from pymc.variational.streaming import (
     StreamError,
@@ -299,6 +303,17 @@ class TestBuffer:
         buffer = shuffle_buffer(Growing(), buffer_size=20, batch_size=5, seed=0)
         with pytest.raises(StreamError, match=r"shape \(3,\); sample_shape=\(2,\)"):
             list(buffer)
+
+    def test_loops_are_compiled_where_nothing_can_be_kept_on_disk(self, monkeypatch):
+        """Such as in a container whose user has no home."""
+        cache = getattr(caching, "CacheImpl", None) or caching._CacheImpl  # its older name
+        monkeypatch.setattr(cache, "_locator_classes", [])
+        with pytest.raises(RuntimeError, match="no locator"):
+            numba.njit(cache=True)(lambda: None)
+        insert = runpy.run_path(compiled.__file__)["insert_shuffled"]
+        window, rows = np.zeros((4, 1), "u8"), np.arange(4, dtype="u8")[:, None]
+        insert(window, 0, rows, np.arange(4, dtype="u8") << np.uint64(61))
+        assert sorted(window[:, 0]) == [0, 1, 2, 3]
 
     def test_two_iterations_do_not_disturb_each_other(self):
         buffer = shuffle_buffer(numbered(100), buffer_size=30, batch_size=7, seed=0)

@@ -21,6 +21,9 @@ numba takes a second and a hundred megabytes to import, and PyTensor imports it 
 compiled model, so import this module where it is used.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 
@@ -32,7 +35,19 @@ _TILE = 256
 """Rows whose features are computed together; they stay in the cache until they are summed."""
 
 
-@numba.njit(nogil=True, cache=True)
+def _compiled(**options: Any) -> Callable[[Callable], Callable]:
+    """Compile a function when it is called, and keep it on disk where there is room for it."""
+
+    def decorate(function: Callable) -> Callable:
+        try:
+            return numba.njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # neither this folder nor one of the user's can be written to
+            return numba.njit(nogil=True, **options)(function)
+
+    return decorate
+
+
+@_compiled()
 def insert_shuffled(window, n, rows, draws):
     """Put *rows* at random places among the first *n* rows of a window, which move to the end.
 
@@ -73,7 +88,7 @@ def insert_shuffled(window, n, rows, draws):
     return fetched  # or the compiler would leave the fetching out
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled()
 def evaluate_features(rows, at, out, centre, factor, limit, constant, projections, left, right):
     """Write the features of the rows *at* these places to *out*, shape (n_features, len(at)).
 
@@ -98,7 +113,7 @@ def evaluate_features(rows, at, out, centre, factor, limit, constant, projection
             out[n_base + q, i] = out[left[q], i] * out[right[q], i]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@_compiled(fastmath={"reassoc", "contract"})
 def sum_features(rows, offset, window, picks, features):
     """Sum features over some rows of each window.
 

@@ -1,0 +1,72 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""The changes to PyTensor that are proposed beside the merge change no number."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+from pathlib import Path
+
+import pytensor
+import pytest
+
+PATCHES = sorted((Path(__file__).parents[2] / "upstream" / "pytensor").glob("*.patch"))
+FIT = """
+import json, sys
+import numpy as np, pymc as pm, pytensor
+rows = pytensor.shared(np.random.default_rng(0).normal(1, 2, (500, 2)))
+with pm.Model():
+    mu = pm.Normal("mu", 0, 3, shape=2)
+    pm.Normal("y", mu, 2, observed=rows)
+    approx = pm.fit(300, random_seed=1, progressbar=False)
+values = [p.get_value().tolist() for p in approx.params]
+print(json.dumps([pytensor.__file__, values, approx.hist.tolist()]))
+"""
+
+
+def fit(path: Path, compiled: Path) -> tuple[str, list]:
+    """Fit in a process that finds modules in *path* first."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(path),
+        "PYTENSOR_FLAGS": f"base_compiledir={compiled}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FIT], env=environment, cwd=path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    file, *numbers = json.loads(done.stdout.splitlines()[-1])
+    return file, numbers
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> list:
+    return fit(tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("compiled"))[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_a_change_to_pytensor_changes_no_number(patch, tmp_path, expected):
+    shutil.copytree(Path(pytensor.__file__).parent, tmp_path / "pytensor")
+    applied = subprocess.run(
+        ["git", "apply", str(patch)], cwd=tmp_path, capture_output=True, text=True
+    )
+    if applied.returncode:
+        pytest.skip(f"PyTensor {pytensor.__version__} has other code there: {applied.stderr}")
+    file, found = fit(tmp_path, tmp_path / "compiled")
+    assert Path(file).is_relative_to(tmp_path)
+    assert found == expected
