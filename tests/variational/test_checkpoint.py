@@ -316,7 +316,8 @@ class TestStreamState:
             make(**change).load_state_dict(make().state_dict())
 
     def test_resuming_reads_one_window_and_no_more(self, rows, monkeypatch):
-        """Row groups before the window are skipped by their metadata."""
+        """Row groups before the window are skipped by their metadata; a read has 50 rows here."""
+        monkeypatch.setattr("pymc.variational._streaming.rows.PIECE_ROWS", 50)
         read = []
         to_rows = RowFormat.to_rows
 

@@ -17,6 +17,7 @@ import hashlib
 import math
 
 from collections.abc import Generator, Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,8 @@ class ShuffleBuffer(Source):
         if self.buffer_size > _MOST_ROWS:
             raise ValueError(f"buffer_size={buffer_size} must be at most {_MOST_ROWS}")
         self.seed = draw_seed(seed)
+        # numba takes most of a second to import: not when a fit waits for its first batch.
+        import_module("pymc.variational._streaming.compiled")
 
     source = property(lambda self: self._source)
     n_rows = property(lambda self: self._source.n_rows)  # type: ignore[assignment]
