@@ -40,7 +40,7 @@ from pymc.variational.streaming import (
 )
 from tests.variational.killed import in_child
 
-N_STEPS = 1500
+N_STEPS = 6000
 
 
 def main(folder: str) -> None:
@@ -121,7 +121,7 @@ def die_at_a_step() -> Callable:
 
 
 def die_at_a_moment() -> Callable:
-    """Die up to 0.3 s after the first step, which is in the middle of the fit."""
+    """Die up to 0.3 s after the first step, long before the last one."""
     timer = threading.Timer(np.random.default_rng().uniform(0, 0.3), die)
     timer.daemon = True
     steps = iter([timer.start])
