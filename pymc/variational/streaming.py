@@ -88,8 +88,8 @@ __all__ = [
     "shuffle_buffer",
 ]
 
-_PREFETCH_CHUNKS = 2
-"""Blocks read ahead, of up to a few megabytes."""
+_PREFETCH_CHUNKS = 1
+"""Blocks that wait, of a few megabytes each, while another one is read."""
 
 
 class StreamingDataset:
