@@ -171,6 +171,17 @@ def test_row_groups_of_a_pile_are_even(tmp_path, monkeypatch):
         assert groups == expected
 
 
+def test_numbers_that_repeat_are_written_as_dictionaries(tmp_path, monkeypatch):
+    """They take fewer bytes; numbers that hardly repeat would take more."""
+    cut_small(monkeypatch.setattr, tasks=1, block=1 << 20)
+    table = pa.table({"row": range(4000), "few": [k % 500 for k in range(4000)]})
+    shuffle(write(tmp_path / "in", table), tmp_path / "out")
+    (file,) = (tmp_path / "out").glob("*.parquet")
+    columns = [pq.read_metadata(file).row_group(0).column(i) for i in range(2)]
+    assert [column.has_dictionary_page for column in columns] == [False, True]
+    assert pq.read_table(tmp_path / "out").schema.types == [pa.int64(), pa.int64()]
+
+
 def test_the_mark_says_what_was_shuffled(tmp_path, monkeypatch):
     cut_small(monkeypatch.setattr, files=4)
     source = numbered(tmp_path / "in", 5000, n_files=3)
