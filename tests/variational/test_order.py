@@ -280,6 +280,13 @@ class TestStatistic:
             assert found.feature == expected.feature
             np.testing.assert_allclose(found.p_value, expected.p_value, rtol=1e-6)
 
+    @pytest.mark.parametrize("dtype", ["float16", ">f8", "int64", "bool"])
+    def test_rows_of_any_type_are_compared(self, dtype):
+        rows = np.linspace(0, 1.9, 20_000).reshape(-1, 1).astype(dtype)
+        rows[:10_000] = 0
+        for source in (lambda x: x, in_sequence):
+            assert check_order(source(rows), buffer_size=1_000).ordered
+
     def test_the_same_rows_give_the_same_report(self):
         for source in (MARGINALS["normal"][:, None], in_sequence(MARGINALS["normal"][:, None])):
             first, second = (check_order(source, buffer_size=WINDOW) for _ in range(2))

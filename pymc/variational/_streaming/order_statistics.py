@@ -240,8 +240,10 @@ def drift_seen(p_value: float, k: int, n: int, group_rows: float, span: float, n
 
 
 def _flat(rows: np.ndarray) -> np.ndarray:
-    """Return contiguous rows of columns, shape (n_rows, n_columns)."""
-    return np.ascontiguousarray(rows).reshape(len(rows), -1)
+    """Return contiguous rows of float columns, shape (n_rows, n_columns)."""
+    # numba knows neither half floats nor foreign byte orders.
+    dtype = rows.dtype if rows.dtype in (np.float32, np.float64) else np.float64
+    return np.ascontiguousarray(rows, dtype).reshape(len(rows), -1)
 
 
 def _standardise(column: np.ndarray) -> tuple[float, float, float, bool]:
