@@ -63,7 +63,7 @@ def measure(folder: Path, n_rows: int) -> tuple[int, float, float]:
     source = parquet_source(rows)
     before = median_seconds(lambda: check_order(source, buffer_size=WINDOW))
     buffer = shuffle_buffer(source, buffer_size=WINDOW, batch_size=BATCH, seed=0)
-    blocks = list(islice(buffer.blocks(), WATCHED_WINDOWS * WINDOW // (1 << 17)))
+    blocks = list(islice(buffer.blocks(), WATCHED_WINDOWS))
     n_watched = sum(len(block) for block in blocks)
     watched = median_seconds(lambda: watch(buffer, blocks))
     return n_rows, before, watched * BATCH / n_watched

@@ -46,7 +46,7 @@ from pytensor.tensor.variable import TensorVariable
 from pymc.model.core import Model
 from pymc.variational._streaming.arrow import arrow_source
 from pymc.variational._streaming.average import EpochAverage
-from pymc.variational._streaming.batches import Chunk, read_epochs, rebatch
+from pymc.variational._streaming.batches import Chunk, cast, read_epochs, rebatch
 from pymc.variational._streaming.checkpoint import resumable_fit
 from pymc.variational._streaming.cli import main
 from pymc.variational._streaming.errors import (
@@ -87,9 +87,6 @@ __all__ = [
     "resumable_fit",
     "shuffle_buffer",
 ]
-
-_PREFETCH_CHUNKS = 1
-"""Blocks that wait, of a few megabytes each, while another one is read."""
 
 
 class StreamingDataset:
@@ -140,8 +137,8 @@ class StreamingDataset:
     batch open the first batch of the next epoch. The same source, seed and parameters give
     the same batches, with or without prefetch.
 
-    *Memory* does not grow with the number of rows: two windows of a shuffle buffer, a few
-    blocks of tens of thousands of rows each, and one batch.
+    *Memory* does not grow with the number of rows: two windows of a shuffle buffer in the source's
+    own dtype, two blocks of the source, and one batch in *dtype*.
 
     Until :meth:`fit_callback` or :meth:`advance` puts the first batch in, and again after
     the stream has been closed, the buffer holds NaN, so that a fit without the callback
@@ -188,7 +185,7 @@ class StreamingDataset:
         self._total_size = TotalSize(total_size, self._source)
         self._order = OrderCheck(self._source, self._batch_size, self.total_size, order_check)
         self._buffer = pytensor.shared(self._blank(), name=name)
-        self._stream: Prefetcher[Chunk] | Generator[Chunk] | None = None
+        self._stream: Prefetcher | Generator[Chunk] | None = None
         self._batches: Iterator[Chunk] = iter(())
         self._position = _Position(0, 0, 0)
         self._owner: object = None
@@ -249,7 +246,8 @@ class StreamingDataset:
         The model's buffer and the state of the stream are left alone.
         """
         chunks = read_epochs(self._source, self._sample_shape, self._dtype, cycle=False)
-        return (batch.rows for batch in rebatch(chunks, self._batch_size) if len(batch.rows))
+        batches = rebatch(chunks, self._batch_size)
+        return (cast(batch.rows, self._dtype) for batch in batches if len(batch.rows))
 
     def fit_callback(self) -> Callback:
         """Put the first batch in, and return the callback that puts in the next ones.
@@ -435,7 +433,7 @@ class StreamingDataset:
             cycle=self._cycle,
         )
         chunks = self._order.watch(chunks)
-        self._stream = Prefetcher(chunks, _PREFETCH_CHUNKS) if self._prefetch else chunks
+        self._stream = Prefetcher(chunks) if self._prefetch else chunks
         self._batches = rebatch(self._stream, self._batch_size)
         if not self._put_next(self.rows_seen):
             raise StreamError(
@@ -448,7 +446,7 @@ class StreamingDataset:
             batch = self._next_batch()
             self._position = _Position(batch.epoch, batch.offset, rows_seen)
             if len(batch.rows) == self._batch_size:
-                self._buffer.set_value(batch.rows, borrow=True)
+                self._buffer.set_value(cast(batch.rows, self._dtype), borrow=True)
                 return True
         except BaseException:
             self.close()

@@ -41,6 +41,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from benchmarks.memory import forget_peak, peak_mb
 from pymc.variational.streaming import StreamError, parquet_source
@@ -133,6 +134,7 @@ class _Child:
 
 def _read_files(first: int, last: int) -> None:
     """Read files in this process, and print a line about each."""
+    _start_numba()
     claimed = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
     resource.setrlimit(resource.RLIMIT_AS, (claimed + _MEMORY, claimed + _MEMORY))
     forget_peak()
@@ -144,6 +146,13 @@ def _read_files(first: int, last: int) -> None:
             found["peak_mb"] = round(peak_mb() - before)
             results.write(json.dumps(found) + "\n")
             results.flush()
+
+
+def _start_numba() -> None:
+    """Load what every fit has in memory, and compile what reading takes, once."""
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
+        pq.write_table(pa.table({"x": [1.0], "y": np.ones(1, "int8")}), file.name)
+        list(parquet_source(file.name))
 
 
 def _describe(case: Case, number: int) -> dict:

@@ -16,6 +16,8 @@
 import itertools
 import runpy
 import tempfile
+import threading
+import time
 
 from pathlib import Path
 
@@ -208,6 +210,79 @@ class TestDeterminism:
         np.testing.assert_array_equal(np.concatenate(list(buffer)), first)
 
 
+class TestReadingAhead:
+    """What a thread may do while the batches before are still in use."""
+
+    def test_a_window_stays_as_it_is_while_it_is_used(self):
+        buffer = shuffle_buffer(cut(400, [10]), buffer_size=100, batch_size=50, seed=0)
+        expected = drain(
+            StreamingDataset(buffer, batch_size=50, prefetch=False, order_check="off"), 25
+        )
+        ds = StreamingDataset(buffer, batch_size=50, order_check="off")
+        with ds:
+            stream = []
+            for _ in range(25):
+                assert ds.advance()
+                time.sleep(0.01)  # the thread does all it may
+                stream += ds.as_tensor().get_value()[:, 0].tolist()
+        np.testing.assert_array_equal(stream, expected)
+
+    def test_a_loader_may_use_one_array_for_all_its_blocks(self):
+        def blocks():
+            block = np.empty((10, 2))
+            for first in range(0, 100, 10):
+                block[:, 0] = np.arange(first, first + 10)
+                block[:, 1] = 2 * block[:, 0]
+                yield block
+
+        ds = StreamingDataset(blocks, batch_size=4, order_check="off")
+        with ds:
+            stream = []
+            for _ in range(25):
+                assert ds.advance()
+                time.sleep(0.005)
+                stream += ds.as_tensor().get_value()[:, 0].tolist()
+        np.testing.assert_array_equal(stream, np.arange(100))
+
+    def test_the_next_epoch_is_read_before_this_one_ends(self):
+        """Or every epoch would begin with a pause in which a window fills."""
+        opened = threading.Semaphore(0)
+
+        def blocks():
+            opened.release()
+            return cut(30, [10])
+
+        buffer = shuffle_buffer(blocks, buffer_size=10, batch_size=10, seed=0)
+        with StreamingDataset(buffer, batch_size=10, total_size=30, order_check="off") as ds:
+            while opened.acquire(blocking=False):  # of the probe
+                pass
+            for _ in range(3):
+                assert ds.advance()
+            assert ds.epoch == 0
+            assert opened.acquire(timeout=10)
+            assert opened.acquire(timeout=10)
+
+    def test_closing_does_not_wait_for_a_window_to_fill(self):
+        read = 0
+
+        def blocks():
+            nonlocal read
+            for block in cut(2_000, [10]):
+                if read >= 1_000:
+                    time.sleep(0.01)
+                read += len(block)
+                yield block
+
+        buffer = shuffle_buffer(blocks, buffer_size=1_000, batch_size=10, seed=0)
+        ds = StreamingDataset(buffer, batch_size=10, total_size=2_000, order_check="off")
+        read = 0
+        with ds:
+            ds.advance()
+            while read == 1_000:  # the next window has not begun
+                time.sleep(0.001)
+        assert 1_000 < read < 1_500
+
+
 class TestBuffer:
     @given(n_rows=n_rows_, sizes=buffers(), seed=seeds)
     def test_rows_stay_in_their_window(self, n_rows, sizes, seed):
@@ -255,6 +330,11 @@ class TestBuffer:
         low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], 81)
         assert low < statistic < high
 
+    def test_random_numbers_are_those_of_splitmix64(self):
+        """The first ones of its reference implementation for the seed 1234567."""
+        numbers = [compiled._number(np.uint64(1234567), np.uint64(k)) for k in (1, 2, 3)]
+        assert numbers == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
     @pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
     @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
     def test_rows_of_any_width_stay_whole(self, dtype, shape):
@@ -263,23 +343,6 @@ class TestBuffer:
         found = np.concatenate(list(buffer))
         assert found.dtype == rows.dtype
         assert sorted(row.tolist() for row in found) == sorted(row.tolist() for row in rows)
-
-    def test_the_next_epoch_is_read_before_this_one_ends(self):
-        """Or every epoch would begin with a pause in which a window fills."""
-        opened = 0
-
-        def blocks():
-            nonlocal opened
-            opened += 1
-            return cut(30, [10])
-
-        pieces = shuffle_buffer(blocks, buffer_size=10, batch_size=10, seed=0).epochs(
-            0, 0, cycle=True
-        )
-        assert [next(pieces)[0] for _ in range(3)] == [0, 0, 0]
-        assert opened == 1
-        assert next(pieces) == (0, None)
-        assert opened == 2
 
     @pytest.mark.parametrize("prefetch", [True, False])
     def test_rows_before_a_fault_are_streamed(self, prefetch):
@@ -312,7 +375,7 @@ class TestBuffer:
             numba.njit(cache=True)(lambda: None)
         insert = runpy.run_path(compiled.__file__)["insert_shuffled"]
         window, rows = np.zeros((4, 1), "u8"), np.arange(4, dtype="u8")[:, None]
-        insert(window, 0, rows, np.arange(4, dtype="u8") << np.uint64(61))
+        insert(window, 0, rows, np.uint64(3))
         assert sorted(window[:, 0]) == [0, 1, 2, 3]
 
     def test_two_iterations_do_not_disturb_each_other(self):

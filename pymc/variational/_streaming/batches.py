@@ -13,6 +13,8 @@
 #   limitations under the License.
 """Blocks of any length to batches of exactly one, across epochs."""
 
+import math
+
 from collections.abc import Generator, Iterable, Iterator
 from typing import NamedTuple
 
@@ -26,14 +28,21 @@ from pymc.variational._streaming.sources import Source
 __all__ = ["Chunk", "cast", "read_epochs", "rebatch", "require_shape"]
 
 
+_PIECE_VALUES = 1 << 20
+"""Checked at a time."""
+
+
 class Chunk(NamedTuple):
-    """Consecutive rows of one epoch."""
+    """Consecutive rows of one epoch, or what there is to tell between them."""
 
     epoch: int
     offset: int
     """Position of the first row in its epoch."""
     rows: np.ndarray
-    """shape (n, *sample_shape); no rows at all mark the end of the epoch, or a finding."""
+    """shape (n, *sample_shape), in the source's own dtype; they may be overwritten when what
+    follows the next chunk with rows is asked for."""
+    is_end: bool = False
+    """Whether the epoch has ended, with *offset* rows."""
     finding: OrderReport | None = None
 
 
@@ -46,19 +55,19 @@ def read_epochs(
     start: int = 0,
     cycle: bool = True,
 ) -> Generator[Chunk]:
-    """Read a source epoch after epoch, each value checked and cast to *dtype*.
+    """Read a source epoch after epoch, and refuse values that *dtype* cannot hold.
 
-    Every epoch ends with a chunk without rows, whose offset is the number of rows of the
-    epoch.
+    Chunks without rows end an epoch, or only tell that reading takes a while.
     """
     offset = start
     for number, block in source.epochs(epoch, start, cycle=cycle):
         if block is not None:
             require_shape(block, sample_shape)
-            yield Chunk(number, offset, cast(block, dtype, source, offset))
+            _require_exact(block, dtype, source, offset)
+            yield Chunk(number, offset, block)
             offset += len(block)
             continue
-        yield Chunk(number, offset, np.empty(0, dtype))
+        yield Chunk(number, offset, np.empty(0, dtype), is_end=True)
         if offset == 0:
             raise StreamError(f"source gave no rows in epoch {number}")
         offset = 0
@@ -67,14 +76,14 @@ def read_epochs(
 def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
     """Cut chunks into batches of *batch_size* rows that run across epochs.
 
-    The chunks without rows, which end the epochs or tell of order, are passed on; if the
-    chunks end, so does this, with a batch as short as it comes.
+    Chunks that end an epoch or tell of order are passed on; if the chunks end, so does this,
+    with a batch as short as it comes.
     """
     rest: list[Chunk] = []
     missing = batch_size
     for chunk in chunks:
         n = len(chunk.rows)
-        if not n:
+        if chunk.is_end or chunk.finding is not None:
             yield chunk
         first = 0
         while first < n:
@@ -83,7 +92,7 @@ def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
             missing -= last - first
             first = last
             if missing:
-                rest.append(part)
+                rest.append(part._replace(rows=part.rows.copy()))
                 continue
             yield _join([*rest, part]) if rest else part
             rest, missing = [], batch_size
@@ -99,28 +108,31 @@ def require_shape(block: np.ndarray, sample_shape: tuple[int, ...]) -> None:
         )
 
 
-def cast(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> np.ndarray:
-    """Copy *rows* to *dtype*, and refuse what it cannot hold.
+def cast(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Copy rows, which are known to fit, to *dtype*."""
+    if dtype.itemsize >= rows.itemsize:
+        return rows.astype(dtype)
+    with np.errstate(under="ignore"):
+        return rows.astype(dtype)
 
-    Raises
-    ------
-    StreamError
-        If a value is NaN or infinite, overflows, or is an integer that *dtype* rounds.
-    """
-    with np.errstate(all="ignore"):
-        out = rows.astype(dtype)
+
+def _require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> None:
+    """Raise StreamError if a value is NaN or infinite, overflows, or is an integer that rounds."""
     if source.checked and (rows.dtype == dtype or _is_wider(dtype, rows.dtype)):
-        return out
-    bad = _inexact(rows, out, source.integral)
-    if bad.any():
-        place = np.argwhere(bad)[0]
-        row, column = int(place[0]), tuple(int(i) for i in place[1:])
-        name = repr(source.columns[column[0]]) if source.columns else column
-        raise StreamError(
-            f"row {offset + row} of the stream holds {rows[tuple(place)]} in column {name}, "
-            f"which {dtype} cannot hold exactly; repair the data or pass a wider dtype="
-        )
-    return out
+        return
+    step = max(1, _PIECE_VALUES // math.prod(rows.shape[1:]))
+    for first in range(0, len(rows), step):
+        piece = rows[first : first + step]
+        with np.errstate(all="ignore"):
+            bad = _inexact(piece, piece.astype(dtype), source.integral)
+        if bad.any():
+            place = np.argwhere(bad)[0]
+            row, column = offset + first + int(place[0]), tuple(int(i) for i in place[1:])
+            name = repr(source.columns[column[0]]) if source.columns else column
+            raise StreamError(
+                f"row {row} of the stream holds {piece[tuple(place)]} in column {name}, "
+                f"which {dtype} cannot hold exactly; repair the data or pass a wider dtype="
+            )
 
 
 def _join(parts: list[Chunk]) -> Chunk:

@@ -27,12 +27,21 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["evaluate_features", "insert_shuffled", "sum_features"]
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+__all__ = ["PLAIN", "evaluate_features", "insert_shuffled", "interleave", "sum_features"]
 
 _AHEAD = 128
 """Rows that are fetched into the cache together; one after the other they would wait for memory."""
 _TILE = 256
-"""Rows whose features are computed together; they stay in the cache until they are summed."""
+"""Rows that are interleaved, or whose features are computed and summed, while they are cached."""
+
+PLAIN = tuple(
+    np.empty(0, dtype)
+    for dtype in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
+)
+"""An array of each type of number that :func:`interleave` copies."""
 
 
 def _compiled(**options: Any) -> Callable[[Callable], Callable]:
@@ -47,8 +56,77 @@ def _compiled(**options: Any) -> Callable[[Callable], Callable]:
     return decorate
 
 
+@intrinsic
+def _as_pointer(typing_context, address):
+    def cast(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), cast
+
+
 @_compiled()
-def insert_shuffled(window, n, rows, draws):
+def _copy(address, like, tile, j):
+    """Copy a column to column *j* of *tile*, and tell whether a value is not finite."""
+    column = numba.carray(_as_pointer(address), len(tile), like.dtype)
+    for i in range(len(tile)):
+        tile[i, j] = column[i]
+    strange = False
+    for i in range(len(tile)):
+        strange |= column[i] - column[i] != 0
+    return strange
+
+
+@_compiled()
+def interleave(addresses, kinds, plain, rows):
+    """Copy columns to *rows*, and tell whether all values are finite.
+
+    Parameters
+    ----------
+    addresses : ndarray of int64, shape (n_columns,)
+        Where the values of each column are in memory: one compiled loop serves any columns.
+    kinds : ndarray of int64, shape (n_columns,)
+        Place of each column's type in ``PLAIN``.
+    plain : tuple of ndarray
+        ``PLAIN``.
+    rows : ndarray, shape (n_rows, n_columns)
+        Of a dtype that can hold all values.
+    """
+    int8, uint8, int16, uint16, int32, uint32, float32, float64 = plain
+    strange = False
+    for first in range(0, len(rows), _TILE):
+        tile = rows[first : first + _TILE]
+        for j in range(len(addresses)):
+            kind, address = kinds[j], addresses[j]
+            if kind == 0:
+                strange |= _copy(address + first, int8, tile, j)
+            elif kind == 1:
+                strange |= _copy(address + first, uint8, tile, j)
+            elif kind == 2:
+                strange |= _copy(address + first * 2, int16, tile, j)
+            elif kind == 3:
+                strange |= _copy(address + first * 2, uint16, tile, j)
+            elif kind == 4:
+                strange |= _copy(address + first * 4, int32, tile, j)
+            elif kind == 5:
+                strange |= _copy(address + first * 4, uint32, tile, j)
+            elif kind == 6:
+                strange |= _copy(address + first * 4, float32, tile, j)
+            else:
+                strange |= _copy(address + first * 8, float64, tile, j)
+    return not strange
+
+
+@_compiled()
+def _number(key, k):
+    """Return the k-th number of SplitMix64."""
+    z = key + k * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@_compiled()
+def insert_shuffled(window, n, rows, key):
     """Put *rows* at random places among the first *n* rows of a window, which move to the end.
 
     This is the inside-out form of the Fisher-Yates shuffle: if all orders of *n* rows were equally
@@ -61,13 +139,16 @@ def insert_shuffled(window, n, rows, draws):
     n : int
         Rows in it.
     rows : ndarray, shape (n_rows, words)
-    draws : ndarray of uint64, shape (n_rows,)
-        Random bits.  A place among k is ``draw * k >> 64`` [1]_, k below 2**32; it is uniform but
-        for a share of k / 2**64, so a window of a million rows is within 1e-7 of uniform.
+    key : uint64
+        Of the random numbers, SplitMix64 [1]_: the k-th row that comes into a window uses number k.
+        A place among k is ``number * k >> 64`` [2]_, k below 2**32; it is uniform but for a share
+        of k / 2**64, so a window of a million rows is within 1e-7 of uniform.
 
     References
     ----------
-    .. [1] Lemire, D. (2019). Fast random integer generation in an interval. ACM Transactions on
+    .. [1] Steele, G. L., Lea, D., and Flood, C. H. (2014). Fast splittable pseudorandom number
+       generators. Proceedings of OOPSLA 2014, 453-472.
+    .. [2] Lemire, D. (2019). Fast random integer generation in an interval. ACM Transactions on
        Modeling and Computer Simulation 29(1), 3.
     """
     half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
@@ -76,8 +157,9 @@ def insert_shuffled(window, n, rows, draws):
     for first in range(0, len(rows), _AHEAD):
         some = min(_AHEAD, len(rows) - first)
         for i in range(some):
-            draw, k = draws[first + i], np.uint64(n + first + i + 1)
-            places[i] = ((draw >> half) * k + ((draw & low) * k >> half)) >> half
+            k = np.uint64(n + first + i + 1)
+            number = _number(key, k)
+            places[i] = ((number >> half) * k + ((number & low) * k >> half)) >> half
         for i in range(some):
             fetched ^= np.uint64(window[places[i], 0])
         for i in range(some):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pymc.variational._streaming.arrow import arrow_source
-from pymc.variational._streaming.batches import read_epochs
+from pymc.variational._streaming.batches import cast, read_epochs
 from pymc.variational._streaming.sources import Source, as_source, is_arrow
 
 __all__ = ["given_rows"]
@@ -49,4 +49,4 @@ def given_rows(
             "pass columns=[...] to the source"
         )
     chunks = read_epochs(source, sample_shape, dtype, cycle=False)
-    return np.concatenate([chunk.rows for chunk in chunks if len(chunk.rows)])
+    return np.concatenate([cast(chunk.rows, dtype) for chunk in chunks if len(chunk.rows)])

@@ -128,7 +128,9 @@ class OrderCheck:
                 if self._finding is None and self._action != "off":
                     self._finding = self._see(chunk)
                     if self._finding is not None:
-                        yield Chunk(chunk.epoch, chunk.offset, chunk.rows[:0], self._finding)
+                        yield Chunk(
+                            chunk.epoch, chunk.offset, chunk.rows[:0], finding=self._finding
+                        )
                 yield chunk
 
     def tell(self, report: OrderReport) -> None:
@@ -150,9 +152,8 @@ class OrderCheck:
         if len(new):
             self._end = chunk.offset + len(chunk.rows)
             self._monitor.add(self._end - len(new), new)
-        is_last = not len(chunk.rows)
-        self._whole = is_last and self._begin == 0
-        report = self._monitor.look(last=is_last)
+        self._whole = chunk.is_end and self._begin == 0
+        report = self._monitor.look(last=chunk.is_end)
         return report if report is not None and report.ordered else None
 
 

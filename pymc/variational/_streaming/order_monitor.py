@@ -32,6 +32,8 @@ _SHARE = 0.25
 _MIN_PICKS = 64
 _MAX_PICKS = 1 << 20
 _PILOT = 4_096
+_PIECE_ROWS = 1 << 18
+"""Compared at a time: integers are copied to floats."""
 _GROUPS = 40
 """At most; as soon as there are as many, pairs of neighbours become one."""
 _FIRST_LOOK = 4
@@ -67,7 +69,8 @@ class Monitor:
             self.features = Features.fit(rows[::step], self._stream.source.columns)
         if self._tally is None:
             self._tally = _Tally(self.features, self._stream.window)
-        self._tally.add(offset, rows)
+        for first in range(0, len(rows), _PIECE_ROWS):
+            self._tally.add(offset + first, rows[first : first + _PIECE_ROWS])
 
     def look(self, *, last: bool = False) -> OrderReport | None:
         """Report if it is time to, and if there is anything to compare."""

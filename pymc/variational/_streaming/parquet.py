@@ -123,6 +123,7 @@ def parquet_source(
 class _ParquetSource(Source):
     random_access = True
     checked = True
+    fresh = True
 
     def __init__(self, fs, paths, columns, shuffle_row_groups, seed, invalid):
         self._fs = fs

@@ -20,50 +20,47 @@ import weakref
 
 from collections.abc import Generator, Iterator
 from queue import SimpleQueue
-from typing import Generic, TypeVar
 
+from pymc.variational._streaming.batches import Chunk
 from pymc.variational._streaming.errors import StreamError
 
 __all__ = ["Prefetcher"]
-
-T = TypeVar("T")
 
 _SWITCH_INTERVAL = 1e-4
 """Seconds.  A compiled step holds the interpreter lock, and by default a thread that waits asks for
 it every 5 ms only: many steps, during which nothing would be read."""
 
 
-class Prefetcher(Generic[T]):
-    """Iterate over *items* in a thread of its own, at most *depth* items ahead.
+class Prefetcher:
+    """Iterate over *chunks* in a thread of its own, which stays one chunk of rows ahead.
 
-    An exception in the thread is raised where the consumer would have met it.  The thread
-    ends when the items do, on :meth:`close`, or when nothing refers to the prefetcher.  A
-    forked process has no copy of it, and is refused.  Until the thread ends, the interpreter
-    switches between threads more often than usual.
+    What follows a chunk of rows is asked for when the consumer has taken that chunk, and so has
+    done with the one before.  An exception in the thread is raised where the consumer would have
+    met it.  The thread ends when the chunks do, on :meth:`close`, or when nothing refers to the
+    prefetcher.  A forked process has no copy of it, and is refused.  Until the thread ends, the
+    interpreter switches between threads more often than usual.
     """
 
-    def __init__(self, items: Generator[T], depth: int):
-        self._queue: SimpleQueue[tuple[bool, T | BaseException | None]] = SimpleQueue()
-        self._slots: SimpleQueue[None] = SimpleQueue()  # a semaphore in one call
-        for _ in range(depth):
-            self._slots.put(None)
+    def __init__(self, chunks: Generator[Chunk]):
+        self._queue: SimpleQueue[tuple[Chunk | None, BaseException | None]] = SimpleQueue()
+        self._taken: SimpleQueue[None] = SimpleQueue()  # a semaphore in one call
         stop = threading.Event()
         thread = threading.Thread(
             target=_run,
-            args=(items, self._queue, self._slots, stop),
+            args=(chunks, self._queue, self._taken, stop),
             name="pymc-streaming-prefetch",
             daemon=True,
         )
         _switching.hurry()
         # The thread must not refer to self, or self would never be collected.
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _stop, thread, stop, self._slots, self._pid)
+        self._finalizer = weakref.finalize(self, _stop, thread, stop, self._taken, self._pid)
         thread.start()
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[Chunk]:
         return self
 
-    def __next__(self) -> T:
+    def __next__(self) -> Chunk:
         if not self._finalizer.alive:
             raise StopIteration
         if os.getpid() != self._pid:
@@ -72,17 +69,18 @@ class Prefetcher(Generic[T]):
                 "in this process; the dataset is closed here now: open it anew with "
                 "fit_callback() or advance(), or spawn processes instead"
             )
-        is_item, value = self._queue.get()
-        self._slots.put(None)
-        if is_item:
-            return value  # type: ignore[return-value]
+        chunk, err = self._queue.get()
+        if chunk is not None:
+            if len(chunk.rows):
+                self._taken.put(None)
+            return chunk
         self.close()
-        if value is None:
+        if err is None:
             raise StopIteration
-        raise value  # type: ignore[misc]
+        raise err
 
     def close(self) -> None:
-        """End the thread and wait for it; closes *items*."""
+        """End the thread and wait for it; closes *chunks*."""
         self._finalizer()
 
 
@@ -111,29 +109,31 @@ class _Switching:
 _switching = _Switching()
 
 
-def _run(items: Generator, queue: SimpleQueue, slots: SimpleQueue, stop: threading.Event) -> None:
+def _run(
+    chunks: Generator[Chunk], queue: SimpleQueue, taken: SimpleQueue, stop: threading.Event
+) -> None:
     end: BaseException | None = None
     try:
-        while True:
-            slots.get()
+        for chunk in chunks:
+            queue.put((chunk, None))
+            if len(chunk.rows):
+                del chunk  # while the next one is read
+                taken.get()
             if stop.is_set():
                 break
-            queue.put((True, next(items)))
-    except StopIteration:
-        pass
     except BaseException as err:
         end = err
     finally:
-        items.close()
-        queue.put((False, end))
+        chunks.close()
+        queue.put((None, end))
 
 
-def _stop(thread: threading.Thread, stop: threading.Event, slots: SimpleQueue, pid: int) -> None:
+def _stop(thread: threading.Thread, stop: threading.Event, taken: SimpleQueue, pid: int) -> None:
     if os.getpid() != pid:
         return  # the thread may have held these locks when the process was forked
     _switching.relax()
     stop.set()
-    slots.put(None)
+    taken.put(None)
     # The garbage collector can run this in the thread itself, an interrupt before it starts.
     if thread.is_alive() and threading.current_thread() is not thread:
         thread.join()

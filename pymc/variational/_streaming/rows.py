@@ -149,8 +149,8 @@ class RowFormat:
         """
         arrays = [batch.column(name) for name in self.columns]
         if all(_is_plain(array) for array in arrays):
-            rows = _interleave_at_once(arrays, self.columns)
-            if rows.dtype == self.dtype and _all_finite(rows):
+            rows = np.empty((len(batch), len(arrays)), self.dtype)
+            if _interleave_plain(arrays, rows):
                 return rows, None
         values = [_to_numpy(array, kind) for array, kind in zip(arrays, self.types)]
         rows = _interleave(values, self.dtype)
@@ -249,10 +249,15 @@ def _is_plain(array: "pyarrow.Array") -> bool:
     )
 
 
-def _interleave_at_once(arrays: Sequence["pyarrow.Array"], columns: Sequence[str]) -> np.ndarray:
-    """Return plain arrays as rows, in one call without the interpreter lock."""
-    batch = import_pyarrow().RecordBatch.from_arrays(arrays, names=columns)
-    return batch.to_tensor().to_numpy()
+def _interleave_plain(arrays: Sequence["pyarrow.Array"], rows: np.ndarray) -> bool:
+    """Copy plain arrays to the columns of *rows*, and return whether all values are finite."""
+    from pymc.variational._streaming.compiled import PLAIN, interleave
+
+    columns = [np.from_dlpack(array) for array in arrays]
+    types = [like.dtype for like in PLAIN]
+    kinds = np.array([types.index(column.dtype) for column in columns])
+    addresses = np.array([column.ctypes.data for column in columns])
+    return interleave(addresses, kinds, PLAIN, rows)
 
 
 def _all_finite(rows: np.ndarray) -> bool:

@@ -17,7 +17,6 @@ import hashlib
 import math
 
 from collections.abc import Generator, Iterator
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,6 @@ from pymc.variational._streaming.batches import Chunk, rebatch, require_shape
 from pymc.variational._streaming.sources import Source, as_source, draw_seed, positive_int
 
 __all__ = ["ShuffleBuffer", "shuffle_buffer"]
-
-_PIECE_BYTES = 1 << 22
-"""Of rows that are emitted at a time, about.  Between calls a thread that reads ahead waits for
-the interpreter, which a compiled step holds: few calls keep it ahead."""
 
 _MOST_ROWS = 2**32 - 1
 
@@ -71,10 +66,11 @@ def shuffle_buffer(
         example, each window is a slice of that order, the gradients are biased, and the
         posterior is wrong. Shuffle such a table once with :func:`preshuffle`.
 
-    At most two windows and one block of the source are in memory.
+    At most two windows and one block of the source are in memory, in the source's own dtype.
 
-    The order of a window is drawn from ``SeedSequence(seed, spawn_key=(epoch, window))``, while
-    the window fills, by a loop that is compiled with numba (and kept on disk) on first use.
+    The order of a window depends on ``SeedSequence(seed, spawn_key=(epoch, window))`` alone, and is
+    drawn while the window fills, by a loop that is compiled with numba (and kept on disk) on first
+    use.
 
     Examples
     --------
@@ -82,9 +78,9 @@ def shuffle_buffer(
     >>> rows = np.arange(10.0).reshape(-1, 1)
     >>> for batch in shuffle_buffer(rows, buffer_size=5, batch_size=4, seed=0):
     ...     print(batch.ravel())
-    [0. 2. 1. 4.]
-    [3. 8. 9. 6.]
-    [5. 7.]
+    [3. 0. 2. 4.]
+    [1. 6. 8. 5.]
+    [7. 9.]
     """
     return ShuffleBuffer(as_source(source), buffer_size, batch_size, seed)
 
@@ -104,8 +100,10 @@ class ShuffleBuffer(Source):
         if self.buffer_size > _MOST_ROWS:
             raise ValueError(f"buffer_size={buffer_size} must be at most {_MOST_ROWS}")
         self.seed = draw_seed(seed)
-        # numba takes most of a second to import: not when a fit waits for its first batch.
-        import_module("pymc.variational._streaming.compiled")
+        # numba takes most of a second to start: not when a fit waits for its first batch.
+        window = _Window(1, self.seed)
+        window.begin(0, 0)
+        window.insert(np.zeros((1, 1)))
 
     source = property(lambda self: self._source)
     n_rows = property(lambda self: self._source.n_rows)  # type: ignore[assignment]
@@ -130,117 +128,70 @@ class ShuffleBuffer(Source):
         return (batch.rows for batch in rebatch(chunks, self.batch_size))
 
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
-        pieces = self.epochs(epoch, start, cycle=False)
-        return (rows.copy() for _, rows in pieces if rows is not None)
+        windows = self.epochs(epoch, start, cycle=False)
+        return (rows.copy() for _, rows in windows if rows is not None and len(rows))
 
     def epochs(
         self, epoch: int, start: int, *, cycle: bool
     ) -> Generator[tuple[int, np.ndarray | None]]:
         number, skip = divmod(start, self.buffer_size)
-        size = min(self.buffer_size, self.n_rows or self.buffer_size)
-        rows = _Rows(self._source, epoch, number * self.buffer_size, cycle=cycle)
-        current, following = (_Window(rows.room(size), self.seed) for _ in range(2))
-        n_pieces = math.ceil(current.rows.nbytes / _PIECE_BYTES)
-        step = math.ceil(size / n_pieces / self.batch_size) * self.batch_size
-        current.begin(epoch, number)
-        rows.fill(current, size)
-        rows.require_success()
+        window = _Window(min(self.buffer_size, self.n_rows or self.buffer_size), self.seed)
         while True:
-            # One window is emitted while the next one fills, about as many rows in as out.
-            following.begin(*current.place_after(epoch_ended=rows.ended()))
-            for first in range(skip, current.filled, step):
-                yield current.epoch, current.rows[first : min(first + step, current.filled)]
-                rows.fill(following, min(first + step, size))
-            rows.fill(following, size)
-            if following.epoch > current.epoch:
-                yield current.epoch, None
-                if not cycle:
-                    return
-            rows.require_success()
-            current, following, skip = following, current, 0
+            window.begin(epoch, number)
+            for rest in self._source.blocks(epoch, number * self.buffer_size):
+                while len(rest):
+                    rest = window.insert(rest)
+                    if window.is_full:
+                        yield epoch, window.take()[skip:]
+                        number, skip = number + 1, 0
+                        window.begin(epoch, number)
+                yield epoch, rest
+                del rest  # and its block, while the next one is read
+            if window.n:
+                yield epoch, window.take()[skip:]
+            yield epoch, None
+            if not cycle:
+                return
+            epoch, number, skip = epoch + 1, 0, 0
 
 
 class _Window:
-    """Room for rows, which are in random order at any time."""
+    """Rows in random order, in one place and then in another: what was taken stays for a while."""
 
-    def __init__(self, room: np.ndarray, seed: int | None):
-        self.rows = room
-        self._words = _as_words(room)
+    def __init__(self, size: int, seed: int | None):
+        self._size = size
         self._seed = seed
+        self._rooms: list[np.ndarray] = []
 
     def begin(self, epoch: int, number: int) -> None:
         """Forget all rows, to hold those of another window."""
-        self.epoch, self._number = epoch, number
-        self.filled = 0
-        """Rows in it; what follows them has no meaning."""
+        self.n = 0
+        """Rows in it."""
         sequence = np.random.SeedSequence(self._seed, spawn_key=(epoch, number))
-        self._bits = np.random.PCG64(sequence)
+        self._key = sequence.generate_state(1, np.uint64)[0]
 
-    def place_after(self, *, epoch_ended: bool) -> tuple[int, int]:
-        """Return the epoch of the next window, and its number there."""
-        return (self.epoch + 1, 0) if epoch_ended else (self.epoch, self._number + 1)
+    @property
+    def is_full(self) -> bool:
+        return self.n == self._size
 
-    def insert(self, rows: np.ndarray) -> None:
+    def insert(self, rows: np.ndarray) -> np.ndarray:
+        """Take in as many of *rows* as there is room for, and return the others."""
         from pymc.variational._streaming.compiled import insert_shuffled
 
-        words = _as_words(np.ascontiguousarray(rows, self.rows.dtype))
-        insert_shuffled(self._words, self.filled, words, self._bits.random_raw(len(rows)))
-        self.filled += len(rows)
+        if not self._rooms:
+            self._rooms = [np.empty((self._size, *rows.shape[1:]), rows.dtype) for _ in range(2)]
+        room = self._rooms[0]
+        require_shape(rows, room.shape[1:])
+        new = np.ascontiguousarray(rows[: self._size - self.n], room.dtype)
+        insert_shuffled(_as_words(room), self.n, _as_words(new), self._key)
+        self.n += len(new)
+        return rows[len(new) :]
 
-
-class _Rows:
-    """Rows of a source, from which windows are filled, epoch after epoch.
-
-    What goes wrong while rows are read ahead is raised by :meth:`require_success`, after the rows
-    that came before it.
-    """
-
-    def __init__(self, source: Source, epoch: int, start: int, *, cycle: bool):
-        self._source, self._cycle = source, cycle
-        self._failure: Exception | None = None
-        self._epoch = epoch
-        self._blocks: Iterator[np.ndarray] | None = source.blocks(epoch, start)
-        self._rest = next(self._blocks, np.empty(0))
-        """Of the block that was read last."""
-        self._sample_shape = self._rest.shape[1:]
-
-    def room(self, size: int) -> np.ndarray:
-        """Return room for *size* rows of the kind that the blocks hold."""
-        return np.empty((size, *self._sample_shape), self._rest.dtype)
-
-    def ended(self) -> bool:
-        """Whether the epoch has no more rows."""
-        return not (self._load() or self._failure)
-
-    def fill(self, window: _Window, enough: int) -> None:
-        """Insert whole blocks, until *enough* rows are in the window, it is full, or none are left.
-
-        A block that begins in one window ends in the next.
-        """
-        if window.epoch > self._epoch and self._cycle:
-            self._epoch, self._blocks = window.epoch, None
-        while window.filled < enough and self._load():
-            rows = self._rest[: len(window.rows) - window.filled]
-            window.insert(rows)
-            self._rest = self._rest[len(rows) :]
-
-    def require_success(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _load(self) -> bool:
-        """Have rows at hand, or return False."""
-        if not len(self._rest) and self._failure is None:
-            try:
-                if self._blocks is None:
-                    self._blocks = self._source.blocks(self._epoch)
-                for self._rest in self._blocks:
-                    require_shape(self._rest, self._sample_shape)
-                    if len(self._rest):
-                        break
-            except Exception as err:
-                self._failure = err
-        return self._failure is None and len(self._rest) > 0
+    def take(self) -> np.ndarray:
+        """Return the rows, which stay as they are until those of the next window are taken."""
+        rows = self._rooms[0][: self.n]
+        self._rooms.reverse()
+        return rows
 
 
 def _as_words(rows: np.ndarray) -> np.ndarray:

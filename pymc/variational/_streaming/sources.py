@@ -65,6 +65,8 @@ class Source(ABC):
     """Which columns hold integers, where the blocks' dtype does not tell."""
     checked: bool = False
     """Whether the values of all blocks are known to be finite, and exact in the blocks' dtype."""
+    fresh: bool = False
+    """Whether every block is an array of its own, which nobody else writes to."""
     seed: int | None = None
     fingerprint: str | None = None
     """What the stream of rows depends on, besides the epoch."""
@@ -84,11 +86,12 @@ class Source(ABC):
     ) -> Generator[tuple[int, np.ndarray | None]]:
         """Yield the blocks of one epoch after another with their epochs, and None to end each.
 
-        A block may be overwritten when the next one is asked for.
+        A block without rows only tells that reading takes a while.  Each block stays as it is until
+        what follows the next one that has rows is asked for.
         """
         while True:
             for block in self.blocks(epoch, start):
-                yield epoch, block
+                yield epoch, block if self.fresh else block.copy()
             yield epoch, None
             if not cycle:
                 return
