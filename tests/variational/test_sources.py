@@ -26,6 +26,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
+from pymc.variational._streaming.rows import RowFormat
 from pymc.variational.streaming import (
     OrderError,
     StreamError,
@@ -140,6 +141,35 @@ class TestColumns:
         rows = rows_of(source)
         assert rows.dtype == dtype
         assert (rows == [[0], [1], [1]]).all()
+
+    def test_columns_of_all_plain_types_become_rows_exactly(self):
+        """More rows than are copied at a time, and columns that begin inside their buffers."""
+        rng = np.random.default_rng(0)
+        columns = []
+        for name in ("i1", "u1", "i2", "u2", "i4", "u4"):
+            limits = np.iinfo(name)
+            values = rng.integers(limits.min, limits.max, 1_000, name, endpoint=True)
+            values[-2:] = limits.min, limits.max
+            columns.append(values)
+        columns += [rng.normal(size=1_000).astype(name) for name in ("f4", "f8")]
+        columns[-1][-1] = np.finfo("f8").max
+        rng.shuffle(columns)
+        batch = pa.record_batch([pa.array(column) for column in columns], names=list("abcdefgh"))
+        batch = batch.slice(7)
+        rows, bad = RowFormat.from_schema(batch.schema, None, "here").to_rows(batch)
+        assert bad is None
+        assert rows.dtype == "float64"
+        np.testing.assert_array_equal(rows, np.stack(columns, axis=1)[7:])
+
+    @pytest.mark.parametrize("row", [0, 255, 256, 999])
+    @pytest.mark.parametrize("column", [0, 1, 2])
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_a_value_that_is_not_finite_is_found_wherever_it_is(self, row, column, value):
+        columns = [np.zeros(1_000, dtype) for dtype in ("f8", "f4", "f8")]
+        columns[column][row] = value
+        batch = pa.record_batch([pa.array(values) for values in columns], names=list("abc"))
+        _, bad = RowFormat.from_schema(batch.schema, None, "here").to_rows(batch)
+        assert np.argwhere(bad).tolist() == [[row, column]]
 
     def test_dictionaries_and_decimals_are_read_as_their_values(self, tmp_path):
         path = self.write(
