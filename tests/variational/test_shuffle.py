@@ -262,6 +262,16 @@ class TestReadingAhead:
             assert opened.acquire(timeout=10)
             assert opened.acquire(timeout=10)
 
+    def test_blocks_are_not_held_after_their_rows_were_taken(self):
+        buffer = shuffle_buffer(cut(400, [10]), buffer_size=100, batch_size=50, seed=0)
+        pauses = [
+            rows
+            for _, rows in buffer.epochs(0, 0, cycle=False)
+            if rows is not None and not len(rows)
+        ]
+        assert len(pauses) == 40
+        assert all(rows.base is None for rows in pauses)
+
     def test_closing_does_not_wait_for_a_window_to_fill(self):
         read = 0
 

@@ -145,8 +145,8 @@ class ShuffleBuffer(Source):
                         yield epoch, window.take()[skip:]
                         number, skip = number + 1, 0
                         window.begin(epoch, number)
+                rest = rest.copy()  # no rows, and not the block that they were in
                 yield epoch, rest
-                del rest  # and its block, while the next one is read
             if window.n:
                 yield epoch, window.take()[skip:]
             yield epoch, None
