@@ -236,6 +236,7 @@ class TestInterrupt:
     def test_at_random_times(self, fitted):
         inference, ds = fitted
         rng = np.random.default_rng(0)
+        gc.collect()  # or an interrupt could come while numba's leftovers are deleted, and be lost
         for _ in range(25):
             kill = threading.Timer(rng.uniform(0, 0.05), os.kill, (os.getpid(), signal.SIGINT))
             try:
