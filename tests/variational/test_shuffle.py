@@ -279,7 +279,7 @@ class TestReadingAhead:
             nonlocal read
             for block in cut(2_000, [10]):
                 if read >= 1_000:
-                    time.sleep(0.01)
+                    time.sleep(0.02)
                 read += len(block)
                 yield block
 

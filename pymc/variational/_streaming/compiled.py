@@ -58,6 +58,8 @@ def _compiled(**options: Any) -> Callable[[Callable], Callable]:
 
 @intrinsic
 def _as_pointer(typing_context, address):
+    """Make an address of an integer, for which numba has no function of its own."""
+
     def cast(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
@@ -65,9 +67,10 @@ def _as_pointer(typing_context, address):
 
 
 @_compiled()
-def _copy(address, like, tile, j):
-    """Copy a column to column *j* of *tile*, and tell whether a value is not finite."""
-    column = numba.carray(_as_pointer(address), len(tile), like.dtype)
+def _copy(address, first, like, tile, j):
+    """Copy a column, from row *first* on, to column *j* of *tile*; tell of values not finite."""
+    start = _as_pointer(address + first * like.itemsize)
+    column = numba.carray(start, len(tile), like.dtype)
     for i in range(len(tile)):
         tile[i, j] = column[i]
     strange = False
@@ -98,21 +101,21 @@ def interleave(addresses, kinds, plain, rows):
         for j in range(len(addresses)):
             kind, address = kinds[j], addresses[j]
             if kind == 0:
-                strange |= _copy(address + first, int8, tile, j)
+                strange |= _copy(address, first, int8, tile, j)
             elif kind == 1:
-                strange |= _copy(address + first, uint8, tile, j)
+                strange |= _copy(address, first, uint8, tile, j)
             elif kind == 2:
-                strange |= _copy(address + first * 2, int16, tile, j)
+                strange |= _copy(address, first, int16, tile, j)
             elif kind == 3:
-                strange |= _copy(address + first * 2, uint16, tile, j)
+                strange |= _copy(address, first, uint16, tile, j)
             elif kind == 4:
-                strange |= _copy(address + first * 4, int32, tile, j)
+                strange |= _copy(address, first, int32, tile, j)
             elif kind == 5:
-                strange |= _copy(address + first * 4, uint32, tile, j)
+                strange |= _copy(address, first, uint32, tile, j)
             elif kind == 6:
-                strange |= _copy(address + first * 4, float32, tile, j)
+                strange |= _copy(address, first, float32, tile, j)
             else:
-                strange |= _copy(address + first * 8, float64, tile, j)
+                strange |= _copy(address, first, float64, tile, j)
     return not strange
 
 
