@@ -446,7 +446,8 @@ class StreamingDataset:
             batch = self._next_batch()
             self._position = _Position(batch.epoch, batch.offset, rows_seen)
             if len(batch.rows) == self._batch_size:
-                self._buffer.set_value(cast(batch.rows, self._dtype), borrow=True)
+                # What set_value does besides, to check the type, takes longer than the cast.
+                self._buffer.container.storage[0] = cast(batch.rows, self._dtype)
                 return True
         except BaseException:
             self.close()
@@ -490,6 +491,7 @@ class _FitCallback(Callback):
         self._dataset = dataset
         self._token = token
         self._checked: Model | None = None
+        self._approx: Any = None
         weakref.finalize(self, _release, weakref.ref(dataset), token)
 
     def check(self, model: Model) -> None:
@@ -505,7 +507,9 @@ class _FitCallback(Callback):
                 "a newer fit_callback() of this dataset has taken the stream over; "
                 "use that one, or a dataset for each fit"
             )
-        self.check(approx.model)
+        if approx is not self._approx:
+            self.check(approx.model)
+            self._approx = approx
         if not self._dataset.advance():
             raise StopIteration(f"the stream ended at step {i}")
 

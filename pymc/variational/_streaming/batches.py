@@ -82,20 +82,18 @@ def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
     rest: list[Chunk] = []
     missing = batch_size
     for chunk in chunks:
-        n = len(chunk.rows)
-        if chunk.is_end or chunk.finding is not None:
+        epoch, offset, rows, is_end, finding = chunk
+        if is_end or finding is not None:
             yield chunk
         first = 0
-        while first < n:
-            last = min(first + missing, n)
-            part = Chunk(chunk.epoch, chunk.offset + first, chunk.rows[first:last])
-            missing -= last - first
-            first = last
-            if missing:
-                rest.append(part._replace(rows=part.rows.copy()))
-                continue
+        while first + missing <= len(rows):
+            part = Chunk(epoch, offset + first, rows[first : first + missing])
             yield _join([*rest, part]) if rest else part
+            first += missing
             rest, missing = [], batch_size
+        if first < len(rows):
+            rest.append(Chunk(epoch, offset + first, rows[first:].copy()))
+            missing -= len(rows) - first
     if rest:
         yield _join(rest)
 

@@ -30,7 +30,14 @@ import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["PLAIN", "evaluate_features", "insert_shuffled", "interleave", "sum_features"]
+__all__ = [
+    "PLAIN",
+    "evaluate_features",
+    "insert_columns",
+    "insert_shuffled",
+    "interleave",
+    "sum_features",
+]
 
 _AHEAD = 128
 """Rows that are fetched into the cache together; one after the other they would wait for memory."""
@@ -80,42 +87,62 @@ def _copy(address, first, like, tile, j):
 
 
 @_compiled()
-def interleave(addresses, kinds, plain, rows):
-    """Copy columns to *rows*, and tell whether all values are finite.
+def _word(address, i):
+    """Return the i-th 64 bits behind an address."""
+    return numba.carray(_as_pointer(address), i + 1, np.int64)[i]
+
+
+@_compiled()
+def interleave(array, kinds, plain, start, rows):
+    """Copy columns to *rows*, and tell whether all values are there and finite.
 
     Parameters
     ----------
-    addresses : ndarray of int64, shape (n_columns,)
-        Where the values of each column are in memory: one compiled loop serves any columns.
+    array : int
+        Address of the ``ArrowArray`` [1]_ of a record batch.
     kinds : ndarray of int64, shape (n_columns,)
-        Place of each column's type in ``PLAIN``.
+        Place of each column's type in ``PLAIN``: one compiled loop serves any columns.
     plain : tuple of ndarray
         ``PLAIN``.
+    start : int
+        First row that is copied.
     rows : ndarray, shape (n_rows, n_columns)
         Of a dtype that can hold all values.
+
+    References
+    ----------
+    .. [1] Apache Arrow. The Arrow C data interface.
+       https://arrow.apache.org/docs/format/CDataInterface.html
     """
     int8, uint8, int16, uint16, int32, uint32, float32, float64 = plain
+    addresses, skipped = np.empty(len(kinds), np.int64), np.empty(len(kinds), np.int64)
+    for j in range(len(kinds)):
+        column = _word(_word(array, 6), j)
+        if _word(column, 1):
+            return False
+        skipped[j] = start + _word(array, 2) + _word(column, 2)
+        addresses[j] = _word(_word(column, 5), 1)
     strange = False
     for first in range(0, len(rows), _TILE):
         tile = rows[first : first + _TILE]
-        for j in range(len(addresses)):
-            kind, address = kinds[j], addresses[j]
+        for j in range(len(kinds)):
+            kind, address, at = kinds[j], addresses[j], skipped[j] + first
             if kind == 0:
-                strange |= _copy(address, first, int8, tile, j)
+                strange |= _copy(address, at, int8, tile, j)
             elif kind == 1:
-                strange |= _copy(address, first, uint8, tile, j)
+                strange |= _copy(address, at, uint8, tile, j)
             elif kind == 2:
-                strange |= _copy(address, first, int16, tile, j)
+                strange |= _copy(address, at, int16, tile, j)
             elif kind == 3:
-                strange |= _copy(address, first, uint16, tile, j)
+                strange |= _copy(address, at, uint16, tile, j)
             elif kind == 4:
-                strange |= _copy(address, first, int32, tile, j)
+                strange |= _copy(address, at, int32, tile, j)
             elif kind == 5:
-                strange |= _copy(address, first, uint32, tile, j)
+                strange |= _copy(address, at, uint32, tile, j)
             elif kind == 6:
-                strange |= _copy(address, first, float32, tile, j)
+                strange |= _copy(address, at, float32, tile, j)
             else:
-                strange |= _copy(address, first, float64, tile, j)
+                strange |= _copy(address, at, float64, tile, j)
     return not strange
 
 
@@ -171,6 +198,34 @@ def insert_shuffled(window, n, rows, key):
                 window[new, word] = window[place, word]
                 window[place, word] = rows[first + i, word]
     return fetched  # or the compiler would leave the fetching out
+
+
+@_compiled()
+def insert_columns(window, n, key, array, kinds, plain, start, stop, tile, tile_words):
+    """Put rows *start* to *stop* of columns at random places among those of a window.
+
+    Parameters
+    ----------
+    window, n, key
+        See :func:`insert_shuffled`.
+    array, kinds, plain
+        See :func:`interleave`.
+    tile : ndarray, shape (size, n_columns)
+        Room for some rows.
+    tile_words : ndarray of unsigned int, shape (size, words)
+        The same memory.
+
+    Returns
+    -------
+    int
+        First row that was not put in: *stop*, or one from which on some are missing or not finite.
+    """
+    for first in range(start, stop, len(tile)):
+        some = min(len(tile), stop - first)
+        if not interleave(array, kinds, plain, first, tile[:some]):
+            return first
+        insert_shuffled(window, n + first - start, tile_words[:some], key)
+    return stop
 
 
 @_compiled()

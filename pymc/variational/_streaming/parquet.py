@@ -16,11 +16,13 @@
 import hashlib
 import os
 
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pymc.variational._streaming.columns import Columns
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.files import (
     ParquetInput,
@@ -38,6 +40,9 @@ from pymc.variational._streaming.sources import (
     progress_bar,
     skip_rows,
 )
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = ["parquet_source"]
 
@@ -97,7 +102,7 @@ def parquet_source(
     converted to the smallest type that holds all of them exactly (decimals with a fraction
     are rounded to float64).
 
-    Memory is bounded by one read of 262,144 rows or fewer and one decoded page per column, whatever
+    Memory is bounded by one read of 524,288 rows or fewer and one decoded page per column, whatever
     the size of files and row groups. Page checksums are verified where the files have them;
     without them, a flipped bit in a data page can go unnoticed.
 
@@ -171,7 +176,8 @@ class _ParquetSource(Source):
         with progress_bar() as progress:
             task = progress.add_task("Counting valid rows", total=total)
             for part, (file, group) in enumerate(self._parts):
-                self._part_rows[part] = sum(map(len, self._read(file, [group], self._piece_rows)))
+                pieces = self._read(file, [group], self._piece_rows)
+                self._part_rows[part] = sum(len(piece) for piece in pieces)
                 progress.update(task, advance=file.group_rows[group])
         self.n_dropped = total - sum(self._part_rows)
 
@@ -208,12 +214,17 @@ class _ParquetSource(Source):
         return np.cumsum(rows) - rows
 
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+        return _rows(self.pieces(epoch, start))
+
+    def pieces(self, epoch: int, start: int) -> Generator[np.ndarray | Columns]:
         return self._read_rows(self._order(epoch), start, self._piece_rows)
 
     def glance(self, start: int) -> Generator[np.ndarray]:
-        return self._read_rows(self._order(0), start, GLANCE_ROWS)
+        return _rows(self._read_rows(self._order(0), start, GLANCE_ROWS))
 
-    def _read_rows(self, order: list[int], start: int, size: int) -> Generator[np.ndarray]:
+    def _read_rows(
+        self, order: list[int], start: int, size: int
+    ) -> Generator[np.ndarray | Columns]:
         """Read on from row *start* of the row groups in *order*, at most *size* rows at a time."""
         first = 0
         while first < len(order) and start >= self._part_rows[order[first]]:
@@ -221,7 +232,7 @@ class _ParquetSource(Source):
             first += 1
         return skip_rows(self._read_parts(order[first:], size), start)
 
-    def _read_parts(self, order: Sequence[int], size: int) -> Iterator[np.ndarray]:
+    def _read_parts(self, order: Sequence[int], size: int) -> Iterator[np.ndarray | Columns]:
         for file, groups in self._runs(order):
             yield from self._read(file, groups, size)
 
@@ -236,22 +247,40 @@ class _ParquetSource(Source):
                 runs.append((file, [group]))
         return runs
 
-    def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
+    def _read(
+        self, file: ParquetInput, groups: Sequence[int], size: int
+    ) -> Iterator[np.ndarray | Columns]:
         batches = read_batches(
             self._fs, file, columns=self.columns, row_groups=groups, batch_rows=size
         )
+        layout = None
         for first, batch in batches:
-            rows, bad = self._format.to_rows(batch)
-            if bad is not None and not self._drop:
-                fault = self._format.fault(batch, bad)
-                group, row = file.place(groups, first + fault.row)
-                raise StreamError(
-                    f"{file.path}: column {fault.column!r} {fault.reason} in row "
-                    f"{row} of row group {group}; "
-                    'repair the file or pass invalid="drop"'
-                )
-            if bad is not None:
-                rows = rows[~bad.any(axis=1)]
-            del batch, bad  # while the rows are used, and the next ones read
-            yield rows
-            del rows
+            if first == 0 and not self._drop:
+                layout = self._format.layout(batch.schema)
+            convert = partial(self._convert, batch, file, groups, first)
+            yield convert() if layout is None else Columns(batch, layout, convert)
+            del batch, convert  # while the next ones are read
+
+    def _convert(
+        self, batch: "pyarrow.RecordBatch", file: ParquetInput, groups: Sequence[int], first: int
+    ) -> np.ndarray:
+        """Return the rows of a batch that starts at row *first* of these row groups."""
+        rows, bad = self._format.to_rows(batch)
+        if bad is None:
+            return rows
+        if self._drop:
+            return rows[~bad.any(axis=1)]
+        fault = self._format.fault(batch, bad)
+        group, row = file.place(groups, first + fault.row)
+        raise StreamError(
+            f"{file.path}: column {fault.column!r} {fault.reason} in row {row} of row group "
+            f'{group}; repair the file or pass invalid="drop"'
+        )
+
+
+def _rows(pieces: Iterable[np.ndarray | Columns]) -> Generator[np.ndarray]:
+    for piece in pieces:
+        rows = piece.rows() if isinstance(piece, Columns) else piece
+        del piece  # while the rows are used, and the next ones read
+        yield rows
+        del rows

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pymc.variational._streaming.columns import Columns, Layout
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.files import import_pyarrow
 
@@ -31,8 +32,8 @@ __all__ = ["PIECE_ROWS", "Fault", "RowFormat", "column_ranges", "exact_limit", "
 _TILE = 1024
 """Rows; many columns are interleaved in tiles that stay in the cache."""
 
-PIECE_ROWS = 1 << 18
-_PIECE_VALUES = 1 << 20
+PIECE_ROWS = 1 << 19
+_PIECE_VALUES = 1 << 21
 """What is decoded or converted at a time, at most.  Each call gives up the interpreter lock, and
 then waits for the step that compiled code makes meanwhile: few calls keep a stream ahead."""
 
@@ -138,6 +139,10 @@ class RowFormat:
                 )
             yield rows
 
+    def layout(self, schema: "pyarrow.Schema") -> Layout | None:
+        """Return the layout of the columns in a batch with this schema, where all are plain."""
+        return Layout.of([schema.field(name).type for name in self.columns], self.dtype)
+
     def to_rows(self, batch: "pyarrow.RecordBatch") -> tuple[np.ndarray, np.ndarray | None]:
         """Interleave the columns of *batch*.
 
@@ -147,11 +152,12 @@ class RowFormat:
         bad : ndarray of bool, shape (n, n_columns), or None
             Which values are null, NaN, infinite or not exact in ``dtype``; None if none is.
         """
+        layout = self.layout(batch.schema)
+        if layout is not None:
+            plain = Columns(batch.select(self.columns), layout).interleave()
+            if plain is not None:
+                return plain, None
         arrays = [batch.column(name) for name in self.columns]
-        if all(_is_plain(array) for array in arrays):
-            rows = np.empty((len(batch), len(arrays)), self.dtype)
-            if _interleave_plain(arrays, rows):
-                return rows, None
         values = [_to_numpy(array, kind) for array, kind in zip(arrays, self.types)]
         rows = _interleave(values, self.dtype)
         limit = exact_limit(self.dtype)
@@ -237,27 +243,6 @@ def _beyond(values: np.ndarray, limit: float) -> np.ndarray:
     if values.dtype.kind == "f":
         return np.abs(values) >= limit
     return (values > limit) | (values < -limit)
-
-
-def _is_plain(array: "pyarrow.Array") -> bool:
-    """Whether the values are numbers as they are, none missing, that every wider float holds."""
-    types = import_pyarrow().types
-    kind = array.type
-    small_integer = types.is_integer(kind) and kind.bit_width < 64
-    return array.null_count == 0 and (
-        small_integer or types.is_float32(kind) or types.is_float64(kind)
-    )
-
-
-def _interleave_plain(arrays: Sequence["pyarrow.Array"], rows: np.ndarray) -> bool:
-    """Copy plain arrays to the columns of *rows*, and return whether all values are finite."""
-    from pymc.variational._streaming.compiled import PLAIN, interleave
-
-    columns = [np.from_dlpack(array) for array in arrays]
-    types = [like.dtype for like in PLAIN]
-    kinds = np.array([types.index(column.dtype) for column in columns])
-    addresses = np.array([column.ctypes.data for column in columns])
-    return interleave(addresses, kinds, PLAIN, rows)
 
 
 def _all_finite(rows: np.ndarray) -> bool:

@@ -17,11 +17,12 @@ import hashlib
 import math
 
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pymc.variational._streaming.batches import Chunk, rebatch, require_shape
+from pymc.variational._streaming.columns import Columns
 from pymc.variational._streaming.sources import Source, as_source, draw_seed, positive_int
 
 __all__ = ["ShuffleBuffer", "shuffle_buffer"]
@@ -138,15 +139,15 @@ class ShuffleBuffer(Source):
         window = _Window(min(self.buffer_size, self.n_rows or self.buffer_size), self.seed)
         while True:
             window.begin(epoch, number)
-            for rest in self._source.blocks(epoch, number * self.buffer_size):
+            for rest in self._source.pieces(epoch, number * self.buffer_size):
                 while len(rest):
                     rest = window.insert(rest)
                     if window.is_full:
                         yield epoch, window.take()[skip:]
                         number, skip = number + 1, 0
                         window.begin(epoch, number)
-                rest = rest.copy()  # no rows, and not the block that they were in
-                yield epoch, rest
+                del rest  # and with it the piece, while the next one is read
+                yield epoch, window.no_rows()
             if window.n:
                 yield epoch, window.take()[skip:]
             yield epoch, None
@@ -155,13 +156,19 @@ class ShuffleBuffer(Source):
             epoch, number, skip = epoch + 1, 0, 0
 
 
+class _Room(NamedTuple):
+    rows: np.ndarray
+    words: np.ndarray
+    """The same memory."""
+
+
 class _Window:
     """Rows in random order, in one place and then in another: what was taken stays for a while."""
 
     def __init__(self, size: int, seed: int | None):
         self._size = size
         self._seed = seed
-        self._rooms: list[np.ndarray] = []
+        self._rooms: list[_Room] = []
 
     def begin(self, epoch: int, number: int) -> None:
         """Forget all rows, to hold those of another window."""
@@ -174,22 +181,35 @@ class _Window:
     def is_full(self) -> bool:
         return self.n == self._size
 
-    def insert(self, rows: np.ndarray) -> np.ndarray:
+    def insert(self, rows: np.ndarray | Columns) -> np.ndarray | Columns:
         """Take in as many of *rows* as there is room for, and return the others."""
         from pymc.variational._streaming.compiled import insert_shuffled
 
-        if not self._rooms:
-            self._rooms = [np.empty((self._size, *rows.shape[1:]), rows.dtype) for _ in range(2)]
-        room = self._rooms[0]
+        if isinstance(rows, Columns):
+            self._make_rooms((len(rows.layout.kinds),), rows.layout.dtype)
+            n = len(rows)
+            complete = rows.insert(self._rooms[0].words, self.n, self._key)
+            self.n += n - len(rows)
+            return rows if complete else rows.rows()
+        self._make_rooms(rows.shape[1:], rows.dtype)
+        room, words = self._rooms[0]
         require_shape(rows, room.shape[1:])
         new = np.ascontiguousarray(rows[: self._size - self.n], room.dtype)
-        insert_shuffled(_as_words(room), self.n, _as_words(new), self._key)
+        insert_shuffled(words, self.n, _as_words(new), self._key)
         self.n += len(new)
         return rows[len(new) :]
 
+    def _make_rooms(self, sample_shape: tuple[int, ...], dtype: np.dtype) -> None:
+        while len(self._rooms) < 2:
+            rows = np.empty((self._size, *sample_shape), dtype)
+            self._rooms.append(_Room(rows, _as_words(rows)))
+
+    def no_rows(self) -> np.ndarray:
+        return self._rooms[0].rows[:0].copy()
+
     def take(self) -> np.ndarray:
         """Return the rows, which stay as they are until those of the next window are taken."""
-        rows = self._rooms[0][: self.n]
+        rows = self._rooms[0].rows[: self.n]
         self._rooms.reverse()
         return rows
 

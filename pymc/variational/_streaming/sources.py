@@ -18,13 +18,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rich.console import Console
 
 from pymc.progress_bar import CustomProgress, default_progress_theme
+from pymc.variational._streaming.columns import Columns
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.files import import_pyarrow
 from pymc.variational._streaming.rows import RowFormat
@@ -40,6 +41,8 @@ __all__ = [
     "progress_bar",
     "skip_rows",
 ]
+
+Piece = TypeVar("Piece", np.ndarray, np.ndarray | Columns)
 
 _BLOCK_BYTES = 1 << 22
 GLANCE_ROWS = 1 << 16
@@ -80,6 +83,10 @@ class Source(ABC):
     @abstractmethod
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
         """Yield the rows of an epoch from row *start* on, as arrays (rows, *sample_shape)."""
+
+    def pieces(self, epoch: int, start: int) -> Generator[np.ndarray | Columns]:
+        """Yield the same as ``blocks``, columns that are not put side by side yet among them."""
+        return self.blocks(epoch, start)
 
     def epochs(
         self, epoch: int, start: int, *, cycle: bool
@@ -331,11 +338,11 @@ def _chunk_rows(array: Any) -> int:
     return int(np.max(chunks[0]))
 
 
-def skip_rows(blocks: Iterator[np.ndarray], n: int) -> Generator[np.ndarray]:
+def skip_rows(blocks: Iterator[Piece], n: int) -> Generator[Piece]:
     """Yield what follows the first *n* rows, without empty blocks."""
     for block in blocks:
         size = len(block)
         if size > n:
-            yield block[n:]
+            yield block[n:] if n else block
         del block  # while the next one is read
         n = max(0, n - size)

@@ -1,0 +1,143 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Columns of numbers that are not put side by side yet."""
+
+import ctypes
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pymc.variational._streaming.files import import_pyarrow
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["Columns", "Layout"]
+
+_TILE_VALUES = 1 << 14
+"""Put side by side at a time: few enough for the cache."""
+
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The types of plain columns: numbers that every wider float holds."""
+
+    kinds: np.ndarray
+    """Place of each column's type in ``compiled.PLAIN``."""
+    dtype: np.dtype
+    """Of the rows; it can hold all values, as far as they are finite."""
+
+    @classmethod
+    def of(cls, types: Sequence["pyarrow.DataType"], dtype: np.dtype) -> "Layout | None":
+        """Return the layout of columns of these types, or None if one of them is not plain."""
+        kinds = [_plain_types().get(kind.id) for kind in types]
+        return None if None in kinds else cls(np.array(kinds), dtype)
+
+
+class Columns:
+    """Rows of a record batch, which are put side by side when it is known where.
+
+    Arrow's C data interface tells compiled code where the values are: one call for all columns.
+
+    Parameters
+    ----------
+    batch : pyarrow.RecordBatch
+    layout : Layout
+        Of its columns.
+    otherwise : callable, optional
+        Returns all rows of the batch, or raises: for values that are missing or not finite.
+    """
+
+    __slots__ = ("_array", "_otherwise", "_owner", "_start", "_stop", "layout")
+
+    def __init__(
+        self,
+        batch: "pyarrow.RecordBatch",
+        layout: Layout,
+        otherwise: Callable[[], np.ndarray] | None = None,
+    ):
+        self._owner = batch.__arrow_c_array__()
+        self._array = _pointer(self._owner[1], b"arrow_array")
+        self._start, self._stop = 0, batch.num_rows
+        self.layout = layout
+        self._otherwise = otherwise
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, rows: slice) -> "Columns":
+        rest = copy(self)
+        start, stop, _ = rows.indices(len(self))
+        rest._start, rest._stop = self._start + start, self._start + stop
+        return rest
+
+    def interleave(self) -> np.ndarray | None:
+        """Return the rows, shape (n, n_columns); None if a value is missing or not finite."""
+        from pymc.variational._streaming.compiled import PLAIN, interleave
+
+        rows = np.empty((len(self), len(self.layout.kinds)), self.layout.dtype)
+        complete = interleave(self._array, self.layout.kinds, PLAIN, self._start, rows)
+        return rows if complete else None
+
+    def rows(self) -> np.ndarray:
+        """Return the rows, shape (n, n_columns), or raise."""
+        rows = self.interleave()
+        if rows is not None:
+            return rows
+        assert self._otherwise is not None
+        return self._otherwise()[self._start : self._stop]
+
+    def insert(self, window: np.ndarray, n: int, key: np.uint64) -> bool:
+        """Put rows into a window of which *n* rows are there, and leave them out here.
+
+        Parameters
+        ----------
+        window : ndarray of unsigned int, shape (size, words)
+        n, key
+            See ``compiled.insert_shuffled``.
+
+        Returns
+        -------
+        bool
+            Whether all went in that there was room for; if not, the next ones are missing or not
+            finite.
+        """
+        from pymc.variational._streaming.compiled import PLAIN, insert_columns
+
+        n_columns = len(self.layout.kinds)
+        tile = np.empty((-(-_TILE_VALUES // n_columns), n_columns), self.layout.dtype)
+        words = tile.view(window.dtype)
+        stop = min(self._stop, self._start + len(window) - n)
+        array, kinds = self._array, self.layout.kinds
+        self._start = insert_columns(
+            window, n, key, array, kinds, PLAIN, self._start, stop, tile, words
+        )
+        return self._start == stop
+
+
+@cache
+def _plain_types() -> dict[int, int]:
+    """Return the place of each plain type of Arrow's in ``compiled.PLAIN``."""
+    from pymc.variational._streaming.compiled import PLAIN
+
+    from_numpy = import_pyarrow().from_numpy_dtype
+    return {from_numpy(like.dtype).id: kind for kind, like in enumerate(PLAIN)}
