@@ -502,14 +502,14 @@ class TestStreaming:
         rng = np.random.default_rng(11)
         path = write(tmp_path, rng.normal(size=(n_rows, 1)), 1_000)
         source = parquet_source(path, shuffle_row_groups=True, seed=0)
-        genuine = source.blocks
+        genuine = source.pieces
 
-        def blocks(epoch=0, start=0):
-            for block in genuine(epoch, start):
-                for group in np.split(block, len(block) // 1_000):
+        def pieces(epoch, start):
+            for piece in genuine(epoch, start):
+                for group in np.split(piece.rows(), len(piece) // 1_000):
                     yield group + (epoch >= 2) * np.sort(group, axis=0)[0]
 
-        source.blocks = blocks
+        source.pieces = pieces
         ds = self.dataset(source, order_check="raise")
         with pytest.raises(OrderError):
             for _ in range(200):

@@ -26,11 +26,15 @@ from pytensor.graph.basic import Constant, Variable
 from pytensor.graph.traversal import ancestors, explicit_graph_inputs
 from pytensor.tensor.type_other import NoneConst
 
+from pymc.initial_point import make_initial_point_expression
 from pymc.model.core import Model
+from pymc.pytensorf import replace_rng_nodes
 from pymc.variational._streaming.errors import StreamError, StreamWarning
 from pymc.variational.minibatch_rv import MinibatchRandomVariable
 
 __all__ = ["WITHOUT_LOSS", "check_model", "depends_on", "total_size_of"]
+
+_UNCOMPILED = Mode(linker="py", optimizer="minimum_compile")
 
 WITHOUT_LOSS = (
     "score=False: without the loss, PyMC makes every step with the same random draw, "
@@ -157,13 +161,26 @@ def _row_logps(model: Model, likelihoods: Sequence[Variable], buffer: SharedVari
         [batch, *values],
         graphs,
         givens=dict.fromkeys(copies, batch),
-        mode=Mode(linker="py", optimizer="minimum_compile"),
+        mode=_UNCOMPILED,
         on_unused_input="ignore",
     )
     rng = np.random.default_rng(0)
-    point = model.initial_point(random_seed=0)
-    jittered = [_jitter(np.asarray(point[v.name]), rng) for v in values]
+    point = _initial_point(model)
+    jittered = [_jitter(point[v], rng) for v in values]
     return lambda rows: terms(rows, *jittered)
+
+
+def _initial_point(model: Model) -> dict[Variable, np.ndarray]:
+    """Return what ``model.initial_point`` does, without waiting for a compiler."""
+    expressions = make_initial_point_expression(
+        free_rvs=model.free_RVs,
+        rvs_to_transforms=model.rvs_to_transforms,
+        initval_strategies=model.rvs_to_initial_values,
+        return_transformed=True,
+    )
+    found = function([], replace_rng_nodes(expressions), mode=_UNCOMPILED)()
+    values = [model.rvs_to_values[rv] for rv in model.free_RVs]
+    return {value: np.asarray(number) for value, number in zip(values, found)}
 
 
 def _jitter(value: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -127,6 +127,7 @@ def parquet_source(
 
 class _ParquetSource(Source):
     random_access = True
+    concurrent = True
     checked = True
     fresh = True
 
