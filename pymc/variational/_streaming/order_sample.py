@@ -13,10 +13,8 @@
 #   limitations under the License.
 """Compare windows of a table before it is streamed, on a thin sample."""
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -45,8 +43,6 @@ _BUDGET = 3 << 24
 """Values that may be decoded, in about half a second."""
 _OPEN_VALUES = 1 << 18
 """What could be decoded in the time that opening a file takes."""
-_READERS = 4
-"""Threads, for sources that allow them; the fit waits for the sample."""
 _HALF_LEVEL = 1e-2
 """Each random half of the blocks must show the order by itself."""
 _MIN_EVENTS = 20
@@ -240,10 +236,11 @@ def _read(source: Source, plan: _Plan) -> np.ndarray:
     places = plan.places.ravel()
     entries = source.entry(places)
     first = _reads(entries, places, plan.block)
-    with ThreadPoolExecutor(_READERS if source.concurrent else 1) as pool:
-        read = partial(_read_from, source, n=plan.block)
-        parts = pool.map(read, entries[first].tolist(), np.split(places, first[1:]))
-        blocks = np.concatenate(list(parts))
+    parts = [
+        _read_from(source, int(entry), some, plan.block)
+        for entry, some in zip(entries[first], np.split(places, first[1:]))
+    ]
+    blocks = np.concatenate(parts)
     return blocks.reshape(-1, *blocks.shape[2:])
 
 

@@ -127,7 +127,6 @@ def parquet_source(
 
 class _ParquetSource(Source):
     random_access = True
-    concurrent = True
     checked = True
     fresh = True
 
