@@ -554,7 +554,7 @@ class TestOtherSources:
     def test_huge_record_batches_are_converted_in_pieces(self):
         rows = table(600_000)
         blocks = list(arrow_source(lambda: rows.to_batches()))
-        assert max(map(len, blocks)) <= 1 << 19
+        assert max(map(len, blocks)) <= 1 << 18
         np.testing.assert_array_equal(np.concatenate(blocks), numbered(600_000))
         values = pa.array([*range(199_999), None])
         source = arrow_source(lambda: pa.table({"x": values}))

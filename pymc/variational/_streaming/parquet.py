@@ -102,7 +102,7 @@ def parquet_source(
     converted to the smallest type that holds all of them exactly (decimals with a fraction
     are rounded to float64).
 
-    Memory is bounded by one read of 524,288 rows or fewer and one decoded page per column, whatever
+    Memory is bounded by one read of 262,144 rows or fewer and one decoded page per column, whatever
     the size of files and row groups. Page checksums are verified where the files have them;
     without them, a flipped bit in a data page can go unnoticed.
 

@@ -123,7 +123,7 @@ def preshuffle(
     compression : str, default "lz4"
         Codec of the result. lz4 costs the least when the rows are streamed.
     row_group_size : int, optional
-        Rows. Default: at most 8 MB of them, and 524,288, what a source reads at a time.
+        Rows. Default: at most 8 MB of them, and 262,144, what a source reads at a time.
     overwrite : bool, default False
         Replace what is at *destination*, after the new rows are verified.
     progressbar : bool, default True

@@ -32,8 +32,8 @@ __all__ = ["PIECE_ROWS", "Fault", "RowFormat", "column_ranges", "exact_limit", "
 _TILE = 1024
 """Rows; many columns are interleaved in tiles that stay in the cache."""
 
-PIECE_ROWS = 1 << 19
-_PIECE_VALUES = 1 << 21
+PIECE_ROWS = 1 << 18
+_PIECE_VALUES = 1 << 20
 """What is decoded or converted at a time, at most.  Each call gives up the interpreter lock, and
 then waits for the step that compiled code makes meanwhile: few calls keep a stream ahead."""
 
