@@ -446,7 +446,7 @@ class StreamingDataset:
             batch = self._next_batch()
             self._position = _Position(batch.epoch, batch.offset, rows_seen)
             if len(batch.rows) == self._batch_size:
-                # What set_value does besides, to check the type, takes longer than the cast.
+                # As set_value does, which takes microseconds to check a type that is known here.
                 self._buffer.container.storage[0] = cast(batch.rows, self._dtype)
                 return True
         except BaseException:

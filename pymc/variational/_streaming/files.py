@@ -211,14 +211,11 @@ def _read_row_groups(
     batch_rows: int,
 ) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
     row, promised = 0, sum(known.group_rows[group] for group in groups)
-    select: bool | None = None
     for batch in file.iter_batches(
         batch_rows, row_groups=list(groups), columns=columns, use_threads=False
     ):
         first, row = row, row + batch.num_rows
-        if select is None:
-            select = columns is not None and batch.schema.names != list(columns)
-        if select:
+        if columns is not None and batch.schema.names != list(columns):
             batch = batch.select(columns)
         yield first, batch
         del batch  # while the next one is read

@@ -42,7 +42,7 @@ __all__ = [
     "skip_rows",
 ]
 
-Piece = TypeVar("Piece", np.ndarray, np.ndarray | Columns)
+_Piece = TypeVar("_Piece", np.ndarray, np.ndarray | Columns)
 
 _BLOCK_BYTES = 1 << 22
 GLANCE_ROWS = 1 << 16
@@ -338,7 +338,7 @@ def _chunk_rows(array: Any) -> int:
     return int(np.max(chunks[0]))
 
 
-def skip_rows(blocks: Iterator[Piece], n: int) -> Generator[Piece]:
+def skip_rows(blocks: Iterator[_Piece], n: int) -> Generator[_Piece]:
     """Yield what follows the first *n* rows, without empty blocks."""
     for block in blocks:
         size = len(block)
