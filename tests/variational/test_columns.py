@@ -19,11 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pymc.variational._streaming.columns import Columns, Layout
-from pymc.variational._streaming.compiled import PLAIN
+from pymc.variational._streaming.compiled import PLAIN as DTYPES
 from pymc.variational._streaming.rows import PIECE_ROWS
 from pymc.variational.streaming import StreamError, parquet_source, shuffle_buffer
 
-DTYPES = [str(like.dtype) for like in PLAIN]
 N_ROWS = PIECE_ROWS + 1_000
 """More than are read at a time."""
 

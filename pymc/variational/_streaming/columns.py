@@ -92,10 +92,10 @@ class Columns:
 
     def interleave(self) -> np.ndarray | None:
         """Return the rows, shape (n, n_columns); None if a value is missing or not finite."""
-        from pymc.variational._streaming.compiled import PLAIN, interleave
+        from pymc.variational._streaming.compiled import interleave
 
         rows = np.empty((len(self), len(self.layout.kinds)), self.layout.dtype)
-        complete = interleave(self._array, self.layout.kinds, PLAIN, self._start, rows)
+        complete = interleave(self._array, self.layout.kinds, self._start, rows)
         return rows if complete else None
 
     def rows(self) -> np.ndarray:
@@ -121,16 +121,14 @@ class Columns:
             Whether all went in that there was room for; if not, the next ones are missing or not
             finite.
         """
-        from pymc.variational._streaming.compiled import PLAIN, insert_columns
+        from pymc.variational._streaming.compiled import insert_columns
 
         n_columns = len(self.layout.kinds)
         tile = np.empty((-(-_TILE_VALUES // n_columns), n_columns), self.layout.dtype)
         words = tile.view(window.dtype)
         stop = min(self._stop, self._start + len(window) - n)
         array, kinds = self._array, self.layout.kinds
-        self._start = insert_columns(
-            window, n, key, array, kinds, PLAIN, self._start, stop, tile, words
-        )
+        self._start = insert_columns(window, n, key, array, kinds, self._start, stop, tile, words)
         return self._start == stop
 
 
@@ -140,4 +138,4 @@ def _plain_types() -> dict[int, int]:
     from pymc.variational._streaming.compiled import PLAIN
 
     from_numpy = import_pyarrow().from_numpy_dtype
-    return {from_numpy(like.dtype).id: kind for kind, like in enumerate(PLAIN)}
+    return {from_numpy(np.dtype(name)).id: kind for kind, name in enumerate(PLAIN)}

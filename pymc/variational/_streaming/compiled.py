@@ -44,11 +44,8 @@ _AHEAD = 128
 _TILE = 256
 """Rows that are interleaved, or whose features are computed and summed, while they are cached."""
 
-PLAIN = tuple(
-    np.empty(0, dtype)
-    for dtype in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
-)
-"""An array of each type of number that :func:`interleave` copies."""
+PLAIN = "int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "float64"
+"""Types of number that :func:`interleave` copies."""
 
 
 def _compiled(**options: Any) -> Callable[[Callable], Callable]:
@@ -74,10 +71,9 @@ def _as_pointer(typing_context, address):
 
 
 @_compiled()
-def _copy(address, first, like, tile, j):
+def _copy(address, first, dtype, tile, j):
     """Copy a column, from row *first* on, to column *j* of *tile*; tell of values not finite."""
-    start = _as_pointer(address + first * like.itemsize)
-    column = numba.carray(start, len(tile), like.dtype)
+    column = numba.carray(_as_pointer(address), first + len(tile), dtype)[first:]
     for i in range(len(tile)):
         tile[i, j] = column[i]
     strange = False
@@ -93,7 +89,7 @@ def _word(address, i):
 
 
 @_compiled()
-def interleave(array, kinds, plain, start, rows):
+def interleave(array, kinds, start, rows):
     """Copy columns to *rows*, and tell whether all values are there and finite.
 
     Parameters
@@ -102,8 +98,6 @@ def interleave(array, kinds, plain, start, rows):
         Address of the ``ArrowArray`` [1]_ of a record batch.
     kinds : ndarray of int64, shape (n_columns,)
         Place of each column's type in ``PLAIN``: one compiled loop serves any columns.
-    plain : tuple of ndarray
-        ``PLAIN``.
     start : int
         First row that is copied.
     rows : ndarray, shape (n_rows, n_columns)
@@ -114,7 +108,6 @@ def interleave(array, kinds, plain, start, rows):
     .. [1] Apache Arrow. The Arrow C data interface.
        https://arrow.apache.org/docs/format/CDataInterface.html
     """
-    int8, uint8, int16, uint16, int32, uint32, float32, float64 = plain
     addresses, skipped = np.empty(len(kinds), np.int64), np.empty(len(kinds), np.int64)
     for j in range(len(kinds)):
         column = _word(_word(array, 6), j)
@@ -127,23 +120,23 @@ def interleave(array, kinds, plain, start, rows):
         tile = rows[first : first + _TILE]
         for j in range(len(kinds)):
             kind, address, at = kinds[j], addresses[j], skipped[j] + first
-            # A loop over plain, with numba's literal_unroll, would take twice as long.
+            # A loop over the types, with numba's literal_unroll, would take twice as long.
             if kind == 0:
-                strange |= _copy(address, at, int8, tile, j)
+                strange |= _copy(address, at, np.int8, tile, j)
             elif kind == 1:
-                strange |= _copy(address, at, uint8, tile, j)
+                strange |= _copy(address, at, np.uint8, tile, j)
             elif kind == 2:
-                strange |= _copy(address, at, int16, tile, j)
+                strange |= _copy(address, at, np.int16, tile, j)
             elif kind == 3:
-                strange |= _copy(address, at, uint16, tile, j)
+                strange |= _copy(address, at, np.uint16, tile, j)
             elif kind == 4:
-                strange |= _copy(address, at, int32, tile, j)
+                strange |= _copy(address, at, np.int32, tile, j)
             elif kind == 5:
-                strange |= _copy(address, at, uint32, tile, j)
+                strange |= _copy(address, at, np.uint32, tile, j)
             elif kind == 6:
-                strange |= _copy(address, at, float32, tile, j)
+                strange |= _copy(address, at, np.float32, tile, j)
             else:
-                strange |= _copy(address, at, float64, tile, j)
+                strange |= _copy(address, at, np.float64, tile, j)
     return not strange
 
 
@@ -183,33 +176,43 @@ def insert_shuffled(window, n, rows, key):
        Modeling and Computer Simulation 29(1), 3.
     """
     half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
-    places = np.empty(_AHEAD, np.int64)
-    fetched = np.uint64(0)
+    # Signed numbers would be tested as indices, since they can count from the end.
+    places = np.empty(_AHEAD, np.uint64)
+    zero, one = np.uint64(0), np.uint64(1)
+    fetched = zero
     for first in range(0, len(rows), _AHEAD):
         some = min(_AHEAD, len(rows) - first)
+        new = rows[first : first + some]
+        at = np.uint64(n + first)
         for i in range(some):
-            k = np.uint64(n + first + i + 1)
+            k = at + np.uint64(i + 1)
             number = _number(key, k)
             places[i] = ((number >> half) * k + ((number & low) * k >> half)) >> half
         for i in range(some):
             fetched ^= np.uint64(window[places[i], 0])
-        for i in range(some):
-            new, place = n + first + i, places[i]
-            for word in range(rows.shape[1]):
-                window[new, word] = window[place, word]
-                window[place, word] = rows[first + i, word]
+        if rows.shape[1] == 2:
+            for i in range(some):
+                end, row, place = at + np.uint64(i), np.uint64(i), places[i]
+                window[end, zero], window[end, one] = window[place, zero], window[place, one]
+                window[place, zero], window[place, one] = new[row, zero], new[row, one]
+        else:
+            for i in range(some):
+                end, row, place = at + np.uint64(i), np.uint64(i), places[i]
+                for word in range(np.uint64(rows.shape[1])):
+                    window[end, word] = window[place, word]
+                    window[place, word] = new[row, word]
     return fetched  # or the compiler would leave the fetching out
 
 
 @_compiled()
-def insert_columns(window, n, key, array, kinds, plain, start, stop, tile, tile_words):
+def insert_columns(window, n, key, array, kinds, start, stop, tile, tile_words):
     """Put rows *start* to *stop* of columns at random places among those of a window.
 
     Parameters
     ----------
     window, n, key
         See :func:`insert_shuffled`.
-    array, kinds, plain
+    array, kinds
         See :func:`interleave`.
     tile : ndarray, shape (size, n_columns)
         Room for some rows.
@@ -223,7 +226,7 @@ def insert_columns(window, n, key, array, kinds, plain, start, stop, tile, tile_
     """
     for first in range(start, stop, len(tile)):
         some = min(len(tile), stop - first)
-        if not interleave(array, kinds, plain, first, tile[:some]):
+        if not interleave(array, kinds, first, tile[:some]):
             return first
         insert_shuffled(window, n + first - start, tile_words[:some], key)
     return stop

@@ -318,9 +318,10 @@ def _open(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[_Opened]:
 @contextmanager
 def _blaming(path: str, problem: str) -> Iterator[None]:
     """Turn what goes wrong with a file into an error that names it."""
+    kinds = OSError, UnicodeDecodeError, import_pyarrow().ArrowException
     try:
         yield
-    except (OSError, UnicodeDecodeError, import_pyarrow().ArrowException) as err:
+    except kinds as err:
         raise StreamError(f"{path}: {problem} ({_first_line(err)})") from err
 
 
