@@ -28,7 +28,7 @@ from pymc.variational._streaming.files import import_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Columns", "Layout"]
+__all__ = ["Columns", "Layout", "as_rows"]
 
 _TILE_VALUES = 1 << 14
 """Put side by side at a time: few enough for the cache."""
@@ -130,6 +130,11 @@ class Columns:
         array, kinds = self._array, self.layout.kinds
         self._start = insert_columns(window, n, key, array, kinds, self._start, stop, tile, words)
         return self._start == stop
+
+
+def as_rows(piece: np.ndarray | Columns) -> np.ndarray:
+    """Put columns side by side, and leave rows as they are."""
+    return piece.rows() if isinstance(piece, Columns) else piece
 
 
 @cache

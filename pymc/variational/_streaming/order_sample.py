@@ -20,6 +20,7 @@ import numpy as np
 
 from scipy.special import gammaln
 
+from pymc.variational._streaming.columns import as_rows
 from pymc.variational._streaming.order_report import (
     OrderReport,
     Stream,
@@ -247,15 +248,16 @@ def _read(source: Source, plan: _Plan) -> np.ndarray:
 def _read_from(source: Source, entry: int, places: np.ndarray, n: int) -> np.ndarray:
     """Return *n* rows from each of the ascending *places*, reading on from *entry*."""
     found, start, done = None, entry, 0
-    with closing(source.glance(entry)) as blocks:
+    with closing(source.glance(entry)) as pieces:
         while done < len(places):
-            rows = next(blocks)
-            if found is None:
-                found = np.empty((len(places), n, *rows.shape[1:]), rows.dtype)
-            stop = start + len(rows)
+            piece = next(pieces)
+            stop = start + len(piece)
             for i in range(done, int(np.searchsorted(places, stop))):
                 low, high = max(places[i], start), min(places[i] + n, stop)
-                found[i, low - places[i] : high - places[i]] = rows[low - start : high - start]
+                rows = as_rows(piece[low - start : high - start])
+                if found is None:
+                    found = np.empty((len(places), n, *rows.shape[1:]), rows.dtype)
+                found[i, low - places[i] : high - places[i]] = rows
             done = int(np.searchsorted(places + n, stop, side="right"))
             start = stop
     assert found is not None

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pymc.variational._streaming.columns import Columns
+from pymc.variational._streaming.columns import Columns, as_rows
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.files import (
     ParquetInput,
@@ -219,8 +219,8 @@ class _ParquetSource(Source):
     def pieces(self, epoch: int, start: int) -> Generator[np.ndarray | Columns]:
         return self._read_rows(self._order(epoch), start, self._piece_rows)
 
-    def glance(self, start: int) -> Generator[np.ndarray]:
-        return _rows(self._read_rows(self._order(0), start, GLANCE_ROWS))
+    def glance(self, start: int) -> Generator[np.ndarray | Columns]:
+        return self._read_rows(self._order(0), start, GLANCE_ROWS)
 
     def _read_rows(
         self, order: list[int], start: int, size: int
@@ -280,7 +280,7 @@ class _ParquetSource(Source):
 
 def _rows(pieces: Iterable[np.ndarray | Columns]) -> Generator[np.ndarray]:
     for piece in pieces:
-        rows = piece.rows() if isinstance(piece, Columns) else piece
+        rows = as_rows(piece)
         del piece  # while the rows are used, and the next ones read
         yield rows
         del rows

@@ -104,8 +104,8 @@ class Source(ABC):
                 return
             epoch, start = epoch + 1, 0
 
-    def glance(self, start: int) -> Generator[np.ndarray]:
-        """Yield the rows of epoch 0 from row *start* on, for a reader of few of them."""
+    def glance(self, start: int) -> Generator[np.ndarray | Columns]:
+        """Yield pieces of epoch 0 from row *start* on, for a reader of few of their rows."""
         return self.blocks(0, start)
 
     def probe(self) -> None:
