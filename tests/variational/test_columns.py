@@ -59,7 +59,7 @@ def test_windows_are_those_of_the_rows(book, names, start):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("n_columns", [1, 2, 3, 65])
+@pytest.mark.parametrize("n_columns", [1, 2, 3, 4, 65])
 def test_any_number_of_columns(tmp_path, n_columns):
     rows = np.arange(1_000 * n_columns, dtype="float32").reshape(1_000, n_columns)
     table = pa.table({f"c{j}": rows[:, j] for j in range(n_columns)})
