@@ -17,8 +17,8 @@
 
 The table is that of the order books, in order of time.  The three take turns, so that whatever
 else the machine does meets all of them.  DuckDB gets the same memory limit and as many threads
-as ``preshuffle`` has; the copy reads each file whole and writes it with the encoding that
-``preshuffle`` uses, without any limit.  Needs ``duckdb``.
+as ``preshuffle`` has; the copy reads each file whole and writes it with lz4 and without
+dictionaries, without any limit.  Needs ``duckdb``.
 """
 
 import argparse

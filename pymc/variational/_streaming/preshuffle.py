@@ -64,7 +64,7 @@ class PreshuffleReport:
 
     rows: int
     piles: int
-    """Files of the result; each was permuted in memory by itself."""
+    """Parts that were each permuted in memory by itself; a file of the result holds some of them."""
     bytes_read: int
     """From source and scratch."""
     bytes_written: int
