@@ -19,6 +19,7 @@ import os
 import sys
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.feather
@@ -473,6 +474,29 @@ class TestOtherSources:
             with pytest.raises(StreamError, match="one-shot iterator and has been read"):
                 ds.advance()
 
+    def test_a_reader_is_a_one_shot_iterator(self):
+        reader = table(10).to_reader(max_chunksize=4)
+        with StreamingDataset(reader, batch_size=5, total_size=10) as ds:
+            ds.advance()
+            assert ds["row"].eval().tolist() == [0, 1, 2, 3, 4]
+            ds.advance()
+            with pytest.raises(StreamError, match="one-shot iterator and has been read"):
+                ds.advance()
+        with pytest.raises(ValueError, match=r'total_size="auto" cannot count a one-shot'):
+            StreamingDataset(table(10).to_reader(), batch_size=4)
+
+    def test_a_one_shot_iterator_of_tables_is_read_like_a_list_of_them(self):
+        blocks = iter([table(10).slice(0, 3), table(10).slice(3)])
+        ds = StreamingDataset(blocks, batch_size=5, total_size=10)
+        np.testing.assert_array_equal(np.concatenate(list(ds)), numbered(10))
+
+    @pytest.mark.parametrize("columns", [None, ["row", "twice"]])
+    def test_the_rows_of_a_reader_can_be_lent(self, columns):
+        rows = table(30) if columns else numbered(30)
+        ds = StreamingDataset(arrow_source(lambda: rows) if columns else rows, batch_size=5)
+        with ds.rows(table(30).to_reader(max_chunksize=10)):
+            np.testing.assert_array_equal(ds.as_tensor().get_value(), numbered(30))
+
     def test_a_one_shot_iterator_cannot_be_counted(self):
         with pytest.raises(ValueError, match=r'total_size="auto" cannot count a one-shot'):
             StreamingDataset(iter([numbered(10)]), batch_size=4)
@@ -507,6 +531,20 @@ class TestOtherSources:
         ds = StreamingDataset([numbered(2), second], batch_size=2, total_size=4)
         with pytest.raises(StreamError, match=r"block 1 has rows of shape .* came before"):
             list(ds)
+
+    def test_a_null_that_a_dictionary_holds_is_refused(self):
+        values = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2], "int8"), [10.0, None, 30.0])
+        rows = pa.table({"x": values, "y": [1.0, 2.0, 3.0]})
+        with pytest.raises(StreamError, match="column 'x' is null in row 1"):
+            list(arrow_source(lambda: rows))
+
+    def test_the_index_of_pandas_is_no_column(self, tmp_path):
+        frame = pd.DataFrame({"x": [1.0, 2.0, 3.0], "up": [0, 1, 1]}).iloc[[2, 0, 1]]
+        frame.to_parquet(tmp_path / "a.parquet")
+        for source in (lambda: parquet_source(tmp_path), lambda: arrow_source(lambda: frame)):
+            with pytest.raises(ValueError, match=r"'__index_level_0__' is pandas' index"):
+                StreamingDataset(source(), batch_size=2)
+        assert parquet_source(tmp_path, columns=["x", "up"]).columns == ("x", "up")
 
     def test_invalid_arrow_values_are_refused_with_their_place(self):
         batches = [table(2), table(2).set_column(1, "twice", [pa.array([1, None], pa.int32())])]

@@ -19,6 +19,7 @@ import numpy as np
 
 from pymc.variational._streaming.arrow import arrow_source
 from pymc.variational._streaming.batches import cast, read_epochs
+from pymc.variational._streaming.files import import_pyarrow
 from pymc.variational._streaming.sources import Source, as_source, is_arrow
 
 __all__ = ["given_rows"]
@@ -39,7 +40,8 @@ def given_rows(
     """
     source: Source
     if is_arrow(rows) and columns is not None:
-        source = arrow_source(lambda: rows, columns=columns)
+        whole = import_pyarrow().table(rows)  # a reader gives its rows only once
+        source = arrow_source(lambda: whole, columns=columns)
     else:
         source = as_source(rows)
     source.probe()

@@ -13,6 +13,8 @@
 #   limitations under the License.
 """Arrow columns to rows of numbers, exactly or not at all."""
 
+import re
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PIECE_ROWS", "Fault", "RowFormat", "column_ranges", "exact_limit", "piece_rows"]
 
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 _TILE = 1024
 """Rows; many columns are interleaved in tiles that stay in the cache."""
 
@@ -93,9 +96,16 @@ class RowFormat:
         Raises
         ------
         ValueError
-            If a column is missing, ambiguous or not numeric; the message names *where*.
+            If a column is missing, ambiguous or not numeric, or the index of a data frame that
+            nobody asked for; the message names *where*.
         """
         names = tuple(schema.names if columns is None else columns)
+        index = [name for name in names if _PANDAS_INDEX.fullmatch(name)]
+        if columns is None and index:
+            raise ValueError(
+                f"{where}: column {index[0]!r} is pandas' index; leave it out with columns=[...], "
+                "or write the rows with index=False"
+            )
         if not names:
             raise ValueError(f"{where}: no columns to stream; columns={columns!r}")
         types = tuple(_value_type(schema, name, where) for name in names)
@@ -157,7 +167,7 @@ class RowFormat:
             plain = Columns(batch.select(self.columns), layout).interleave()
             if plain is not None:
                 return plain, None
-        arrays = [batch.column(name) for name in self.columns]
+        arrays = [_decode(batch.column(name)) for name in self.columns]
         values = [_to_numpy(array, kind) for array, kind in zip(arrays, self.types)]
         rows = _interleave(values, self.dtype)
         limit = exact_limit(self.dtype)
@@ -222,10 +232,14 @@ def _common_type(dtypes: Sequence[np.dtype]) -> np.dtype:
     return np.dtype({"bool": "uint8", "float16": "float32"}.get(common.name, common))
 
 
+def _decode(array: "pyarrow.Array") -> "pyarrow.Array":
+    """Return the values of a dictionary array, which can be null in the dictionary itself."""
+    is_dictionary = import_pyarrow().types.is_dictionary(array.type)
+    return array.dictionary_decode() if is_dictionary else array
+
+
 def _to_numpy(array: "pyarrow.Array", kind: "pyarrow.DataType") -> np.ndarray:
     pa: Any = import_pyarrow()
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
     if array.null_count:
         is_decimal = pa.types.is_decimal(kind)  # whose precision may be too small for an int64
         array = array.fill_null(

@@ -144,12 +144,12 @@ def as_source(data: Any) -> Source:
         raise TypeError(f"source={data!r} is a path; pass parquet_source({data!r})")
     if all(hasattr(data, name) for name in ("shape", "dtype", "__getitem__")):
         return _ArraySource(data)
+    if isinstance(data, Iterator):  # readers of Arrow among them
+        return _OneShotSource(data)
     if is_arrow(data):
         return IterableSource(lambda: data)
     if callable(data):
         return IterableSource(data)
-    if isinstance(data, Iterator):
-        return _OneShotSource(data)
     if isinstance(data, Iterable):
         return IterableSource(lambda: data)
     raise TypeError(
@@ -266,7 +266,7 @@ class _OneShotSource(IterableSource):
     def __init__(self, iterator: Iterator[Any]):
         super().__init__(lambda: iterator)
         self._first: list[np.ndarray] = []
-        self._iterator = self._convert(iterator)
+        self._iterator = self._convert(_arrow_batches(iterator))
         self._used = False
 
     def probe(self) -> None:
