@@ -185,8 +185,10 @@ class TestInterrupt:
             del callback
             inference.refine(n, progressbar=False)
         finally:
-            end()
-            inference.state = inference.state._replace(callbacks=[])
+            try:
+                end()
+            finally:  # the interrupt can fall into that
+                inference.state = inference.state._replace(callbacks=[])
 
     def check(self, inference, ds):
         """A usable approximation, no thread, no batch, and a stream that goes on."""

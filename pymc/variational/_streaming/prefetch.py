@@ -29,6 +29,8 @@ __all__ = ["Prefetcher"]
 _SWITCH_INTERVAL = 1e-4
 """Seconds.  A compiled step holds the interpreter lock, and by default a thread that waits asks for
 it every 5 ms only: many steps, during which nothing would be read."""
+_STARTING = 1.0
+"""Seconds that a thread may take to start."""
 
 
 class Prefetcher:
@@ -44,10 +46,10 @@ class Prefetcher:
     def __init__(self, chunks: Generator[Chunk]):
         self._queue: SimpleQueue[tuple[Chunk | None, BaseException | None]] = SimpleQueue()
         self._taken: SimpleQueue[None] = SimpleQueue()  # a semaphore in one call
-        stop = threading.Event()
+        started, stop = threading.Event(), threading.Event()
         thread = threading.Thread(
             target=_run,
-            args=(chunks, self._queue, self._taken, stop),
+            args=(chunks, self._queue, self._taken, started, stop),
             name="pymc-streaming-prefetch",
             daemon=True,
         )
@@ -55,7 +57,12 @@ class Prefetcher:
         # The thread must not refer to self, or self would never be collected.
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _stop, thread, stop, self._taken, self._pid)
-        thread.start()
+        try:
+            thread.start()
+        except KeyboardInterrupt:
+            started.wait(_STARTING)  # or it could not be joined yet
+            self.close()
+            raise
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -110,8 +117,13 @@ _switching = _Switching()
 
 
 def _run(
-    chunks: Generator[Chunk], queue: SimpleQueue, taken: SimpleQueue, stop: threading.Event
+    chunks: Generator[Chunk],
+    queue: SimpleQueue,
+    taken: SimpleQueue,
+    started: threading.Event,
+    stop: threading.Event,
 ) -> None:
+    started.set()
     end: BaseException | None = None
     try:
         for chunk in chunks:
