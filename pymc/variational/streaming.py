@@ -142,8 +142,9 @@ class StreamingDataset:
 
     Until :meth:`fit_callback` or :meth:`advance` puts the first batch in, and again after
     the stream has been closed, the buffer holds NaN, so that a fit without the callback
-    fails at once (integer buffers hold their type's smallest number instead; and PyMC casts
-    the observations of a discrete variable to integers, which have no NaN).
+    fails at once (integer buffers hold their type's smallest number instead, or the largest where
+    there is no sign; and PyMC casts the observations of a discrete variable to integers, which
+    have no NaN).
 
     Examples
     --------
@@ -188,8 +189,11 @@ class StreamingDataset:
         self._stream: Prefetcher | Generator[Chunk] | None = None
         self._batches: Iterator[Chunk] = iter(())
         self._position = _Position(0, 0, 0)
+        self._end = 0, 0
+        """Epoch and position of the batch that follows."""
         self._owner: object = None
-        self._lent = False
+        self._withheld: np.ndarray | None = None
+        """What the buffer will hold when other rows leave it."""
 
     @property
     def batch_size(self) -> int:
@@ -256,10 +260,12 @@ class StreamingDataset:
         -------
         Callback
             For ``pm.fit(callbacks=[...])``, as the last one, so that the others see the batch
-            that the step used. It also serves :meth:`Inference.refine`. A newer callback takes
-            the stream over, and calling the older one is an error. When the callback is no
-            longer referenced, which is when :func:`pymc.fit` returns or fails, the stream is
-            closed; the next callback goes on with the batch that no step has used yet.
+            that the step used. It also serves :meth:`Inference.refine`; after an interrupt that
+            came while a fit waited for the next batch, that begins with the last one once more.
+            A newer callback takes the stream over, as :meth:`advance` does, and calling the older
+            one is an error. When the callback is no longer referenced, which is when
+            :func:`pymc.fit` returns or fails, the stream is closed; the next callback goes on with
+            the batch that no step has used yet.
 
         Raises
         ------
@@ -292,11 +298,8 @@ class StreamingDataset:
             False if the source has ended, which happens only with ``cycle=False``; the buffer
             then holds NaN.
         """
-        self._require_own_rows()
-        if self._stream is None:
-            self._open()
-            return True
-        return self._put_next(self.rows_seen + self._batch_size)
+        self._owner = None
+        return self._advance()
 
     def rows(self, rows: Any) -> AbstractContextManager[None]:
         """Put rows of your own into the buffer for the length of a ``with`` block.
@@ -379,20 +382,23 @@ class StreamingDataset:
 
         The position is kept: :meth:`fit_callback` or :meth:`advance` go on from there.
         """
-        if self._stream is not None:
-            stream = self._stream
-            self._stream, self._batches = None, iter(())
-            if not self._lent:
-                self._buffer.set_value(self._blank(), borrow=True)
-            stream.close()
+        if self._withheld is not None:
+            self._withheld = self._blank()
+        else:
+            self._buffer.set_value(self._blank(), borrow=True)
+        self._stop()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the thread and the open files behind; a copy goes on from the same batch."""
-        return {**self.__dict__, "_stream": None, "_batches": iter(()), "_owner": None}
+        left = {"_stream": None, "_batches": iter(()), "_owner": None, "_withheld": None}
+        return {**self.__dict__, **left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._buffer.set_value(self._blank(), borrow=True)
+
+    def __copy__(self) -> "StreamingDataset":
+        raise TypeError("a shallow copy would share the buffer; use copy.deepcopy")
 
     def __enter__(self) -> "StreamingDataset":
         return self
@@ -401,24 +407,28 @@ class StreamingDataset:
         self.close()
 
     def _blank(self) -> np.ndarray:
-        blank = np.nan if self._dtype.kind == "f" else np.iinfo(self._dtype).min
+        if self._dtype.kind == "f":
+            blank = np.nan
+        else:
+            limits = np.iinfo(self._dtype)
+            blank = limits.min or limits.max
         return np.full((self._batch_size, *self._sample_shape), blank, self._dtype)
 
     @contextmanager
     def _lend(self, rows: np.ndarray) -> Iterator[None]:
         self._require_own_rows()
         batch = self._buffer.get_value(borrow=True)
-        self._buffer.set_value(rows, borrow=True)
-        self._lent = True
         try:
+            self._withheld = batch
+            self._buffer.set_value(rows, borrow=True)
             yield
         finally:
-            self._lent = False
-            closed = self._stream is None
-            self._buffer.set_value(self._blank() if closed else batch, borrow=True)
+            if self._withheld is not None:
+                self._buffer.set_value(self._withheld, borrow=True)
+                self._withheld = None
 
     def _require_own_rows(self) -> None:
-        if self._lent:
+        if self._withheld is not None:
             raise StreamError("the buffer holds other rows; leave the `with ds.rows(...)` first")
 
     def _open(self) -> None:
@@ -435,31 +445,60 @@ class StreamingDataset:
         chunks = self._order.watch(chunks)
         self._stream = Prefetcher(chunks) if self._prefetch else chunks
         self._batches = rebatch(self._stream, self._batch_size)
-        if not self._put_next(self.rows_seen):
+        if not self._put_next(used=False):
+            self.close()
             raise StreamError(
                 f"the source has no full batch of {self._batch_size} rows left; "
                 "make the dataset anew to start over"
             )
 
-    def _put_next(self, rows_seen: int) -> bool:
+    def _advance(self) -> bool:
+        self._require_own_rows()
+        if self._stream is None:
+            self._open()
+            return True
+        return self._put_next(used=True)
+
+    def _put_next(self, *, used: bool) -> bool:
+        """Put another batch in; *used* is whether a step has used the one that is there."""
         try:
+            if used:
+                self._position = _Position(*self._end, self.rows_seen + self._batch_size)
             batch = self._next_batch()
-            self._position = _Position(batch.epoch, batch.offset, rows_seen)
+            self._position = _Position(batch.epoch, batch.offset, self.rows_seen)
+            self._end = batch.end
             if len(batch.rows) == self._batch_size:
                 # As set_value does, which takes microseconds to check a type that is known here.
                 self._buffer.container.storage[0] = cast(batch.rows, self._dtype)
                 return True
+        except KeyboardInterrupt:
+            self._pause()
+            raise
         except BaseException:
             self.close()
             raise
-        self.close()
+        self._pause()
         warnings.warn(
-            f"the source ended after {rows_seen // self._batch_size} batches of "
+            f"the source ended after {self.rows_seen // self._batch_size} batches of "
             f"{self._batch_size} rows, with {len(batch.rows)} rows left over (cycle=False)",
             StreamWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return False
+
+    def _pause(self) -> None:
+        """Stop where PyMC takes a fit for complete: ``Inference.refine`` steps before it calls."""
+        if self._owner is None:
+            self.close()
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        """End the thread, and close the files."""
+        if self._stream is not None:
+            stream = self._stream
+            self._stream, self._batches = None, iter(())
+            stream.close()
 
     def _next_batch(self) -> Chunk:
         """Return the next batch; one that is not full ends the stream."""
@@ -504,13 +543,13 @@ class _FitCallback(Callback):
             raise StreamError(WITHOUT_LOSS)
         if self._dataset._owner is not self._token:
             raise StreamError(
-                "a newer fit_callback() of this dataset has taken the stream over; "
-                "use that one, or a dataset for each fit"
+                "advance() or a newer fit_callback() of this dataset has taken the stream over; "
+                "use the newest callback, or a dataset for each fit"
             )
         if approx is not self._approx:
             self.check(approx.model)
             self._approx = approx
-        if not self._dataset.advance():
+        if not self._dataset._advance():
             raise StopIteration(f"the stream ended at step {i}")
 
 

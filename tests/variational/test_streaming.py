@@ -13,8 +13,10 @@
 #   limitations under the License.
 """The dataset, its callback, and what a fit sees of them."""
 
+import copy
 import gc
 import json
+import pickle
 import sys
 import threading
 import warnings
@@ -90,6 +92,32 @@ class TestBuffer:
         with ds:
             ds.advance()
             assert ds.as_tensor().get_value().dtype == "int32"
+
+    def test_integers_without_a_sign_have_no_zeros_either(self):
+        ds = StreamingDataset(np.ones((10, 1), "uint8"), batch_size=4, dtype="uint8")
+        assert (ds.as_tensor().get_value() == 255).all()
+
+    def test_a_shallow_copy_would_share_it_and_is_refused(self):
+        with StreamingDataset(numbered(10), batch_size=4) as ds:
+            ds.advance()
+            with pytest.raises(TypeError, match="a shallow copy would share"):
+                copy.copy(ds)
+            assert not np.isnan(ds.as_tensor().get_value()).any()
+
+    def test_a_copy_that_was_made_while_it_was_lent_is_free(self):
+        ds = StreamingDataset(numbered(10), batch_size=4)
+        with ds.rows(np.zeros((2, 2))):
+            twin = pickle.loads(pickle.dumps(ds))
+        with twin:
+            assert twin.advance()
+
+    def test_it_is_closed_also_while_it_is_lent(self):
+        ds = StreamingDataset(numbered(10), batch_size=4)
+        ds.advance()
+        with ds.rows(np.zeros((2, 2))):
+            ds.close()
+            assert (ds.as_tensor().get_value() == 0).all()
+        assert np.isnan(ds.as_tensor().get_value()).all()
 
     def test_a_fit_without_the_callback_fails_at_once(self):
         ds = StreamingDataset(tell_tale(3), batch_size=4)
@@ -269,13 +297,59 @@ class TestFreshness:
             with pytest.raises(StreamError, match="has total_size=11; pass total_size=12"):
                 pm.fit(3, callbacks=[callback], **QUICK)
 
+    @pytest.mark.parametrize("prefetch", [True, False])
+    def test_refine_goes_on_after_an_interrupt_that_came_while_the_fit_waited(self, prefetch):
+        interrupts = [5, 7]
+
+        def source():
+            for k, batch in enumerate(np.split(tell_tale(10), 10)):
+                if k in interrupts:
+                    interrupts.remove(k)
+                    raise KeyboardInterrupt
+                yield batch
+
+        ds = StreamingDataset(source, batch_size=4, total_size=40, prefetch=prefetch)
+        with normal_model(ds):
+            inference = pm.ADVI()
+            inference.fit(20, callbacks=[ds.fit_callback()], **STANDING_STILL)
+            assert len(inference.hist) == 4  # PyMC forgets the loss of the last step
+            inference.refine(20, progressbar=False)
+            assert batches_used(inference.hist) == [0, 1, 2, 3, 4, 5]
+            del inference
+            gc.collect()
+            assert np.isnan(ds.as_tensor().get_value()).all()
+            second = pm.fit(2, callbacks=[ds.fit_callback()], **STANDING_STILL)
+        assert batches_used(second.hist) == [7, 8]
+
+    def test_refine_after_the_end_is_an_error_and_leaves_the_fit_alone(self):
+        ds = StreamingDataset(tell_tale(5), batch_size=4, cycle=False)
+        with normal_model(ds):
+            inference = pm.ADVI()
+            with pytest.warns(StreamWarning, match="ended after 5 batches"):
+                inference.fit(50, callbacks=[ds.fit_callback()], **STANDING_STILL)
+            with pytest.warns(StreamWarning), pytest.raises(StreamError, match="no full batch"):
+                inference.refine(3, progressbar=False)
+        assert all(np.isfinite(p.get_value()).all() for p in inference.approx.params)
+
 
 class TestCallback:
+    def test_a_loop_of_ones_own_takes_the_stream_over(self):
+        ds = StreamingDataset(tell_tale(5), batch_size=4)
+        callback = ds.fit_callback()
+        with ds:
+            ds.advance()
+            with normal_model(ds), pytest.raises(StreamError, match="taken the stream over"):
+                pm.fit(3, callbacks=[callback], **QUICK)
+            del callback
+            gc.collect()
+            assert ds.advance() and ds.rows_seen == 8
+            assert (ds.as_tensor().get_value() == 3_000).all()
+
     def test_the_newest_owns_the_stream(self):
         ds = StreamingDataset(tell_tale(3), batch_size=4)
         old, new = ds.fit_callback(), ds.fit_callback()
         with normal_model(ds):
-            with pytest.raises(StreamError, match="a newer fit_callback"):
+            with pytest.raises(StreamError, match="or a newer fit_callback"):
                 pm.fit(3, callbacks=[old], **QUICK)
             del old
             pm.fit(3, callbacks=[new], **QUICK)
@@ -374,6 +448,21 @@ class TestTotalSize:
             with pytest.warns(StreamWarning, match="total_size=9 but the source holds 7 rows"):
                 ds.advance()
             for _ in range(20):
+                ds.advance()
+
+    def test_an_array_that_grows_is_an_error(self):
+        class Growing:
+            dtype, rows = np.dtype("float64"), numbered(7).astype("float64")
+            shape = property(lambda self: self.rows.shape)
+
+            def __getitem__(self, index):
+                return self.rows[index]
+
+        array = Growing()
+        ds = StreamingDataset(array, batch_size=2, total_size=7)
+        array.rows = numbered(9).astype("float64")
+        with ds, pytest.raises(StreamError, match="gave 9 rows in an epoch but 7 before"):
+            for _ in range(10):
                 ds.advance()
 
     def test_rows_that_change_under_auto_are_an_error(self):

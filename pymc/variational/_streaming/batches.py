@@ -44,6 +44,15 @@ class Chunk(NamedTuple):
     is_end: bool = False
     """Whether the epoch has ended, with *offset* rows."""
     finding: OrderReport | None = None
+    last: "Chunk | None" = None
+    """Where the rows are those of several chunks, the last one of these."""
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """Epoch and position of what follows the rows."""
+        if self.last is not None:
+            return self.last.end
+        return self.epoch, self.offset + len(self.rows)
 
 
 def read_epochs(
@@ -82,7 +91,7 @@ def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
     rest: list[Chunk] = []
     missing = batch_size
     for chunk in chunks:
-        epoch, offset, rows, is_end, finding = chunk
+        epoch, offset, rows, is_end, finding, _ = chunk
         if is_end or finding is not None:
             yield chunk
         first = 0
@@ -134,7 +143,8 @@ def _require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: in
 
 
 def _join(parts: list[Chunk]) -> Chunk:
-    return Chunk(parts[0].epoch, parts[0].offset, np.concatenate([part.rows for part in parts]))
+    rows = np.concatenate([part.rows for part in parts])
+    return Chunk(parts[0].epoch, parts[0].offset, rows, last=parts[-1])
 
 
 def _is_wider(dtype: np.dtype, other: np.dtype) -> bool:

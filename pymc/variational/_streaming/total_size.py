@@ -50,15 +50,14 @@ class TotalSize:
         """For the ``total_size`` of observed variables."""
 
     def check_epoch(self, n_rows: int) -> None:
-        """Compare the rows of an epoch that has ended with the declared ones."""
-        if self.rows in (None, n_rows):
-            return
-        if self._auto:
+        """Compare the rows of an epoch that has ended with those before, and the declared ones."""
+        before = self.rows if self._auto else self._source.n_rows
+        if before not in (None, n_rows):
             raise StreamError(
-                f"the source gave {n_rows} rows in an epoch but {self.rows} before; "
+                f"the source gave {n_rows} rows in an epoch but {before} before; "
                 "the data changed: make the dataset anew"
             )
-        if self._source.n_rows is None and not self._warned:
+        if before is None and self.rows not in (None, n_rows) and not self._warned:
             self._warned = True
             _warn(self.rows, n_rows)
 
