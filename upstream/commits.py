@@ -185,8 +185,10 @@ def _rooms() -> list[str]:
 
 
 def _pages() -> dict[str, bytes]:
-    """Return the documentation, in a folder of its own."""
+    """Return the documentation, in a folder of its own, with the numbers that it links."""
     pages = [path for path in sorted((ROOT / PAGES).rglob("*")) if path.is_file()]
+    text = "".join(path.read_text() for path in pages if path.suffix == ".md")
+    pages = [path for path in pages if path.suffix != ".json" or f"/{path.name})" in text]
     return {
         f"{PAGES}/streaming/{path.relative_to(ROOT / PAGES)}": path.read_bytes()
         for path in pages

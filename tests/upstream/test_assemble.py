@@ -186,6 +186,10 @@ class TestCommits:
                 if path.startswith("tests"):
                     assert page in files
 
+    def test_pages_bring_the_numbers_that_they_link_and_no_others(self):
+        numbers = {Path(path).name for path in ours(COMMITS) if path.endswith(".json")}
+        assert numbers == {"fuzz.json", "reproduce.json"}
+
 
 class TestTree:
     def test_the_tree_and_its_diff(self, sdist, tmp_path):
