@@ -346,7 +346,9 @@ def _results(case: dict[str, dict[str, Any]]) -> Case:
 
 
 def _table(header: tuple[str, ...], lines: Iterable[list[str]]) -> str:
-    cells = [header, ["---"] * len(header), *lines]
+    """Give a table as Markdown, without lines that say nothing."""
+    told = [line for line in lines if set(line[1:]) != {NOTHING}]
+    cells = [header, ["---"] * len(header), *told]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
