@@ -85,6 +85,7 @@ def speed_table(data: Data, turns: int) -> str:
     wheel = fetch_dataloader(data.folder)
     lanes = {
         LIMIT: Lane(on_one_batch, shuffled),
+        "four batches in turn, in the cache": Lane(on_ready_batches, shuffled, 4),
         "batches that are in memory already": Lane(on_ready_batches, shuffled),
         STREAM: Lane(on_stream, shuffled),
         "stream, as it comes (zstd, dictionaries)": Lane(on_stream, Case(ordered, order_book)),

@@ -118,12 +118,12 @@ def on_one_batch(case: Case, backend: str | None = None) -> Runner:
         return _fitted(case, [], backend)
 
 
-def on_ready_batches(case: Case) -> Runner:
-    """Fit to batches that are in memory, another one in each step: nothing is read."""
+def on_ready_batches(case: Case, most: int | None = None) -> Runner:
+    """Fit to at most so many batches that are in memory, in turn: nothing is read."""
     with pm.Model():
         rows = next(iter(parquet_source(case.rows))).astype(pytensor.config.floatX)
         n_batches = len(rows) // case.batch_size
-        batches = cycle(np.split(rows[: n_batches * case.batch_size], n_batches))
+        batches = cycle(np.split(rows[: n_batches * case.batch_size], n_batches)[:most])
         buffer = _shared(next(batches))
 
         def put_next(approx: Any, losses: Any, i: int) -> None:
