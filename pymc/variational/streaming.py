@@ -298,6 +298,7 @@ class StreamingDataset:
             False if the source has ended, which happens only with ``cycle=False``; the buffer
             then holds NaN.
         """
+        self._require_own_rows()
         self._owner = None
         return self._advance()
 

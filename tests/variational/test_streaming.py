@@ -345,6 +345,15 @@ class TestCallback:
             assert ds.advance() and ds.rows_seen == 8
             assert (ds.as_tensor().get_value() == 3_000).all()
 
+    def test_it_keeps_the_stream_when_advance_is_refused(self):
+        ds = StreamingDataset(tell_tale(5), batch_size=4)
+        callback = ds.fit_callback()
+        with ds.rows(tell_tale(1)), pytest.raises(StreamError, match="holds other rows"):
+            ds.advance()
+        with normal_model(ds):
+            approx = pm.fit(3, callbacks=[callback], **STANDING_STILL)
+        assert batches_used(approx.hist) == [0, 1, 2]
+
     def test_the_newest_owns_the_stream(self):
         ds = StreamingDataset(tell_tale(3), batch_size=4)
         old, new = ds.fit_callback(), ds.fit_callback()

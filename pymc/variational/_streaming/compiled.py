@@ -190,7 +190,7 @@ def insert_shuffled(window, n, rows, key):
             places[i] = ((number >> half) * k + ((number & low) * k >> half)) >> half
         for i in range(some):
             fetched ^= np.uint64(window[places[i], 0])
-        if rows.shape[1] == 2:
+        if rows.shape[1] == 2:  # such as four single floats, in half the time of the loop below
             for i in range(some):
                 end, row, place = at + np.uint64(i), np.uint64(i), places[i]
                 window[end, zero], window[end, one] = window[place, zero], window[place, one]
