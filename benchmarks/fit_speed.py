@@ -46,6 +46,7 @@ from benchmarks.fits import (
     on_one_batch,
     on_ready_batches,
     on_stream,
+    on_stream_of_array,
     order_book,
     wide,
 )
@@ -87,6 +88,7 @@ def speed_table(data: Data, turns: int) -> str:
         LIMIT: Lane(on_one_batch, shuffled),
         "four batches in turn, in the cache": Lane(on_ready_batches, shuffled, 4),
         "batches that are in memory already": Lane(on_ready_batches, shuffled),
+        "stream of an array in memory": Lane(on_stream_of_array, shuffled),
         STREAM: Lane(on_stream, shuffled),
         "stream, as it comes (zstd, dictionaries)": Lane(on_stream, Case(ordered, order_book)),
         MEMORY: Lane(in_memory_columns, shuffled),

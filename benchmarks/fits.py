@@ -38,6 +38,7 @@ from benchmarks.data import N_FEATURES, N_GROUPS
 from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, build_model, logistic
 from benchmarks.peers import load_dataloader
 from benchmarks.turns import Runner
+from pymc.variational._streaming.shuffle import ShuffleBuffer
 from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "on_one_batch",
     "on_ready_batches",
     "on_stream",
+    "on_stream_of_array",
     "order_book",
     "stream",
     "wide",
@@ -134,8 +136,19 @@ def on_ready_batches(case: Case, most: int | None = None) -> Runner:
 
 
 def on_stream(case: Case, backend: str | None = None) -> Runner:
+    return _on_dataset(case, stream(case), backend)
+
+
+def on_stream_of_array(case: Case) -> Runner:
+    """Fit to a stream of rows that are in memory: nothing is read, shuffled or checked."""
+    rows = next(_buffer(case).blocks())
+    return _on_dataset(
+        case, StreamingDataset(rows, batch_size=case.batch_size, order_check="off"), None
+    )
+
+
+def _on_dataset(case: Case, ds: StreamingDataset, backend: str | None) -> Runner:
     with pm.Model():
-        ds = stream(case)
         buffer: Any = ds.as_tensor()
         case.model(buffer[:, :-1], buffer[:, -1], ds.total_size)
         return _fitted(case, [ds.fit_callback()], backend)
@@ -201,13 +214,16 @@ def on_dataloader(case: Case, wheel: Path, backend: str | None = None) -> Runner
 
 
 def stream(case: Case) -> StreamingDataset:
-    buffer = shuffle_buffer(
+    return StreamingDataset(_buffer(case), batch_size=case.batch_size)
+
+
+def _buffer(case: Case) -> ShuffleBuffer:
+    return shuffle_buffer(
         parquet_source(case.rows),
         buffer_size=case.buffer_size,
         batch_size=case.batch_size,
         seed=0,
     )
-    return StreamingDataset(buffer, batch_size=case.batch_size)
 
 
 def _fitted(case: Case, callbacks: list, backend: str | None) -> Runner:

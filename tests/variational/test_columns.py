@@ -85,8 +85,7 @@ def test_a_value_that_is_refused_is_named_after_the_rows_before_it(tmp_path, val
     name = "null" if value is None else value
     assert f"column 'x' is {name} in row {place} of row group {group}" in str(caught.value)
     emitted = np.concatenate([np.empty((0, 1)), *seen])
-    if value is not None:  # a piece with a null is not begun
-        assert len(emitted) > row - 2 * 2_500 - 2**14
+    assert len(emitted) > row - 2 * 2_500 - 2**14
     np.testing.assert_array_equal(np.sort(emitted, axis=0)[:, 0], np.arange(len(emitted)))
 
 
@@ -100,6 +99,21 @@ def test_rows_that_are_dropped_leave_the_others(tmp_path):
     np.testing.assert_array_equal(np.sort(window[:, 0]), np.delete(values, [3, 7_000]))
 
 
+@pytest.mark.parametrize(
+    "group_rows, expected",
+    [
+        (100_000, [200_000, 150_000]),
+        (300_000, [150_000, 150_000, 50_000]),
+        (PIECE_ROWS // 8, [PIECE_ROWS, 9]),
+    ],
+)
+def test_reads_end_where_row_groups_do(tmp_path, group_rows, expected):
+    n_rows = sum(expected)
+    with pq.ParquetWriter(tmp_path / "x.parquet", pa.schema({"x": "int8"})) as writer:
+        writer.write_table(pa.table({"x": np.zeros(n_rows, "int8")}), row_group_size=group_rows)
+    assert [len(piece) for piece in parquet_source(tmp_path).pieces(0, 0)] == expected
+
+
 def test_slices_of_batches_begin_where_they_say():
     batch = pa.record_batch({"x": np.arange(100.0), "y": np.arange(100, dtype="int16")})
     piece = columns_of(batch.slice(40, 30))[10:]
@@ -107,9 +121,14 @@ def test_slices_of_batches_begin_where_they_say():
     np.testing.assert_array_equal(piece.rows(), np.stack([np.arange(50.0, 70)] * 2, axis=1))
 
 
-def test_missing_values_are_left_to_others():
-    batch = pa.record_batch({"x": pa.array([1.0, None, 3.0])})
-    assert columns_of(batch).interleave() is None
+@pytest.mark.parametrize("missing", [0, 7, 8, 21, 39])
+def test_rows_with_a_missing_value_are_left_to_others(missing):
+    values = [None if i == missing else float(i) for i in range(40)]
+    batch = pa.record_batch({"x": np.arange(40.0), "y": pa.array(values)})
+    for start in range(40):
+        for stop in range(start, 41):
+            rows = columns_of(batch.slice(start // 2))[start - start // 2 : stop - start // 2]
+            assert (rows.interleave() is None) == (start <= missing < stop)
 
 
 def test_rows_from_elsewhere_are_cut_like_the_columns():

@@ -13,8 +13,6 @@
 #   limitations under the License.
 """Columns of numbers that are not put side by side yet."""
 
-import ctypes
-
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -32,9 +30,6 @@ __all__ = ["Columns", "Layout", "as_rows"]
 
 _TILE_VALUES = 1 << 14
 """Put side by side at a time: few enough for the cache."""
-
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +51,7 @@ class Layout:
 class Columns:
     """Rows of a record batch, which are put side by side when it is known where.
 
-    Arrow's C data interface tells compiled code where the values are: one call for all columns.
+    Compiled code takes the values from where Arrow has them.
 
     Parameters
     ----------
@@ -67,7 +62,7 @@ class Columns:
         Returns all rows of the batch, or raises: for values that are missing or not finite.
     """
 
-    __slots__ = ("_array", "_otherwise", "_owner", "_start", "_stop", "layout")
+    __slots__ = ("_otherwise", "_owner", "_places", "_start", "_stop", "layout")
 
     def __init__(
         self,
@@ -75,8 +70,8 @@ class Columns:
         layout: Layout,
         otherwise: Callable[[], np.ndarray] | None = None,
     ):
-        self._owner = batch.__arrow_c_array__()
-        self._array = _pointer(self._owner[1], b"arrow_array")
+        self._owner = batch
+        self._places = _places(batch)
         self._start, self._stop = 0, batch.num_rows
         self.layout = layout
         self._otherwise = otherwise
@@ -95,7 +90,7 @@ class Columns:
         from pymc.variational._streaming.compiled import interleave
 
         rows = np.empty((len(self), len(self.layout.kinds)), self.layout.dtype)
-        complete = interleave(self._array, self.layout.kinds, self._start, rows)
+        complete = interleave(self._places, self.layout.kinds, self._start, rows)
         return rows if complete else None
 
     def rows(self) -> np.ndarray:
@@ -127,14 +122,27 @@ class Columns:
         tile = np.empty((-(-_TILE_VALUES // n_columns), n_columns), self.layout.dtype)
         words = tile.view(window.dtype)
         stop = min(self._stop, self._start + len(window) - n)
-        array, kinds = self._array, self.layout.kinds
-        self._start = insert_columns(window, n, key, array, kinds, self._start, stop, tile, words)
+        columns = self._places, self.layout.kinds
+        self._start = insert_columns(window, n, key, *columns, self._start, stop, tile, words)
         return self._start == stop
 
 
 def as_rows(piece: np.ndarray | Columns) -> np.ndarray:
     """Put columns side by side, and leave rows as they are."""
     return piece.rows() if isinstance(piece, Columns) else piece
+
+
+def _places(batch: "pyarrow.RecordBatch") -> np.ndarray:
+    """Return where the columns of a batch are, as compiled code takes it.
+
+    Arrow's C data interface would take one call, but that one gives up the interpreter lock, and
+    then waits for it.
+    """
+    places = np.empty((batch.num_columns, 3), np.int64)
+    for place, column in zip(places, batch.columns):
+        validity, values = column.buffers()
+        place[:] = values.address, validity.address if validity else 0, column.offset
+    return places
 
 
 @cache

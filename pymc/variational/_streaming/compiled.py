@@ -83,19 +83,31 @@ def _copy(address, first, dtype, tile, j):
 
 
 @_compiled()
-def _word(address, i):
-    """Return the i-th 64 bits behind an address."""
-    return numba.carray(_as_pointer(address), i + 1, np.int64)[i]
+def _all_set(address, first, n):
+    """Tell whether *n* bits from bit *first* on are set; no bits at all, at address 0, are."""
+    if address == 0 or n == 0:
+        return True
+    bits = numba.carray(_as_pointer(address), (first + n + 7) // 8, np.uint8)[first // 8 :]
+    head, tail = 0xFF >> first % 8 << first % 8, 0xFF >> -(first + n) % 8
+    if len(bits) == 1:
+        return bits[0] & head & tail == head & tail
+    if bits[0] & head != head or bits[-1] & tail != tail:
+        return False
+    unset = np.uint8(0)
+    for i in range(1, len(bits) - 1):
+        unset |= ~bits[i]
+    return unset == 0
 
 
 @_compiled()
-def interleave(array, kinds, start, rows):
+def interleave(places, kinds, start, rows):
     """Copy columns to *rows*, and tell whether all values are there and finite.
 
     Parameters
     ----------
-    array : int
-        Address of the ``ArrowArray`` [1]_ of a record batch.
+    places : ndarray of int64, shape (n_columns, 3)
+        Addresses of each column's values and of its validity bits [1]_ or 0, and which of them is
+        the column's first one.
     kinds : ndarray of int64, shape (n_columns,)
         Place of each column's type in ``PLAIN``: one compiled loop serves any columns.
     start : int
@@ -105,21 +117,18 @@ def interleave(array, kinds, start, rows):
 
     References
     ----------
-    .. [1] Apache Arrow. The Arrow C data interface.
-       https://arrow.apache.org/docs/format/CDataInterface.html
+    .. [1] Apache Arrow. Arrow columnar format.
+       https://arrow.apache.org/docs/format/Columnar.html
     """
-    addresses, skipped = np.empty(len(kinds), np.int64), np.empty(len(kinds), np.int64)
     for j in range(len(kinds)):
-        column = _word(_word(array, 6), j)
-        if _word(column, 1):
+        if not _all_set(places[j, 1], start + places[j, 2], len(rows)):
             return False
-        skipped[j] = start + _word(array, 2) + _word(column, 2)
-        addresses[j] = _word(_word(column, 5), 1)
     strange = False
     for first in range(0, len(rows), _TILE):
         tile = rows[first : first + _TILE]
         for j in range(len(kinds)):
-            kind, address, at = kinds[j], addresses[j], skipped[j] + first
+            kind, address = kinds[j], places[j, 0]
+            at = start + first + places[j, 2]
             # A loop over the types, with numba's literal_unroll, would take twice as long.
             if kind == 0:
                 strange |= _copy(address, at, np.int8, tile, j)
@@ -205,14 +214,14 @@ def insert_shuffled(window, n, rows, key):
 
 
 @_compiled()
-def insert_columns(window, n, key, array, kinds, start, stop, tile, tile_words):
+def insert_columns(window, n, key, places, kinds, start, stop, tile, tile_words):
     """Put rows *start* to *stop* of columns at random places among those of a window.
 
     Parameters
     ----------
     window, n, key
         See :func:`insert_shuffled`.
-    array, kinds
+    places, kinds
         See :func:`interleave`.
     tile : ndarray, shape (size, n_columns)
         Room for some rows.
@@ -226,7 +235,7 @@ def insert_columns(window, n, key, array, kinds, start, stop, tile, tile_words):
     """
     for first in range(start, stop, len(tile)):
         some = min(len(tile), stop - first)
-        if not interleave(array, kinds, first, tile[:some]):
+        if not interleave(places, kinds, first, tile[:some]):
             return first
         insert_shuffled(window, n + first - start, tile_words[:some], key)
     return stop

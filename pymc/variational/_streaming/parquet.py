@@ -14,6 +14,7 @@
 """Rows from Parquet files."""
 
 import hashlib
+import math
 import os
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -250,6 +251,7 @@ class _ParquetSource(Source):
     def _read(
         self, file: ParquetInput, groups: Sequence[int], size: int
     ) -> Iterator[np.ndarray | Columns]:
+        size = _even(max(file.group_rows[group] for group in groups), size)
         batches = read_batches(
             self._fs, file, columns=self.columns, row_groups=groups, batch_rows=size
         )
@@ -276,6 +278,16 @@ class _ParquetSource(Source):
             f"{file.path}: column {fault.column!r} {fault.reason} in row {row} of row group "
             f'{group}; repair the file or pass invalid="drop"'
         )
+
+
+def _even(group_rows: int, most: int) -> int:
+    """Return how many rows, at most, to read at a time so that a read ends where a row group does.
+
+    A read across that border would move what it has to a larger place.
+    """
+    if group_rows <= most:
+        return most // max(1, group_rows) * max(1, group_rows)
+    return math.ceil(group_rows / math.ceil(group_rows / most))
 
 
 def _rows(pieces: Iterable[np.ndarray | Columns]) -> Generator[np.ndarray]:
