@@ -33,9 +33,9 @@ import sys
 import warnings
 import weakref
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pytensor
@@ -46,7 +46,7 @@ from pytensor.tensor.variable import TensorVariable
 from pymc.model.core import Model
 from pymc.variational._streaming.arrow import arrow_source
 from pymc.variational._streaming.average import EpochAverage
-from pymc.variational._streaming.batches import Chunk, cast, read_epochs, rebatch
+from pymc.variational._streaming.batches import cast, read_epochs, rebatch
 from pymc.variational._streaming.checkpoint import resumable_fit
 from pymc.variational._streaming.cli import main
 from pymc.variational._streaming.errors import (
@@ -61,8 +61,8 @@ from pymc.variational._streaming.given import given_rows
 from pymc.variational._streaming.guards import WITHOUT_LOSS, check_model
 from pymc.variational._streaming.order import OrderCheck, OrderReport, check_order
 from pymc.variational._streaming.parquet import parquet_source
-from pymc.variational._streaming.prefetch import Prefetcher
 from pymc.variational._streaming.preshuffle import PreshuffleReport, preshuffle
+from pymc.variational._streaming.reader import BatchReader, Position
 from pymc.variational._streaming.shuffle import ShuffleBuffer, shuffle_buffer
 from pymc.variational._streaming.sources import Source, as_source, positive_int
 from pymc.variational._streaming.total_size import TotalSize
@@ -181,16 +181,18 @@ class StreamingDataset:
             )
         self._sample_shape = _match_shape(self._source, sample_shape)
         self._dtype = _numeric_dtype(dtype)
-        self._cycle = cycle
-        self._prefetch = prefetch
         self._total_size = TotalSize(total_size, self._source)
-        self._order = OrderCheck(self._source, self._batch_size, self.total_size, order_check)
+        self._reader = BatchReader(
+            self._source,
+            self._batch_size,
+            self._sample_shape,
+            self._dtype,
+            total_size=self._total_size,
+            order=OrderCheck(self._source, self._batch_size, self.total_size, order_check),
+            cycle=cycle,
+            prefetch=prefetch,
+        )
         self._buffer = pytensor.shared(self._blank(), name=name)
-        self._stream: Prefetcher | Generator[Chunk] | None = None
-        self._batches: Iterator[Chunk] = iter(())
-        self._position = _Position(0, 0, 0)
-        self._end = 0, 0
-        """Epoch and position of the batch that follows."""
         self._owner: object = None
         self._withheld: np.ndarray | None = None
         """What the buffer will hold when other rows leave it."""
@@ -224,12 +226,12 @@ class StreamingDataset:
     @property
     def epoch(self) -> int:
         """Epoch that the first row of the current batch belongs to, from 0."""
-        return self._position.epoch
+        return self._reader.position.epoch
 
     @property
     def rows_seen(self) -> int:
         """Rows of all batches before the current one."""
-        return self._position.rows_seen
+        return self._reader.position.rows_seen
 
     def as_tensor(self) -> SharedVariable:
         """Return the buffer that holds the current batch, ``(batch_size, *sample_shape)``."""
@@ -279,7 +281,7 @@ class StreamingDataset:
         self._owner = object()
         callback = _FitCallback(self, self._owner)
         try:
-            if self._stream is None:
+            if not self._reader.is_open:
                 self._open()
             model = Model.get_context(error_if_none=False)
             if model is not None and (model.observed_RVs or model.potentials):
@@ -346,7 +348,7 @@ class StreamingDataset:
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the current batch, as plain JSON."""
         return {
-            **self._position._asdict(),
+            **self._reader.position._asdict(),
             "batch_size": self._batch_size,
             "dtype": str(self._dtype),
             "seed": self._source.seed,
@@ -370,13 +372,13 @@ class StreamingDataset:
             If the source, its seed or the batch size differ.
         """
         for key, mine in self.state_dict().items():
-            if key not in self._position._fields and state[key] != mine:
+            if key not in Position._fields and state[key] != mine:
                 raise ValueError(
                     f"{key}={mine!r} where the state was saved with {state[key]!r}; "
                     "make the dataset as it was then"
                 )
         self.close()
-        self._position = _Position(state["epoch"], state["offset"], state["rows_seen"])
+        self._reader.position = Position(*(state[key] for key in Position._fields))
 
     def close(self) -> None:
         """End the thread, close the files, and put NaN in the buffer.
@@ -387,12 +389,11 @@ class StreamingDataset:
             self._withheld = self._blank()
         else:
             self._buffer.set_value(self._blank(), borrow=True)
-        self._stop()
+        self._reader.stop()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the thread and the open files behind; a copy goes on from the same batch."""
-        left = {"_stream": None, "_batches": iter(()), "_owner": None, "_withheld": None}
-        return {**self.__dict__, **left}
+        return {**self.__dict__, "_owner": None, "_withheld": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -434,18 +435,7 @@ class StreamingDataset:
 
     def _open(self) -> None:
         """Start reading at the position of the current batch, and put that batch in."""
-        self._order.before()
-        chunks = read_epochs(
-            self._source,
-            self._sample_shape,
-            self._dtype,
-            epoch=self._position.epoch,
-            start=self._position.offset,
-            cycle=self._cycle,
-        )
-        chunks = self._order.watch(chunks)
-        self._stream = Prefetcher(chunks) if self._prefetch else chunks
-        self._batches = rebatch(self._stream, self._batch_size)
+        self._reader.open()
         if not self._put_next(used=False):
             self.close()
             raise StreamError(
@@ -455,7 +445,7 @@ class StreamingDataset:
 
     def _advance(self) -> bool:
         self._require_own_rows()
-        if self._stream is None:
+        if not self._reader.is_open:
             self._open()
             return True
         return self._put_next(used=True)
@@ -463,11 +453,7 @@ class StreamingDataset:
     def _put_next(self, *, used: bool) -> bool:
         """Put another batch in; *used* is whether a step has used the one that is there."""
         try:
-            if used:
-                self._position = _Position(*self._end, self.rows_seen + self._batch_size)
-            batch = self._next_batch()
-            self._position = _Position(batch.epoch, batch.offset, self.rows_seen)
-            self._end = batch.end
+            batch = self._reader.next(used=used)
             if len(batch.rows) == self._batch_size:
                 # As set_value does, which takes microseconds to check a type that is known here.
                 self._buffer.container.storage[0] = cast(batch.rows, self._dtype)
@@ -492,36 +478,7 @@ class StreamingDataset:
         if self._owner is None:
             self.close()
         else:
-            self._stop()
-
-    def _stop(self) -> None:
-        """End the thread, and close the files."""
-        if self._stream is not None:
-            stream = self._stream
-            self._stream, self._batches = None, iter(())
-            stream.close()
-
-    def _next_batch(self) -> Chunk:
-        """Return the next batch; one that is not full ends the stream."""
-        end = None
-        for batch in self._batches:
-            if len(batch.rows):
-                return batch
-            if batch.finding is not None:
-                self._order.tell(batch.finding)
-                continue
-            self._total_size.check_epoch(batch.offset)
-            end = batch
-        assert end is not None
-        return end
-
-
-class _Position(NamedTuple):
-    """Where the current batch starts."""
-
-    epoch: int
-    offset: int
-    rows_seen: int
+            self._reader.stop()
 
 
 class _FitCallback(Callback):
