@@ -13,6 +13,7 @@
 #   limitations under the License.
 """Hypothesis strategies, and the tables that they describe."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,11 @@ def table(n_rows: int) -> pa.Table:
     """Return `numbered` as an Arrow table."""
     rows = numbered(n_rows)
     return pa.table({"row": rows[:, 0], "twice": rows[:, 1]})
+
+
+def rows_of(source: Iterable[np.ndarray]) -> np.ndarray:
+    """Return all rows of a source that can be read."""
+    return np.concatenate(list(source))
 
 
 def write_layout(folder: Path, layout: list[list[int]]) -> int:

@@ -14,7 +14,6 @@
 """The how-tos of docs/source/sources.md run as they stand, with the real libraries."""
 
 import gc
-import os
 import subprocess
 import sys
 
@@ -24,6 +23,7 @@ import numpy as np
 import pytest
 
 from pymc.variational.streaming import StreamingDataset
+from tests.variational.held import open_files
 from tests.variational.libraries import COLUMNS, HOW_TOS, ROOT, book, run
 
 N_ROWS = 2_500
@@ -79,8 +79,7 @@ def test_an_abandoned_pass_leaves_no_open_file(heading, tmp_path):
     ds.close()
     del ds
     gc.collect()
-    links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
-    assert not [to for link in links if (to := os.path.realpath(link)).startswith(str(tmp_path))]
+    assert not [file for file in open_files() if file.startswith(str(tmp_path))]
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ import pytest
 from pymc.variational._streaming import remote
 from pymc.variational.streaming import StreamError, parquet_source
 from tests.variational.object_store import Proxy, s3_server
+from tests.variational.strategies import rows_of
 from tests.variational.test_memory import ROOT, SLACK
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -84,10 +85,6 @@ def s3fs_filesystem():
     """Make one that remembers nothing of other tests."""
     s3fs = pytest.importorskip("s3fs")
     return s3fs.S3FileSystem(skip_instance_cache=True, client_kwargs={"region_name": "us-east-1"})
-
-
-def rows_of(source):
-    return np.concatenate(list(source))
 
 
 def open_uri(folder, endpoint):

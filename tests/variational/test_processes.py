@@ -34,6 +34,7 @@ from pymc.variational.streaming import (
     parquet_source,
     shuffle_buffer,
 )
+from tests.variational.held import prefetch_threads
 from tests.variational.killed import in_child
 from tests.variational.strategies import numbered, write_layout
 
@@ -57,10 +58,6 @@ def unpickled_batches(pickled: bytes) -> list:
     assert np.isnan(buffer.get_value()).all()
     with ds:
         return [next_batch(ds) for _ in range(10)]
-
-
-def prefetch_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "pymc-streaming-prefetch"]
 
 
 @pytest.fixture(scope="module")

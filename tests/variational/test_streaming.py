@@ -18,7 +18,6 @@ import gc
 import json
 import pickle
 import sys
-import threading
 import warnings
 
 import numpy as np
@@ -35,6 +34,7 @@ from pymc.variational.streaming import (
     parquet_source,
     shuffle_buffer,
 )
+from tests.variational.held import prefetch_threads
 from tests.variational.strategies import numbered, table, write_layout
 
 QUICK = {"compile_kwargs": {"mode": "FAST_COMPILE"}, "progressbar": False}
@@ -60,10 +60,6 @@ def normal_model(ds: StreamingDataset, **kwargs) -> pm.Model:
         kwargs = {"total_size": ds.total_size, **kwargs}
         pm.Normal("y", mu, 1, observed=ds.as_tensor()[:, 0], **kwargs)
     return model
-
-
-def prefetch_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "pymc-streaming-prefetch"]
 
 
 @pytest.fixture(autouse=True)
