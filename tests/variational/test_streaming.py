@@ -159,6 +159,7 @@ class TestExactValues:
         [
             (np.nan, "float64", "float64"),
             (np.inf, "float32", "float64"),
+            (-np.inf, "float64", "float32"),
             (1e39, "float32", "float64"),
             (2**53 + 1, "float64", "int64"),
             (2**24 + 1, "float32", "int32"),
@@ -183,12 +184,19 @@ class TestExactValues:
             (2**24, "float32", "int32"),
             (2.0**60, "float32", "float64"),
             (-(2**31), "int32", "int64"),
+            (3e38, "float64", "float32"),
+            (1e308, "float64", "float64"),
         ],
     )
     def test_what_it_holds_or_rounds_as_a_float_is_accepted(self, value, dtype, row_dtype):
         rows = np.full((3, 1), value, row_dtype)
         (batch,) = StreamingDataset(rows, batch_size=3, dtype=dtype)
         np.testing.assert_array_equal(batch, rows.astype(dtype))
+
+    def test_infinities_of_both_signs_do_not_hide_each_other(self):
+        rows = np.array([[1.0], [np.inf], [-np.inf]])
+        with pytest.raises(StreamError, match="row 1 of the stream holds inf"):
+            list(StreamingDataset(rows, batch_size=3))
 
     @pytest.mark.parametrize("kind, dtype", [("int64", "float64"), ("int32", "float32")])
     def test_a_file_of_integers_is_checked_against_the_buffer(self, tmp_path, kind, dtype):
