@@ -31,8 +31,9 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.files import inspect, list_parquet
+from pymc.variational._streaming.files import inspect
 from pymc.variational._streaming.mark import check_marks, read_mark
+from pymc.variational._streaming.paths import list_parquet
 from pymc.variational._streaming.preshuffle import preshuffle
 from tests.variational.preshuffled import cut_small, digests
 

@@ -56,6 +56,8 @@ class TestPaths:
             ("day=1/*.parquet", 6),
             ("**/a.parquet", 7),
             ("day=[2-9]/?.parquet", 3),
+            ("d*", 9),
+            ("**/*.parquet", 9),
         ],
     )
     def test_a_directory_a_file_and_a_glob_are_paths(self, folder, path, n_rows):
@@ -86,6 +88,51 @@ class TestPaths:
             parquet_source("memory://streaming/a.parquet"),
         ):
             np.testing.assert_array_equal(rows_of(source), numbered(4))
+
+    @pytest.mark.parametrize("path", ["b/in", "b/in/*.parquet", "/b/i?/*", "memory://b/in/**/a*"])
+    def test_a_filesystem_knows_a_path_by_any_spelling(self, path):
+        memory = pytest.importorskip("fsspec").filesystem("memory")
+        with memory.open("/b/in/a.parquet", "wb") as file:
+            pq.write_table(table(5), file)
+        assert parquet_source(path, filesystem=memory).n_rows == 5
+
+    def test_relative_paths_stay_where_they_were(self, folder, monkeypatch):
+        monkeypatch.chdir(folder)
+        local = parquet_source("day=1", filesystem=pa.fs.LocalFileSystem())
+        monkeypatch.chdir("day=2")
+        np.testing.assert_array_equal(rows_of(local), numbered(6))
+
+    def test_hidden_files_are_data_where_they_are_spelled_out(self, folder):
+        write_layout(folder / "day=1", [[1, 2]])
+        for hidden in ("_old", ".tmp"):
+            (folder / hidden).mkdir()
+            write_layout(folder / hidden, [[100]])
+            assert parquet_source(folder / hidden).n_rows == 100
+            assert parquet_source(folder / f"{hidden[:2]}*" / "*.parquet").n_rows == 100
+        assert parquet_source(folder / "**" / "*.parquet").n_rows == 12
+        assert parquet_source(folder / "*" / "*").n_rows == 12
+
+    def test_folders_may_be_called_like_files(self, tmp_path):
+        (tmp_path / "in[1]" / "a.parquet").mkdir(parents=True)
+        write_layout(tmp_path / "in[1]" / "a.parquet", [[3], [4]])
+        assert parquet_source(tmp_path / "in[1]").n_rows == 7
+        assert parquet_source(tmp_path / "i*").n_rows == 7
+
+    def test_files_that_come_twice_are_refused(self, folder):
+        with pytest.raises(ValueError, match=r"names .*b.parquet more than once"):
+            parquet_source([folder / "day=1", folder / "day=1" / "b.parquet"])
+        (folder / "day=2" / "again.parquet").symlink_to(folder / "day=1" / "a.parquet")
+        with pytest.raises(ValueError, match=r"names .*a.parquet more than once, as .*again"):
+            parquet_source(folder)
+
+    def test_links_that_lead_up_or_nowhere_are_noticed(self, folder):
+        (folder / "day=1" / "up").symlink_to("..")
+        with pytest.raises(ValueError, match=r"more than once, as .*up/day=1"):
+            parquet_source(folder)
+        (folder / "day=1" / "up").unlink()
+        (folder / "day=2" / "gone.parquet").symlink_to("nowhere")
+        with pytest.raises(StreamError, match=r"gone\.parquet: not a readable Parquet file"):
+            parquet_source(folder)
 
     def test_missing_paths_and_empty_directories_are_named(self, folder):
         with pytest.raises(FileNotFoundError, match=r"path='.*nowhere' does not exist"):

@@ -23,11 +23,12 @@ import pytest
 from hypothesis import given, settings
 
 from pymc.variational._streaming import cli
-from pymc.variational._streaming.files import inspect, list_parquet
+from pymc.variational._streaming.files import inspect
 from pymc.variational._streaming.mark import check_marks, read_mark
+from pymc.variational._streaming.paths import list_parquet
 from pymc.variational._streaming.plain import plain_schema
-from pymc.variational._streaming.plan import parse_bytes
-from pymc.variational._streaming.preshuffle import preshuffle
+from pymc.variational._streaming.plan import open_table, parse_bytes
+from pymc.variational._streaming.preshuffle import _check_overlap, preshuffle
 from tests.variational import strategies
 from tests.variational.preshuffled import cut_small, digests, every_type, rows_in_order
 
@@ -320,6 +321,97 @@ def test_a_destination_that_overlaps_the_source_is_refused(tmp_path, inside):
         shuffle(source, tmp_path / inside, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "source, destination",
+    [
+        ("/b/in", "b/in"),
+        ("b/in", "/b/in/below"),
+        ("memory://b/in", "b/in"),
+        ("b/in/*.parquet", "memory://b/in"),
+        ("b/*", "b/out"),
+        ("b/**/*.parquet", "b/out"),
+    ],
+)
+def test_no_spelling_hides_that_places_overlap(source, destination):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    with memory.open("/b/in/a.parquet", "wb") as file:
+        pq.write_table(pa.table({"row": range(100)}), file)
+    with pytest.raises(ValueError, match="overlaps with source="):
+        shuffle(source, destination, filesystem=memory, overwrite=True)
+    assert pq.read_metadata(memory.open("/b/in/a.parquet")).num_rows == 100
+
+
+def test_one_place_in_two_filesystems_is_one_place(tmp_path):
+    """As a bucket that is opened with other options."""
+    source = numbered(tmp_path / "in", 100)
+    table = open_table(source, None, None)
+    other = pa.fs.SubTreeFileSystem("/", pa.fs.LocalFileSystem())
+    assert not table.fs.equals(other)
+    with pytest.raises(ValueError, match="overlaps with source="):
+        _check_overlap(source, None, table, other, str(source))
+    _check_overlap(source, None, table, other, str(tmp_path / "out"))
+
+
+def test_destinations_that_cannot_be_replaced_are_refused(tmp_path, monkeypatch):
+    source = numbered(tmp_path / "in", 100)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"file' is a file; pass a directory"):
+        shuffle(source, tmp_path / "file", overwrite=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match=r"here' is the current directory"):
+        shuffle(source, ".")
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("here"))
+    with pytest.raises(ValueError, match=r"here' is a mount point.*; pass a directory inside it"):
+        shuffle(source, tmp_path / "here")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "here", "in"]
+
+
+def test_a_destination_that_is_a_link_is_followed(tmp_path):
+    source = numbered(tmp_path / "in", 100)
+    (tmp_path / "large" / "disk").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "large" / "disk")
+    shuffle(source, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(rows_in_order(tmp_path / "large" / "disk")) == list(range(100))
+
+
+def test_columns_that_only_folders_name_are_not_lost(tmp_path):
+    (tmp_path / "in").mkdir()
+    for day in (1, 2):
+        write(tmp_path / "in" / f"day={day}", pa.table({"row": [day, 10 * day]}))
+    with pytest.raises(
+        ValueError, match=r"the values of \['day'\] are only in the names of folders"
+    ):
+        shuffle(tmp_path / "in", tmp_path / "out")
+    shuffle(tmp_path / "in", tmp_path / "out", columns=["row"])
+    shuffle(tmp_path / "in" / "day=1", tmp_path / "one")
+    assert rows_in_order(tmp_path / "one") in ([1, 10], [10, 1])
+
+
+@pytest.mark.parametrize("wrong", [True, 0, "5", 2.0])
+def test_row_group_sizes_are_positive_integers(tmp_path, wrong):
+    with pytest.raises((TypeError, ValueError), match="row_group_size="):
+        shuffle(numbered(tmp_path / "in", 100), tmp_path / "out", row_group_size=wrong)
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    twice = pa.Table.from_arrays([pa.array([1, 2])] * 2, names=["row", "row"])
+    with pytest.raises(ValueError, match="has more than one column 'row'"):
+        shuffle(write(tmp_path / "in", twice), tmp_path / "out", columns=["row"])
+
+
+def test_an_interrupt_of_the_command_is_one_line(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "preshuffle", interrupted)
+    assert cli.main(["preshuffle", "in", "out", "--seed", "0"]) == 130
+    assert capsys.readouterr().err == (
+        "interrupted; the same command goes on from the tasks that are done\n"
+    )
+
+
 def test_what_is_at_the_destination_is_replaced_only_if_asked(tmp_path):
     source = numbered(tmp_path / "in", 100)
     shuffle(source, tmp_path / "out", seed=1)
@@ -382,7 +474,14 @@ def test_the_progress_bar_shows_rows_per_second(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "text, size",
-    [("512MB", 512_000_000), ("2 GiB", 2 << 30), ("1.5k", 1500), ("7", 7), (10**9, 10**9)],
+    [
+        ("512MB", 512_000_000),
+        ("2 GiB", 2 << 30),
+        ("1.5k", 1500),
+        ("7", 7),
+        (10**9, 10**9),
+        (np.int64(5), 5),
+    ],
 )
 def test_sizes_are_read(text, size):
     assert parse_bytes(text) == size

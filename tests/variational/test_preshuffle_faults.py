@@ -29,6 +29,7 @@ import pytest
 from pymc.variational._streaming import passes, tasks
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle import preshuffle
+from pymc.variational._streaming.staging import _LocalStaging
 from tests.variational.preshuffled import cut_small, digests, rows_in_order
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +141,20 @@ def test_scatter_files_that_are_gone_are_written_again(source, tmp_path, expecte
     shuffle(source, scratch=tmp_path / "scratch")
     assert digests(tmp_path / "out") == expected
     assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("harm", [os.remove, lambda path: os.truncate(path, 0)])
+def test_finished_files_that_are_gone_or_short_are_written_again(source, tmp_path, expected, harm):
+    """As after a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_LocalStaging, "publish", lambda self, sizes: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            shuffle(source)
+    harm(min((tmp_path / ".out.partial" / "files").iterdir()))
+    for task in list((tmp_path / ".out.partial" / "tasks").iterdir())[::2]:
+        task.write_bytes(bytes(task.stat().st_size))
+    shuffle(source)
+    assert digests(tmp_path / "out") == expected
 
 
 def test_scratch_of_an_abandoned_run_is_removed(source, tmp_path):

@@ -183,13 +183,19 @@ class TestOtherSources:
             with pytest.raises((TypeError, ValueError), match="n_rows="):
                 arrow_source(lambda: table(7), n_rows=wrong)
 
+    @pytest.mark.parametrize("make", [iter, lambda blocks: pa.table(blocks[0]).to_reader()])
+    def test_an_iterator_that_was_looked_at_is_not_read_as_if_it_were_new(self, make):
+        iterator = make([table(5), table(5)])
+        with pytest.raises(StreamError, match=r"iterator of an earlier pass.* make a new one in"):
+            list(StreamingDataset(lambda: iterator, batch_size=5, total_size=10))
+
     def test_a_reader_that_is_handed_out_twice_is_noticed(self):
         """The first reading, of the columns, has taken rows that the epoch will lack."""
         reader = table(7).to_reader(max_chunksize=2)
         ds = StreamingDataset(
             arrow_source(lambda: reader, n_rows=7), batch_size=7, order_check="off"
         )
-        with ds, pytest.raises(StreamError, match="gave 5 rows where n_rows=7"):
+        with ds, pytest.raises(StreamError, match="returned the iterator of an earlier pass"):
             ds.advance()
 
     def test_huge_record_batches_are_converted_in_pieces(self):
@@ -360,7 +366,7 @@ class TestArrowFiles:
             arrow_source(folder)
         for path, message in (
             (folder / "nowhere", "nowhere' does not exist"),
-            (folder / "*.txt", "holds no Arrow IPC file"),
+            (folder / "*.md", "holds no Arrow IPC file"),
             ([], "names no file"),
             (folder / "day=1" / "b.feather", "b.feather: no rows to stream"),
         ):

@@ -13,7 +13,6 @@
 #   limitations under the License.
 """Rows from Arrow readers, and from Arrow IPC (Feather) files."""
 
-import glob
 import hashlib
 import os
 
@@ -26,16 +25,15 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.files import import_pyarrow
+from pymc.variational._streaming.paths import Paths, list_ipc
 from pymc.variational._streaming.rows import RowFormat
 from pymc.variational._streaming.sources import IterableSource, Source, positive_int, skip_rows
 
 __all__ = ["arrow_source"]
 
-_SUFFIXES = (".arrow", ".feather", ".ipc")
-
 
 def arrow_source(
-    make_reader: Callable[[], Any] | str | os.PathLike | Sequence[str | os.PathLike],
+    make_reader: Callable[[], Any] | Paths,
     *,
     columns: Sequence[str] | None = None,
     n_rows: int | None = None,
@@ -64,7 +62,7 @@ def arrow_source(
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no file, or columns are missing or not numeric, or differ between files.
+        If there is no file or one comes twice, or columns are missing or not numeric, or differ between files.
     StreamError
         While reading: if a value is null, NaN, infinite or an integer that the rows' dtype
         cannot hold exactly, a pass does not give *n_rows* rows, or a file changed since the
@@ -88,7 +86,7 @@ def arrow_source(
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     size = None if n_rows is None else positive_int("n_rows", n_rows)
     if isinstance(make_reader, str | os.PathLike | list | tuple):
-        source = _IpcSource(_list_ipc(make_reader), columns)
+        source = _IpcSource(list_ipc(make_reader), columns)
         if size not in (None, source.n_rows):
             raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
         return source
@@ -192,22 +190,3 @@ def _inspect(path: str, columns: Sequence[str]) -> _IpcFile:
     with _reading(path, fields[:1]) as (reader, status):
         rows = tuple(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
     return _IpcFile(path, status.st_size, status.st_mtime_ns, fields, rows)
-
-
-def _list_ipc(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """List the IPC files of a directory, file, glob or list."""
-    if not isinstance(path, str | os.PathLike):
-        listed = [file for part in path for file in _list_ipc(part)]
-        if not listed:
-            raise ValueError("make_reader=[] names no file; pass at least one Arrow IPC file")
-        return listed
-    name = os.fspath(path)
-    if os.path.isfile(name):
-        return [name]
-    if not os.path.isdir(name) and not glob.has_magic(name):
-        raise FileNotFoundError(f"make_reader={name!r} does not exist")
-    pattern = os.path.join(name, "**", "*") if os.path.isdir(name) else name
-    found = sorted(f for f in glob.glob(pattern, recursive=True) if f.endswith(_SUFFIXES))
-    if not found:
-        raise ValueError(f"make_reader={name!r} holds no Arrow IPC file; expected {_SUFFIXES}")
-    return found

@@ -25,7 +25,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command, and return the exit status: 0, or 1 after an error message."""
+    """Run a command, and return the exit status: 0, 1 after an error message, or 130."""
     options = vars(_parser().parse_args(argv))
     source = options.pop("source")
     try:
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StreamError, OSError, ValueError, ImportError) as err:
         sys.stderr.write(f"error: {err}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from the tasks that are done\n")
+        return 130
     sys.stdout.write(f"{report}\n")
     return 0
 

@@ -11,12 +11,9 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Parquet files on any filesystem: which there are, and whether they are still the same."""
+"""Parquet files on any filesystem, and whether they are still the same."""
 
-import fnmatch
 import hashlib
-import os
-import re
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,14 +32,12 @@ __all__ = [
     "ParquetInput",
     "import_pyarrow",
     "inspect",
-    "list_parquet",
+    "is_local",
     "read_batches",
     "read_metadata",
-    "resolve",
 ]
 
 _UNREADABLE = "not a readable Parquet file"
-_WILDCARD = re.compile(r"[*?\[]")
 _READ_BUFFER = 1 << 16
 """Bytes.  Without a read buffer, reading one column chunk holds all of it."""
 _REMOTE_READ_BUFFER = 1 << 20
@@ -91,50 +86,8 @@ def import_pyarrow() -> Any:
     return pyarrow
 
 
-def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", str]:
-    """Find the filesystem of *path*, and the path inside it.
-
-    Parameters
-    ----------
-    path : str or PathLike
-        A local path, or a URI that pyarrow or fsspec understands (``s3://bucket/key``).
-    filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
-        Where *path* lives, if it is not a URI and not local.
-    """
-    fs = import_pyarrow().fs
-    path = os.fspath(path)
-    if filesystem is not None:
-        if not isinstance(filesystem, fs.FileSystem):
-            filesystem = fs.PyFileSystem(fs.FSSpecHandler(filesystem))
-        return filesystem, path.rstrip("/") or "/"
-    if "://" not in path:
-        return fs.LocalFileSystem(), os.path.abspath(path)
-    try:
-        return fs.FileSystem.from_uri(path)
-    except import_pyarrow().ArrowInvalid:
-        return _resolve_with_fsspec(path)
-
-
-def list_parquet(
-    path: str | os.PathLike | Sequence[str | os.PathLike], filesystem: Any = None
-) -> tuple["pyarrow.fs.FileSystem", list[str]]:
-    """List the Parquet files of a directory, file, glob or list, sorted by name.
-
-    A directory is searched recursively for ``*.parquet``; names that start with ``_`` or
-    ``.`` are skipped.  A list keeps its own order.
-    """
-    if not isinstance(path, str | os.PathLike):
-        listed = [list_parquet(p, filesystem) for p in path]
-        if not listed:
-            raise ValueError("path=[] names no file; pass at least one Parquet file")
-        if any(fs != listed[0][0] for fs, _ in listed):
-            raise ValueError("path=[...] names more than one filesystem; pass one source for each")
-        return listed[0][0], [file for _, files in listed for file in files]
-    fs, inner = resolve(path, filesystem)
-    files = _find(fs, inner)
-    if not files:
-        raise ValueError(f"path={os.fspath(path)!r} holds no Parquet file; expected *.parquet")
-    return fs, files
+def is_local(fs: "pyarrow.fs.FileSystem") -> bool:
+    return isinstance(fs, import_pyarrow().fs.LocalFileSystem)
 
 
 def inspect(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[ParquetInput, Any]:
@@ -188,13 +141,13 @@ def read_batches(
     with _open(fs, known.path) as opened, _blaming(known.path, "reading failed"):
         _require_unchanged(known, opened)
         groups = range(len(known.group_rows)) if row_groups is None else row_groups
-        is_local = _is_local(fs)
+        local = is_local(fs)
         with import_pyarrow().parquet.ParquetFile(
             opened.handle,
             # A second read is cheaper than a call more on a disk, and dearer on an object store.
-            metadata=None if is_local else opened.parse(),
+            metadata=None if local else opened.parse(),
             pre_buffer=False,
-            buffer_size=_READ_BUFFER if is_local else _REMOTE_READ_BUFFER,
+            buffer_size=_READ_BUFFER if local else _REMOTE_READ_BUFFER,
             page_checksum_verification=True,
         ) as file:
             yield from _read_row_groups(file, known, groups, columns, batch_rows)
@@ -226,57 +179,6 @@ def _read_row_groups(
         )
 
 
-def _resolve_with_fsspec(uri: str) -> tuple["pyarrow.fs.FileSystem", str]:
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as err:
-        raise ImportError(
-            f"path={uri!r} needs fsspec; install it with `pip install fsspec`"
-        ) from err
-    fs = import_pyarrow().fs
-    filesystem, path = url_to_fs(uri)
-    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
-
-
-def _find(fs: "pyarrow.fs.FileSystem", inner: str) -> list[str]:
-    """List the Parquet files that *inner*, a file, directory or glob, stands for."""
-    pafs = import_pyarrow().fs
-    info = fs.get_file_info(inner)
-    if info.type == pafs.FileType.File:
-        return [inner]
-    if info.type == pafs.FileType.Directory:
-        return _data_files(fs, inner)
-    if not _WILDCARD.search(inner):
-        raise FileNotFoundError(f"path={inner!r} does not exist")
-    fixed = _WILDCARD.split(inner)[0].rpartition("/")[0]
-    below = fs.get_file_info(pafs.FileSelector(fixed or "/", recursive=True, allow_not_found=True))
-    parts = inner.split("/")
-    matches = [i for i in below if _matches(i.path.split("/"), parts)]
-    files = [i.path for i in matches if i.type == pafs.FileType.File]
-    folders = [i.path for i in matches if i.type == pafs.FileType.Directory]
-    return sorted({*files, *(f for folder in folders for f in _data_files(fs, folder))})
-
-
-def _data_files(fs: "pyarrow.fs.FileSystem", folder: str) -> list[str]:
-    selector = import_pyarrow().fs.FileSelector(folder, recursive=True)
-    paths = [info.path for info in fs.get_file_info(selector)]
-    inside = {path: path[len(folder) :].strip("/").split("/") for path in paths}
-    return sorted(
-        path
-        for path, names in inside.items()
-        if path.endswith(".parquet") and not any(name.startswith(("_", ".")) for name in names)
-    )
-
-
-def _matches(names: list[str], patterns: list[str]) -> bool:
-    """Whether path components match a glob's, ``**`` standing for any number of them."""
-    if not patterns or not names:
-        return not names and all(pattern == "**" for pattern in patterns)
-    if patterns[0] == "**":
-        return _matches(names, patterns[1:]) or _matches(names[1:], patterns)
-    return fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
-
-
 @dataclass(frozen=True, slots=True)
 class _Opened:
     """An open file."""
@@ -303,7 +205,7 @@ def _open(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[_Opened]:
     with ExitStack() as stack:
         with _blaming(path, _UNREADABLE):
             info = _get_info(fs, path)
-            if _is_local(fs):
+            if is_local(fs):
                 handle = fs.open_input_file(path)
                 size = handle.size()
             else:
@@ -325,13 +227,9 @@ def _blaming(path: str, problem: str) -> Iterator[None]:
         raise StreamError(f"{path}: {problem} ({_first_line(err)})") from err
 
 
-def _is_local(fs: "pyarrow.fs.FileSystem") -> bool:
-    return isinstance(fs, import_pyarrow().fs.LocalFileSystem)
-
-
 def _get_info(fs: "pyarrow.fs.FileSystem", path: str) -> "pyarrow.fs.FileInfo":
     """Ask the filesystem itself, not what fsspec remembers of it."""
-    if _is_local(fs):
+    if is_local(fs):
         return fs.get_file_info(path)
     fsspec = fsspec_of(fs)
     if fsspec is not None:

@@ -28,11 +28,11 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.files import (
     ParquetInput,
     inspect,
-    list_parquet,
     read_batches,
     read_metadata,
 )
 from pymc.variational._streaming.mark import PreshuffleMark, check_marks, read_mark
+from pymc.variational._streaming.paths import Paths, list_parquet
 from pymc.variational._streaming.rows import RowFormat, column_ranges, piece_rows
 from pymc.variational._streaming.sources import (
     GLANCE_ROWS,
@@ -49,7 +49,7 @@ __all__ = ["parquet_source"]
 
 
 def parquet_source(
-    path: str | os.PathLike | Sequence[str | os.PathLike],
+    path: Paths,
     *,
     columns: Sequence[str] | None = None,
     shuffle_row_groups: bool = False,
@@ -63,7 +63,8 @@ def parquet_source(
     ----------
     path : path_like or sequence of path_like
         A file, a directory (searched for ``*.parquet``, in order of name), a glob, or a list
-        of these; local, or a URI that pyarrow or fsspec understands.
+        of these; local, or a URI that pyarrow or fsspec understands. Names that begin with
+        ``_`` or ``.`` are left out unless they are spelled out.
     columns : sequence of str, optional
         The columns of a row, in this order. Default: all columns, in the files' own order,
         which must then be the same in every file.
@@ -89,8 +90,8 @@ def parquet_source(
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no file, or its columns are missing or not numeric, or differ between
-        files.
+        If there is no file or one comes twice, or columns are missing or not numeric, or differ
+        between files.
     StreamError
         If pre-shuffled files are incomplete, or mixed with files of another shuffle or of none.
         While reading: if a file changed since the source was made, is truncated or corrupt,

@@ -75,7 +75,10 @@ class Passes:
 
     def run(self) -> tuple[dict[int, Scattered], dict[int, Gathered]]:
         """Run all tasks that no earlier run has done, and return the results of all."""
-        gathered = {i: Gathered(**r) for i, r in self.staging.results("gather").items()}
+        recorded = {i: Gathered(**r) for i, r in self.staging.results("gather").items()}
+        infos = self.staging.fs.get_file_info([self.place(i)[0] for i in recorded])
+        there = zip(recorded.items(), infos)
+        gathered = {i: r for (i, r), info in there if info.size == r.size}
         self._count(gathered)
         scattered = self._scatter_all(files_needed=len(gathered) < self.plan.n_files)
         return scattered, gathered | self._gather_rest(scattered, gathered)

@@ -86,7 +86,8 @@ def write_piles(
     index, held, size = [], [], 0
     with fs.open_output_stream(path) as sink:
         writer = pa.ipc.new_stream(sink, schema)
-        writer.write_batch(pa.RecordBatch.from_pylist([], schema=schema))
+        empty = [pa.nulls(0, field.type) for field in schema]
+        writer.write_batch(pa.RecordBatch.from_arrays(empty, schema=schema))
         for batch in batches:
             held.append(batch)
             size += batch.nbytes

@@ -26,14 +26,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pymc.variational._streaming.files import (
     ParquetInput,
     import_pyarrow,
     inspect,
-    list_parquet,
     read_batches,
 )
 from pymc.variational._streaming.mark import MARK_KEY
+from pymc.variational._streaming.paths import Paths, list_parquet
 from pymc.variational._streaming.piles import MAX_PILES
 from pymc.variational._streaming.plain import plain_schema, to_plain
 from pymc.variational._streaming.rows import PIECE_ROWS
@@ -142,8 +144,8 @@ class Plan:
 
 def parse_bytes(value: int | str, name: str = "memory_limit") -> int:
     """Read a number of bytes, such as ``"512MB"``, ``"2 GiB"`` or 10**9."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
+    if isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0:
+        return int(value)
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(I?)B?\s*", str(value).upper())
     if not isinstance(value, str) or not match or (match[3] and not match[2]):
         raise ValueError(f"{name}={value!r} is not a size; pass bytes or a string like '512MB'")
@@ -151,7 +153,7 @@ def parse_bytes(value: int | str, name: str = "memory_limit") -> int:
 
 
 def open_table(
-    source: str | os.PathLike | Sequence[str | os.PathLike],
+    source: Paths,
     columns: Sequence[str] | None,
     filesystem: Any,
 ) -> Table:
@@ -167,6 +169,8 @@ def open_table(
             row, page = _measure_group(metadata.row_group(group), set(found.names))
             widest, pages = max(widest, row), max(pages, page)
     assert schema is not None
+    if columns is None:
+        _refuse_partitions(paths, schema.names)
     names = None if columns is None else tuple(columns)
     # A page is held as stored and as decoded; remote reads are buffered by about as much.
     pages *= 2 if isinstance(fs, import_pyarrow().fs.LocalFileSystem) else 3
@@ -207,7 +211,7 @@ def make_plan(
     )
 
 
-def _name(source: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
+def _name(source: Paths) -> str:
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     return f"{os.fspath(source[0])} and {len(source) - 1} more" if source[1:] else _name(source[0])
@@ -217,11 +221,25 @@ def _choose(schema: "pyarrow.Schema", columns: Sequence[str] | None, path: str) 
     names = schema.names if columns is None else list(columns)
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{path}: columns={names} must be at least one, and distinct")
-    missing = [name for name in names if name not in schema.names]
-    if missing:
-        raise ValueError(f"{path}: has no column {missing[0]!r}, only {schema.names}")
+    for name in names:
+        if name not in schema.names:
+            raise ValueError(f"{path}: has no column {name!r}, only {schema.names}")
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{path}: has more than one column {name!r}")
     metadata = {k: v for k, v in (schema.metadata or {}).items() if k != MARK_KEY}
     return import_pyarrow().schema([schema.field(name) for name in names], metadata)
+
+
+def _refuse_partitions(paths: Sequence[str], columns: Sequence[str]) -> None:
+    """Refuse to lose columns that only the names of folders hold, such as ``day=1``."""
+    folders = [set(path.split("/")[:-1]) for path in paths]
+    differ = folders[0].union(*folders) - folders[0].intersection(*folders)
+    lost = sorted({part.partition("=")[0] for part in differ if "=" in part}.difference(columns))
+    if lost:
+        raise ValueError(
+            f"{paths[0]}: the values of {lost} are only in the names of folders, and would be "
+            "lost; write them into the files, or pass columns=[...] to leave them out"
+        )
 
 
 def _merge(
@@ -307,17 +325,19 @@ def _cut(
     files: Sequence[ParquetInput], row_bytes: float, task_bytes: float
 ) -> Iterator[tuple[Piece, ...]]:
     """Cut the row groups of all files into runs of about *task_bytes*."""
-    run: dict[ParquetInput, list[int]] = {}
+    run: list[tuple[ParquetInput, list[int]]] = []
     size = 0.0
     for file in files:
         for group, rows in enumerate(file.group_rows):
-            run.setdefault(file, []).append(group)
+            if not run or run[-1][0] is not file:
+                run.append((file, []))
+            run[-1][1].append(group)
             size += rows * row_bytes
             if size >= task_bytes:
-                yield tuple((file, tuple(groups)) for file, groups in run.items())
-                run, size = {}, 0.0
+                yield tuple((file, tuple(groups)) for file, groups in run)
+                run, size = [], 0.0
     if run:
-        yield tuple((file, tuple(groups)) for file, groups in run.items())
+        yield tuple((file, tuple(groups)) for file, groups in run)
 
 
 def _digest(*parts: Any) -> str:

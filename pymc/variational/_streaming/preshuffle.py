@@ -36,8 +36,9 @@ from rich.text import Text
 
 from pymc.progress_bar import CustomProgress
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.files import import_pyarrow, resolve
+from pymc.variational._streaming.files import import_pyarrow, is_local
 from pymc.variational._streaming.passes import Passes, add_checksums
+from pymc.variational._streaming.paths import Paths, resolve, stands_for
 from pymc.variational._streaming.plan import (
     Plan,
     Table,
@@ -45,6 +46,7 @@ from pymc.variational._streaming.plan import (
     open_table,
     parse_bytes,
 )
+from pymc.variational._streaming.sources import positive_int
 from pymc.variational._streaming.staging import Staging, open_staging
 from pymc.variational._streaming.tasks import Gathered, Scattered
 
@@ -54,8 +56,6 @@ if TYPE_CHECKING:
 __all__ = ["PreshuffleReport", "preshuffle"]
 
 _CODECS = ("lz4", "zstd", "snappy", "gzip", "brotli")
-
-Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,20 +207,26 @@ def _check_arguments(
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     if compression not in _CODECS or not import_pyarrow().Codec.is_available(compression):
         raise ValueError(f"compression={compression!r} is not available; pass one of {_CODECS}")
-    if row_group_size is not None and row_group_size < 1:
-        raise ValueError(f"row_group_size={row_group_size} must be at least 1")
+    if row_group_size is not None:
+        positive_int("row_group_size", row_group_size)
 
 
 def _check_overlap(
     source: Paths, filesystem: Any, table: Table, fs: "pyarrow.fs.FileSystem", path: str
 ) -> None:
-    """Refuse to write where the source is read."""
-    if not table.fs.equals(fs):
+    """Refuse to write where the source is read, or where a glob would look for it next time."""
+    if not table.fs.equals(fs) and not _sees(fs, table):
         return
+    real = os.path.realpath if is_local(fs) else str
     entries = [source] if isinstance(source, str | os.PathLike) else source
-    roots = [resolve(entry, filesystem)[1] for entry in entries]
-    inside = [root for root in roots if _is_inside(path, root)]
-    below = [file for file in table.paths if _is_inside(file, path)]
+    roots = [real(resolve(entry, filesystem)[1]) for entry in entries]
+    place = real(path)
+    inside = [
+        root
+        for root in roots
+        if _is_inside(place, root) or stands_for(fs, root, f"{place}/part.parquet")
+    ]
+    below = [file for file in table.paths if _is_inside(real(file), place)]
     if inside or below:
         raise ValueError(
             f"destination={path!r} overlaps with source={(inside + below)[0]!r}; "
@@ -228,9 +234,17 @@ def _check_overlap(
         )
 
 
+def _sees(fs: "pyarrow.fs.FileSystem", table: Table) -> bool:
+    """Whether a filesystem has the source too: one bucket can be opened in many ways."""
+    first = table.files[0]
+    try:
+        return fs.get_file_info(first.path).size == first.size
+    except (OSError, ValueError):  # its paths look different
+        return False
+
+
 def _is_inside(path: str, folder: str) -> bool:
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
+    return f"{path.strip('/')}/".startswith(f"{folder.strip('/')}/")
 
 
 def _verify(

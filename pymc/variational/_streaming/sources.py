@@ -210,16 +210,24 @@ class IterableSource(Source):
         self.n_rows = n_rows
         self._format: RowFormat | None = None
         self._kind: tuple[tuple[int, ...], np.dtype] | None = None
+        self._probed: Any = None
+        """What *make* returned to be probed, until it is called again."""
 
     def probe(self) -> None:
         if self.sample_shape is None:
-            blocks = self.blocks()
-            if next(blocks, None) is None:
+            self._probed = self._make()
+            if next(self._convert(_arrow_batches(self._probed)), None) is None:
                 raise ValueError("source yields no blocks, so the shape of a row is unknown")
-            blocks.close()
 
     def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
-        return skip_rows(self._counted(self._convert(_arrow_batches(self._make()))), start)
+        made = self._make()
+        if made is self._probed and isinstance(made, Iterator):
+            raise StreamError(
+                "source returned the iterator of an earlier pass, which has lost its first block; "
+                "make a new one in each call"
+            )
+        self._probed = None
+        return skip_rows(self._counted(self._convert(_arrow_batches(made))), start)
 
     def _counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Pass blocks on as long as they keep what ``n_rows`` promises."""

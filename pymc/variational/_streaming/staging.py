@@ -30,7 +30,8 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.files import import_pyarrow, resolve
+from pymc.variational._streaming.files import import_pyarrow
+from pymc.variational._streaming.paths import resolve
 
 try:
     import fcntl
@@ -146,11 +147,11 @@ class Staging(ABC):
     def _discard(self) -> None: ...
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
-        """Read a small file; None if it is not there, or was cut short by a kill."""
+        """Read a small file; None if it is not there, or was cut short by a kill or a crash."""
         try:
             with self.fs.open_input_stream(f"{self.work}/{name}") as source:
                 return json.loads(source.read())
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             return None
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -160,14 +161,15 @@ class Staging(ABC):
 
 class _LocalStaging(Staging):
     def __init__(self, fs, destination, overwrite):
-        super().__init__(fs, destination, overwrite)
-        parent, name = os.path.split(destination)
+        super().__init__(fs, os.path.realpath(destination), overwrite)
+        parent, name = os.path.split(self.destination)
         self.work = os.path.join(parent, f".{name}.partial")
         self._files = f"{self.work}/files"
         self._old = f"{self.work}/old"
         self._lock = None
 
     def __enter__(self):
+        self._require_replaceable()
         os.makedirs(self.work, exist_ok=True)
         self._lock = _lock(self.work, self.destination)
         try:
@@ -195,6 +197,22 @@ class _LocalStaging(Staging):
         os.rename(self._files, self.destination)
         shutil.rmtree(self.work, ignore_errors=True)
 
+    def _require_replaceable(self):
+        """Refuse what no rename can put a folder in the place of."""
+        destination = self.destination
+        if os.path.lexists(destination) and not os.path.isdir(destination):
+            raise NotADirectoryError(f"destination={destination!r} is a file; pass a directory")
+        if os.path.ismount(destination):
+            raise ValueError(
+                f"destination={destination!r} is a mount point, which cannot be replaced as a "
+                "whole; pass a directory inside it"
+            )
+        if destination == os.path.realpath(os.getcwd()):
+            raise ValueError(
+                f"destination={destination!r} is the current directory, which would be replaced; "
+                "pass another one"
+            )
+
     def _look(self):
         for draft in pathlib.Path(self.work).glob("part-*"):
             draft.unlink()
@@ -202,7 +220,7 @@ class _LocalStaging(Staging):
             os.rename(self._old, self.destination)
         if not os.path.lexists(self.destination) or self._overwrite:
             return
-        if not os.path.isdir(self.destination) or os.listdir(self.destination):
+        if os.listdir(self.destination):
             self.discard()
             shutil.rmtree(self.work)
             raise _exists(self.destination)
