@@ -134,6 +134,18 @@ class TestPaths:
         with pytest.raises(StreamError, match=r"gone\.parquet: not a readable Parquet file"):
             parquet_source(folder)
 
+    def test_folders_that_cannot_be_read_are_no_empty_ones(self, folder, monkeypatch):
+        scandir = os.scandir
+
+        def refuse(path):
+            if str(path).endswith("day=2"):
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        with pytest.raises(PermissionError, match="day=2"):
+            parquet_source(folder)
+
     def test_missing_paths_and_empty_directories_are_named(self, folder):
         with pytest.raises(FileNotFoundError, match=r"path='.*nowhere' does not exist"):
             parquet_source(folder / "nowhere")

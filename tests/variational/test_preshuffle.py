@@ -314,6 +314,17 @@ def test_nulls_among_lists_of_fixed_size_are_kept(tmp_path):
     assert pq.read_table(tmp_path / "out").sort_by("row").to_pydict() == table.to_pydict()
 
 
+@pytest.mark.skipif(not hasattr(pa, "uuid"), reason="pyarrow 18")
+def test_extension_types_inside_of_others(tmp_path):
+    stored = pa.array([bytes([i] * 16) for i in range(100)], pa.binary(16))
+    ids = pa.ExtensionArray.from_storage(pa.uuid(), stored)
+    nested = pa.StructArray.from_arrays([ids], names=["id"])
+    table = pa.table({"row": range(100), "nested": nested})
+    shuffle(write(tmp_path / "in", table), tmp_path / "out")
+    found = pq.read_table(tmp_path / "out").sort_by("row")
+    assert found.to_pydict() == pq.read_table(tmp_path / "in").to_pydict()
+
+
 @pytest.mark.parametrize("inside", ["in", "in/below", "."])
 def test_a_destination_that_overlaps_the_source_is_refused(tmp_path, inside):
     source = numbered(tmp_path / "in", 100)

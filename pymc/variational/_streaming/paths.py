@@ -147,7 +147,12 @@ def _names(path: str) -> list[str]:
 
 def _walk_local(fs: "pyarrow.fs.FileSystem", folder: str, pattern: list[str]) -> Iterator[str]:
     """Yield all files, and links that lead nowhere: those that a path chooses are missing data."""
-    for root, folders, files in os.walk(folder, followlinks=True):
+
+    def tell(err: OSError) -> None:
+        if not isinstance(err, FileNotFoundError):
+            raise err
+
+    for root, folders, files in os.walk(folder, onerror=tell, followlinks=True):
         root = root.replace(os.sep, "/").rstrip("/")
         folders[:] = [name for name in folders if _leads_on(_names(f"{root}/{name}"), pattern)]
         yield from (f"{root}/{name}" for name in files)
