@@ -153,6 +153,30 @@ class TestDetection:
         assert report.ordered
         assert report.span > 500
 
+    @pytest.mark.parametrize("length", [1, 7])
+    def test_blocks_of_few_rows_show_order(self, length):
+        """The first block has too few rows to fit the features on, and is overwritten."""
+        rows = np.random.default_rng(5).normal(size=(40_000, 2))
+        rows[:, 0] = np.linspace(0, 1, 40_000) + 0.1 * rows[:, 0]
+        block = np.empty((length, 2))
+
+        def blocks():
+            for first in range(0, len(rows), length):
+                part = block[: len(rows[first : first + length])]
+                part[:] = rows[first : first + length]
+                yield part
+
+        report = check_order(blocks, buffer_size=2_000)
+        expected = check_order(lambda: iter([rows]), buffer_size=2_000)
+        assert report.ordered
+        assert report.feature.startswith("column 0")
+        assert (report.n_groups, report.rows_read) == (expected.n_groups, expected.rows_read)
+
+    def test_a_table_with_fewer_rows_than_features_are_fitted_on_is_compared(self):
+        rows = np.linspace(0, 1, 4_000)[:, None]
+        source = lambda: iter(np.array_split(rows, 400))  # noqa: E731
+        assert check_order(source, buffer_size=3_000).n_groups == 2
+
     def test_many_columns_and_other_shapes(self):
         rng = np.random.default_rng(5)
         images = rng.normal(size=(50_000, 4, 5))

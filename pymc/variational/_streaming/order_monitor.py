@@ -55,25 +55,34 @@ class Monitor:
         self.features: Features | None = None
         """Default: fitted on the first rows."""
         self._tally: _Tally | None = None
+        self._held: list[np.ndarray] = []
+        """Rows that wait for enough others to fit the features on."""
+        self._n_held = 0
+        self._pilot = min(_PILOT, max(_MIN_PICKS, stream.window))
         self._looks = 0
 
     def start(self) -> None:
         """Forget the rows of the last epoch, not the looks that spent a part of alpha."""
         self._tally = None
+        self._held, self._n_held = [], 0
         self._next_look = _FIRST_LOOK
 
     def add(self, offset: int, rows: np.ndarray) -> None:
         """Take in consecutive rows of the epoch; *offset* is the place of the first."""
-        if self.features is None:
-            step = -(-len(rows) // _PILOT)
-            self.features = Features.fit(rows[::step], self._stream.source.columns)
-        if self._tally is None:
-            self._tally = _Tally(self.features, self._stream.window)
-        for first in range(0, len(rows), _PIECE_ROWS):
-            self._tally.add(offset + first, rows[first : first + _PIECE_ROWS])
+        if self.features is None and self._n_held + len(rows) < self._pilot:
+            # One row alone would make every column constant.
+            self._held.append(rows.copy())
+            self._n_held += len(rows)
+            self._held_stop = offset + len(rows)
+        elif self._held:
+            self._add_held(offset, rows)
+        else:
+            self._add(offset, rows)
 
     def look(self, *, last: bool = False) -> OrderReport | None:
         """Report if it is time to, and if there is anything to compare."""
+        if last and self._held:
+            self._add_held(self._held_stop)
         tally = self._tally
         if tally is None or tally.n_windows < 2 or not (last or tally.closed >= self._next_look):
             return None
@@ -86,6 +95,22 @@ class Monitor:
             span = window * tally.per_group
             reports.append(self._judge(tally, tally.by_group(), n_groups, span))
         return min(reports, key=lambda report: (not report.ordered, report.p_value))
+
+    def _add_held(self, stop: int, *more: np.ndarray) -> None:
+        """Take in the rows that were held back, which end at *stop*, and what follows them."""
+        held = np.concatenate([*self._held, *more])
+        start = stop - self._n_held
+        self._held, self._n_held = [], 0
+        self._add(start, held)
+
+    def _add(self, offset: int, rows: np.ndarray) -> None:
+        if self.features is None:
+            step = -(-len(rows) // _PILOT)
+            self.features = Features.fit(rows[::step], self._stream.source.columns)
+        if self._tally is None:
+            self._tally = _Tally(self.features, self._stream.window)
+        for first in range(0, len(rows), _PIECE_ROWS):
+            self._tally.add(offset + first, rows[first : first + _PIECE_ROWS])
 
     def _judge(self, tally: "_Tally", found: Anova, n_groups: int, span: int) -> OrderReport:
         n_rows = self._stream.n_rows or tally.end
