@@ -32,6 +32,7 @@ from pymc.variational._streaming.order_statistics import Features, Moments, anov
 from pymc.variational.streaming import (
     OrderError,
     OrderWarning,
+    StreamError,
     StreamingDataset,
     check_order,
     parquet_source,
@@ -237,6 +238,18 @@ class TestSilence:
         assert not report.ordered
         assert report.design_effect == pytest.approx(90 / 19, abs=4 * 0.057)
         assert str(report).startswith("No order that a posterior would notice: 'column 0' differs")
+
+
+class TestValues:
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    @pytest.mark.parametrize("sequential", [False, True], ids=["sample", "stream"])
+    def test_values_that_a_stream_refuses_are_refused(self, value, sequential):
+        rows = np.random.default_rng(0).normal(size=(20_000, 2))
+        rows[:, 0] += np.linspace(0, 5, 20_000)
+        rows[5_000:, 1] = value
+        source = in_sequence(rows) if sequential else rows
+        with pytest.raises(StreamError, match=rf"row 5000 of the stream holds {value} in column"):
+            check_order(source, buffer_size=1_000)
 
 
 class TestStatistic:

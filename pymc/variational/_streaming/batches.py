@@ -25,7 +25,7 @@ from pymc.variational._streaming.order_report import OrderReport
 from pymc.variational._streaming.rows import exact_limit
 from pymc.variational._streaming.sources import Source
 
-__all__ = ["Chunk", "cast", "read_epochs", "rebatch", "require_shape"]
+__all__ = ["Chunk", "cast", "read_epochs", "rebatch", "require_exact", "require_shape"]
 
 
 _PIECE_VALUES = 1 << 20
@@ -72,7 +72,7 @@ def read_epochs(
     for number, block in source.epochs(epoch, start, cycle=cycle):
         if block is not None:
             require_shape(block, sample_shape)
-            _require_exact(block, dtype, source, offset)
+            require_exact(block, dtype, source, offset)
             yield Chunk(number, offset, block)
             offset += len(block)
             continue
@@ -123,7 +123,7 @@ def cast(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return rows.astype(dtype)
 
 
-def _require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> None:
+def require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> None:
     """Raise StreamError if a value is NaN or infinite, overflows, or is an integer that rounds."""
     if rows.dtype == dtype or _is_wider(dtype, rows.dtype):
         with np.errstate(all="ignore"):

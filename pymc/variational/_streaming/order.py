@@ -20,7 +20,7 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import Any, Literal
 
-from pymc.variational._streaming.batches import Chunk
+from pymc.variational._streaming.batches import Chunk, require_exact
 from pymc.variational._streaming.errors import OrderError, OrderWarning
 from pymc.variational._streaming.order_monitor import Monitor
 from pymc.variational._streaming.order_report import OrderReport, Stream, one_window
@@ -51,6 +51,11 @@ def check_order(source: Any, *, buffer_size: int | None = None, seed: int = 0) -
     -------
     OrderReport
         Prints as a verdict; ``.ordered`` is the answer, and ``.plot()`` shows it.
+
+    Raises
+    ------
+    StreamError
+        If a value that is read is NaN or infinite; the message names its place.
 
     Notes
     -----
@@ -170,6 +175,7 @@ def _read_all(stream: Stream) -> OrderReport:
     monitor.start()
     n_rows = 0
     for rows in stream.source.blocks():
+        require_exact(rows, rows.dtype, stream.source, n_rows)
         monitor.add(n_rows, rows)
         n_rows += len(rows)
     return monitor.look(last=True) or one_window(stream, n_rows)

@@ -73,7 +73,8 @@ def preflight(stream: Stream, seed: int) -> tuple[OrderReport | None, Features |
     Returns
     -------
     report : OrderReport or None
-        None if the rows can only be read in sequence, or not within the budget.
+        None if the rows can only be read in sequence, or not within the budget, or if the
+        sample holds values that are not finite, which are refused when they are streamed.
     features : Features or None
         Fitted on rows from all over the table.
     """
@@ -94,13 +95,17 @@ def preflight(stream: Stream, seed: int) -> tuple[OrderReport | None, Features |
     plan = _plan(stream, starts, n_rows, rng)
     if plan is None:
         return None, None
-    with np.errstate(all="ignore"):  # invalid values are refused when they are streamed
-        return _compare(stream, plan, n_rows)
-
-
-def _compare(stream: Stream, plan: _Plan, n_rows: int) -> tuple[OrderReport, Features]:
-    """Read the blocks of *plan*, and compare windows by the means of their blocks."""
     rows = _read(stream.source, plan)
+    if not np.isfinite(rows).all():
+        return None, None
+    with np.errstate(all="ignore"):  # of values that are too large to be squared
+        return _compare(stream, plan, rows, n_rows)
+
+
+def _compare(
+    stream: Stream, plan: _Plan, rows: np.ndarray, n_rows: int
+) -> tuple[OrderReport, Features]:
+    """Compare windows by the means of the blocks of *plan*, which are *rows*."""
     features = Features.fit(rows[:: -(-len(rows) // _PILOT)], stream.source.columns)
     blocks, single = _summarise(features, rows, plan)
     found = _test(blocks, single)
