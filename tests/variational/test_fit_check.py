@@ -12,6 +12,7 @@
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
 
+import itertools
 import re
 
 from functools import partial
@@ -469,6 +470,15 @@ class TestStreams:
             approx = pm.MeanField()
         place(approx, y.mean() + 0.3, 0.1)
         assert_errors(check_fit(approx, ds), 3, 0, 1e-6)
+
+    def test_a_stream_that_never_ends(self, regression):
+        ds = StreamingDataset(
+            lambda: itertools.repeat(regression.rows), batch_size=150, total_size=1_011
+        )
+        with regression.model(ds):
+            approx = pm.MeanField()
+        with pytest.raises(StreamError, match=r"total_size=1011 but gave \d+ rows and has not end"):
+            check_fit(approx, ds, progressbar=False)
 
     def test_a_stream_that_can_be_read_only_once(self, regression, fit):
         ds = StreamingDataset(iter([regression.rows]), batch_size=150, total_size=1_011)

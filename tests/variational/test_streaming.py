@@ -15,6 +15,7 @@
 
 import copy
 import gc
+import itertools
 import json
 import pickle
 import sys
@@ -461,6 +462,20 @@ class TestTotalSize:
             with pytest.warns(StreamWarning, match="total_size=9 but the source holds 7 rows"):
                 ds.advance()
             for _ in range(20):
+                ds.advance()
+
+    @pytest.mark.parametrize("endless", [True, False])
+    def test_more_rows_than_declared_are_noticed_once_before_the_pass_ends(self, endless):
+        def blocks():
+            for first in itertools.count(0, 5) if endless else range(0, 100, 5):
+                yield numbered(5) + first
+
+        with StreamingDataset(blocks, batch_size=2, total_size=9) as ds:
+            for _ in range(4):
+                ds.advance()
+            with pytest.warns(StreamWarning, match=r"total_size=9 but .* at least 10 rows"):
+                ds.advance()
+            for _ in range(80):
                 ds.advance()
 
     def test_an_array_that_grows_is_an_error(self):

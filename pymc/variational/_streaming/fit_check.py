@@ -59,6 +59,9 @@ _PAIRS = 8
 _PRIOR_PAIRS = 128
 """Priors of hierarchical models are far from quadratic, and cost nothing beside the rows."""
 
+_MOST_TIMES = 10
+"""Times the declared rows; a source that gives more has no end."""
+
 LogDensity = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
@@ -268,6 +271,7 @@ def _pass_over(likelihood: _Likelihood, probe: Probe, advance: Callable[[int], N
         if len(rows) == block_rows:
             gradients.add(gradient / len(rows))
         n_rows += len(rows)
+        _refuse_endless(stream, n_rows)
         advance(len(rows))
     whole = merged(gradients.after(0))
     per_row = whole.squares / max(1, whole.n - 1) * block_rows
@@ -277,6 +281,15 @@ def _pass_over(likelihood: _Likelihood, probe: Probe, advance: Callable[[int], N
         per_row * n_rows**2 / stream.batch_size,
         stream.rows_seen > 0,
     )
+
+
+def _refuse_endless(stream: "StreamingDataset", n_rows: int) -> None:
+    declared = stream.total_size
+    if declared and n_rows > _MOST_TIMES * declared + max(_BLOCK_ROWS, stream.batch_size):
+        raise StreamError(
+            f"the stream {stream.as_tensor().name!r} has total_size={declared} but gave {n_rows} "
+            "rows and has not ended; pass the number of rows, and a source that ends after an epoch"
+        )
 
 
 def _blocks(stream: "StreamingDataset") -> Iterator[np.ndarray]:

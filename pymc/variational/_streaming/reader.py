@@ -132,6 +132,7 @@ class BatchReader:
         end = None
         for batch in self._batches:
             if len(batch.rows):
+                self._total_size.check_part(batch.end[1])
                 return batch
             if batch.finding is not None:
                 self._order.tell(batch.finding)

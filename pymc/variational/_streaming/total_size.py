@@ -61,6 +61,21 @@ class TotalSize:
             self._warned = True
             _warn(self.rows, n_rows)
 
+    def check_part(self, n_rows: int) -> None:
+        """Compare the rows of an epoch that goes on with the declared ones: it may never end."""
+        if self._warned or self._auto or self.rows is None or n_rows <= self.rows:
+            return
+        if self._source.n_rows is not None:
+            return  # it was compared when the dataset was made
+        self._warned = True
+        warnings.warn(
+            f"total_size={self.rows} but an epoch of the source has at least {n_rows} rows, so the "
+            'likelihood is weighted wrongly; pass total_size="auto" or the number of rows, and a '
+            "function whose blocks end after one epoch, since an endless one has no rows to count",
+            StreamWarning,
+            stacklevel=5,
+        )
+
     def _resolve(self, declared: int | str | None) -> int | None:
         known = self._source.n_rows
         if declared is None:
