@@ -18,12 +18,14 @@ import re
 import subprocess
 import sys
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytensor
+import pytensor.tensor as pt
 import pytest
 
 import pymc as pm
@@ -220,8 +222,8 @@ class TestRefusals:
         [
             ({"model": {"prior_sd": 2.0}}, "variable 'a' is .* where it was"),
             ({"model": {"likelihood": pm.Laplace}}, "digest of the log-probability is"),
-            ({"obj_optimizer": pm.sgd}, "the options is .*'obj_optimizer': 'sgd'.* where it was"),
-            ({"obj_n_mc": 2}, "the options is .*'obj_n_mc': '2'.* where it was"),
+            ({"obj_optimizer": pm.sgd}, "the options is .*'obj_optimizer': sgd.* where it was"),
+            ({"obj_n_mc": 2}, "the options is .*'obj_n_mc': 2.* where it was"),
             ({"inference": pm.FullRankADVI}, "inference is FullRankADVI"),
             ({"data": {"columns": ("y", "x")}}, r"columns \('y', 'x'\)"),
             ({"data": {"dtype": "float32"}}, "stream 'stream' is Matrix.float32"),
@@ -238,6 +240,41 @@ class TestRefusals:
             resumable_fit(
                 inference(), 9, path=checkpoint, datasets=[ds], compile_kwargs=QUICK, **change
             )
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda rate: pm.adam(learning_rate=np.float32(rate)),
+            lambda rate: pm.adam(learning_rate=np.array(rate)),
+            lambda rate: pm.adam(learning_rate=pt.constant(rate)),
+            lambda rate: lambda loss, params: pm.sgd(loss, params, learning_rate=rate),
+            lambda rate: partial(pm.sgd, learning_rate=rate),
+        ],
+        ids="scalar array constant closure partial".split(),
+    )
+    def test_another_learning_rate_is_refused(self, rows, tmp_path, make):
+        fit(rows, tmp_path / "f", 7, obj_optimizer=make(1e-4))
+        with pytest.raises(ValueError, match=r"the options is .* where it was"):
+            fit(rows, tmp_path / "f", 9, obj_optimizer=make(2e-4))
+        assert len(fit(rows, tmp_path / "f", 9, obj_optimizer=make(1e-4)).hist) == 9
+
+    @pytest.mark.parametrize("column, sums", [(1, pt.cumsum), (0, pt.cumprod)])
+    def test_another_column_or_operation_is_refused(self, rows, tmp_path, column, sums):
+        """Neither shows in the model's text or in the types of the graph."""
+
+        def fit_to(n, column, sums):
+            ds = dataset(rows)
+            with pm.Model():
+                predictor = pm.Normal("a") + sums(ds.as_tensor(), axis=1)[:, 1]
+                observed = ds.as_tensor()[:, column]
+                pm.Normal("y", predictor, observed=observed, total_size=ds.total_size)
+                return resumable_fit(
+                    pm.ADVI(), n, path=tmp_path / "f", datasets=[ds], compile_kwargs=QUICK
+                )
+
+        fit_to(2, 0, pt.cumsum)
+        with pytest.raises(ValueError, match=r"digest of the log-probability is .* where it was"):
+            fit_to(3, column, sums)
 
     def test_other_rows_are_refused(self, rows, checkpoint, tmp_path):
         other = tmp_path / "rows.parquet"

@@ -18,7 +18,6 @@ steps: whatever the compiled step changes (the variational parameters, the optim
 the random streams), where the streams of data are, and the losses so far.
 """
 
-import hashlib
 import json
 import os
 import warnings
@@ -26,7 +25,6 @@ import zipfile
 import zlib
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +32,12 @@ import numpy as np
 import pytensor
 
 from pytensor.compile.sharedvalue import SharedVariable
-from pytensor.graph.basic import Constant, Variable
-from pytensor.graph.traversal import toposort
 
 import pymc
 
 from pymc.variational._streaming.errors import StreamError, StreamWarning
 from pymc.variational._streaming.guards import WITHOUT_LOSS
+from pymc.variational._streaming.identity import describe, digest
 from pymc.variational._streaming.sources import positive_int
 from pymc.variational.callbacks import Callback
 from pymc.variational.inference import Inference
@@ -216,14 +213,14 @@ class _ResumableFit:
         approx = self._inference.approx
         model = approx.model
         described = {"inference": f"{type(self._inference).__name__}, {type(approx).__name__}"}
-        described["the options"] = _describe(self._options)
+        described["the options"] = describe(self._options)
         for ds in self._datasets:
             described[f"stream {ds.as_tensor().name!r}"] = (
                 f"{ds.as_tensor().type}, columns {ds.columns}, total_size {ds.total_size}"
             )
         for rv in [*model.free_RVs, *model.observed_RVs, *model.potentials]:
             described[f"variable {rv.name!r}"] = rv.str_repr()
-        described["the digest of the log-probability"] = _digest(model.logp())
+        described["the digest of the log-probability"] = digest([model.logp()])
         for k, variable in enumerate(self._variables):
             shape = np.shape(variable.get_value(borrow=True))
             described[f"state {k}"] = f"{variable.name} {variable.type} {shape}"
@@ -285,33 +282,6 @@ def _changing_variables(inference: Inference) -> list[SharedVariable]:
         if i.update is not None
         or (getattr(i.variable, "ndim", None) == 0 and i.variable.name not in own)
     ]
-
-
-def _describe(value: Any) -> str:
-    """Describe an option without addresses in memory, so that the next process agrees."""
-    if isinstance(value, partial):
-        arguments = ", ".join(f"{k}={_describe(v)}" for k, v in value.keywords.items())
-        return f"{_describe(value.func)}({arguments})"
-    if isinstance(value, dict):
-        return str({k: _describe(v) for k, v in value.items()})
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    return getattr(value, "__qualname__", type(value).__name__)
-
-
-def _digest(graph: Variable) -> str:
-    """Digest operations and constants; names and addresses differ between processes."""
-    nodes = list(toposort([graph]))
-    place = {out: f"{k}.{j}" for k, node in enumerate(nodes) for j, out in enumerate(node.outputs)}
-    digest = hashlib.blake2b(digest_size=8)
-    for node in nodes:
-        operation = type(getattr(node.op, "scalar_op", node.op)).__name__
-        digest.update(f"{operation} {[str(out.type) for out in node.outputs]}".encode())
-        for variable in node.inputs:
-            if isinstance(variable, Constant) and isinstance(variable.data, np.ndarray):
-                digest.update(variable.data.tobytes())
-            digest.update(place.get(variable, str(variable.type)).encode())
-    return digest.hexdigest()
 
 
 def _require_same(path: Path, saved: dict[str, str], mine: dict[str, str]) -> None:
