@@ -326,6 +326,17 @@ class TestFile:
         fit(rows, checkpoint, 9)
         assert [file.name for file in checkpoint.parent.iterdir()] == ["f"]
 
+    def test_parameters_that_are_not_finite_are_not_saved(self, rows, checkpoint, seven_steps):
+        """The loss of the last step is finite: nothing else tells."""
+
+        def spoil(approx, losses, i):
+            if i == 9:
+                approx.params[0].set_value(np.full(2, np.nan))
+
+        with pytest.raises(FloatingPointError, match=r"mu is not finite after step 9, so .*f is"):
+            fit(rows, checkpoint, 9, callbacks=[spoil])
+        assert checkpoint.read_bytes() == seven_steps
+
     def test_it_holds_no_code(self, checkpoint):
         with np.load(checkpoint, allow_pickle=False) as file:
             assert json.loads(file["header"].tobytes())["done"] == 7

@@ -96,6 +96,9 @@ def resumable_fit(
         step with the same random draw.
     StreamError
         If the checkpoint cannot be read.
+    FloatingPointError
+        If the loss is NaN, or parameters are not finite when they would be saved; the last
+        checkpoint is kept.
 
     Notes
     -----
@@ -176,6 +179,7 @@ class _Checkpoint(Callback):
         self._done += 1
         if self._done % self._every and self._done != self._n:
             return
+        self._fit.require_finite(self._path, self._done)
         state, arrays = self._fit.state(losses)
         header = {
             "versions": _versions(),
@@ -249,6 +253,18 @@ class _ResumableFit:
             for name, seen in callback.state_dict().items():  # type: ignore[attr-defined]
                 arrays[f"callback {at} {name}"] = np.asarray(seen)
         return {"random": random, "streams": [ds.state_dict() for ds in self._datasets]}, arrays
+
+    def require_finite(self, path: Path, done: int) -> None:
+        """Raise what the next step would, which computes its loss from these values."""
+        for variable in self._variables:
+            value = variable.get_value(borrow=True)
+            # A scalar of the user's own, such as a bound, may be infinite.
+            if np.ndim(value) and value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise FloatingPointError(
+                    f"{variable.name or variable.type} is not finite after step {done}, so {path} "
+                    "is left as it was; lower the learning rate, or look for rows or parameters "
+                    "at which the gradient is not finite"
+                )
 
     def load(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Go back to what was saved."""
