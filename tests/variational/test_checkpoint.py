@@ -323,8 +323,50 @@ class TestFile:
             with pytest.raises(OSError, match="no space left"):
                 fit(rows, checkpoint, 9)
         assert checkpoint.read_bytes() == seven_steps
+        assert [file.name for file in checkpoint.parent.iterdir()] == ["f"]
         fit(rows, checkpoint, 9)
         assert [file.name for file in checkpoint.parent.iterdir()] == ["f"]
+
+    def test_a_folder_that_is_missing_is_told_before_the_first_step(self, rows, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"path=.*f is in no folder that exists"):
+            fit(rows, tmp_path / "no" / "f", 9, callbacks=[Die(1)])
+
+    def test_a_file_that_cannot_be_written_is_told_before_the_first_step(
+        self, rows, checkpoint, seven_steps
+    ):
+        (checkpoint.parent / ".f.part").mkdir()
+        with pytest.raises(OSError, match=r"\.f\.part"):
+            fit(rows, checkpoint, 9, callbacks=[Die(8)])
+        assert checkpoint.read_bytes() == seven_steps
+
+    def test_what_a_callback_cannot_save_is_told_before_the_first_step(self, rows, tmp_path):
+        class Best(Die):
+            def state_dict(self):
+                return {"best": None}
+
+            def load_state_dict(self, state): ...
+
+        with pytest.raises(
+            TypeError, match=r"state_dict\(\)\['best'\] of the callback Best is a N"
+        ):
+            fit(rows, tmp_path / "f", 9, callbacks=[Best(1)])
+        assert not list(tmp_path.iterdir())
+
+    def test_a_checkpoint_that_fails_leaves_no_part_of_it(self, rows, tmp_path):
+        class Late:
+            best = 0.0
+
+            def __call__(self, approx, losses, i):
+                self.best = None
+
+            def state_dict(self):
+                return {"best": self.best}
+
+            def load_state_dict(self, state): ...
+
+        with pytest.raises(TypeError, match="of the callback Late is a NoneType"):
+            fit(rows, tmp_path / "f", 9, callbacks=[Late()])
+        assert not list(tmp_path.iterdir())
 
     def test_parameters_that_are_not_finite_are_not_saved(self, rows, checkpoint, seven_steps):
         """The loss of the last step is finite: nothing else tells."""

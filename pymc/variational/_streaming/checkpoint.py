@@ -140,6 +140,7 @@ def resumable_fit(
         in_order = [*callbacks, *streams, checkpoint]
         inference.state = inference.state._replace(i=done, callbacks=in_order)
         if done < n:
+            checkpoint.rehearse()
             inference.refine(n - done, progressbar)
     finally:
         for ds in datasets:
@@ -175,11 +176,21 @@ class _Checkpoint(Callback):
         self._fit.load(header["state"], arrays)
         return self._done
 
+    def rehearse(self) -> None:
+        """Fail now where a checkpoint would fail after many steps; no file is left or changed."""
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(f"path={self._path} is in no folder that exists; make it")
+        part = _write_part(self._path, *self._content(np.empty(0)))
+        part.unlink()
+
     def __call__(self, approx: Approximation, losses: np.ndarray, i: int) -> None:
         self._done += 1
         if self._done % self._every and self._done != self._n:
             return
         self._fit.require_finite(self._path, self._done)
+        os.replace(_write_part(self._path, *self._content(losses)), self._path)
+
+    def _content(self, losses: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         state, arrays = self._fit.state(losses)
         header = {
             "versions": _versions(),
@@ -187,7 +198,7 @@ class _Checkpoint(Callback):
             "done": self._done,
             "state": state,
         }
-        _write(self._path, header, arrays)
+        return header, arrays
 
 
 class _ResumableFit:
@@ -251,7 +262,13 @@ class _ResumableFit:
                 )
         for at, callback in self._callbacks.items():
             for name, seen in callback.state_dict().items():  # type: ignore[attr-defined]
-                arrays[f"callback {at} {name}"] = np.asarray(seen)
+                array = np.asarray(seen)
+                if array.dtype.hasobject:
+                    raise TypeError(
+                        f"state_dict()[{name!r}] of the callback {type(callback).__name__} is a "
+                        f"{type(seen).__name__}, which cannot be saved; give arrays or numbers"
+                    )
+                arrays[f"callback {at} {name}"] = array
         return {"random": random, "streams": [ds.state_dict() for ds in self._datasets]}, arrays
 
     def require_finite(self, path: Path, done: int) -> None:
@@ -325,15 +342,19 @@ def _warn_of_versions(path: Path, saved: dict[str, str]) -> None:
         )
 
 
-def _write(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Replace the file at once, by one that is on the disk."""
+def _write_part(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
+    """Write a file beside *path*, to the disk, that can replace it at once."""
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
     part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        np.savez(file, allow_pickle=False, header=text, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, allow_pickle=False, header=text, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return part
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
