@@ -309,6 +309,53 @@ class TestRefusals:
             fit(rows, checkpoint, 9)
 
 
+class TestSameInference:
+    """What a notebook has, whose cells are run again."""
+
+    @pytest.fixture
+    def again(self, rows, tmp_path):
+        ds = dataset(rows)
+        options = {"every": 7, "progressbar": False, "compile_kwargs": QUICK}
+        with model_of(ds) as model:
+            inference = pm.ADVI(random_seed=1)
+
+        def go_on(n, *callbacks):
+            with model:
+                return resumable_fit(
+                    inference, n, path=tmp_path / "f", datasets=[ds], callbacks=callbacks, **options
+                )
+
+        return go_on, inference
+
+    def test_it_goes_back_to_its_checkpoint(self, rows, again, tmp_path):
+        go_on, _ = again
+        with pytest.raises(RuntimeError, match="killed"):
+            go_on(30, Die(17))
+        assert_equal(go_on(30), fit(rows, tmp_path / "whole", 30, seed=1))
+
+    @pytest.mark.parametrize("end", [RuntimeError, KeyboardInterrupt])
+    def test_without_a_checkpoint_it_is_refused(self, again, end):
+        def stop(approx, losses, i):
+            raise end
+
+        go_on, _ = again
+        try:
+            go_on(30, stop)
+        except RuntimeError:
+            pass
+        with pytest.raises(ValueError, match="inference has been fitted before"):
+            go_on(30)
+
+    def test_refine_is_refused_and_leaves_the_fit(self, again):
+        go_on, inference = again
+        before = {name: value.copy() for name, value in numbers(go_on(14)).items()}
+        with pytest.raises(StreamError, match="call resumable_fit again with more steps"):
+            inference.refine(5, progressbar=False)
+        for name, value in numbers(inference.approx).items():
+            np.testing.assert_array_equal(value, before[name], err_msg=name)
+        assert len(go_on(15).hist) == 15
+
+
 class TestFile:
     def test_a_checkpoint_that_fails_leaves_the_last_one(
         self, rows, checkpoint, seven_steps, monkeypatch

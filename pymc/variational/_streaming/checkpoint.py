@@ -65,7 +65,9 @@ def resumable_fit(
     Parameters
     ----------
     inference : Inference
-        For example ``pm.ADVI()``, made as it was made for the first call.
+        For example ``pm.ADVI()``, made as it was made for the first call. One that has been
+        fitted is accepted only where there is a checkpoint, to which it goes back. Afterwards
+        :meth:`Inference.refine` is refused.
     n : int
         Steps of the whole fit, those of earlier calls included.
     path : path_like
@@ -92,7 +94,7 @@ def resumable_fit(
     ------
     ValueError
         If the checkpoint is of another model, data, optimizer or option, or has more steps
-        than *n*; or if the fit has no losses (``score=False``), because PyMC then makes every
+        than *n*; if *inference* has been fitted and there is no checkpoint; or if the fit has no losses (``score=False``), because PyMC then makes every
         step with the same random draw.
     StreamError
         If the checkpoint cannot be read.
@@ -129,6 +131,12 @@ def resumable_fit(
     """
     positive_int("n", n)
     positive_int("every", every)
+    if inference.state is not None and not Path(path).exists():
+        raise ValueError(
+            "inference has been fitted before, and would go on from where it is, but there is no "
+            f"checkpoint {path}; make it anew, for example by pm.ADVI(), or pass the path of its "
+            "checkpoint"
+        )
     inference.fit(0, progressbar=False, **kwargs)
     if not inference.state.score:
         raise ValueError(WITHOUT_LOSS)
@@ -145,8 +153,17 @@ def resumable_fit(
     finally:
         for ds in datasets:
             ds.close()
+        inference.state = inference.state._replace(step=_refuse_step, callbacks=[])
     inference.approx.hist = inference.hist
     return inference.approx
+
+
+def _refuse_step() -> None:
+    """Take the place of the step, which would run on the closed streams' NaN."""
+    raise StreamError(
+        "the streams of this resumable_fit are closed; to go on, call resumable_fit again with "
+        "more steps and the same path"
+    )
 
 
 class _Checkpoint(Callback):
