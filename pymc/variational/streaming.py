@@ -487,14 +487,15 @@ class _FitCallback(Callback):
     def __init__(self, dataset: StreamingDataset, token: object):
         self._dataset = dataset
         self._token = token
-        self._checked: Model | None = None
+        self._checked: tuple[Any, ...] = ()
         self._approx: Any = None
         weakref.finalize(self, _release, weakref.ref(dataset), token)
 
     def check(self, model: Model) -> None:
-        if model is not self._checked:
+        factors = (model, *model.basic_RVs, *model.potentials)
+        if factors != self._checked:
             check_model(model, self._dataset.as_tensor(), self._dataset.total_size)
-            self._checked = model
+            self._checked = factors
 
     def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
         if losses is None and not isinstance(approx, Empirical):

@@ -21,7 +21,10 @@ import pytest
 
 import pymc as pm
 
+from pymc.variational import streaming
 from pymc.variational.streaming import StreamError, StreamingDataset, StreamWarning
+
+ONE_STEP = {"progressbar": False, "compile_kwargs": {"mode": "FAST_COMPILE"}}
 
 
 @pytest.fixture
@@ -208,12 +211,26 @@ def test_another_model_is_checked_when_it_is_met(ds):
     with pm.Model():
         pm.Normal("y", pm.Normal("b"), observed=np.zeros(3))
         with pytest.raises(StreamError, match="no observed variable of the model"):
-            pm.fit(
-                1,
-                callbacks=[callback],
-                progressbar=False,
-                compile_kwargs={"mode": "FAST_COMPILE"},
-            )
+            pm.fit(1, callbacks=[callback], **ONE_STEP)
+
+
+def test_what_is_added_after_the_callback_is_checked_at_its_first_call(ds):
+    with pm.Model():
+        b = pm.Normal("b")
+        pm.Normal("y", b, observed=ds.as_tensor()[:, 0], total_size=60)
+        callback = ds.fit_callback()
+        pm.Normal("z", b, observed=ds.as_tensor()[:, 1])
+        with pytest.raises(StreamError, match="'z' depends on the stream but has no total_size"):
+            pm.fit(1, callbacks=[callback], **ONE_STEP)
+
+
+def test_a_model_that_has_not_changed_is_checked_once(ds, monkeypatch):
+    checked = []
+    monkeypatch.setattr(streaming, "check_model", lambda *args: checked.append(args))
+    with pm.Model():
+        pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 0], total_size=60)
+        pm.fit(2, callbacks=[ds.fit_callback()], **ONE_STEP)
+    assert len(checked) == 1
 
 
 def test_a_batch_of_one_row_is_accepted():

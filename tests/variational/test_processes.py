@@ -176,7 +176,7 @@ class TestInterrupt:
         """
         ds.load_state_dict({**ds.state_dict(), "epoch": 0, "offset": 0, "rows_seen": 0})
         callback = ds.fit_callback()
-        callback._checked = inference.approx.model  # the check compiles anew each time
+        callback._approx = inference.approx  # the check compiles anew each time
         inference.state = inference.state._replace(callbacks=[callback])
         try:
             del callback
