@@ -118,6 +118,15 @@ REFUSED = {
         ),
         "'y'",
     ),
+    "centred, where no probability is within its bounds at first": (
+        lambda buf, n: pm.Bernoulli(
+            "y",
+            pm.Normal("a") - 0.05 + 0.001 * (buf[:, 0] - buf[:, 0].mean()),
+            observed=buf[:, 3],
+            total_size=n,
+        ),
+        "'y' ties the rows of a batch together",
+    ),
     "multivariate over rows": (
         lambda buf, n: pm.MvNormal("y", np.zeros(12), np.eye(12), observed=buf[:, 0], total_size=n),
         r"'y' has shape \(\)",
@@ -129,6 +138,12 @@ ACCEPTED = {
     "named axes": lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:, :3], total_size=(n, None)),
     "logistic": lambda buf, n: pm.Bernoulli(
         "y", logit_p=linear(buf), observed=buf[:, 3], total_size=n
+    ),
+    "probability that is linear": lambda buf, n: pm.Bernoulli(
+        "y", pm.Normal("a") + linear(buf), observed=buf[:, 3], total_size=n
+    ),
+    "scale that is linear": lambda buf, n: pm.Normal(
+        "y", 0, 0.01 + linear(buf), observed=buf[:, 1], total_size=n
     ),
     "hierarchical": lambda buf, n: pm.Normal(
         "y",

@@ -15,7 +15,8 @@
 
 import warnings
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -23,10 +24,12 @@ from pytensor import function
 from pytensor.compile.mode import Mode
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, Variable
+from pytensor.graph.rewriting.basic import in2out
 from pytensor.graph.traversal import ancestors, explicit_graph_inputs
 from pytensor.tensor.type_other import NoneConst
 
 from pymc.initial_point import make_initial_point_expression
+from pymc.logprob.utils import local_remove_check_parameter
 from pymc.model.core import Model
 from pymc.pytensorf import replace_rng_nodes
 from pymc.variational._streaming.errors import StreamError, StreamWarning
@@ -35,6 +38,12 @@ from pymc.variational.minibatch_rv import MinibatchRandomVariable
 __all__ = ["WITHOUT_LOSS", "check_model", "depends_on", "total_size_of"]
 
 _UNCOMPILED = Mode(linker="py", optimizer="minimum_compile")
+
+_UNCHECKED = _UNCOMPILED.register((in2out(local_remove_check_parameter), 0))
+"""Parameters are checked for all rows at once, which one row may fail that others do not."""
+
+_JITTERS = (0.1, 0.1, 0.1, 0.01, 0.01, 0.001)
+"""How far from the initial point to look for one where the log-likelihood is finite."""
 
 WITHOUT_LOSS = (
     "score=False: without the loss, PyMC makes every step with the same random draw, "
@@ -150,24 +159,45 @@ def _check_rows(model: Model, likelihoods: Sequence[Variable], buffer: SharedVar
             )
 
 
-def _row_logps(model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable):
+def _row_logps(
+    model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable
+) -> Callable[[np.ndarray], list[np.ndarray]]:
     """Compile the log-likelihood terms as a function of the batch, at a random point."""
     graphs = model.logp(list(likelihoods), sum=False)
     batch = buffer.type(name="batch")
     roots = list(explicit_graph_inputs(graphs))
     copies = [v for v in ancestors(graphs) if getattr(v, "container", None) is buffer.container]
     values = [v for v in model.value_vars if v in roots]
-    terms = function(
+    compiled = function(
         [batch, *values],
         graphs,
         givens=dict.fromkeys(copies, batch),
-        mode=_UNCOMPILED,
+        mode=_UNCHECKED,
         on_unused_input="ignore",
     )
+
+    def terms(rows: np.ndarray, point: Sequence[np.ndarray]) -> list[np.ndarray]:
+        with np.errstate(all="ignore"):
+            return compiled(rows, *point)
+
+    start = _initial_point(model)
+    point = _finite_point(partial(terms, buffer.get_value()), [start[v] for v in values])
+    return lambda rows: terms(rows, point)
+
+
+def _finite_point(
+    terms: Callable[[Sequence[np.ndarray]], list[np.ndarray]], start: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Return a random point near *start*, where most terms are finite if there is any such."""
     rng = np.random.default_rng(0)
-    point = _initial_point(model)
-    jittered = [_jitter(point[v], rng) for v in values]
-    return lambda rows: terms(rows, *jittered)
+    found: dict[float, list[np.ndarray]] = {}
+    for size in _JITTERS:
+        point = [_jitter(value, size, rng) for value in start]
+        finite = min(np.isfinite(term).sum() / max(1, term.size) for term in terms(point))
+        found.setdefault(finite, point)
+        if finite > 0.5:
+            break
+    return found[max(found)]
 
 
 def _initial_point(model: Model) -> dict[Variable, np.ndarray]:
@@ -183,10 +213,10 @@ def _initial_point(model: Model) -> dict[Variable, np.ndarray]:
     return {value: np.asarray(number) for value, number in zip(values, found)}
 
 
-def _jitter(value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _jitter(value: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarray:
     if value.dtype.kind != "f":
         return value
-    return (value + rng.uniform(-0.1, 0.1, value.shape)).astype(value.dtype)
+    return (value + rng.uniform(-size, size, value.shape)).astype(value.dtype)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
