@@ -31,8 +31,9 @@ ONE_STEP = {"progressbar": False, "compile_kwargs": {"mode": "FAST_COMPILE"}}
 def ds():
     rng = np.random.default_rng(0)
     rows = np.column_stack(
-        [rng.normal(size=(60, 3)), rng.integers(0, 2, 60), rng.integers(0, 5, 60)]
+        [rng.normal(size=(60, 3)), rng.integers(0, 2, 60), rng.integers(0, 5, 60), np.zeros(60)]
     )
+    rows[:12, 0] = np.sort(rows[:12, 0])  # the largest of the first batch is in an odd row
     with StreamingDataset(rows, batch_size=12) as ds:
         yield ds
 
@@ -99,6 +100,62 @@ REFUSED = {
         ),
         "'y' ties the rows of a batch together",
     ),
+    "divided by the largest": (
+        lambda buf, n: pm.Normal(
+            "y", linear(buf / buf.max(axis=0)), observed=buf[:, 1], total_size=n
+        ),
+        "'y' ties the rows of a batch together",
+    ),
+    "tiny": (
+        lambda buf, n: pm.Laplace(
+            "y", 1e-9 * linear(buf - buf.mean(0)), 0.5, observed=1e-9 * buf[:, 1], total_size=n
+        ),
+        "'y' ties the rows of a batch together",
+    ),
+    "large": (
+        lambda buf, n: pm.Normal(
+            "y",
+            linear(1e-3 * (buf - buf.mean(0))),
+            1e6,
+            observed=1e6 * buf[:, 1],
+            total_size=n,
+        ),
+        "'y' ties the rows of a batch together",
+    ),
+    "standardised dummy that the first batch does not have": (
+        lambda buf, n: pm.Normal(
+            "y",
+            linear((buf[:, 5:] - buf[:, 5:].mean(0)) / (buf[:, 5:].std(0) + 1e-6)),
+            observed=buf[:, 1],
+            total_size=n,
+        ),
+        "'y' ties the rows of a batch together",
+    ),
+    "the same beside an index": (
+        lambda buf, n: pm.Normal(
+            "y",
+            pm.Normal("g", shape=5)[buf[:, 4].astype("int64")]
+            + linear(buf[:, 5:] - buf[:, 5:].max()),
+            observed=buf[:, 1],
+            total_size=n,
+        ),
+        "'y' ties the rows of a batch together",
+    ),
+    "missing values that are left out": (
+        lambda buf, n: pm.Normal(
+            "y", pm.Normal("b"), observed=buf[:, 0][buf[:, 0] > -900], total_size=n
+        ),
+        r"'y' has shape \(6,\) for other values of the rows; streaming needs one term per row",
+    ),
+    "missing values that are left out, beside an index": (
+        lambda buf, n: pm.Normal(
+            "y",
+            pm.Normal("g", shape=5)[buf[:, 4].astype("int64")][buf[:, 0] < 900],
+            observed=buf[:, 0][buf[:, 0] < 900],
+            total_size=n,
+        ),
+        r"'y' has shape \(6,\) for other values",
+    ),
     "sliced": (
         lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:5, 0], total_size=n),
         r"'y' has shape \(5,\); streaming needs one term per row",
@@ -149,6 +206,40 @@ ACCEPTED = {
         "y",
         pm.Normal("g", 0, pm.HalfNormal("s"), shape=5)[buf[:, 4].astype("int64")],
         observed=buf[:, 1],
+        total_size=n,
+    ),
+    "categories": lambda buf, n: pm.Categorical(
+        "y",
+        logit_p=pt.outer(buf[:, 0], pm.Normal("b", shape=5)),
+        observed=buf[:, 4],
+        total_size=n,
+    ),
+    "counts": lambda buf, n: pm.Poisson(
+        "y", pt.exp(linear(buf)), observed=buf[:, 4].astype("int64"), total_size=n
+    ),
+    "ordered categories": lambda buf, n: pm.OrderedLogistic(
+        "y", eta=linear(buf), cutpoints=np.arange(4.0), observed=buf[:, 4], total_size=n
+    ),
+    "proportions": lambda buf, n: pm.Beta(
+        "y", 2, pt.exp(linear(buf)), observed=pm.math.invlogit(buf[:, 1]), total_size=n
+    ),
+    "positive": lambda buf, n: pm.Gamma(
+        "y", 2, 1 + linear(buf), observed=buf[:, 1] ** 2, total_size=n
+    ),
+    "truncated": lambda buf, n: pm.Truncated(
+        "y", pm.Normal.dist(linear(buf)), lower=-9, observed=buf[:, 1], total_size=n
+    ),
+    "covariance that differs by row": lambda buf, n: pm.MvNormal(
+        "y",
+        pm.Normal("m", shape=3),
+        np.eye(3) * (1 + buf[:, 3])[:, None, None],
+        observed=buf[:, :3],
+        total_size=n,
+    ),
+    "saturated": lambda buf, n: pm.Bernoulli(
+        "y",
+        pm.math.invlogit(1e4 * buf[:, :3] @ pm.Normal("b", shape=3)),
+        observed=buf[:, 3],
         total_size=n,
     ),
     "mixture": lambda buf, n: pm.NormalMixture(
@@ -252,4 +343,16 @@ def test_a_batch_of_one_row_is_accepted():
     with StreamingDataset(np.ones((9, 1)), batch_size=1) as ds, pm.Model():
         pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 0], total_size=9)
         with warnings.catch_warnings(action="error"):
+            ds.fit_callback()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float32"])
+def test_buffers_of_other_types_are_checked(dtype):
+    rows = np.arange(60).reshape(30, 2) % 7
+    with StreamingDataset(rows, batch_size=10, dtype=dtype) as ds, pm.Model():
+        x, y = ds.as_tensor()[:, 0], ds.as_tensor()[:, 1]
+        pm.Normal("y", pm.Normal("b") * x, observed=y.astype("float64"), total_size=30)
+        ds.fit_callback()
+        pm.Normal("z", x.max() - x, observed=y.astype("float64"), total_size=30)
+        with pytest.raises(StreamError, match="'z' ties the rows"):
             ds.fit_callback()

@@ -15,7 +15,7 @@
 
 import warnings
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -44,6 +44,14 @@ _UNCHECKED = _UNCOMPILED.register((in2out(local_remove_check_parameter), 0))
 
 _JITTERS = (0.1, 0.1, 0.1, 0.01, 0.01, 0.001)
 """How far from the initial point to look for one where the log-likelihood is finite."""
+
+_FAR = 1e6
+"""Beyond the numbers that stand for missing values, such as -999 and 99999."""
+
+_MAX_TRIES = 16
+
+_Terms = Callable[[np.ndarray], list[np.ndarray]]
+"""From a batch to the log-likelihood of each row, for each likelihood."""
 
 WITHOUT_LOSS = (
     "score=False: without the loss, PyMC makes every step with the same random draw, "
@@ -142,26 +150,80 @@ def _check_rows(model: Model, likelihoods: Sequence[Variable], buffer: SharedVar
     """Check that each log-likelihood has one term per row, which depends on that row alone."""
     batch = buffer.get_value()
     logps = _row_logps(model, likelihoods, buffer)
-    half = batch.copy()
-    half[::2] = np.resize(batch[1::2], half[::2].shape)
-    terms, half_replaced, rolled = logps(batch), logps(half), logps(np.roll(batch, 1, axis=0))
-    for rv, term, replaced, roll in zip(likelihoods, terms, half_replaced, rolled):
-        if term.ndim == 0 or len(term) != len(batch):
-            raise StreamError(
-                f"the log-likelihood of {rv.name!r} has shape {term.shape}; streaming needs one "
-                f"term per row of the batch, with the {len(batch)} rows as the leading axis"
-            )
-        if not _same(replaced[1::2], term[1::2]) or not _same(roll, np.roll(term, 1, axis=0)):
-            raise StreamError(
-                f"the log-likelihood of {rv.name!r} ties the rows of a batch together: a row's "
-                "term changes with the other rows or with its place in the batch; minibatches "
-                "of rows need a likelihood that is a product over rows"
-            )
+    terms = logps(batch)
+    for rv, term in zip(likelihoods, terms):
+        _check_shape(rv, term, len(batch))
+    for rv, term, rolled in zip(likelihoods, terms, logps(np.roll(batch, 1, axis=0))):
+        if not _same_but_for_rounding(rolled, np.roll(term, 1, axis=0)):
+            raise _tied(rv)
+    for kept, others in _with_other_rows(batch, logps):
+        for rv, term, other in zip(likelihoods, terms, others):
+            _check_shape(rv, other, len(batch), " for other values of the rows")
+            if not _same(other[kept], term[kept]):
+                raise _tied(rv)
 
 
-def _row_logps(
-    model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable
-) -> Callable[[np.ndarray], list[np.ndarray]]:
+def _check_shape(rv: Variable, term: np.ndarray, n_rows: int, when: str = "") -> None:
+    if term.ndim == 0 or len(term) != n_rows:
+        raise StreamError(
+            f"the log-likelihood of {rv.name!r} has shape {term.shape}{when}; streaming needs one "
+            f"term per row of the batch, with the {n_rows} rows as the leading axis"
+        )
+
+
+def _tied(rv: Variable) -> StreamError:
+    return StreamError(
+        f"the log-likelihood of {rv.name!r} ties the rows of a batch together: a row's "
+        "term changes with the other rows or with its place in the batch; minibatches "
+        "of rows need a likelihood that is a product over rows"
+    )
+
+
+def _with_other_rows(batch: np.ndarray, logps: _Terms) -> Iterator[tuple[slice, list[np.ndarray]]]:
+    """Yield slices of the rows that are kept, and the terms where the others are replaced."""
+    for first in (0, 1):
+        replaced, kept = slice(first, None, 2), slice(1 - first, None, 2)
+        other = batch.copy()
+        other[replaced] = np.resize(batch[kept], batch[replaced].shape)
+        yield kept, logps(other)
+    for row in _strange_rows(batch):
+        for terms in _with_strange_row(batch, row, logps):
+            yield slice(1, None, 2), terms
+
+
+def _strange_rows(batch: np.ndarray) -> list[np.ndarray]:
+    """Return rows whose values no batch may have had yet, of the kind that models filter out."""
+    limits = np.iinfo(batch.dtype) if batch.dtype.kind in "iu" else np.finfo(batch.dtype)
+    far = _FAR + 10 * np.abs(batch.astype("float64")).max(axis=0)
+    return [
+        np.clip(row, limits.min / 2, limits.max / 2).astype(batch.dtype)
+        for row in (0 * far, -far, far)
+    ]
+
+
+def _with_strange_row(
+    batch: np.ndarray, row: np.ndarray, logps: _Terms
+) -> Iterator[list[np.ndarray]]:
+    """Yield the terms with *row* in every other place.
+
+    Where the model refuses it, as it does an index that is out of range, fewer columns are tried.
+    """
+    columns = [np.arange(row.size)]
+    for _ in range(_MAX_TRIES):
+        if not columns:
+            return
+        tried = columns.pop(0)
+        other = batch.copy()
+        other.reshape(len(batch), -1)[::2, tried] = row.ravel()[tried]
+        try:
+            terms = logps(other)
+        except Exception:
+            columns += np.array_split(tried, 2) if len(tried) > 1 else []
+        else:
+            yield terms
+
+
+def _row_logps(model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable) -> _Terms:
     """Compile the log-likelihood terms as a function of the batch, at a random point."""
     graphs = model.logp(list(likelihoods), sum=False)
     batch = buffer.type(name="batch")
@@ -220,4 +282,11 @@ def _jitter(value: np.ndarray, size: float, rng: np.random.Generator) -> np.ndar
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether terms of the same rows at the same places are the same."""
+    rtol = 1e-5 if a.dtype == np.float32 else 1e-12
+    return np.allclose(a, b, rtol=rtol, atol=0, equal_nan=True)
+
+
+def _same_but_for_rounding(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether terms of rows at other places, where products of matrices may round, are the same."""
     return np.allclose(a, b, rtol=1e-5 if a.dtype == np.float32 else 1e-9, equal_nan=True)
