@@ -193,6 +193,7 @@ class StreamingDataset:
             prefetch=prefetch,
         )
         self._buffer = pytensor.shared(self._blank(), name=name)
+        self._buffer.tag.is_stream = True  # for who meets it in a model
         self._owner: object = None
         self._withheld: np.ndarray | None = None
         """What the buffer will hold when other rows leave it."""

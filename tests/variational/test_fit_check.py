@@ -444,10 +444,49 @@ class TestStreams:
         assert report.rows == 1_800
         assert report.verdict == "fine"
 
-    def test_a_stream_that_is_left_out(self, two):
-        (first, _), approx = two
-        with pytest.raises(StreamError, match=r"does not depend on the stream .* pass all streams"):
+    @pytest.mark.parametrize("is_open", [False, True])
+    def test_a_stream_that_is_left_out(self, two, is_open):
+        """Closed, its buffer holds NaN; open, one batch, which would count as all rows."""
+        (first, second), approx = two
+        with second:
+            if is_open:
+                second.advance()
+            with pytest.raises(
+                StreamError, match=r"'z_rows' depends on the stream 'z', .* pass all"
+            ):
+                check_fit(approx, first)
+
+    def test_a_stream_of_counts_that_is_left_out(self):
+        """NaN becomes an integer, whose log density is -inf and has no gradient."""
+        first, counts = stream(np.zeros(50), 10), stream(np.full(60, 4.0), 10, name="counts")
+        with pm.Model():
+            mu = pm.Normal("mu")
+            pm.Normal("y", mu, observed=first.as_tensor()[:, 0], total_size=50)
+            rows = counts.as_tensor()[:, 0].astype("int64")
+            pm.Poisson("n", pm.math.exp(mu), observed=rows, total_size=60)
+            approx = pm.MeanField()
+        with pytest.raises(StreamError, match="'n' depends on the stream 'counts'"):
             check_fit(approx, first)
+
+    def test_a_copy_of_a_stream_that_is_left_out(self, two):
+        """Transforming a model copies its shared variables."""
+        (first, _), approx = two
+        with pm.do(approx.model, {}):
+            copied = pm.MeanField()
+        with pytest.raises(StreamError, match="'z_rows' depends on the stream 'z'"):
+            check_fit(copied, first)
+
+    def test_draws_beyond_the_support(self):
+        ds = stream(np.arange(50) % 2, 10)
+        with pm.Model():
+            p = pm.Uniform("p", 0, 1, default_transform=None)
+            pm.Bernoulli("y", p, observed=ds.as_tensor()[:, 0], total_size=50)
+            approx = pm.MeanField()
+        place(approx, 0.5, 1.0)
+        with pytest.raises(
+            StreamError, match=r"not finite at draws .* keep the default transforms"
+        ):
+            check_fit(approx, ds)
 
     def test_a_stream_of_another_model(self, regression, fit):
         other = stream(regression.rows, name="other")

@@ -143,7 +143,7 @@ def check_fit(
     rest, likelihoods = _split_density(group, streams)
     probe, prior = _probes(group, seed)
     prior.add(rest)
-    _refuse_infinite(prior, "of what does not depend on the stream", "pass all streams in use")
+    _refuse_infinite(prior, "of what does not depend on the stream")
     with CustomProgress(
         console=Console(theme=default_progress_theme), disable=not progressbar
     ) as progress:
@@ -152,7 +152,7 @@ def check_fit(
             _pass_over(likelihood, probe, lambda n: progress.update(task, advance=n))
             for likelihood in likelihoods
         ]
-    _refuse_infinite(probe, "of the stream's rows", "run the fit for longer")
+    _refuse_infinite(probe, "of the stream's rows")
     return _report(group, [probe, prior], passes)
 
 
@@ -199,6 +199,8 @@ def _split_density(
                 _declared_size(observed, stream),
             )
         )
+    for v, factor in factors.items():
+        _refuse_streams(v, factor)
     return _compile_density(group, [factor.sum() for factor in factors.values()]), split
 
 
@@ -224,6 +226,16 @@ def _refuse_other_uses(
         if sum(depends_on(model, v, s.as_tensor()) for s in streams) > 1:
             raise StreamError(
                 f"{v.name!r} depends on several streams; check_fit needs one for each"
+            )
+
+
+def _refuse_streams(v: Variable, factor: Variable) -> None:
+    """Refuse a factor of a stream that was not passed, whose buffer holds one batch or none."""
+    for a in ancestors([factor]):
+        if getattr(a.tag, "is_stream", False):
+            raise StreamError(
+                f"{v.name!r} depends on the stream {a.name!r}, which was not passed; pass all "
+                "streams that the model uses"
             )
 
 
@@ -299,11 +311,12 @@ def _blocks(stream: "StreamingDataset") -> Iterator[np.ndarray]:
         yield np.concatenate(batches)
 
 
-def _refuse_infinite(probe: Probe, part: str, remedy: str) -> None:
-    if not np.isfinite(probe.gradient).all():
+def _refuse_infinite(probe: Probe, part: str) -> None:
+    if not probe.is_finite:
         raise StreamError(
             f"the log density {part} is not finite at draws from approx, or has no finite "
-            f"gradient there; {remedy}"
+            "gradient there; run the fit for longer, or keep the default transforms, so that no "
+            "draw leaves the support of its variable"
         )
 
 

@@ -101,6 +101,11 @@ class Probe:
         self.gradient += gradient
         return gradient
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the log density and its gradient are finite at all draws."""
+        return bool(np.isfinite(self._logp).all() and np.isfinite(self.gradient).all())
+
     def curvature(self) -> np.ndarray:
         """Return the expected A, by least squares over the draws, or its diagonal."""
         if not self._dense:
