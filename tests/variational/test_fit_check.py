@@ -476,6 +476,15 @@ class TestStreams:
         with pytest.raises(StreamError, match="'z_rows' depends on the stream 'z'"):
             check_fit(copied, first)
 
+    def test_minibatches_beside_the_stream(self, regression):
+        ds = stream(regression.rows)
+        with regression.model(ds) as model:
+            batch = pm.Minibatch(np.arange(50.0), batch_size=5)
+            pm.Normal("other", model["b"][0], observed=batch, total_size=50)
+            approx = pm.MeanField()
+        with pytest.raises(StreamError, match=r"'other' depends on random draws, .* all rows of"):
+            check_fit(approx, ds)
+
     def test_draws_beyond_the_support(self):
         ds = stream(np.arange(50) % 2, 10)
         with pm.Model():

@@ -24,6 +24,7 @@ import pytensor.tensor as pt
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Variable
 from pytensor.graph.traversal import ancestors
+from pytensor.tensor.random.type import RandomType
 from rich.console import Console
 
 from pymc.model.core import Model
@@ -97,8 +98,9 @@ def check_fit(
     Raises
     ------
     StreamError
-        If the stream enters the model otherwise than through likelihoods of its rows, or the
-        log density is not finite.
+        If the stream enters the model otherwise than through likelihoods of its rows, if not
+        all rows of the model are there, because another stream was not passed or
+        :func:`pymc.Minibatch` draws some, or if the log density is not finite.
     TypeError
         If *approx* is not a mean-field or full-rank Gaussian.
 
@@ -187,6 +189,8 @@ def _split_density(
     model = group.model
     variables = [*model.free_RVs, *model.observed_RVs, *model.potentials]
     factors = dict(zip(variables, model.logp(variables, sum=False)))
+    for v, factor in factors.items():
+        _refuse_random(v, factor)
     split = []
     for stream in streams:
         observed = [v for v in factors if depends_on(model, v, stream.as_tensor())]
@@ -227,6 +231,16 @@ def _refuse_other_uses(
             raise StreamError(
                 f"{v.name!r} depends on several streams; check_fit needs one for each"
             )
+
+
+def _refuse_random(v: Variable, factor: Variable) -> None:
+    """Refuse a factor that another call would draw anew."""
+    if any(isinstance(a.type, RandomType) for a in ancestors([factor])):
+        raise StreamError(
+            f"{v.name!r} depends on random draws, as those of pm.Minibatch, but check_fit needs "
+            "all rows of every likelihood; observe them through a StreamingDataset, which takes "
+            "arrays too"
+        )
 
 
 def _refuse_streams(v: Variable, factor: Variable) -> None:
