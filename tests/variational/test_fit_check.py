@@ -27,6 +27,7 @@ from scipy.special import expit
 import pymc as pm
 
 from pymc.variational._streaming.average import EpochAverage
+from pymc.variational._streaming.fit_check import _blocks
 from pymc.variational._streaming.fit_check import check_fit as streaming_check
 from pymc.variational.streaming import (
     StreamError,
@@ -484,6 +485,21 @@ class TestStreams:
             approx = pm.MeanField()
         with pytest.raises(StreamError, match=r"'other' depends on random draws, .* all rows of"):
             check_fit(approx, ds)
+
+    @pytest.mark.parametrize(
+        "n_columns, batch_size, n_rows",
+        [(1, 100, 8_100), (2**10, 100, 1_000), (2**12, 100, 200), (2**14, 100, 100)],
+    )
+    def test_blocks_are_whole_batches_of_at_most_a_million_values(
+        self, n_columns, batch_size, n_rows
+    ):
+        """But for a batch that has more."""
+
+        def wide():
+            return (np.zeros((batch_size, n_columns), "float32") for _ in range(100))
+
+        ds = StreamingDataset(wide, batch_size=batch_size, total_size=10_000_000, dtype="float32")
+        assert next(_blocks(ds)).shape == (n_rows, n_columns)
 
     def test_draws_beyond_the_support(self):
         ds = stream(np.arange(50) % 2, 10)

@@ -13,6 +13,8 @@
 #   limitations under the License.
 """Compare a fit with what all rows of its stream say."""
 
+import math
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched
@@ -52,6 +54,9 @@ __all__ = ["check_fit"]
 
 _BLOCK_ROWS = 8192
 """Small batches are joined up to this, beside which a call of a function costs little."""
+
+_BLOCK_VALUES = 2**20
+"""And up to this where rows are wide, to bound the memory of a block."""
 
 _MIN_BLOCKS = 256
 """Fewer blocks would blur where in the stream the gradient changes."""
@@ -320,7 +325,11 @@ def _refuse_endless(stream: "StreamingDataset", n_rows: int) -> None:
 
 def _blocks(stream: "StreamingDataset") -> Iterator[np.ndarray]:
     """Yield the batches of an epoch, joined where they are small and many."""
-    rows = min(_BLOCK_ROWS, (stream.total_size or 0) // _MIN_BLOCKS)
+    rows = min(
+        _BLOCK_ROWS,
+        _BLOCK_VALUES // math.prod(stream.sample_shape),
+        (stream.total_size or 0) // _MIN_BLOCKS,
+    )
     for batches in batched(stream, max(1, rows // stream.batch_size)):
         yield np.concatenate(batches)
 
