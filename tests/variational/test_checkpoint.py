@@ -158,6 +158,13 @@ class TestSameNumbers:
             go_on("pieces", Die(44), seed=1)
         assert_equal(go_on("pieces"), expected)
 
+    def test_a_single_stream_need_not_be_in_a_list(self, rows, checkpoint):
+        ds = dataset(rows)
+        with model_of(ds):
+            options = {"datasets": ds, "progressbar": False, "compile_kwargs": QUICK}
+            approx = resumable_fit(pm.ADVI(), 9, path=checkpoint, **options)
+        assert len(approx.hist) == 9
+
     def test_steps_are_counted_from_the_beginning(self, rows, checkpoint):
         seen = []
         fit(rows, checkpoint, 12, callbacks=[lambda approx, losses, i: seen.append(i)])

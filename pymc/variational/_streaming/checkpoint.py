@@ -54,7 +54,7 @@ def resumable_fit(
     n: int,
     *,
     path: str | os.PathLike,
-    datasets: Sequence["StreamingDataset"],
+    datasets: "StreamingDataset | Sequence[StreamingDataset]",
     every: int = 10_000,
     callbacks: Sequence[Callback] = (),
     progressbar: bool = True,
@@ -72,9 +72,9 @@ def resumable_fit(
         Steps of the whole fit, those of earlier calls included.
     path : path_like
         File of the checkpoint. If it exists, the fit goes on from there.
-    datasets : sequence of StreamingDataset
-        All streams of the model, in the order of the first call. Their callbacks are added
-        here.
+    datasets : StreamingDataset or sequence of StreamingDataset
+        The stream, or all streams, of the model, in the order of the first call. Their callbacks
+        are added here.
     every : int, default 10_000
         Steps between checkpoints; a killed fit repeats fewer steps than that.
     callbacks : sequence of callable, optional
@@ -140,18 +140,18 @@ def resumable_fit(
     inference.fit(0, progressbar=False, **kwargs)
     if not inference.state.score:
         raise ValueError(WITHOUT_LOSS)
-    fit = _ResumableFit(inference, datasets, callbacks, kwargs)
+    streams = list(datasets) if isinstance(datasets, Sequence) else [datasets]
+    fit = _ResumableFit(inference, streams, callbacks, kwargs)
     checkpoint = _Checkpoint(fit, Path(path), every, n)
     done = checkpoint.restore()
     try:
-        streams = [ds.fit_callback() for ds in datasets]
-        in_order = [*callbacks, *streams, checkpoint]
+        in_order = [*callbacks, *(ds.fit_callback() for ds in streams), checkpoint]
         inference.state = inference.state._replace(i=done, callbacks=in_order)
         if done < n:
             checkpoint.rehearse()
             inference.refine(n - done, progressbar)
     finally:
-        for ds in datasets:
+        for ds in streams:
             ds.close()
         inference.state = inference.state._replace(step=_refuse_step, callbacks=[])
     inference.approx.hist = inference.hist
