@@ -226,8 +226,12 @@ class StreamingDataset:
 
     @property
     def epoch(self) -> int:
-        """Epoch that the first row of the current batch belongs to, from 0."""
-        return self._reader.position.epoch
+        """Epoch that the first row of the current batch belongs to, from 0.
+
+        Where the source has ended with no row left over, there is no such batch, and this is the
+        number of whole epochs.
+        """
+        return self._reader.position.epoch + self._reader.ended
 
     @property
     def rows_seen(self) -> int:
@@ -379,7 +383,7 @@ class StreamingDataset:
                     "make the dataset as it was then"
                 )
         self.close()
-        self._reader.position = Position(*(state[key] for key in Position._fields))
+        self._reader.go_to(Position(*(state[key] for key in Position._fields)))
 
     def close(self) -> None:
         """End the thread, close the files, and put NaN in the buffer.

@@ -143,6 +143,20 @@ class TestWholeEpochs:
         walk(average, approx, ds, iterates(5), first_step=5)
         assert average.epochs == 2
 
+    @pytest.mark.parametrize("batch_size, epochs", [(5, 1), (4, 0)])
+    def test_a_source_that_ends_with_a_full_batch_is_a_whole_epoch(self, batch_size, epochs):
+        ds = StreamingDataset(ROWS, batch_size=batch_size, cycle=False)
+        track = Tracker(mean=lambda approx, losses, i: mean_of(approx))
+        with normal_model(ds), pytest.warns(StreamWarning, match="the source ended"):
+            average = EpochAverage(ds, burn_in=0)
+            noisy = pm.sgd(learning_rate=1e-4)
+            callbacks = [track, average, ds.fit_callback()]
+            approx = pm.fit(50, callbacks=callbacks, obj_optimizer=noisy, random_seed=1, **QUICK)
+        assert average.epochs == epochs
+        if epochs:
+            average.apply(approx)
+            np.testing.assert_allclose(mean_of(approx), np.mean(track["mean"], axis=0))
+
     def test_the_dataset_given_sets_the_epochs(self, ds):
         other = StreamingDataset(np.arange(100.0)[:, None], batch_size=4, name="other")
         with pm.Model():

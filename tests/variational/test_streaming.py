@@ -527,6 +527,7 @@ class TestCycle:
             with pytest.warns(StreamWarning, match="with 0 rows left over"):
                 assert not ds.advance()
             assert np.isnan(ds.as_tensor().get_value()).all()
+            assert ds.epoch == 1
             with pytest.warns(StreamWarning), pytest.raises(StreamError, match="no full batch"):
                 ds.advance()
 

@@ -74,7 +74,8 @@ class EpochAverage(Callback):
     that an average lags behind, and what noise they have outlasts an epoch. To correct them,
     see :func:`check_fit`.
 
-    *Place*: before or after ``ds.fit_callback()`` in the list of callbacks. It goes on through
+    *Place*: before or after ``ds.fit_callback()`` in the list of callbacks; before it with
+    ``cycle=False``, since callbacks after it do not see the last step. It goes on through
     :meth:`Inference.refine`; another fit starts another average. An epoch counts as whole if
     the fit has made every step whose batch begins in it, so the first epoch of a resumed
     stream usually does not. In a :func:`resumable_fit` it goes on where it was.

@@ -78,12 +78,18 @@ class BatchReader:
         self._chunks: Prefetcher | Generator[Chunk] | None = None
         self._batches: Iterator[Chunk] = iter(())
         self.position = Position(0, 0, 0)
+        self.ended = False
+        """Whether there is no current batch, not even a short one, because the source has ended."""
         self._end = 0, 0
         """Epoch and position of the batch that follows."""
 
     @property
     def is_open(self) -> bool:
         return self._chunks is not None
+
+    def go_to(self, position: Position) -> None:
+        """Make the batch at *position* the current one; to be called before :meth:`open`."""
+        self.position, self.ended = position, False
 
     def open(self) -> None:
         """Start reading at the position of the current batch, which comes next."""
@@ -115,7 +121,7 @@ class BatchReader:
             self.position = Position(*self._end, rows_seen)
         batch = self._read()
         self.position = Position(batch.epoch, batch.offset, rows_seen)
-        self._end = batch.end
+        self._end, self.ended = batch.end, batch.is_end
         return batch
 
     def stop(self) -> None:
