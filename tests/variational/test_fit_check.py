@@ -501,6 +501,27 @@ class TestStreams:
         ds = StreamingDataset(wide, batch_size=batch_size, total_size=10_000_000, dtype="float32")
         assert next(_blocks(ds)).shape == (n_rows, n_columns)
 
+    @pytest.mark.parametrize("n_rows, refused", [(110, 10), (25_600, 100)])
+    def test_a_model_of_a_fixed_number_of_rows(self, n_rows, refused):
+        """It meets a last batch that is short, or batches that are joined."""
+        ds = stream(np.zeros(n_rows), 50)
+        with pm.Model():
+            mean = pm.Normal("mu") * np.ones(50)
+            pm.Normal("y", mean, 1, observed=ds.as_tensor()[:, 0], total_size=n_rows)
+            approx = pm.MeanField()
+        message = rf"'stream' fails with {refused} rows; .* not of the 50 of a batch only"
+        with pytest.raises(StreamError, match=message):
+            check_fit(approx, ds)
+
+    def test_other_errors_of_a_likelihood_are_left_alone(self):
+        ds = stream(np.full(100, 7.0), 50)
+        with pm.Model():
+            group = ds.as_tensor()[:, 0].astype("int64")
+            pm.Normal("y", pm.Normal("mu", shape=5)[group], observed=group, total_size=100)
+            approx = pm.MeanField()
+        with pytest.raises(IndexError):
+            check_fit(approx, ds)
+
     def test_draws_beyond_the_support(self):
         ds = stream(np.arange(50) % 2, 10)
         with pm.Model():

@@ -105,7 +105,8 @@ def check_fit(
     StreamError
         If the stream enters the model otherwise than through likelihoods of its rows, if not
         all rows of the model are there, because another stream was not passed or
-        :func:`pymc.Minibatch` draws some, or if the log density is not finite.
+        :func:`pymc.Minibatch` draws some, if the model takes no other number of rows than that
+        of a batch, or if the log density is not finite.
     TypeError
         If *approx* is not a mean-field or full-rank Gaussian.
 
@@ -297,7 +298,7 @@ def _pass_over(likelihood: _Likelihood, probe: Probe, advance: Callable[[int], N
     gradients = Bins(len(probe.gradient))
     n_rows = block_rows = 0
     for rows in _blocks(stream):
-        gradient = probe.add(lambda theta: likelihood.density(theta, rows))
+        gradient = _add_rows(probe, likelihood, rows)
         block_rows = block_rows or len(rows)
         if len(rows) == block_rows:
             gradients.add(gradient / len(rows))
@@ -321,6 +322,20 @@ def _refuse_endless(stream: "StreamingDataset", n_rows: int) -> None:
             f"the stream {stream.as_tensor().name!r} has total_size={declared} but gave {n_rows} "
             "rows and has not ended; pass the number of rows, and a source that ends after an epoch"
         )
+
+
+def _add_rows(probe: Probe, likelihood: _Likelihood, rows: np.ndarray) -> np.ndarray:
+    try:
+        return probe.add(lambda theta: likelihood.density(theta, rows))
+    except (AssertionError, TypeError, ValueError) as error:
+        buffer, batch_size = likelihood.stream.as_tensor(), likelihood.stream.batch_size
+        if len(rows) == batch_size:
+            raise
+        raise StreamError(
+            f"the likelihood of {buffer.name!r} fails with {len(rows)} rows; check_fit needs a "
+            f"model of any number of rows, not of the {batch_size} of a batch only: take lengths "
+            "and coordinates from as_tensor().shape[0]"
+        ) from error
 
 
 def _blocks(stream: "StreamingDataset") -> Iterator[np.ndarray]:
