@@ -296,8 +296,14 @@ class TestRefusals:
 
     def test_fits_without_losses_are_refused(self, rows, tmp_path):
         """PyMC 6.4 collects the updates of random streams from the outputs, which are none."""
-        with pytest.raises(ValueError, match=r"score=False: .* the same random draw"):
+        with pytest.raises(ValueError, match=r"score=False .* the same random draw"):
             fit(rows, tmp_path / "f", 9, score=False)
+
+    def test_a_method_without_a_loss_is_named(self, tmp_path):
+        with pm.Model():
+            pm.Normal("mu")
+            with pytest.raises(ValueError, match=r"SVGD has no loss, .* pass ADVI"):
+                resumable_fit(pm.SVGD(n_particles=3), 9, path=tmp_path / "f", datasets=[])
 
     @pytest.mark.parametrize("damage", ["half", "bit", "other"])
     def test_a_damaged_file_is_named(self, rows, checkpoint, damage):

@@ -650,6 +650,18 @@ class TestVerdict:
         assert report.verdict == "one batch"
         assert "never gone beyond its first batch" in str(report)
 
+    def test_a_stream_that_was_made_anew_is_told_where_it_was(self, regression, fit):
+        ds, approx = fit
+        place(approx, regression.mean + regression.sd, regression.mean_field_sd)
+        assert "another dataset, as\nbefore a restart, use ds.load_state" in str(
+            check_fit(approx, ds)
+        )
+        with stream(regression.rows) as before:
+            before.advance()
+            before.advance()
+            ds.load_state_dict(before.state_dict())
+        assert check_fit(approx, ds).verdict != "one batch"
+
     @pytest.mark.parametrize("factor, s", [(2, 0.5), (0.5, -1)])
     def test_a_wrong_size_shows_in_the_rows_and_in_the_scales(self, regression, factor, s):
         wrong = int(factor * regression.n_rows)

@@ -45,7 +45,8 @@ def linear(buf):
 REFUSED = {
     "unused stream": (
         lambda buf, n: pm.Normal("y", pm.Normal("b"), observed=np.zeros(12)),
-        "no observed variable of the model depends on the stream 'stream'",
+        "no observed variable of the model depends on the stream 'stream'; build .* "
+        "if another model is fitted, call fit_callback",
     ),
     "no total_size": (
         lambda buf, n: pm.Normal("y", linear(buf), observed=buf[:, 1]),

@@ -269,6 +269,12 @@ class TestFreshness:
         with normal_model(ds), pytest.raises(StreamError, match=r"score=False.*leave score out"):
             pm.fit(3, score=False, callbacks=[ds.fit_callback()], **STANDING_STILL)
 
+    @pytest.mark.filterwarnings("ignore:You are using experimental inference:UserWarning")
+    def test_a_method_that_repeats_its_random_draw_is_named(self):
+        ds = StreamingDataset(tell_tale(5), batch_size=4)
+        with normal_model(ds), pytest.raises(StreamError, match=r"no loss, .* such as ASVGD"):
+            pm.fit(3, method="asvgd", obj_n_mc=2, callbacks=[ds.fit_callback()], **STANDING_STILL)
+
     def test_a_method_without_a_loss_or_random_draws_streams(self):
         ds = StreamingDataset(tell_tale(5), batch_size=4)
         seen = []

@@ -137,6 +137,11 @@ def resumable_fit(
             f"checkpoint {path}; make it anew, for example by pm.ADVI(), or pass the path of its "
             "checkpoint"
         )
+    if not inference.objective.op.returns_loss:
+        raise ValueError(
+            f"{type(inference).__name__} has no loss, which is saved for each step; pass ADVI or "
+            "FullRankADVI"
+        )
     inference.fit(0, progressbar=False, **kwargs)
     if not inference.state.score:
         raise ValueError(WITHOUT_LOSS)

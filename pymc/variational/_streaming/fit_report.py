@@ -66,8 +66,9 @@ _EXPLANATIONS = {
         "Shuffle the whole table once with preshuffle."
     ),
     "one batch": (
-        "{off}, and the stream has never gone beyond its first batch.\n"
-        "Fit with callbacks=[ds.fit_callback()]."
+        "{off}, and this dataset has never gone beyond its first batch.\n"
+        "Fit with callbacks=[ds.fit_callback()]. If the fit was made with another dataset, as\n"
+        "before a restart, use ds.load_state_dict with its position, and check again."
     ),
 }
 
@@ -116,7 +117,7 @@ class FitReport:
     """Times that the gradient varies more along the stream than it would in random order;
     None if it does not vary more."""
     moved: bool
-    """Whether the stream has gone beyond its first batch."""
+    """Whether the dataset that was passed has gone beyond its first batch."""
     whole_hessian: bool
     """Whether `z` takes correlations into account."""
     optimum: Optimum = field(repr=False)

@@ -54,8 +54,9 @@ _Terms = Callable[[np.ndarray], list[np.ndarray]]
 """From a batch to the log-likelihood of each row, for each likelihood."""
 
 WITHOUT_LOSS = (
-    "score=False: without the loss, PyMC makes every step with the same random draw, "
-    "and the posterior is wrong; leave score out"
+    "the fit has no loss, because of score=False or a method without one, such as ASVGD: PyMC "
+    "then makes every step with the same random draw, and the posterior is wrong; leave score out, "
+    "and fit with ADVI or FullRankADVI"
 )
 """Why a stream refuses a fit that does not compute its loss."""
 
@@ -83,7 +84,8 @@ def check_model(model: Model, buffer: SharedVariable, total_size: int | None) ->
     if not likelihoods and not potentials:
         raise StreamError(
             f"no observed variable of the model depends on the stream {buffer.name!r}; "
-            "build the likelihood from as_tensor(), or leave this callback out"
+            "build the likelihood from as_tensor(), or leave this callback out; if another model "
+            "is fitted, call fit_callback() in the context of that one"
         )
     for rv in model.free_RVs:
         if depends_on(model, rv, buffer):
