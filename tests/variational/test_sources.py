@@ -118,6 +118,7 @@ class TestOtherSources:
             (np.array(["a"]), "dtype <U1; pass integers or floats"),
             (np.array(5.0), "a block of rows is ndarray"),
             ([[1, 2]], "a block of rows is list"),
+            (np.zeros((5, 0)), r"a block has shape \(1, 0\); pass rows that hold values"),
             (pa.array([1]), "is not a source|a block of rows"),
         ],
     )

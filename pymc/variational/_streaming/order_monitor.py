@@ -57,7 +57,7 @@ class Monitor:
         self._tally: _Tally | None = None
         self._held: list[np.ndarray] = []
         """Rows that wait for enough others to fit the features on."""
-        self._n_held = 0
+        self._n_held = self._held_stop = 0
         self._pilot = min(_PILOT, max(_MIN_PICKS, stream.window))
         self._looks = 0
 

@@ -333,6 +333,8 @@ def _as_rows(block: Any) -> np.ndarray:
         )
     if block.dtype.kind not in "biuf":
         raise TypeError(f"a block of rows has dtype {block.dtype}; pass integers or floats")
+    if 0 in block.shape[1:]:
+        raise ValueError(f"a block has shape {block.shape}; pass rows that hold values")
     if np.ma.is_masked(block):
         raise StreamError("a block of rows has masked values; fill them or leave their rows out")
     return np.asarray(block)
