@@ -192,6 +192,7 @@ class TestInterrupt:
         gc.collect()
         assert all(np.isfinite(p.get_value()).all() for p in inference.approx.params)
         assert not prefetch_threads()
+        assert sys.getswitchinterval() > 1e-3
         assert np.isnan(ds.as_tensor().get_value()).all()
         with ds:
             assert ds.advance()

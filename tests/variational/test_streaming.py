@@ -416,6 +416,7 @@ class TestCallback:
 
     def test_the_interpreter_switches_threads_faster_while_streams_are_open(self):
         """A compiled step holds the interpreter, and the thread that reads waits for it."""
+        gc.collect()  # or a stream that another test left in a traceback would be open still
         usual = sys.getswitchinterval()
         first, second = (StreamingDataset(tell_tale(3), batch_size=4) for _ in range(2))
         first.advance()

@@ -53,10 +53,10 @@ class Prefetcher:
             name="pymc-streaming-prefetch",
             daemon=True,
         )
-        _switching.hurry()
         # The thread must not refer to self, or self would never be collected.
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _stop, thread, stop, self._taken, self._pid)
+        _switching.hurry(thread)
         try:
             thread.start()
         except KeyboardInterrupt:
@@ -92,25 +92,29 @@ class Prefetcher:
 
 
 class _Switching:
-    """The interval at which the interpreter switches threads, shorter while anyone hurries."""
+    """The interval at which the interpreter switches threads, shorter while any hurries.
+
+    An interrupt can fall between any two lines: who relaxes need not have hurried, and the interval
+    is short only while someone is known to hurry.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # finalizers run anywhere, also inside these methods
-        self._in_a_hurry = 0
+        self._in_a_hurry: set[threading.Thread] = set()
         self._usual = 0.0
 
-    def hurry(self) -> None:
+    def hurry(self, thread: threading.Thread) -> None:
         with self._lock:
             if not self._in_a_hurry:
                 self._usual = sys.getswitchinterval()
-                sys.setswitchinterval(min(_SWITCH_INTERVAL, self._usual))
-            self._in_a_hurry += 1
+            self._in_a_hurry.add(thread)
+            sys.setswitchinterval(min(_SWITCH_INTERVAL, self._usual))
 
-    def relax(self) -> None:
+    def relax(self, thread: threading.Thread) -> None:
         with self._lock:
-            self._in_a_hurry -= 1
-            if not self._in_a_hurry:
+            if self._in_a_hurry == {thread}:
                 sys.setswitchinterval(self._usual)
+            self._in_a_hurry.discard(thread)
 
 
 _switching = _Switching()
@@ -143,7 +147,7 @@ def _run(
 def _stop(thread: threading.Thread, stop: threading.Event, taken: SimpleQueue, pid: int) -> None:
     if os.getpid() != pid:
         return  # the thread may have held these locks when the process was forked
-    _switching.relax()
+    _switching.relax(thread)
     stop.set()
     taken.put(None)
     # The garbage collector can run this in the thread itself, an interrupt before it starts.
