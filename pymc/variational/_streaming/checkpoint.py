@@ -94,8 +94,9 @@ def resumable_fit(
     ------
     ValueError
         If the checkpoint is of another model, data, optimizer or option, or has more steps
-        than *n*; if *inference* has been fitted and there is no checkpoint; or if the fit has no losses (``score=False``), because PyMC then makes every
-        step with the same random draw.
+        than *n*; if *inference* has been fitted and there is no checkpoint; or if the fit has
+        no losses (``score=False``), because PyMC then makes every step with the same random
+        draw.
     StreamError
         If the checkpoint cannot be read.
     FloatingPointError

@@ -99,7 +99,8 @@ def list_ipc(path: Paths) -> list[str]:
 
 def stands_for(fs: "pyarrow.fs.FileSystem", path: str, file: str) -> bool:
     """Whether a Parquet file, were it there, would be one of those that *path* stands for."""
-    return _chooses(_pattern(fs, path), file, _PARQUET.suffixes)
+    found = fs.get_file_info(path).type
+    return _chooses(_pattern(path, found), file, _PARQUET.suffixes)
 
 
 def _list(kind: _Kind, path: Paths, filesystem: Any) -> tuple["pyarrow.fs.FileSystem", list[str]]:
@@ -124,7 +125,7 @@ def _find(kind: _Kind, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
         return [path]
     if found == types.NotFound and not _WILDCARD.search(path):
         raise FileNotFoundError(f"{kind.argument}={path!r} does not exist")
-    pattern = _pattern(fs, path)
+    pattern = _pattern(path, found)
     fixed = path if found == types.Directory else _WILDCARD.split(path)[0].rpartition("/")[0]
     walk = _walk_local if is_local(fs) else _walk_remote
     below = walk(fs, fixed or "/", pattern)
@@ -135,10 +136,9 @@ def _find(kind: _Kind, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
     return files
 
 
-def _pattern(fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
+def _pattern(path: str, found: "pyarrow.fs.FileType") -> list[str]:
     """Return the names in a path; what is there is no pattern, whatever its name."""
-    there = fs.get_file_info(path).type != import_pyarrow().fs.FileType.NotFound
-    return _names(glob.escape(path) if there else path)
+    return _names(path if found == import_pyarrow().fs.FileType.NotFound else glob.escape(path))
 
 
 def _names(path: str) -> list[str]:
