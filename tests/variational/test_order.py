@@ -15,6 +15,8 @@
 
 import itertools
 import re
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -324,6 +326,26 @@ class TestStatistic:
         for source in (lambda x: x, in_sequence):
             assert check_order(source(rows), buffer_size=1_000).ordered
 
+    def test_arrays_are_read_by_one_thread(self, monkeypatch):
+        """Those of other libraries may not be safe to share."""
+        read_apart(monkeypatch)
+        readers = set()
+
+        class Chunked:
+            chunks = (500, 4)
+            shape = (N_ROWS, 4)
+            dtype = np.dtype("float64")
+
+            def __getitem__(self, rows):
+                readers.add(threading.get_ident())
+                time.sleep(1e-4)
+                return values[rows]
+
+        values = draw("normal")
+        assert check_order(Chunked(), buffer_size=100_000).rows_read > 0
+        readers.discard(threading.get_ident())
+        assert len(readers) <= 1
+
     def test_the_same_rows_give_the_same_report(self):
         for source in (MARGINALS["normal"][:, None], in_sequence(MARGINALS["normal"][:, None])):
             first, second = (check_order(source, buffer_size=WINDOW) for _ in range(2))
@@ -343,6 +365,13 @@ def write(folder, rows: np.ndarray, row_group_size: int) -> str:
     table = pa.table({name: rows[:, j] for j, name in enumerate("abcy"[: rows.shape[1]])})
     pq.write_table(table, folder / "rows.parquet", row_group_size=row_group_size)
     return str(folder / "rows.parquet")
+
+
+def read_apart(monkeypatch) -> None:
+    """Let two threads read the blocks of the sample one by one, though they are near by."""
+    module = "pymc.variational._streaming.order_sample"
+    monkeypatch.setattr(f"{module}._THREADS", 2)
+    monkeypatch.setattr(f"{module}.GLANCE_ROWS", 1)
 
 
 class TestParquet:
@@ -382,6 +411,19 @@ class TestParquet:
         assert not report.ordered
         assert report.stage == "preflight"
         assert re.search(r"Only \d+ % of the table was in reach", str(report))
+
+    def test_files_are_read_by_several_threads(self, tmp_path, monkeypatch):
+        source = parquet_source(write(tmp_path, draw("normal"), 500))
+        glance, calls, both = source.glance, itertools.count(), threading.Barrier(2, timeout=60)
+
+        def meet(start):
+            if next(calls) < 2:
+                both.wait()
+            return glance(start)
+
+        read_apart(monkeypatch)
+        monkeypatch.setattr(source, "glance", meet)
+        assert check_order(source, buffer_size=100_000).rows_read > 0
 
     def test_row_groups_in_random_order_are_judged_in_that_order(self, tmp_path):
         path = write(tmp_path, ordered("normal", "by time"), 1_000)

@@ -112,6 +112,7 @@ class _IpcFile:
 
 class _IpcSource(Source):
     random_access = True
+    concurrent = True
     checked = True
 
     def __init__(self, paths: Sequence[str], columns: Sequence[str] | None):

@@ -13,6 +13,9 @@
 #   limitations under the License.
 """Compare windows of a table before it is streamed, on a thin sample."""
 
+import os
+
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -41,7 +44,7 @@ _PILOT = 4_096
 _SLAB = 2_048
 """Rows whose features fit into the cache."""
 _BUDGET = 3 << 24
-"""Values that may be decoded, in about half a second."""
+"""Values that may be decoded, in about half a second of processor time."""
 _OPEN_VALUES = 1 << 18
 """What could be decoded in the time that opening a file takes."""
 _HALF_LEVEL = 1e-2
@@ -51,6 +54,8 @@ _MIN_EVENTS = 20
 _MIN_BLOCKS = 8
 """In a window; fewer have no halves to speak of."""
 _SEPARATE_ROWS = 100
+_THREADS = min(4, os.cpu_count() or 1)
+"""That read the sample, each a file or row group at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +247,9 @@ def _read(source: Source, plan: _Plan) -> np.ndarray:
     places = plan.places.ravel()
     entries = source.entry(places)
     first = _reads(entries, places, plan.block)
-    parts = [
-        _read_from(source, int(entry), some, plan.block)
-        for entry, some in zip(entries[first], np.split(places, first[1:]))
-    ]
+    reads = entries[first].tolist(), np.split(places, first[1:])
+    with ThreadPoolExecutor(_THREADS if source.concurrent else 1) as pool:
+        parts = list(pool.map(lambda *read: _read_from(source, *read, plan.block), *reads))
     blocks = np.concatenate(parts)
     return blocks.reshape(-1, *blocks.shape[2:])
 

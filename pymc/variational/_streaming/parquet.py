@@ -27,12 +27,14 @@ from pymc.variational._streaming.columns import Columns, as_rows
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.files import (
     ParquetInput,
+    import_pyarrow,
     inspect,
     read_batches,
     read_metadata,
 )
 from pymc.variational._streaming.mark import PreshuffleMark, check_marks, read_mark
 from pymc.variational._streaming.paths import Paths, list_parquet
+from pymc.variational._streaming.remote import fsspec_of
 from pymc.variational._streaming.rows import RowFormat, column_ranges, piece_rows
 from pymc.variational._streaming.sources import (
     GLANCE_ROWS,
@@ -134,6 +136,7 @@ class _ParquetSource(Source):
 
     def __init__(self, fs, paths, columns, shuffle_row_groups, seed, invalid):
         self._fs = fs
+        self.concurrent = fsspec_of(fs) is None  # which need not be safe to share
         self._files = []
         self.mark: PreshuffleMark | None = None
         self._format = self._open_all(paths, columns)
@@ -222,7 +225,10 @@ class _ParquetSource(Source):
         return self._read_rows(self._order(epoch), start, self._piece_rows)
 
     def glance(self, start: int) -> Generator[np.ndarray | Columns]:
-        return self._read_rows(self._order(0), start, GLANCE_ROWS)
+        try:
+            yield from self._read_rows(self._order(0), start, GLANCE_ROWS)
+        finally:  # what Arrow keeps for a thread that may read no more
+            import_pyarrow().default_memory_pool().release_unused()
 
     def _read_rows(
         self, order: list[int], start: int, size: int

@@ -75,6 +75,8 @@ class Source(ABC):
     """What the stream of rows depends on, besides the epoch."""
     random_access: bool = False
     """Whether rows can be reached without reading all rows before them."""
+    concurrent: bool = False
+    """Whether several threads may read at once."""
     shuffled: bool = False
     """Whether the whole table was shuffled before."""
     path: Any = None
