@@ -72,6 +72,12 @@ def relate_label(rows: np.ndarray, time: np.ndarray) -> np.ndarray:
     return np.column_stack([rows[:, :3], y])
 
 
+def amounts(time: np.ndarray) -> np.ndarray:
+    """Return zeros and, one in fifty, amounts that grow tenfold; as often at all times."""
+    rng = np.random.default_rng(4)
+    return rng.gamma(2.0, 10.0 * 10**time) * (rng.random(len(time)) < 0.02)
+
+
 DISORDERS = {
     "by time": lambda rows, t: np.column_stack([rows[:, :2], t, rows[:, 3]]),
     "by label": lambda rows, t: rows[np.argsort(rows[:, 3], kind="stable")],
@@ -79,6 +85,7 @@ DISORDERS = {
     "mean drifts by 0.2 sd": lambda rows, t: first(rows[:, 0] + 0.2 * t, rows),
     "variance drifts by 30 %": lambda rows, t: first(rows[:, 0] * np.sqrt(1 + 0.3 * t), rows),
     "seasons": lambda rows, t: first(rows[:, 0] + 0.2 * np.sin(8 * np.pi * t), rows),
+    "amounts that are mostly zero": lambda rows, t: first(amounts(t), rows),
     "jump in the last tenth": lambda rows, t: first(rows[:, 0] + 0.3 * (t > 0.9), rows),
     "relation of features": relate_features,
     "relation of x and y": relate_label,
@@ -156,6 +163,11 @@ class TestDetection:
         assert report.ordered
         assert report.span > 500
 
+    @pytest.mark.parametrize("source", [lambda rows: rows, in_sequence], ids=["sample", "stream"])
+    def test_two_windows_are_compared_though_one_is_short(self, source):
+        rows = np.sort(draw("normal", 48_000), axis=0)
+        assert check_order(source(rows), buffer_size=40_000).ordered
+
     @pytest.mark.parametrize("length", [1, 7])
     def test_blocks_of_few_rows_show_order(self, length):
         """The first block has too few rows to fit the features on, and is overwritten."""
@@ -225,6 +237,13 @@ class TestSilence:
             report = check_order(source, buffer_size=WINDOW)
             assert not report.ordered
             assert str(report).startswith("Nothing to compare: one window")
+
+    def test_a_rare_label_that_stands_in_one_place_is_mentioned(self):
+        rows = np.column_stack([draw("normal")[:, 0], np.arange(N_ROWS) >= N_ROWS - 4_000])
+        report = check_order(rows, buffer_size=WINDOW)
+        assert not report.ordered
+        assert "'column 1' stands out in so few places of the sample" in str(report)
+        assert check_order(in_sequence(rows), buffer_size=WINDOW).ordered
 
     def test_a_difference_that_no_posterior_notices_raises_no_alarm(self):
         """Window means of a design effect of 4.7: chi-square is 90 on 19 degrees of freedom.

@@ -229,12 +229,12 @@ def judge(
 ) -> OrderReport:
     """Decide whether groups differ, significantly and by enough to matter."""
     effect, drift, notices = gate(correlation, windows.span, n_rows)
+    alarming = (anova.p_value < threshold) & notices
     order = np.lexsort((-correlation, anova.p_value))
-    alarming = [j for j in order if anova.p_value[j] < threshold and notices[j]]
-    worst = (alarming or list(order))[0]
-    shown = [worst, *(j for j in order if j != worst)][:_SHOWN]
+    shown = sorted(order, key=lambda j: -correlation[j] if alarming[j] else 1.0)[:_SHOWN]
+    worst = shown[0]
     return OrderReport(
-        ordered=bool(alarming),
+        ordered=bool(alarming.any()),
         stage=stage,
         feature=names[worst],
         p_value=float(anova.p_value[worst]),

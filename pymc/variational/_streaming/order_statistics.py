@@ -30,6 +30,9 @@ MAX_DRIFT = 10.0
 """Posterior standard deviations; in-RAM minibatches leave a last iterate about that far off."""
 
 _CLIP = 5.0
+_CLIP_RARE = 3.0
+"""In typical values of a column that is mostly one value, as amounts of rare events are: enough to
+see amounts drift, and so few that each of the events counts."""
 _ALL_PRODUCTS = 8
 """With more columns than this, products are with the last column and of projections."""
 _PROJECTIONS = 16
@@ -255,8 +258,10 @@ def _standardise(column: np.ndarray) -> tuple[float, float, float, bool]:
         return float(column.mean()), float(column.std()), np.inf, False
     centre = float(np.median(column))
     deviations = np.abs(column - centre)
-    scale = 1.4826 * float(np.median(deviations)) or float(deviations.mean())
-    return centre, scale, _CLIP, True
+    scale = 1.4826 * float(np.median(deviations))
+    if scale:
+        return centre, scale, _CLIP, True
+    return centre, float(np.median(deviations[deviations > 0])), _CLIP_RARE, True
 
 
 def _pairs(plain: np.ndarray, n_random: int) -> tuple[np.ndarray, np.ndarray]:
