@@ -15,6 +15,7 @@
 
 import gc
 import os
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
+from pymc.variational._streaming import remote
 from pymc.variational._streaming.rows import RowFormat
 from pymc.variational.streaming import (
     StreamError,
@@ -88,6 +90,17 @@ class TestPaths:
             parquet_source("memory://streaming/a.parquet"),
         ):
             np.testing.assert_array_equal(rows_of(source), numbered(4))
+
+    def test_what_a_filesystem_does_not_know_is_asked_once(self, folder, monkeypatch):
+        waits = []
+        monkeypatch.setattr(remote.time, "sleep", waits.append)
+        with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+            archive.write(folder / "day=1" / "a.parquet", "a.parquet")
+        zipped = pytest.importorskip("fsspec").filesystem("zip", fo=str(folder / "a.zip"))
+        np.testing.assert_array_equal(
+            rows_of(parquet_source("a.parquet", filesystem=zipped)), numbered(4)
+        )
+        assert not waits
 
     @pytest.mark.parametrize("path", ["b/in", "b/in/*.parquet", "/b/i?/*", "memory://b/in/**/a*"])
     def test_a_filesystem_knows_a_path_by_any_spelling(self, path):

@@ -26,7 +26,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from pymc.variational._streaming import passes, tasks
+from pymc.variational._streaming import passes, staging, tasks
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle import preshuffle
 from pymc.variational._streaming.staging import _LocalStaging
@@ -245,6 +245,16 @@ def test_a_result_that_someone_touched_is_not_published(source, tmp_path, monkey
     ):
         shuffle(source)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_kill_just_after_publishing_does_not_bar_the_next_run(source, tmp_path, monkeypatch):
+    shuffle(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.shutil, "rmtree", lambda *args, **kwargs: None)
+        shuffle(source, seed=1, overwrite=True)
+    assert os.listdir(tmp_path / ".out.partial" / "old")
+    shuffle(source, seed=1, overwrite=True)
+    assert is_clean(tmp_path)
 
 
 def test_an_executor_that_dies_is_named_and_the_work_goes_on(source, tmp_path, expected):

@@ -31,6 +31,7 @@ from numba.core import caching
 from scipy import stats
 
 from pymc.variational._streaming import compiled
+from pymc.variational._streaming.shuffle import _Window
 from pymc.variational._streaming.sources import Source
 from pymc.variational.streaming import (
     StreamError,
@@ -320,6 +321,13 @@ class TestBuffer:
             assert read - emitted <= 2 * buffer_size + max(blocks)
             emitted += len(rows)
         assert emitted == n_rows
+
+    def test_a_window_does_not_change_the_type_of_rows(self):
+        window = _Window(4, seed=0)
+        window.begin(0, 0)
+        window.insert(np.zeros((2, 1), "int32"))
+        with pytest.raises(TypeError, match="float64"):
+            window.insert(np.full((2, 1), np.nan))
 
     def test_every_order_of_a_window_is_equally_likely(self):
         """Chi-square over the 24 orders of 4 rows; false-alarm rate 1e-6."""

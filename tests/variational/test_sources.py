@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 
+from pymc.variational._streaming import sources
+from pymc.variational._streaming.sources import as_source
 from pymc.variational.streaming import (
     OrderError,
     StreamError,
@@ -220,6 +222,21 @@ class TestOtherSources:
         source = arrow_source(lambda: map(Batch, table(7).to_batches(max_chunksize=3)))
         np.testing.assert_array_equal(rows_of(source), numbered(7))
 
+    @pytest.mark.parametrize("shuffled", [False, True])
+    def test_a_series_whose_slices_differ_in_type_is_refused(self, monkeypatch, shuffled):
+        """Slices without nulls come as integers, the others as floats."""
+        monkeypatch.setattr(sources, "_BLOCK_BYTES", 40)
+        rows = pd.Series([*range(25), None, *range(10)], dtype="Int32").to_frame("x")["x"]
+        source = shuffle_buffer(rows, buffer_size=20, batch_size=5, seed=0) if shuffled else rows
+        ds = StreamingDataset(source, batch_size=5, order_check="off")
+        with pytest.raises(StreamError, match=r"rows 20 to 30 .*float64 where .*int32.*; fill"):
+            list(ds)
+
+    def test_columns_are_not_chosen_from_arrays(self):
+        source = arrow_source(lambda: [numbered(4)], columns=["twice"])
+        with pytest.raises(TypeError, match=r"columns=\['twice'\] .* by name, and block 0 is"):
+            StreamingDataset(source, batch_size=2, total_size=4)
+
     def test_masked_values_are_refused(self):
         rows = np.ma.masked_array(numbered(4).astype(float), mask=numbered(4) == 2)
         for source in (rows, lambda: [rows[:1], rows[1:]]):
@@ -258,6 +275,16 @@ class TestChunkedArrays:
             np.testing.assert_array_equal(np.concatenate(blocks), rows[start:])
             if chunks is not None:
                 assert all(read.start % 300_000 == 0 for read in array.read[1:])
+
+    def test_a_shuffled_stream_goes_on_at_the_end_of_an_epoch(self):
+        rows = numbered(10)
+        array = Chunked(rows, (3, 2))
+        assert not list(as_source(array).blocks(0, 10))
+        buffer = shuffle_buffer(array, buffer_size=5, batch_size=5, seed=0)
+        epochs = buffer.epochs(0, 10, cycle=True)
+        assert next(epochs) == (0, None)
+        block = next(rows for _, rows in epochs if rows is not None and len(rows))
+        np.testing.assert_array_equal(np.sort(block, axis=0), rows[:5])
 
     def test_xarray_and_dask_arrays_are_sources(self):
         xr = pytest.importorskip("xarray")
@@ -359,6 +386,24 @@ class TestArrowFiles:
         os.truncate(path, 4_096)
         with pytest.raises(StreamError, match=r"a\.arrow: "):
             list(blocks)
+
+    def test_a_file_that_is_rewritten_while_it_is_read_is_an_error(self, tmp_path):
+        path = self.write(tmp_path / "a.arrow", table(9))
+        blocks = iter(arrow_source(path))
+        next(blocks)
+        with open(path, "r+b") as file:
+            file.write(path.read_bytes())
+        os.utime(path)
+        with pytest.raises(StreamError, match=r"a\.arrow: changed while it was read; make"):
+            list(blocks)
+
+    @pytest.mark.parametrize("scheme", ["memory", "s3"])
+    def test_files_that_are_not_local_are_refused(self, tmp_path, scheme):
+        path = self.write(tmp_path / "a.arrow", table(9))
+        for uri in (f"{scheme}:/{path}", [path, f"{scheme}:/{path}"]):
+            with pytest.raises(ValueError, match=rf"'{scheme}://.* is not local; pass a function"):
+                arrow_source(uri)
+        assert arrow_source(f"file://{path}").n_rows == 9
 
     def test_what_is_no_arrow_file_is_named(self, folder):
         with pa.ipc.new_stream(folder / "e.arrow", table(3).schema) as writer:

@@ -109,6 +109,10 @@ class _IpcFile:
     """Places of the columns in this file."""
     batch_rows: tuple[int, ...]
 
+    def require_unchanged(self, status: os.stat_result, when: str) -> None:
+        if (self.size, self.mtime_ns) != (status.st_size, status.st_mtime_ns):
+            raise StreamError(f"{self.path}: changed {when}; make the source anew")
+
 
 class _IpcSource(Source):
     random_access = True
@@ -144,14 +148,12 @@ class _IpcSource(Source):
 
     def _read(self, file: _IpcFile, first: int) -> Iterator[np.ndarray]:
         with _reading(file.path, file.fields) as (reader, status):
-            if (file.size, file.mtime_ns) != (status.st_size, status.st_mtime_ns):
-                raise StreamError(
-                    f"{file.path}: changed since the source was made; make the source anew"
-                )
+            file.require_unchanged(status, "since the source was made")
             for number in range(first, len(file.batch_rows)):
                 batch = reader.get_batch(number)
                 batch.validate(full=True)
                 yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
+            file.require_unchanged(os.stat(file.path), "while it was read")
 
 
 @contextmanager

@@ -29,6 +29,8 @@ __all__ = ["MARK_KEY", "PreshuffleMark", "check_marks", "read_mark"]
 
 MARK_KEY = b"pymc.preshuffle"
 _VERSION = 1
+_COMMON = "shuffle", "checksum", "n_rows"
+"""What all files of a shuffle agree on; footers, and so the identity, may not tell rows apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class PreshuffleMark:
     """What a file that :func:`preshuffle` wrote knows of its shuffle."""
 
     shuffle: str
-    """Identity of the shuffle: the same for all its files, and for no other."""
+    """Identity of the shuffle: the same for all its files."""
     seed: int
     source: str
     """What was shuffled, for the eye."""
@@ -126,7 +128,7 @@ def _check_company(
             f"{path}: not shuffled with {first}, which is one of {expected.n_files} pre-shuffled "
             "files; preshuffle all rows together, or remove it"
         )
-    if mark.shuffle != expected.shuffle:
+    if any(getattr(mark, name) != getattr(expected, name) for name in _COMMON):
         raise StreamError(
             f"{path} and {first} belong to two shuffles (seeds {mark.seed} and "
             f"{expected.seed}); rows are exchangeable only within one; "

@@ -93,7 +93,14 @@ def list_parquet(path: Paths, filesystem: Any = None) -> tuple["pyarrow.fs.FileS
 
 
 def list_ipc(path: Paths) -> list[str]:
-    """List Arrow IPC (Feather) files in the same way."""
+    """List local Arrow IPC (Feather) files in the same way."""
+    for each in [path] if isinstance(path, str | os.PathLike) else path:
+        scheme, is_uri, _ = os.fspath(each).partition("://")
+        if is_uri and scheme != "file":
+            raise ValueError(
+                f"{_IPC.argument}={each!r} is not local; pass a function that opens it, and "
+                "returns a RecordBatchReader or record batches"
+            )
     return _list(_IPC, path, None)[1]
 
 

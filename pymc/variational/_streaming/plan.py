@@ -43,6 +43,7 @@ from pymc.variational._streaming.rows import PIECE_ROWS
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
+    import pyarrow.parquet
 
 __all__ = ["MOST_AT_ONCE", "Piece", "Plan", "Table", "make_plan", "open_table", "parse_bytes"]
 
@@ -163,6 +164,7 @@ def open_table(
     for path in paths:
         known, metadata = inspect(fs, path)
         found = _choose(metadata.schema.to_arrow_schema(), columns, path)
+        _refuse_int96(metadata.schema, found.names, path)
         schema = found if schema is None else _merge(schema, found, path, paths[0])
         files.append(known)
         for group in range(metadata.num_row_groups):
@@ -227,7 +229,28 @@ def _choose(schema: "pyarrow.Schema", columns: Sequence[str] | None, path: str) 
         if schema.names.count(name) > 1:
             raise ValueError(f"{path}: has more than one column {name!r}")
     metadata = {k: v for k, v in (schema.metadata or {}).items() if k != MARK_KEY}
-    return import_pyarrow().schema([schema.field(name) for name in names], metadata)
+    return import_pyarrow().schema([_widen(schema.field(name)) for name in names], metadata)
+
+
+def _widen(field: "pyarrow.Field") -> "pyarrow.Field":
+    """Let a dictionary column count also the values that other files add to it."""
+    pa = import_pyarrow()
+    kind = field.type
+    if not pa.types.is_dictionary(kind) or kind.index_type.bit_width >= 32:
+        return field
+    return field.with_type(pa.dictionary(pa.int32(), kind.value_type, kind.ordered))
+
+
+def _refuse_int96(schema: "pyarrow.parquet.ParquetSchema", columns: list[str], path: str) -> None:
+    """Refuse timestamps that are read as nanoseconds, which end in 2262, and wrap around."""
+    for column in map(schema.column, range(len(schema))):
+        name = column.path if column.path in columns else column.path.partition(".")[0]
+        if name in columns and column.physical_type == "INT96":
+            raise ValueError(
+                f"{path}: column {name!r} holds INT96 timestamps, which would be changed outside "
+                "of 1677..2262; rewrite it as timestamp[us] first, or pass columns=[...] to leave "
+                "it out"
+            )
 
 
 def _refuse_partitions(paths: Sequence[str], columns: Sequence[str]) -> None:

@@ -125,7 +125,8 @@ def preshuffle(
     row_group_size : int, optional
         Rows. Default: at most 8 MB of them, and 262,144, what a source reads at a time.
     overwrite : bool, default False
-        Replace what is at *destination*, after the new rows are verified.
+        Replace what is at *destination*, after the new rows are verified; on filesystems other
+        than local ones, the old files are deleted before the work.
     progressbar : bool, default True
 
     Returns
@@ -148,7 +149,8 @@ def preshuffle(
     -----
     Every row gets an independent random pile in a first pass over the source; a second pass
     permutes each pile in memory. All permutations are equally likely. All columns keep their
-    types, and the schema its metadata.
+    types, except that the indices of dictionary columns are at least int32, and the schema its
+    metadata.
 
     The number of rows and an order-independent checksum over all their values, as they were
     read from the source and as they were handed to the writers of the result, are compared

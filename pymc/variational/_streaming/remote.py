@@ -26,7 +26,7 @@ _WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each new attempt, on top of what the filesystem tries by itself."""
 _PATIENCE = 60.0
 """Seconds after the first attempt began in which a new one may begin."""
-_FINAL = FileNotFoundError, PermissionError
+_FINAL = FileNotFoundError, PermissionError, NotImplementedError
 
 T = TypeVar("T")
 

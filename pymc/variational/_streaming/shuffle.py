@@ -194,7 +194,7 @@ class _Window:
         self._make_rooms(rows.shape[1:], rows.dtype)
         room, words = self._rooms[0]
         require_shape(rows, room.shape[1:])
-        new = np.ascontiguousarray(rows[: self._size - self.n], room.dtype)
+        new = rows[: self._size - self.n].astype(room.dtype, "C", casting="equiv", copy=False)
         insert_shuffled(words, self.n, _as_words(new), self._key)
         self.n += len(new)
         return rows[len(new) :]

@@ -190,6 +190,7 @@ class _ArraySource(Source):
         self._array = array
         self._chunk = _chunk_rows(array)
         self._row_bytes = max(1, first.nbytes)
+        self._kind = first.shape[1:], first.dtype
         self.n_rows = int(array.shape[0])
         self.sample_shape = first.shape[1:]
 
@@ -200,7 +201,20 @@ class _ArraySource(Source):
         block_bytes = _BLOCK_BYTES if self._chunk == 1 else _CHUNKED_BYTES
         step = max(1, block_bytes // (self._row_bytes * self._chunk)) * self._chunk
         for first in range(start - start % self._chunk, int(self._array.shape[0]), step):
-            yield _as_rows(np.asanyarray(self._array[max(first, start) : first + step]))
+            begin = max(first, start)
+            block = _as_rows(np.asanyarray(self._array[begin : first + step]))
+            self._require_kind(block, begin)
+            if len(block):
+                yield block
+
+    def _require_kind(self, block: np.ndarray, begin: int) -> None:
+        kind = block.shape[1:], block.dtype
+        if kind != self._kind:
+            raise StreamError(
+                f"rows {begin} to {begin + len(block)} have shape {kind[0]} and type {kind[1]} "
+                f"where the first row has {self._kind[0]} and {self._kind[1]}; fill nulls, or "
+                "convert all rows to one type"
+            )
 
 
 class IterableSource(Source):
@@ -245,6 +259,12 @@ class IterableSource(Source):
     def _convert(self, blocks: Iterable[Any]) -> Iterator[np.ndarray]:
         for number, block in enumerate(blocks):
             arrow = is_arrow(block)
+            if self._names is not None and not arrow:
+                raise TypeError(
+                    f"columns={list(self._names)} selects from Arrow blocks by name, and block "
+                    f"{number} is {type(block).__name__}; leave columns out, and select by place "
+                    "in the function, or yield Arrow record batches"
+                )
             for rows in self._arrow_rows(block, number) if arrow else [_as_rows(block)]:
                 self._require_kind(rows, number)
                 yield rows

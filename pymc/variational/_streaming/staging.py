@@ -216,8 +216,11 @@ class _LocalStaging(Staging):
     def _look(self):
         for draft in pathlib.Path(self.work).glob("part-*"):
             draft.unlink()
-        if os.path.lexists(self._old) and not os.path.lexists(self.destination):
-            os.rename(self._old, self.destination)
+        if os.path.lexists(self._old):
+            if os.path.lexists(self.destination):  # published, and killed before it cleaned up
+                shutil.rmtree(self._old)
+            else:
+                os.rename(self._old, self.destination)
         if not os.path.lexists(self.destination) or self._overwrite:
             return
         if os.listdir(self.destination):
