@@ -37,7 +37,7 @@ def code_blocks(language: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_code_finds_the_exact_posterior_and_the_check_improves_it(tmp_path, monkeypatch):
-    """With PyMC's default optimizer; the code sets no seed, so that is done here."""
+    """First with PyMC's default optimizer; the code sets no seed, so that is done here."""
     monkeypatch.setattr(pm, "fit", partial(pm.fit, random_seed=0))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(100_000, 3)).astype("float32")

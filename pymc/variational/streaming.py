@@ -35,6 +35,7 @@ import weakref
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -58,7 +59,12 @@ from pymc.variational._streaming.errors import (
 from pymc.variational._streaming.fit_check import check_fit
 from pymc.variational._streaming.fit_report import FitReport
 from pymc.variational._streaming.given import given_rows
-from pymc.variational._streaming.guards import WITHOUT_LOSS, check_model
+from pymc.variational._streaming.guards import (
+    WITHOUT_LOSS,
+    blank,
+    check_model,
+    check_other_streams,
+)
 from pymc.variational._streaming.order import OrderCheck, OrderReport, check_order
 from pymc.variational._streaming.parquet import parquet_source
 from pymc.variational._streaming.preshuffle import PreshuffleReport, preshuffle
@@ -117,7 +123,8 @@ class StreamingDataset:
         :class:`OrderError`. A sample of the source is checked before the first step, and
         the rows while they stream; see :func:`check_order`.
     prefetch : bool, default True
-        Read ahead in a thread; the batches are the same either way.
+        Read ahead in a thread; the batches are the same either way. While such a stream is open,
+        all threads of the process are switched every 0.1 ms (:func:`sys.setswitchinterval`).
     name : str, default "stream"
         Of the shared variable.
 
@@ -244,6 +251,8 @@ class StreamingDataset:
 
     def __getitem__(self, column: str) -> TensorVariable:
         """Return the named column of the current batch, shape (batch_size,)."""
+        if not isinstance(column, str):
+            raise TypeError("ds[...] takes the name of a column; slice ds.as_tensor() by position")
         columns = self.columns
         if columns is None:
             raise KeyError(f"{column!r}: the source has no column names; slice as_tensor()")
@@ -414,12 +423,8 @@ class StreamingDataset:
         self.close()
 
     def _blank(self) -> np.ndarray:
-        if self._dtype.kind == "f":
-            blank = np.nan
-        else:
-            limits = np.iinfo(self._dtype)
-            blank = limits.min or limits.max
-        return np.full((self._batch_size, *self._sample_shape), blank, self._dtype)
+        shape = (self._batch_size, *self._sample_shape)
+        return np.full(shape, blank(self._dtype), self._dtype)
 
     @contextmanager
     def _lend(self, rows: np.ndarray) -> Iterator[None]:
@@ -489,6 +494,8 @@ class StreamingDataset:
 class _FitCallback(Callback):
     """Put the next batch in after each step."""
 
+    is_of_stream = True  # for who is handed it among others
+
     def __init__(self, dataset: StreamingDataset, token: object):
         self._dataset = dataset
         self._token = token
@@ -512,6 +519,7 @@ class _FitCallback(Callback):
             )
         if approx is not self._approx:
             self.check(approx.model)
+            check_other_streams(approx.model, self._dataset.as_tensor())
             self._approx = approx
         if not self._dataset._advance():
             raise StopIteration(f"the stream ended at step {i}")
@@ -529,6 +537,8 @@ def _match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[
         source.probe()
         assert source.sample_shape is not None
         return source.sample_shape
+    if isinstance(sample_shape, Integral):
+        raise TypeError(f"sample_shape={sample_shape} must be a tuple; pass ({sample_shape},)")
     shape = tuple(positive_int("sample_shape", n) for n in sample_shape)
     if source.sample_shape not in (None, shape):
         raise ValueError(

@@ -58,7 +58,12 @@ from tests.orderbook.naive import (
 
 CLOSE_MS = 1_786_410_900_000
 MARKET = "KXSYNA15M-26AUG102115-15"
-KALSHI = Path(os.environ.get("KALSHI_DATA", Path(__file__).parents[3] / "shared/data/kalshi_raw"))
+KALSHI = Path(os.environ.get("KALSHI_DATA", ""))
+"""Captures, which are not part of the repository."""
+
+with_captures = pytest.mark.skipif(
+    not os.environ.get("KALSHI_DATA"), reason="set KALSHI_DATA to a folder of captures"
+)
 
 # Few prices make levels meet, on one side and across; the ends of the range are among them.
 prices = st.sampled_from([1, 4700, 4800, 4801, 5000, 5200, 5300, 9999])
@@ -511,7 +516,7 @@ def test_command_line_prints_the_report(tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not KALSHI.exists(), reason=f"no captures in {KALSHI}; set KALSHI_DATA")
+@with_captures
 def test_real_captures_fold_like_the_dictionary(tmp_path):
     report = fold(KALSHI, tmp_path / "out", progressbar=False)
     assert (report.messages, report.deltas) == (691_010, 679_985)
@@ -527,7 +532,7 @@ def test_real_captures_fold_like_the_dictionary(tmp_path):
         assert anova_f(column[shuffled]) < 3.5
 
 
-@pytest.mark.skipif(not KALSHI.exists(), reason=f"no captures in {KALSHI}; set KALSHI_DATA")
+@with_captures
 def test_rows_of_a_real_capture_are_those_of_the_dictionary(tmp_path):
     market, (file,) = min(find_markets(KALSHI).items(), key=lambda item: item[1][0].stat().st_size)
     (tmp_path / "in").mkdir()

@@ -237,6 +237,10 @@ class TestWarnings:
 
 
 class TestRefusals:
+    def test_a_source_is_no_dataset(self):
+        with pytest.raises(TypeError, match=r"ds=ndarray.* is not a StreamingDataset; pass the"):
+            EpochAverage(np.zeros((9, 2)))
+
     @pytest.mark.parametrize("burn_in", [-0.1, 1, 2])
     def test_burn_in_is_a_part(self, ds, burn_in):
         with pytest.raises(
@@ -256,7 +260,7 @@ class TestRefusals:
         with pm.Model():
             pm.Normal("x", shape=3)
             other = pm.MeanField()
-        with pytest.raises(StreamError, match="approx has 3 parameters but the average has 2"):
+        with pytest.raises(StreamError, match="approx has other parameters than the average"):
             average.apply(other)
 
     def test_particles(self, ds):

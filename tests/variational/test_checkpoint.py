@@ -305,6 +305,11 @@ class TestRefusals:
             with pytest.raises(ValueError, match=r"SVGD has no loss, .* pass ADVI"):
                 resumable_fit(pm.SVGD(n_particles=3), 9, path=tmp_path / "f", datasets=[])
 
+    def test_callbacks_of_streams_are_left_to_it(self, rows, tmp_path):
+        ds = dataset(rows)
+        with pytest.raises(ValueError, match=r"leave fit_callback\(\) out of callbacks="):
+            fit(rows, tmp_path / "f", 9, datasets=[ds], callbacks=[ds.fit_callback()])
+
     @pytest.mark.parametrize("damage", ["half", "bit", "other"])
     def test_a_damaged_file_is_named(self, rows, checkpoint, damage):
         good = checkpoint.read_bytes()

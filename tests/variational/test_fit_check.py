@@ -457,6 +457,14 @@ class TestStreams:
             ):
                 check_fit(approx, first)
 
+    def test_a_stream_that_stood_still_while_the_other_went_on(self, two):
+        (first, second), approx = two
+        place(approx, 9.0, 0.05)
+        with first, second:
+            first.advance()
+            first.advance()
+            assert check_fit(approx, [first, second]).verdict == "one batch"
+
     def test_a_stream_of_counts_that_is_left_out(self):
         """NaN becomes an integer, whose log density is -inf and has no gradient."""
         first, counts = stream(np.zeros(50), 10), stream(np.full(60, 4.0), 10, name="counts")
@@ -746,8 +754,21 @@ class TestVerdict:
         with pm.Model():
             pm.Normal("x")
             other = pm.MeanField()
-        with pytest.raises(StreamError, match="approx has 1 parameters but the report 3"):
+        with pytest.raises(StreamError, match="approx has other parameters than the report"):
             report.apply(other)
+        with regression.model(ds):
+            other = pm.MeanField()
+        with pytest.raises(StreamError, match="another fit, or has changed since"):
+            report.apply(other)
+
+    def test_correlations_that_are_wrong_beside_right_scales(self, regression, full_rank_fit):
+        ds, approx = full_rank_fit
+        place(approx, regression.mean, np.diag(np.diag(regression.covariance)))
+        report = check_fit(approx, ds)
+        assert np.abs(report.s).max() < 1e-6
+        assert report.verdict == "scales off"
+        report.apply(approx)
+        np.testing.assert_allclose(position(approx)[1], regression.covariance, rtol=1e-6)
 
     def test_plot_shows_every_parameter(self, fit):
         matplotlib = pytest.importorskip("matplotlib")

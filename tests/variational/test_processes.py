@@ -18,16 +18,19 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pymc as pm
 
+from pymc.variational._streaming.tasks import _peak_memory
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
@@ -39,6 +42,13 @@ from tests.variational.killed import in_child
 from tests.variational.strategies import numbered, write_layout
 
 TIMEOUT = 60
+ROOT = Path(__file__).parents[2]
+PEAK = f"import tests; from {_peak_memory.__module__} import _peak_memory; print(_peak_memory())"
+PEAK_OF_A_LARGE_PARENTS_CHILD = f"""
+import subprocess, sys
+held = b"x" * 2**30
+subprocess.run([sys.executable, "-c", {PEAK!r}], check=True)
+"""
 
 
 def dataset(folder, **kwargs) -> StreamingDataset:
@@ -113,6 +123,15 @@ class TestSpawn:
                 (TypeError, pickle.PicklingError, AttributeError), match=r"pickle|local object"
             ):
                 pickle.dumps(ds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_a_large_parents_child_is_its_own():
+    """Which ``ru_maxrss`` is not."""
+    command = [sys.executable, "-c", PEAK_OF_A_LARGE_PARENTS_CHILD]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 2**20 < int(done.stdout) < 2**30
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

@@ -145,6 +145,14 @@ class TestBuffer:
         with pytest.raises(KeyError, match="the source has no column names"):
             StreamingDataset(numbered(3), batch_size=2)["row"]
 
+    @pytest.mark.parametrize("key", [0, (slice(None), 0)])
+    def test_what_is_no_name_is_a_slice_of_the_tensor(self, key):
+        ds = StreamingDataset(numbered(3), batch_size=2)
+        with pytest.raises(
+            TypeError, match=r"takes the name .* slice ds.as_tensor\(\) by position"
+        ):
+            ds[key]
+
     def test_batches_do_not_alias_the_users_array(self):
         rows = np.arange(8.0)[:, None]
         ds = StreamingDataset(rows, batch_size=8, prefetch=False)
@@ -300,6 +308,20 @@ class TestFreshness:
         expected = 12 * (k % 3 + 1.0) ** 2 / 2 + 10 * (k % 5 + 1.0) ** 2 / 2
         largest_scale = 10 / 2
         np.testing.assert_allclose(approx.hist / 1e6 * largest_scale, expected, rtol=0.02)
+
+    @pytest.mark.parametrize("dtype", [None, "int32"])
+    def test_another_stream_whose_callback_is_missing(self, dtype):
+        """Counts of NaN are impossible, whatever the parameters, and have no gradient."""
+        ds = StreamingDataset(tell_tale(3), batch_size=4)
+        counts = StreamingDataset(tell_tale(5), batch_size=4, dtype=dtype, name="counts")
+        with pm.Model():
+            mu = pm.Normal("mu")
+            pm.Normal("y", mu, 1, observed=ds.as_tensor()[:, 0], total_size=12)
+            rows = counts.as_tensor()[:, 0]
+            pm.Poisson("z", pm.math.exp(mu), observed=rows.astype("int64"), total_size=20)
+            with pytest.raises(StreamError, match=r"also uses the stream 'counts', .* no rows"):
+                pm.fit(3, callbacks=[ds.fit_callback()], **STANDING_STILL)
+            pm.fit(3, callbacks=[ds.fit_callback(), counts.fit_callback()], **STANDING_STILL)
 
     def test_a_model_built_after_the_callback_is_checked_at_its_first_call(self):
         ds = StreamingDataset(tell_tale(3), batch_size=4)
@@ -655,6 +677,11 @@ class TestArguments:
             ValueError, match=r"sample_shape=\(3,\) but .* \(2,\), columns \['row', 'twice'\]"
         ):
             StreamingDataset(parquet_source(tmp_path), batch_size=2, sample_shape=(3,))
+
+    @pytest.mark.parametrize("shape", [2, np.int64(2)])
+    def test_a_sample_shape_is_a_tuple(self, shape):
+        with pytest.raises(TypeError, match=r"sample_shape=2 must be a tuple; pass \(2,\)"):
+            StreamingDataset(numbered(5), batch_size=2, sample_shape=shape)
 
     def test_a_wrong_sample_shape_of_blocks_is_refused_when_they_come(self):
         ds = StreamingDataset(lambda: [numbered(5)], batch_size=2, sample_shape=(3,), total_size=5)

@@ -13,6 +13,7 @@
 #   limitations under the License.
 """The rooms behind :mod:`pymc.variational.streaming`, one idea each.
 
-Data flow one way: ``sources`` know nothing of shuffles, ``shuffle`` nothing of models,
-and only ``dataset`` knows PyTensor.
+Data flow one way: sources know nothing of shuffles, shuffles nothing of models; what reads or
+checks models (``guards``, ``gaussian``, ``fit_check``, ``checkpoint``, ``identity``) and
+:class:`StreamingDataset` know PyTensor.
 """

@@ -65,6 +65,8 @@ class EpochAverage(Callback):
 
     Raises
     ------
+    TypeError
+        If *ds* is not a StreamingDataset.
     ValueError
         If *burn_in* is not in [0, 1).
 
@@ -110,6 +112,11 @@ class EpochAverage(Callback):
     """
 
     def __init__(self, ds: "StreamingDataset", *, burn_in: float = 0.5):
+        if not hasattr(ds, "rows_seen"):
+            raise TypeError(
+                f"ds={type(ds).__name__}(...) is not a StreamingDataset; pass the one that is "
+                "fitted"
+            )
         if not 0 <= burn_in < 1:
             raise ValueError(f"burn_in must be at least 0 and below 1, got {burn_in}")
         self._ds = ds
@@ -117,6 +124,8 @@ class EpochAverage(Callback):
         self._here = _place_of(ds)
         self._follows: bool | None = None
         self._path: _Path | None = None
+        self._names: tuple[str, ...] | None = None
+        """Of the parameters, where a step has been seen since a resumed fit went on."""
 
     @property
     def epochs(self) -> int:
@@ -128,6 +137,7 @@ class EpochAverage(Callback):
         place = self._place_of_step()
         if i == 1 or self._path is None:
             self._path = _Path(mean.size, self._ds.batch_size)
+            self._names = names(gaussian_group(approx))
         self._path.go_to(place)
         self._path.add(mean)
 
@@ -155,10 +165,10 @@ class EpochAverage(Callback):
             )
         group = gaussian_group(approx)
         steps = self._path.steps.after(self._burn_in, at_least=_MIN_BINS)
-        if steps[0].mean.size != group.ddim:
+        if self._names not in (None, names(group)) or steps[0].mean.size != group.ddim:
             raise StreamError(
-                f"approx has {group.ddim} parameters but the average has {steps[0].mean.size}; "
-                "apply it to the approximation that was fitted"
+                "approx has other parameters than the average; apply it to the approximation "
+                "that was fitted"
             )
         if _still_travels(group, steps):
             return

@@ -94,9 +94,9 @@ def resumable_fit(
     ------
     ValueError
         If the checkpoint is of another model, data, optimizer or option, or has more steps
-        than *n*; if *inference* has been fitted and there is no checkpoint; or if the fit has
-        no losses (``score=False``), because PyMC then makes every step with the same random
-        draw.
+        than *n*; if *inference* has been fitted and there is no checkpoint; if *callbacks* hold
+        that of a stream; or if the fit has no losses (``score=False``), because PyMC then makes
+        every step with the same random draw.
     StreamError
         If the checkpoint cannot be read.
     FloatingPointError
@@ -132,6 +132,11 @@ def resumable_fit(
     """
     positive_int("n", n)
     positive_int("every", every)
+    if any(getattr(callback, "is_of_stream", False) for callback in callbacks):
+        raise ValueError(
+            "resumable_fit adds the callbacks of its datasets; leave fit_callback() out of "
+            "callbacks=, and pass all streams of the model as datasets="
+        )
     if inference.state is not None and not Path(path).exists():
         raise ValueError(
             "inference has been fitted before, and would go on from where it is, but there is no "

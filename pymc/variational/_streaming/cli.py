@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = preshuffle(source if source[1:] else source[0], **options)
     except (StreamError, OSError, ValueError, ImportError) as err:
-        sys.stderr.write(f"error: {err}\n")
+        message = str(err).replace("overwrite=True", "overwrite=True (--overwrite)")
+        sys.stderr.write(f"error: {message}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from the tasks that are done\n")

@@ -385,7 +385,7 @@ def _report(group: Group, probes: Sequence[Probe], passes: Sequence[_Pass]) -> F
         streams=tuple(p.counted for p in passes),
         clarity=float(clarity.max()) if clarity.size else np.inf,
         disorder=max(drifts, default=None),
-        moved=any(p.moved for p in passes),
+        moved=all(p.moved for p in passes),
         whole_hessian=is_dense(scales),
         optimum=optimum,
     )

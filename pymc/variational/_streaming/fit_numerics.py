@@ -49,6 +49,11 @@ class Optimum:
 
     z: np.ndarray
     s: np.ndarray
+    widths: np.ndarray
+    """The same as *s* along the principal directions of a full-rank approximation, whose
+    correlations may be wrong though the scales are right."""
+    start: np.ndarray
+    """The mean that was checked."""
     mean: np.ndarray
     """Where the step leads."""
     scale: np.ndarray | None
@@ -152,12 +157,14 @@ def newton_step(mean: np.ndarray, scale: np.ndarray, probes: Sequence[Probe]) ->
     gradient = np.sum([probe.gradient for probe in probes], axis=0)
     if not is_dense(scale):
         sd = scale / np.sqrt(np.where(curved < 0, -curved, 1))
-        return Optimum(-sd * gradient, 1 + curved, mean + sd**2 * gradient, None, np.nan)
+        s = 1 + curved
+        return Optimum(-sd * gradient, s, s, mean, mean + sd**2 * gradient, None, np.nan)
     factor = _factor(scale)
-    if np.linalg.eigvalsh(curved)[-1] >= 0:
+    widths = 1 + np.linalg.eigvalsh(curved)
+    if widths[-1] >= 1:
         sd = np.linalg.norm(factor, axis=1)
-        step = factor @ factor.T @ gradient
-        return Optimum(-step / sd, 1 + np.diag(curved), mean + step, None, np.inf)
+        step, s = factor @ factor.T @ gradient, 1 + np.diag(curved)
+        return Optimum(-step / sd, s, widths, mean, mean + step, None, np.inf)
     inverse = np.linalg.inv(-curved)
     covariance = factor @ inverse @ factor.T
     step, sd = covariance @ gradient, np.sqrt(np.diag(covariance))
@@ -165,8 +172,9 @@ def newton_step(mean: np.ndarray, scale: np.ndarray, probes: Sequence[Probe]) ->
         s, best = 1 - np.diag(factor @ factor.T) / sd**2, np.linalg.cholesky(covariance)
     else:
         s, best = 1 + np.diag(curved), scale / np.sqrt(-np.diag(curved))
+        widths = s
     doubt = _doubt([probe.bend(covariance) for probe in probes], inverse @ factor.T @ gradient, s)
-    return Optimum(-step / sd, s, mean + step, best, (doubt / sd).max())
+    return Optimum(-step / sd, s, widths, mean, mean + step, best, (doubt / sd).max())
 
 
 def disorder(gradients: Bins) -> float | None:

@@ -21,7 +21,12 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit_numerics import Optimum
-from pymc.variational._streaming.gaussian import gaussian_group, set_values
+from pymc.variational._streaming.gaussian import (
+    gaussian_group,
+    mean_variable,
+    names,
+    set_values,
+)
 from pymc.variational.opvi import Approximation
 
 if TYPE_CHECKING:
@@ -142,7 +147,7 @@ class FitReport:
             return "not converged"
         if means_off:
             return "last-iterate noise"
-        return "scales off" if np.abs(self.s).max() > _FINE_S else "fine"
+        return "scales off" if np.abs(self.optimum.widths).max() > _FINE_S else "fine"
 
     def apply(self, approx: Approximation) -> None:
         """Move *approx* to where a Newton step leads, means and scales.
@@ -156,13 +161,17 @@ class FitReport:
         ------
         StreamError
             If the fit is too far from its optimum for one step, if the Hessian is not known,
-            or if *approx* is not the fit that was checked.
+            or if *approx* is not the fit that was checked, or has changed since.
         """
         group = gaussian_group(approx)
-        if group.ddim != len(self.z):
+        if names(group) != self.names:
             raise StreamError(
-                f"approx has {group.ddim} parameters but the report {len(self.z)}; apply it to "
-                "the approximation that was checked"
+                "approx has other parameters than the report; apply it to the approximation that "
+                "was checked"
+            )
+        if not np.array_equal(mean_variable(group).get_value(), self.optimum.start):
+            raise StreamError(
+                "approx is another fit, or has changed since it was checked; check it again"
             )
         if not self.whole_hessian:
             raise StreamError(
@@ -265,7 +274,7 @@ class FitReport:
 
     def _scale_error(self) -> float:
         """Return the largest factor by which a scale is too wide or too narrow."""
-        ratio = np.sqrt(np.maximum(1 - self.s, np.finfo(float).tiny))
+        ratio = np.sqrt(np.maximum(1 - self.optimum.widths, np.finfo(float).tiny))
         return float(np.maximum(ratio, 1 / ratio).max())
 
 

@@ -35,7 +35,14 @@ from pymc.pytensorf import replace_rng_nodes
 from pymc.variational._streaming.errors import StreamError, StreamWarning
 from pymc.variational.minibatch_rv import MinibatchRandomVariable
 
-__all__ = ["WITHOUT_LOSS", "check_model", "depends_on", "total_size_of"]
+__all__ = [
+    "WITHOUT_LOSS",
+    "blank",
+    "check_model",
+    "check_other_streams",
+    "depends_on",
+    "total_size_of",
+]
 
 _UNCOMPILED = Mode(linker="py", optimizer="minimum_compile")
 
@@ -105,6 +112,33 @@ def check_model(model: Model, buffer: SharedVariable, total_size: int | None) ->
             StreamWarning,
             stacklevel=4,
         )
+
+
+def check_other_streams(model: Model, buffer: SharedVariable) -> None:
+    """Refuse a model that uses another stream than that of *buffer*, which holds no rows.
+
+    Where its values are counts, PyMC takes them for impossible ones, and fits the rest.
+    """
+    for a in ancestors([*model.basic_RVs, *model.rvs_to_values.values(), *model.potentials]):
+        if not isinstance(a, SharedVariable) or a.container is buffer.container:
+            continue
+        if getattr(a.tag, "is_stream", False) and _is_blank(a.get_value(borrow=True)):
+            raise StreamError(
+                f"the model also uses the stream {a.name!r}, which has no rows yet; "
+                "pass its fit_callback() to the fit, too"
+            )
+
+
+def _is_blank(batch: np.ndarray) -> bool:
+    return np.array_equal(batch, np.full_like(batch, blank(batch.dtype)), equal_nan=True)
+
+
+def blank(dtype: np.dtype) -> float | int:
+    """Return what a stream's buffer holds everywhere while it holds no rows."""
+    if dtype.kind == "f":
+        return np.nan
+    limits = np.iinfo(dtype)
+    return limits.min or limits.max
 
 
 def depends_on(model: Model, var: Variable, buffer: SharedVariable) -> bool:

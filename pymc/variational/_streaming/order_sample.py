@@ -260,9 +260,12 @@ def _read(source: Source, plan: _Plan) -> np.ndarray:
     places = plan.places.ravel()
     entries = source.entry(places)
     first = _reads(entries, places, plan.block)
-    reads = entries[first].tolist(), np.split(places, first[1:])
+
+    def read(entry: int, some: np.ndarray) -> np.ndarray:
+        return _read_from(source, entry, some, plan.block)
+
     with ThreadPoolExecutor(_THREADS if source.concurrent else 1) as pool:
-        parts = list(pool.map(lambda *read: _read_from(source, *read, plan.block), *reads))
+        parts = list(pool.map(read, entries[first].tolist(), np.split(places, first[1:])))
     blocks = np.concatenate(parts)
     return blocks.reshape(-1, *blocks.shape[2:])
 

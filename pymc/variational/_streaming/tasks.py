@@ -23,6 +23,7 @@ import uuid
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.checksum import checksum_rows
@@ -352,7 +353,14 @@ def _check_footer(task: GatherTask, path: str, seen: _Seen) -> int:
 
 
 def _peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes; 0 where unknown."""
+    """Return the largest resident size of this process so far, in bytes; 0 where unknown.
+
+    ``ru_maxrss`` of a process that was started by another begins at the size of that one.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
     try:
         import resource
     except ImportError:
