@@ -265,6 +265,23 @@ class TestRefusals:
             fit(rows, tmp_path / "f", 9, obj_optimizer=make(2e-4))
         assert len(fit(rows, tmp_path / "f", 9, obj_optimizer=make(1e-4)).hist) == 9
 
+    def test_another_scalar_of_the_model_is_refused(self, rows, tmp_path):
+        """It would be set back to the one that was saved."""
+
+        def fit_with(n, log_sd):
+            ds = dataset(rows)
+            with pm.Model():
+                sd = pm.math.exp(pytensor.shared(log_sd, name="log_sd"))
+                mu, y = pm.Normal("mu", 0, sd), ds.as_tensor()[:, 1]
+                pm.Normal("y", mu, 1, observed=y, total_size=ds.total_size)
+                options = {"datasets": ds, "progressbar": False, "compile_kwargs": QUICK}
+                return resumable_fit(pm.ADVI(), n, path=tmp_path / "f", **options)
+
+        fit_with(7, -3.0)
+        with pytest.raises(ValueError, match=r"first value of 'log_sd' is 2.0 where it was -3.0"):
+            fit_with(9, 2.0)
+        assert len(fit_with(9, -3.0).hist) == 9
+
     @pytest.mark.parametrize("column, sums", [(1, pt.cumsum), (0, pt.cumprod)])
     def test_another_column_or_operation_is_refused(self, rows, tmp_path, column, sums):
         """Neither shows in the model's text or in the types of the graph."""

@@ -32,6 +32,7 @@ import numpy as np
 import pytensor
 
 from pytensor.compile.sharedvalue import SharedVariable
+from pytensor.graph.traversal import ancestors
 
 import pymc
 
@@ -263,10 +264,15 @@ class _ResumableFit:
             )
         for rv in [*model.free_RVs, *model.observed_RVs, *model.potentials]:
             described[f"variable {rv.name!r}"] = rv.str_repr()
-        described["the digest of the log-probability"] = digest([model.logp()])
+        logp = model.logp()
+        described["the digest of the log-probability"] = digest([logp])
+        # Transforming a model copies its shared variables, but they keep the container.
+        of_model = [getattr(a, "container", None) for a in ancestors([logp])]
         for k, variable in enumerate(self._variables):
             shape = np.shape(variable.get_value(borrow=True))
             described[f"state {k}"] = f"{variable.name} {variable.type} {shape}"
+            if variable.container in of_model:  # a scalar, which only a callback may change
+                described[f"the first value of {variable.name!r}"] = str(variable.get_value())
         for at, callback in self._callbacks.items():
             described[f"callback {at}"] = type(callback).__name__
         return described
