@@ -581,6 +581,13 @@ class TestStreams:
             with pytest.raises(StreamError, match="one-shot iterator and has been read"):
                 check_fit(approx, ds)
 
+    def test_what_is_no_fit_or_no_dataset(self, regression, fit):
+        ds, approx = fit
+        with pytest.raises(TypeError, match=r"approx is str; pass what pm.fit returned"):
+            check_fit("approx", ds)
+        with pytest.raises(TypeError, match=r"ds=ndarray\(...\) is not a StreamingDataset"):
+            check_fit(approx, regression.rows)
+
     def test_particles(self, regression, fit):
         ds, approx = fit
         with approx.model:

@@ -117,6 +117,10 @@ class TestOtherSources:
         [
             ("folder", r"source='folder' is a path; pass parquet_source\('folder'\)"),
             (5, "source=int is not a source"),
+            (
+                StreamingDataset(np.zeros((9, 1)), batch_size=3),
+                "source is a StreamingDataset; pass",
+            ),
             (np.array(["a"]), "dtype <U1; pass integers or floats"),
             (np.array(5.0), "a block of rows is ndarray"),
             ([[1, 2]], "a block of rows is list"),

@@ -108,7 +108,7 @@ def check_fit(
         :func:`pymc.Minibatch` draws some, if the model takes no other number of rows than that
         of a batch, or if the log density is not finite.
     TypeError
-        If *approx* is not a mean-field or full-rank Gaussian.
+        If *approx* is not a mean-field or full-rank Gaussian, or *ds* not a StreamingDataset.
 
     Notes
     -----
@@ -147,6 +147,12 @@ def check_fit(
     'fine'
     """
     streams = list(ds) if isinstance(ds, Sequence) else [ds]
+    for stream in streams:
+        if not hasattr(stream, "as_tensor"):
+            raise TypeError(
+                f"ds={type(stream).__name__}(...) is not a StreamingDataset; pass the one that "
+                "was fitted"
+            )
     group = gaussian_group(approx)
     rest, likelihoods = _split_density(group, streams)
     probe, prior = _probes(group, seed)

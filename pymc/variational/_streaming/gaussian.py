@@ -40,6 +40,8 @@ def gaussian_group(approx: Approximation) -> Group:
     TypeError
         If it is of another family, mixes families, or has parameters of the user's own.
     """
+    if not isinstance(approx, Approximation):
+        raise TypeError(f"approx is {type(approx).__name__}; pass what pm.fit returned")
     group = approx.groups[0]
     if (
         len(approx.groups) > 1

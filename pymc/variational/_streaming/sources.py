@@ -144,6 +144,8 @@ def as_source(data: Any) -> Source:
         return data
     if isinstance(data, str | os.PathLike):
         raise TypeError(f"source={data!r} is a path; pass parquet_source({data!r})")
+    if hasattr(data, "as_tensor"):
+        raise TypeError("source is a StreamingDataset; pass the source that it was made of")
     if all(hasattr(data, name) for name in ("shape", "dtype", "__getitem__")):
         return _ArraySource(data)
     if isinstance(data, Iterator):  # readers of Arrow among them
