@@ -124,7 +124,7 @@ class StreamingDataset:
         the rows while they stream; see :func:`check_order`.
     prefetch : bool, default True
         Read ahead in a thread; the batches are the same either way. While such a stream is open,
-        all threads of the process are switched every 0.1 ms (:func:`sys.setswitchinterval`).
+        all threads of the process are switched every 0.1 ms (``sys.setswitchinterval``).
     name : str, default "stream"
         Of the shared variable.
 
@@ -530,6 +530,7 @@ def _release(dataset: "weakref.ref[StreamingDataset]", token: object) -> None:
     owned = dataset()
     if owned is not None and owned._owner is token:
         owned.close()
+        owned._reader.conclude()
 
 
 def _match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -630,6 +630,21 @@ class TestStreaming:
             for _ in range(39):
                 ds.advance()
 
+    @pytest.mark.parametrize(
+        "sequential, n_steps, told", [(True, 3, True), (True, 4, False), (False, 3, False)]
+    )
+    def test_a_fit_that_ends_before_all_rows_were_compared_says_so(
+        self, caplog, sequential, n_steps, told
+    ):
+        rows = draw("normal", 4_000)
+        source = in_sequence(rows) if sequential else rows
+        ds = StreamingDataset(source, batch_size=1_000, total_size=4_000, prefetch=False)
+        with pm.Model():
+            y = ds.as_tensor()[:, 0]
+            pm.Normal("y", pm.Normal("mu"), 1, observed=y, total_size=4_000)
+            pm.fit(n_steps, callbacks=[ds.fit_callback()], **QUICK)
+        assert ("used 3,000 rows, less than one epoch" in caplog.text) == told
+
     @pytest.mark.parametrize("choice", ["maybe", None, True])
     def test_other_choices_are_refused(self, choice):
         with pytest.raises(ValueError, match="is not a choice; pass 'warn', 'raise' or 'off'"):

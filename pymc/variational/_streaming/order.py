@@ -13,6 +13,7 @@
 #   limitations under the License.
 """Whether the rows are exchangeable: before they are streamed, and while they are."""
 
+import logging
 import os
 import warnings
 
@@ -29,6 +30,8 @@ from pymc.variational._streaming.shuffle import ShuffleBuffer
 from pymc.variational._streaming.sources import Source, as_source, draw_seed, positive_int
 
 __all__ = ["OrderCheck", "OrderReport", "check_order"]
+
+logger = logging.getLogger(__name__)
 
 _USUAL_BATCH = 4_096
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -115,12 +118,15 @@ class OrderCheck:
         self._monitor = Monitor(self._stream)
         self._epoch, self._begin, self._end = -1, 0, 0
         self._whole = False
+        self._compared = self._sampled
+        """Whether the check could see all of the table."""
 
     def before(self) -> None:
         """Sample the source, once, and tell what is wrong with it."""
         if not self._sampled:
             self._sampled = True
             report, self._monitor.features = preflight(self._stream, seed=0)
+            self._compared = report is not None
             if report is not None and report.ordered:
                 self._finding = report
         if self._finding is not None:
@@ -146,6 +152,16 @@ class OrderCheck:
             self._told = True
             warnings.warn(str(report), OrderWarning, skip_file_prefixes=(_PACKAGE,))
 
+    def conclude(self, rows_used: int) -> None:
+        """Tell that a fit has ended before all rows were compared, if so."""
+        if rows_used and not self._compared and self._finding is None:
+            self._compared = True
+            logger.warning(
+                f"The fit used {rows_used:,} rows, less than one epoch, and the order of the rows "
+                "beyond them was not compared. If the rows may be in an order, run check_order or "
+                "check_fit, or fit one epoch at least."
+            )
+
     def _see(self, chunk: Chunk) -> OrderReport | None:
         """Compare windows up to this chunk; report only order that matters."""
         if chunk.epoch < self._epoch or (self._whole and self._stream.source.seed is None):
@@ -158,6 +174,7 @@ class OrderCheck:
             self._end = chunk.offset + len(chunk.rows)
             self._monitor.add(self._end - len(new), new)
         self._whole = chunk.is_end and self._begin == 0
+        self._compared |= chunk.is_end or self._begin > 0
         report = self._monitor.look(last=chunk.is_end)
         return report if report is not None and report.ordered else None
 

@@ -124,6 +124,10 @@ class BatchReader:
         self._end, self.ended = batch.end, batch.is_end
         return batch
 
+    def conclude(self) -> None:
+        """Tell what is not known of the rows, as a fit has ended."""
+        self._order.conclude(self.position.rows_seen)
+
     def stop(self) -> None:
         """End the thread, and close the files."""
         opened = self._chunks
