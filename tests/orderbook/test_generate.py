@@ -27,7 +27,7 @@ from benchmarks.orderbook.generate import generate, main, plan
 from benchmarks.orderbook.messages import LEVEL, SNAPSHOT, close_ms, find_markets, read_events
 from benchmarks.orderbook.simulate import simulate
 from tests.orderbook.naive import NaiveBook, anova_f, as_float32, naive_rows, read_lines
-from tests.orderbook.test_fold import KALSHI, assert_equal_rows, read_rows
+from tests.orderbook.test_fold import KALSHI, assert_equal_rows, read_rows, with_captures
 
 SNAPSHOT_KEYS = ["market_ticker", "market_id", "yes_dollars_fp", "no_dollars_fp"]
 DELTA_KEYS = [
@@ -96,7 +96,7 @@ def test_messages_have_the_keys_of_the_real_ones_in_their_order(small):
     assert seen == set(KEYS)
 
 
-@pytest.mark.skipif(not KALSHI.exists(), reason=f"no captures in {KALSHI}; set KALSHI_DATA")
+@with_captures
 def test_keys_and_their_types_are_those_of_real_captures(small):
     def shapes(directory):
         file = next(iter(find_markets(directory).values()))[0]
