@@ -17,7 +17,7 @@ BENCH_INSTALLED := $(VENV)/installed-bench
 PACKAGE := pymc/variational
 # The directory is listed for the files that leave it.
 SOURCES := pyproject.toml $(wildcard $(PACKAGE)/*.py) $(PACKAGE)/_streaming \
-    $(wildcard $(PACKAGE)/_streaming/*.py)
+    $(shell find $(PACKAGE)/_streaming -name "*.py")
 
 RUN := $(VENV)/bin/python -m
 PIP := $(RUN) pip --quiet --disable-pip-version-check

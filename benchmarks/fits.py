@@ -38,7 +38,7 @@ from benchmarks.data import N_FEATURES, N_GROUPS
 from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, build_model, logistic
 from benchmarks.peers import load_dataloader
 from benchmarks.turns import Runner
-from pymc.variational._streaming.shuffle import ShuffleBuffer
+from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
 
 __all__ = [

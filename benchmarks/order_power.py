@@ -30,11 +30,12 @@ import numpy as np
 
 from rich.progress import track
 
-from pymc.variational._streaming import order_sample
-from pymc.variational._streaming.order_monitor import Monitor
-from pymc.variational._streaming.order_report import OrderReport, Stream
-from pymc.variational._streaming.order_statistics import ALPHA
-from pymc.variational._streaming.sources import Source, as_source
+from pymc.variational._streaming.order import preflight as order_sample
+from pymc.variational._streaming.order.anova import ALPHA
+from pymc.variational._streaming.order.monitor import Monitor
+from pymc.variational._streaming.order.report import OrderReport, Stream
+from pymc.variational._streaming.sources.arrays import as_source
+from pymc.variational._streaming.sources.base import Source
 
 __all__ = ["false_alarms", "power"]
 

@@ -30,9 +30,9 @@ from pathlib import Path
 
 from benchmarks.orderbook.rows import write_rows
 from benchmarks.pages import filled
-from pymc.variational._streaming.order_monitor import Monitor
-from pymc.variational._streaming.order_report import Stream
-from pymc.variational._streaming.shuffle import ShuffleBuffer
+from pymc.variational._streaming.batches.window import ShuffleBuffer
+from pymc.variational._streaming.order.monitor import Monitor
+from pymc.variational._streaming.order.report import Stream
 from pymc.variational.streaming import check_order, parquet_source, shuffle_buffer
 
 COMMAND = "python -m benchmarks.order_speed"

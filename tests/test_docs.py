@@ -32,7 +32,7 @@ import pytest
 
 from docs.pages import Ran, code_blocks, run, shown
 from pymc.variational import streaming
-from tests.variational.libraries import HOW_TOS
+from tests.variational.streaming.sources.libraries import HOW_TOS
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs" / "source"
@@ -50,11 +50,11 @@ RUN_HERE = {
     "order.md",
 }
 RUN_ELSEWHERE = {
-    "models.md": "tests/variational/test_models.py",
-    "object_stores.md": "tests/variational/test_object_stores.py",
-    "preshuffle.md": "tests/variational/test_preshuffle_executors.py",
-    "resume.md": "tests/variational/test_checkpoint.py",
-    "sources.md": "tests/variational/test_libraries.py",
+    "models.md": "tests/variational/streaming/test_models.py",
+    "object_stores.md": "tests/variational/streaming/sources/test_object_stores.py",
+    "preshuffle.md": "tests/variational/streaming/preshuffle/test_executors.py",
+    "resume.md": "tests/variational/streaming/fit/test_resume.py",
+    "sources.md": "tests/variational/streaming/sources/test_libraries.py",
 }
 
 NUMBER = re.compile(r"-?\b\d[\d.,]*(e[+-]?\d+)?\b\.?")

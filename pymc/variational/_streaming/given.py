@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from pymc.variational._streaming.arrow import arrow_source
-from pymc.variational._streaming.batches import cast, read_epochs
-from pymc.variational._streaming.files import import_pyarrow
-from pymc.variational._streaming.sources import Source, as_source, is_arrow
+from pymc.variational._streaming.batches.rebatch import cast, read_epochs
+from pymc.variational._streaming.sources.arrays import as_source
+from pymc.variational._streaming.sources.arrow import arrow_source
+from pymc.variational._streaming.sources.base import Source, is_arrow
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 
 __all__ = ["given_rows"]
 

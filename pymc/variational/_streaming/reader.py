@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pymc.variational._streaming.batches import Chunk, read_epochs, rebatch
-from pymc.variational._streaming.order import OrderCheck
-from pymc.variational._streaming.prefetch import Prefetcher
-from pymc.variational._streaming.sources import Source
+from pymc.variational._streaming.batches.prefetch import Prefetcher
+from pymc.variational._streaming.batches.rebatch import Chunk, read_epochs, rebatch
+from pymc.variational._streaming.order.check import OrderCheck
+from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.total_size import TotalSize
 
 __all__ = ["BatchReader", "Position"]

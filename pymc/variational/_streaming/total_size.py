@@ -19,7 +19,7 @@ import warnings
 from typing import Literal
 
 from pymc.variational._streaming.errors import StreamError, StreamWarning
-from pymc.variational._streaming.sources import Source, positive_int
+from pymc.variational._streaming.sources.base import Source, positive_int
 
 __all__ = ["TotalSize"]
 

@@ -1,0 +1,168 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Blocks of any length to batches of exactly one, across epochs."""
+
+import math
+
+from collections.abc import Generator, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.order.report import OrderReport
+from pymc.variational._streaming.sources.base import Source
+from pymc.variational._streaming.sources.rows import exact_limit
+
+__all__ = ["Chunk", "cast", "read_epochs", "rebatch", "require_exact", "require_shape"]
+
+
+_PIECE_VALUES = 1 << 20
+"""Checked at a time."""
+
+
+class Chunk(NamedTuple):
+    """Consecutive rows of one epoch, or what there is to tell between them."""
+
+    epoch: int
+    offset: int
+    """Position of the first row in its epoch."""
+    rows: np.ndarray
+    """shape (n, *sample_shape), in the source's own dtype; they may be overwritten when what
+    follows the next chunk with rows is asked for."""
+    is_end: bool = False
+    """Whether the epoch has ended, with *offset* rows."""
+    finding: OrderReport | None = None
+    last: "Chunk | None" = None
+    """Where the rows are those of several chunks, the last one of these."""
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """Epoch and position of what follows the rows."""
+        if self.last is not None:
+            return self.last.end
+        return self.epoch, self.offset + len(self.rows)
+
+
+def read_epochs(
+    source: Source,
+    sample_shape: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    epoch: int = 0,
+    start: int = 0,
+    cycle: bool = True,
+) -> Generator[Chunk]:
+    """Read a source epoch after epoch, and refuse values that *dtype* cannot hold.
+
+    Chunks without rows end an epoch, or only tell that reading takes a while.
+    """
+    offset = start
+    for number, block in source.epochs(epoch, start, cycle=cycle):
+        if block is not None:
+            require_shape(block, sample_shape)
+            require_exact(block, dtype, source, offset)
+            yield Chunk(number, offset, block)
+            offset += len(block)
+            continue
+        yield Chunk(number, offset, np.empty(0, dtype), is_end=True)
+        if offset == 0:
+            raise StreamError(f"source gave no rows in epoch {number}")
+        offset = 0
+
+
+def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
+    """Cut chunks into batches of *batch_size* rows that run across epochs.
+
+    Chunks that end an epoch or tell of order are passed on; if the chunks end, so does this,
+    with a batch as short as it comes.
+    """
+    rest: list[Chunk] = []
+    missing = batch_size
+    for chunk in chunks:
+        epoch, offset, rows, is_end, finding, _ = chunk
+        if is_end or finding is not None:
+            yield chunk
+        first = 0
+        while first + missing <= len(rows):
+            part = Chunk(epoch, offset + first, rows[first : first + missing])
+            yield _join([*rest, part]) if rest else part
+            first += missing
+            rest, missing = [], batch_size
+        if first < len(rows):
+            rest.append(Chunk(epoch, offset + first, rows[first:].copy()))
+            missing -= len(rows) - first
+    if rest:
+        yield _join(rest)
+
+
+def require_shape(block: np.ndarray, sample_shape: tuple[int, ...]) -> None:
+    if block.shape[1:] != sample_shape:
+        raise StreamError(
+            f"source yields rows of shape {block.shape[1:]}; "
+            f"sample_shape={sample_shape} was expected"
+        )
+
+
+def cast(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Copy rows, which are known to fit, to *dtype*."""
+    if dtype.itemsize >= rows.itemsize:
+        return rows.astype(dtype)
+    with np.errstate(under="ignore"):
+        return rows.astype(dtype)
+
+
+def require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> None:
+    """Raise StreamError if a value is NaN or infinite, overflows, or is an integer that rounds."""
+    if rows.dtype == dtype or _is_wider(dtype, rows.dtype):
+        with np.errstate(all="ignore"):
+            # A value that is not finite shows in the sum; one that is, hardly ever.
+            if source.checked or rows.dtype.kind != "f" or np.isfinite(rows.sum()):
+                return
+    step = max(1, _PIECE_VALUES // math.prod(rows.shape[1:]))
+    for first in range(0, len(rows), step):
+        piece = rows[first : first + step]
+        with np.errstate(all="ignore"):
+            bad = _inexact(piece, piece.astype(dtype), source.integral)
+        if bad.any():
+            place = np.argwhere(bad)[0]
+            row, column = offset + first + int(place[0]), tuple(int(i) for i in place[1:])
+            name = repr(source.columns[column[0]]) if source.columns else column
+            raise StreamError(
+                f"row {row} of the stream holds {piece[tuple(place)]} in column {name}, "
+                f"which {dtype} cannot hold exactly; repair the data or pass a wider dtype="
+            )
+
+
+def _join(parts: list[Chunk]) -> Chunk:
+    rows = np.concatenate([part.rows for part in parts])
+    return Chunk(parts[0].epoch, parts[0].offset, rows, last=parts[-1])
+
+
+def _is_wider(dtype: np.dtype, other: np.dtype) -> bool:
+    """Whether *dtype* holds all values of *other*; NumPy says so of float64 and int64 too."""
+    return dtype.itemsize > other.itemsize and np.can_cast(other, dtype)
+
+
+def _inexact(rows: np.ndarray, out: np.ndarray, integral: tuple[bool, ...] | None) -> np.ndarray:
+    """Mark the values of *rows* that did not survive the cast to *out*."""
+    if out.dtype.kind != "f":
+        return out != rows
+    bad = ~np.isfinite(out)
+    limit = exact_limit(out.dtype)
+    if rows.dtype.kind in "iu" and rows.itemsize >= out.itemsize:
+        bad |= (rows > limit) | (rows < -limit)
+    elif integral is not None and rows.itemsize > out.itemsize:
+        bad |= (np.abs(rows) > limit) & np.array(integral)
+    return bad

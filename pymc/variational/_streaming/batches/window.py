@@ -1,0 +1,222 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""The bounded shuffle buffer."""
+
+import hashlib
+import math
+
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pymc.variational._streaming.batches.rebatch import Chunk, rebatch, require_shape
+from pymc.variational._streaming.sources.arrays import as_source
+from pymc.variational._streaming.sources.base import Source, draw_seed, positive_int
+from pymc.variational._streaming.sources.columns import Columns
+
+__all__ = ["ShuffleBuffer", "shuffle_buffer"]
+
+_MOST_ROWS = 2**32 - 1
+
+
+def shuffle_buffer(
+    source: Any, *, buffer_size: int, batch_size: int, seed: int | None = None
+) -> "ShuffleBuffer":
+    """Shuffle a stream of rows within windows of bounded size.
+
+    Consecutive windows of *buffer_size* rows are each permuted uniformly at random, another
+    way each epoch.
+
+    Parameters
+    ----------
+    source : Source, ndarray, callable or iterable
+        Whatever :class:`StreamingDataset` accepts.
+    buffer_size : int
+        Rows of a window.
+    batch_size : int
+        Rows of the batches that iterating the buffer yields; the last one may be shorter.
+    seed : int, optional
+        Default: drawn once, and shown as ``.seed``.
+
+    Returns
+    -------
+    ShuffleBuffer
+        Re-iterable if *source* is; passes on its ``n_rows`` and ``columns``.
+
+    Raises
+    ------
+    ValueError
+        If a size is below 1, or a window does not hold a batch or holds 2**32 rows.
+
+    Notes
+    -----
+    .. warning::
+
+        Rows never leave their window. If the rows of *source* are sorted, by time for
+        example, each window is a slice of that order, the gradients are biased, and the
+        posterior is wrong. Shuffle such a table once with :func:`preshuffle`.
+
+    At most two windows and one block of the source are in memory, in the source's own dtype.
+
+    The order of a window depends on ``SeedSequence(seed, spawn_key=(epoch, window))`` alone, and is
+    drawn while the window fills, by a loop that is compiled with numba (and kept on disk) on first
+    use.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rows = np.arange(10.0).reshape(-1, 1)
+    >>> for batch in shuffle_buffer(rows, buffer_size=5, batch_size=4, seed=0):
+    ...     print(batch.ravel())
+    [3. 0. 2. 4.]
+    [1. 6. 8. 5.]
+    [7. 9.]
+    """
+    return ShuffleBuffer(as_source(source), buffer_size, batch_size, seed)
+
+
+class ShuffleBuffer(Source):
+    """See :func:`shuffle_buffer`."""
+
+    def __init__(self, source: Source, buffer_size: int, batch_size: int, seed: int | None):
+        self._source = source
+        self.buffer_size = positive_int("buffer_size", buffer_size)
+        self.batch_size = positive_int("batch_size", batch_size)
+        if self.buffer_size < self.batch_size:
+            raise ValueError(
+                f"buffer_size={buffer_size} must be at least batch_size={batch_size}; "
+                "a window of many batches shuffles better"
+            )
+        if self.buffer_size > _MOST_ROWS:
+            raise ValueError(f"buffer_size={buffer_size} must be at most {_MOST_ROWS}")
+        self.seed = draw_seed(seed)
+        # numba takes most of a second to start: not when a fit waits for its first batch.
+        window = _Window(1, self.seed)
+        window.begin(0, 0)
+        window.insert(np.zeros((1, 1)))
+
+    source = property(lambda self: self._source)
+    n_rows = property(lambda self: self._source.n_rows)  # type: ignore[assignment]
+    columns = property(lambda self: self._source.columns)  # type: ignore[assignment]
+    sample_shape = property(lambda self: self._source.sample_shape)  # type: ignore[assignment]
+    integral = property(lambda self: self._source.integral)  # type: ignore[assignment]
+    checked = property(lambda self: self._source.checked)  # type: ignore[assignment]
+
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        parts = [self._source.fingerprint, self.seed, self.buffer_size]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def probe(self) -> None:
+        self._source.probe()
+
+    def count(self) -> int:
+        return self._source.count()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        chunks = (Chunk(0, 0, rows) for rows in self.blocks())
+        return (batch.rows for batch in rebatch(chunks, self.batch_size))
+
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+        windows = self.epochs(epoch, start, cycle=False)
+        return (rows.copy() for _, rows in windows if rows is not None and len(rows))
+
+    def epochs(
+        self, epoch: int, start: int, *, cycle: bool
+    ) -> Generator[tuple[int, np.ndarray | None]]:
+        number, skip = divmod(start, self.buffer_size)
+        window = _Window(min(self.buffer_size, self.n_rows or self.buffer_size), self.seed)
+        while True:
+            window.begin(epoch, number)
+            for rest in self._source.pieces(epoch, number * self.buffer_size):
+                while len(rest):
+                    rest = window.insert(rest)
+                    if window.is_full:
+                        yield epoch, window.take()[skip:]
+                        number, skip = number + 1, 0
+                        window.begin(epoch, number)
+                del rest  # and with it the piece, while the next one is read
+                yield epoch, window.no_rows()
+            if window.n:
+                yield epoch, window.take()[skip:]
+            yield epoch, None
+            if not cycle:
+                return
+            epoch, number, skip = epoch + 1, 0, 0
+
+
+class _Room(NamedTuple):
+    rows: np.ndarray
+    words: np.ndarray
+    """The same memory."""
+
+
+class _Window:
+    """Rows in random order, in one place and then in another: what was taken stays for a while."""
+
+    def __init__(self, size: int, seed: int | None):
+        self._size = size
+        self._seed = seed
+        self._rooms: list[_Room] = []
+
+    def begin(self, epoch: int, number: int) -> None:
+        """Forget all rows, to hold those of another window."""
+        self.n = 0
+        """Rows in it."""
+        sequence = np.random.SeedSequence(self._seed, spawn_key=(epoch, number))
+        self._key = sequence.generate_state(1, np.uint64)[0]
+
+    @property
+    def is_full(self) -> bool:
+        return self.n == self._size
+
+    def insert(self, rows: np.ndarray | Columns) -> np.ndarray | Columns:
+        """Take in as many of *rows* as there is room for, and return the others."""
+        from pymc.variational._streaming.batches.compiled import insert_shuffled
+
+        if isinstance(rows, Columns):
+            self._make_rooms((len(rows.layout.kinds),), rows.layout.dtype)
+            n = len(rows)
+            complete = rows.insert(self._rooms[0].words, self.n, self._key)
+            self.n += n - len(rows)
+            return rows if complete else rows.rows()
+        self._make_rooms(rows.shape[1:], rows.dtype)
+        room, words = self._rooms[0]
+        require_shape(rows, room.shape[1:])
+        new = rows[: self._size - self.n].astype(room.dtype, "C", casting="equiv", copy=False)
+        insert_shuffled(words, self.n, _as_words(new), self._key)
+        self.n += len(new)
+        return rows[len(new) :]
+
+    def _make_rooms(self, sample_shape: tuple[int, ...], dtype: np.dtype) -> None:
+        while len(self._rooms) < 2:
+            rows = np.empty((self._size, *sample_shape), dtype)
+            self._rooms.append(_Room(rows, _as_words(rows)))
+
+    def no_rows(self) -> np.ndarray:
+        return self._rooms[0].rows[:0].copy()
+
+    def take(self) -> np.ndarray:
+        """Return the rows, which stay as they are until those of the next window are taken."""
+        rows = self._rooms[0].rows[: self.n]
+        self._rooms.reverse()
+        return rows
+
+
+def _as_words(rows: np.ndarray) -> np.ndarray:
+    """Return the bytes of contiguous rows as few unsigned integers each."""
+    n_bytes = rows.dtype.itemsize * math.prod(rows.shape[1:])
+    word = next(size for size in (8, 4, 2, 1) if n_bytes % size == 0)
+    return rows.reshape(len(rows), -1).view(f"u{word}")

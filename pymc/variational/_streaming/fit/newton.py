@@ -1,0 +1,248 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Where a Gaussian approximation should be, from the log density at draws of it.
+
+Everything is computed in the coordinates of the approximation itself, θ = μ + Lε with
+ε ~ N(0, I). There the Hessian of the log density is A = LᵀHL, and -I where the scales are
+right.
+"""
+
+import math
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scipy.linalg import hadamard
+from scipy.stats import chi2
+from scipy.stats import f as f_distribution
+
+from pymc.variational._streaming.fit.bins import Bins, merged
+
+__all__ = ["Optimum", "Probe", "disorder", "is_dense", "lower_bound", "newton_step"]
+
+_MAX_DENSE = 64
+"""Parameters of a mean-field approximation up to which the whole Hessian is estimated."""
+
+_SIGN_PAIRS = 64
+
+_FALSE_ALARM = 1e-6
+_MIN_RATIO = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Optimum:
+    """What one Newton step says about the approximation."""
+
+    z: np.ndarray
+    s: np.ndarray
+    widths: np.ndarray
+    """The same as *s* along the principal directions of a full-rank approximation, whose
+    correlations may be wrong though the scales are right."""
+    start: np.ndarray
+    """The mean that was checked."""
+    mean: np.ndarray
+    """Where the step leads."""
+    scale: np.ndarray | None
+    """The scales there, None if they cannot be told."""
+    doubt: float
+    """How many standard deviations the step may miss by, the density not being quadratic.
+    Infinite where it is not concave, NaN where the Hessian is not known."""
+
+
+class Probe:
+    """Sums over parts of a log density, at antithetic pairs of draws from N(μ, LLᵀ).
+
+    Parameters
+    ----------
+    mean : ndarray, shape (d,)
+    scale : ndarray, shape (d,) or (d, d)
+        Standard deviations, or a lower Cholesky factor.
+    pairs : int
+        At least so many, and at least one for each dimension, where the whole Hessian is
+        estimated.
+    rng : Generator
+    """
+
+    def __init__(
+        self, mean: np.ndarray, scale: np.ndarray, *, pairs: int, rng: np.random.Generator
+    ):
+        size = len(mean)
+        self._mean, self._scale = mean, scale
+        self._dense = is_dense(scale)
+        draws = _normal_draws(size, pairs, rng) if self._dense else _SignDraws(size, rng)
+        self._draws: Any = draws
+        self.gradient = np.zeros(size)
+        """Expected gradient of all parts."""
+        self._logp = np.zeros(len(draws))
+        self._cross = np.zeros((size, size) if self._dense else size)
+        self._even = np.zeros((len(draws) if self._dense else 0, size))
+
+    def add(self, part: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Add a part, which returns value and gradient; return its expected gradient."""
+        gradient = np.zeros_like(self.gradient)
+        for pair, draw in enumerate(self._draws):
+            offset = self._scale @ draw if self._scale.ndim == 2 else self._scale * draw
+            (logp_up, up), (logp_down, down) = part(self._mean + offset), part(self._mean - offset)
+            self._logp[pair] += (logp_up + logp_down) / 2
+            even, odd = (up + down) / 2, (up - down) / 2
+            gradient += even / len(self._draws)
+            self._cross += np.outer(draw, odd) if self._dense else draw * odd
+            if self._dense:
+                self._even[pair] += even
+        self.gradient += gradient
+        return gradient
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the log density and its gradient are finite at all draws."""
+        return bool(np.isfinite(self._logp).all() and np.isfinite(self.gradient).all())
+
+    def curvature(self) -> np.ndarray:
+        """Return the expected A, by least squares over the draws, or its diagonal."""
+        if not self._dense:
+            return self._scale * self._cross / len(self._draws)
+        slopes = np.linalg.solve(self._draws.T @ self._draws, self._cross) @ _factor(self._scale)
+        return (slopes + slopes.T) / 2
+
+    def expectation(self) -> tuple[float, float]:
+        """Return the expected log density and its Monte Carlo variance.
+
+        Its quadratic part is integrated exactly; the draws serve the rest.
+        """
+        curved = self.curvature()
+        if not self._dense:
+            return self._logp.mean(), self._logp.var(ddof=1) / len(self._logp)
+        quadratic = np.einsum("ki,ij,kj->k", self._draws, curved, self._draws) / 2
+        rest = self._logp - quadratic
+        return rest.mean() + np.trace(curved) / 2, rest.var(ddof=1) / len(rest)
+
+    def bend(self, covariance: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the variance of the Newton steps to which single draws lead, and their number.
+
+        Steps differ where the curvature changes within the reach of the draws.
+        """
+        return np.var(self._even @ covariance, axis=0), len(self._draws)
+
+
+def is_dense(scale: np.ndarray) -> bool:
+    """Whether the whole Hessian is estimated for an approximation of this scale."""
+    return scale.ndim == 2 or len(scale) <= _MAX_DENSE
+
+
+def lower_bound(scale: np.ndarray, probes: Sequence[Probe]) -> tuple[float, float]:
+    """Return the evidence lower bound, and its Monte Carlo error."""
+    expected, variances = zip(*(probe.expectation() for probe in probes))
+    diagonal = np.diag(scale) if scale.ndim == 2 else scale
+    entropy = np.log(diagonal).sum() + len(diagonal) * (1 + math.log(2 * math.pi)) / 2
+    return float(sum(expected) + entropy), math.sqrt(sum(variances))
+
+
+def newton_step(mean: np.ndarray, scale: np.ndarray, probes: Sequence[Probe]) -> Optimum:
+    """Return what a Newton step on the parts of all probes together says."""
+    curved = np.sum([probe.curvature() for probe in probes], axis=0)
+    gradient = np.sum([probe.gradient for probe in probes], axis=0)
+    if not is_dense(scale):
+        sd = scale / np.sqrt(np.where(curved < 0, -curved, 1))
+        s = 1 + curved
+        return Optimum(-sd * gradient, s, s, mean, mean + sd**2 * gradient, None, np.nan)
+    factor = _factor(scale)
+    widths = 1 + np.linalg.eigvalsh(curved)
+    if widths[-1] >= 1:
+        sd = np.linalg.norm(factor, axis=1)
+        step, s = factor @ factor.T @ gradient, 1 + np.diag(curved)
+        return Optimum(-step / sd, s, widths, mean, mean + step, None, np.inf)
+    inverse = np.linalg.inv(-curved)
+    covariance = factor @ inverse @ factor.T
+    step, sd = covariance @ gradient, np.sqrt(np.diag(covariance))
+    if scale.ndim == 2:
+        s, best = 1 - np.diag(factor @ factor.T) / sd**2, np.linalg.cholesky(covariance)
+    else:
+        s, best = 1 + np.diag(curved), scale / np.sqrt(-np.diag(curved))
+        widths = s
+    doubt = _doubt([probe.bend(covariance) for probe in probes], inverse @ factor.T @ gradient, s)
+    return Optimum(-step / sd, s, widths, mean, mean + step, best, (doubt / sd).max())
+
+
+def disorder(gradients: Bins) -> float | None:
+    """Return how many times more parts of a stream differ than their batches explain.
+
+    Parameters
+    ----------
+    gradients : Bins
+        The gradient per row of the consecutive batches.
+
+    Returns
+    -------
+    float or None
+        Of the worst parameter: the variance between the bins over that within them, scaled to
+        be 1 for random rows. None if random rows would do it by chance.
+    """
+    parts = gradients.after(0)
+    between, within = len(parts) - 1, gradients.n - len(parts)
+    if min(between, within) < 7:
+        return None
+    mean = merged(parts).mean
+    explained = sum(part.n * (part.mean - mean) ** 2 for part in parts) / between
+    with np.errstate(all="ignore"):
+        ratio = np.nan_to_num(explained / (sum(part.squares for part in parts) / within))
+    chance = f_distribution.sf(ratio.max(), between, within) * len(mean)
+    return float(ratio.max()) if ratio.max() > _MIN_RATIO and chance < _FALSE_ALARM else None
+
+
+def _doubt(bends: Sequence[tuple[np.ndarray, int]], step: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Return how far a Newton step may miss.
+
+    That is the error of few draws, and the more the larger the step and the change of scales
+    are beside the reach of the draws.
+    """
+    chance = np.sqrt(sum(variance / n for variance, n in bends))
+    bend = np.sqrt(sum(variance for variance, _ in bends))
+    return chance + 2 * bend * (np.abs(s / (1 - s)).max() + np.mean(step**2))
+
+
+def _factor(scale: np.ndarray) -> np.ndarray:
+    return scale if scale.ndim == 2 else np.diag(scale)
+
+
+def _normal_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw vectors that are orthogonal in turn, shape (n, size).
+
+    Their lengths are those of normal vectors, in even proportions.
+    """
+    turns = math.ceil(pairs / size)
+    directions = np.concatenate([_rotation(size, rng) for _ in range(turns)])
+    lengths = chi2.ppf((rng.permutation(turns * size) + 0.5) / (turns * size), size)
+    return directions * np.sqrt(lengths * size / lengths.mean())[:, None]
+
+
+def _rotation(size: int, rng: np.random.Generator) -> np.ndarray:
+    q, r = np.linalg.qr(rng.normal(size=(size, size)))
+    return q * np.sign(np.diag(r))
+
+
+class _SignDraws:
+    """Hadamard patterns of signs, which the dimensions share at random."""
+
+    def __init__(self, size: int, rng: np.random.Generator):
+        self._patterns = rng.permutation(size) % _SIGN_PAIRS
+        self._signs = rng.choice([-1.0, 1.0], size)
+
+    def __len__(self) -> int:
+        return _SIGN_PAIRS
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (row[self._patterns] * self._signs for row in hadamard(_SIGN_PAIRS))

@@ -1,0 +1,199 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Whether the rows are exchangeable: before they are streamed, and while they are."""
+
+import logging
+import os
+import warnings
+
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any, Literal
+
+from pymc.variational._streaming.batches.rebatch import Chunk, require_exact
+from pymc.variational._streaming.batches.window import ShuffleBuffer
+from pymc.variational._streaming.errors import OrderError, OrderWarning
+from pymc.variational._streaming.order.monitor import Monitor
+from pymc.variational._streaming.order.preflight import preflight
+from pymc.variational._streaming.order.report import OrderReport, Stream, one_window
+from pymc.variational._streaming.sources.arrays import as_source
+from pymc.variational._streaming.sources.base import Source, draw_seed, positive_int
+
+__all__ = ["OrderCheck", "OrderReport", "check_order"]
+
+logger = logging.getLogger(__name__)
+
+_USUAL_BATCH = 4_096
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def check_order(source: Any, *, buffer_size: int | None = None, seed: int = 0) -> OrderReport:
+    """Tell whether the windows that a stream emits differ more than random ones would.
+
+    Parameters
+    ----------
+    source : Source, ndarray, callable or iterable
+        Whatever :class:`StreamingDataset` accepts.
+    buffer_size : int, optional
+        Rows that are shuffled together. Default: those of the :func:`shuffle_buffer` that
+        *source* is, else 4,096, a usual batch of rows that are not shuffled.
+    seed : int, default 0
+        Of the sample.
+
+    Returns
+    -------
+    OrderReport
+        Prints as a verdict; ``.ordered`` is the answer, and ``.plot()`` shows it.
+
+    Raises
+    ------
+    StreamError
+        If a value that is read is NaN or infinite; the message names its place.
+
+    Notes
+    -----
+    Parquet files and arrays are judged by their footers, or by a sample of up to 131,072
+    values (rows times columns) from each of at most 20 windows all over the table. Anything else
+    is read once from end to end; a one-shot iterator is used up by that.
+
+    Compared are the means of columns, squares and products over windows, by an analysis of
+    variance. False alarms are below 1 in 10,000 tables of shuffled rows. An order that
+    changes nothing but higher moments, or only within windows, is not seen; the former can
+    bias a posterior.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> time = np.linspace(0, 1, 100_000)
+    >>> check_order(time.reshape(-1, 1), buffer_size=10_000).ordered
+    True
+    """
+    rows, window = _windows(as_source(source), _USUAL_BATCH)
+    if buffer_size is not None:
+        window = positive_int("buffer_size", buffer_size)
+    rows.probe()
+    stream = Stream(rows, window, rows.n_rows)
+    report, _ = preflight(stream, draw_seed(seed))
+    return report or _read_all(stream)
+
+
+class OrderCheck:
+    """The order checks of one dataset: at most one warning, or an error each time.
+
+    Parameters
+    ----------
+    source : Source
+    batch_size : int
+        The window, where the source does not shuffle.
+    n_rows : int or None
+    action : {"warn", "raise", "off"}
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        n_rows: int | None,
+        action: Literal["warn", "raise", "off"],
+    ):
+        if action not in ("warn", "raise", "off"):
+            raise ValueError(
+                f"order_check={action!r} is not a choice; pass 'warn', 'raise' or 'off'"
+            )
+        self._stream = Stream(*_windows(source, batch_size), n_rows)
+        self._action = action
+        self._finding: OrderReport | None = None
+        self._told = False
+        self._sampled = action == "off" or self._stream.source.shuffled
+        self._monitor = Monitor(self._stream)
+        self._epoch, self._begin, self._end = -1, 0, 0
+        self._whole = False
+        self._compared = self._sampled
+        """Whether the check could see all of the table."""
+
+    def before(self) -> None:
+        """Sample the source, once, and tell what is wrong with it."""
+        if not self._sampled:
+            self._sampled = True
+            report, self._monitor.features = preflight(self._stream, seed=0)
+            self._compared = report is not None
+            if report is not None and report.ordered:
+                self._finding = report
+        if self._finding is not None:
+            self.tell(self._finding)
+
+    def watch(self, chunks: Generator[Chunk]) -> Generator[Chunk]:
+        """Pass *chunks* on, and an empty one with a report where order shows."""
+        with closing(chunks):
+            for chunk in chunks:
+                if self._finding is None and self._action != "off":
+                    self._finding = self._see(chunk)
+                    if self._finding is not None:
+                        yield Chunk(
+                            chunk.epoch, chunk.offset, chunk.rows[:0], finding=self._finding
+                        )
+                yield chunk
+
+    def tell(self, report: OrderReport) -> None:
+        """Raise or, once, warn."""
+        if self._action == "raise":
+            raise OrderError(str(report))
+        if not self._told:
+            self._told = True
+            warnings.warn(str(report), OrderWarning, skip_file_prefixes=(_PACKAGE,))
+
+    def conclude(self, rows_used: int) -> None:
+        """Tell that a fit has ended before all rows were compared, if so."""
+        if rows_used and not self._compared and self._finding is None:
+            self._compared = True
+            logger.warning(
+                f"The fit used {rows_used:,} rows, less than one epoch, and the order of the rows "
+                "beyond them was not compared. If the rows may be in an order, run check_order or "
+                "check_fit, or fit one epoch at least."
+            )
+
+    def _see(self, chunk: Chunk) -> OrderReport | None:
+        """Compare windows up to this chunk; report only order that matters."""
+        if chunk.epoch < self._epoch or (self._whole and self._stream.source.seed is None):
+            return None  # the same windows would count twice
+        if chunk.epoch > self._epoch:
+            self._epoch, self._begin, self._end = chunk.epoch, chunk.offset, chunk.offset
+            self._monitor.start()
+        new = chunk.rows[max(0, self._end - chunk.offset) :]
+        if len(new):
+            self._end = chunk.offset + len(chunk.rows)
+            self._monitor.add(self._end - len(new), new)
+        self._whole = chunk.is_end and self._begin == 0
+        self._compared |= chunk.is_end or self._begin > 0
+        report = self._monitor.look(last=chunk.is_end)
+        return report if report is not None and report.ordered else None
+
+
+def _windows(source: Source, batch_size: int) -> tuple[Source, int]:
+    """Return the source of the rows, and how many are shuffled together."""
+    if isinstance(source, ShuffleBuffer):
+        return source.source, source.buffer_size
+    return source, batch_size
+
+
+def _read_all(stream: Stream) -> OrderReport:
+    """Read an epoch from end to end."""
+    monitor = Monitor(stream)
+    monitor.start()
+    n_rows = 0
+    for rows in stream.source.blocks():
+        require_exact(rows, rows.dtype, stream.source, n_rows)
+        monitor.add(n_rows, rows)
+        n_rows += len(rows)
+    return monitor.look(last=True) or one_window(stream, n_rows)

@@ -1,0 +1,116 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Arrow types that can be taken apart and put together again by rows.
+
+Dictionaries differ from batch to batch and Arrow cannot take rows of views, so both travel
+through the shuffle as plain values, and become what they were when they are written.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["plain_schema", "restore", "to_plain"]
+
+
+def plain_schema(schema: "pyarrow.Schema") -> "pyarrow.Schema":
+    """Return *schema* with plain types, and without metadata.
+
+    Raises
+    ------
+    ValueError
+        If a column has a type that cannot be shuffled.
+    """
+    fields = []
+    for field in schema:
+        try:
+            fields.append(field.with_type(_plain(field.type, top=True)).remove_metadata())
+        except ValueError as err:
+            raise ValueError(f"column {field.name!r} {err}") from None
+    return import_pyarrow().schema(fields)
+
+
+def to_plain(batch: "pyarrow.RecordBatch", plain: "pyarrow.Schema") -> "pyarrow.RecordBatch":
+    """Convert a batch to the types of *plain*."""
+    columns = [_cast(column, field.type) for column, field in zip(batch.columns, plain)]
+    return import_pyarrow().RecordBatch.from_arrays(columns, schema=plain)
+
+
+def restore(
+    batch: "pyarrow.RecordBatch",
+    schema: "pyarrow.Schema",
+    dictionaries: Mapping[str, "pyarrow.Array"],
+) -> "pyarrow.RecordBatch":
+    """Convert a batch of plain types to *schema*, with these dictionaries."""
+    pa = import_pyarrow()
+    columns = []
+    for column, field in zip(batch.columns, schema):
+        if field.name in dictionaries:
+            column = _encode(column, field.type, dictionaries[field.name])
+        columns.append(_cast(column, field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _cast(array: "pyarrow.Array", target: "pyarrow.DataType") -> "pyarrow.Array":
+    return array if array.type.equals(target) else array.cast(target)
+
+
+def _encode(
+    values: "pyarrow.Array", target: "pyarrow.DictionaryType", dictionary: "pyarrow.Array"
+) -> "pyarrow.DictionaryArray":
+    pa = import_pyarrow()
+    indices = pa.compute.index_in(values, value_set=dictionary).cast(target.index_type)
+    return pa.DictionaryArray.from_arrays(
+        indices, dictionary.cast(target.value_type), ordered=target.ordered
+    )
+
+
+def _plain(kind: "pyarrow.DataType", *, top: bool = False) -> "pyarrow.DataType":
+    pa = import_pyarrow()
+    is_ = pa.types
+    if is_.is_dictionary(kind):
+        if kind.ordered and not top:
+            raise ValueError(f"holds nested ordered dictionaries ({kind}); decode them first")
+        return _plain(kind.value_type)
+    if is_.is_string_view(kind):
+        return pa.large_string()
+    if is_.is_binary_view(kind):
+        return pa.large_binary()
+    if is_.is_list_view(kind) or is_.is_large_list_view(kind) or is_.is_union(kind):
+        raise ValueError(f"has type {kind}, which cannot be shuffled; cast it to list first")
+    return _plain_nested(kind)
+
+
+def _plain_nested(kind: "pyarrow.DataType") -> "pyarrow.DataType":
+    pa = import_pyarrow()
+    is_ = pa.types
+    if is_.is_map(kind):
+        return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field))
+    if is_.is_struct(kind):
+        return pa.struct([_plain_field(field) for field in kind])
+    if is_.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    if is_.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if is_.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+    return kind
+
+
+def _plain_field(field: "pyarrow.Field") -> "pyarrow.Field":
+    return field.with_type(_plain(field.type))

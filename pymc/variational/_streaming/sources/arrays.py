@@ -1,0 +1,242 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Rows from arrays and from iterables of blocks."""
+
+import os
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.sources.base import Source, is_arrow, skip_rows
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.rows import RowFormat
+
+__all__ = ["IterableSource", "as_source"]
+
+_BLOCK_BYTES = 1 << 22
+_CHUNKED_BYTES = 1 << 18
+"""Of an array that has to be decoded; the order check reads single blocks all over it."""
+_REMEDY = "pass the number of rows of one pass, and a function that reads them all each time"
+
+
+def as_source(data: Any) -> Source:
+    """Make a source of an array, a factory, a re-iterable or a one-shot iterator of blocks."""
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | os.PathLike):
+        raise TypeError(f"source={data!r} is a path; pass parquet_source({data!r})")
+    if hasattr(data, "as_tensor"):
+        raise TypeError("source is a StreamingDataset; pass the source that it was made of")
+    if all(hasattr(data, name) for name in ("shape", "dtype", "__getitem__")):
+        return _ArraySource(data)
+    if isinstance(data, Iterator):  # readers of Arrow among them
+        return _OneShotSource(data)
+    if is_arrow(data):
+        return IterableSource(lambda: data)
+    if callable(data):
+        return IterableSource(data)
+    if isinstance(data, Iterable):
+        return IterableSource(lambda: data)
+    raise TypeError(
+        f"source={type(data).__name__} is not a source; pass parquet_source(...), "
+        "arrow_source(...), an array, or an iterable or factory of blocks of rows"
+    )
+
+
+class _ArraySource(Source):
+    """An array, or what can be sliced like one: zarr, h5py, xarray, dask."""
+
+    random_access = True
+
+    def __init__(self, array: Any):
+        first = _as_rows(np.asanyarray(array[:1]) if array.shape else array)
+        if not len(first):
+            raise ValueError("source=array has no rows")
+        self._array = array
+        self._chunk = _chunk_rows(array)
+        self._row_bytes = max(1, first.nbytes)
+        self._kind = first.shape[1:], first.dtype
+        self.n_rows = int(array.shape[0])
+        self.sample_shape = first.shape[1:]
+
+    def entry(self, rows: np.ndarray) -> np.ndarray:
+        return rows - rows % self._chunk
+
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+        block_bytes = _BLOCK_BYTES if self._chunk == 1 else _CHUNKED_BYTES
+        step = max(1, block_bytes // (self._row_bytes * self._chunk)) * self._chunk
+        for first in range(start - start % self._chunk, int(self._array.shape[0]), step):
+            begin = max(first, start)
+            block = _as_rows(np.asanyarray(self._array[begin : first + step]))
+            self._require_kind(block, begin)
+            if len(block):
+                yield block
+
+    def _require_kind(self, block: np.ndarray, begin: int) -> None:
+        kind = block.shape[1:], block.dtype
+        if kind != self._kind:
+            raise StreamError(
+                f"rows {begin} to {begin + len(block)} have shape {kind[0]} and type {kind[1]} "
+                f"where the first row has {self._kind[0]} and {self._kind[1]}; fill nulls, or "
+                "convert all rows to one type"
+            )
+
+
+class IterableSource(Source):
+    """Blocks from whatever *make* returns; Arrow batches become rows of numbers."""
+
+    def __init__(self, make: Callable[[], Any], *, columns=None, n_rows=None):
+        self._make = make
+        self._names = columns
+        self.n_rows = n_rows
+        self._format: RowFormat | None = None
+        self._kind: tuple[tuple[int, ...], np.dtype] | None = None
+        self._probed: Any = None
+        """What *make* returned to be probed, until it is called again."""
+
+    def probe(self) -> None:
+        if self.sample_shape is None:
+            self._probed = self._make()
+            if next(self._convert(_arrow_batches(self._probed)), None) is None:
+                raise ValueError("source yields no blocks, so the shape of a row is unknown")
+
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+        made = self._make()
+        if made is self._probed and isinstance(made, Iterator):
+            raise StreamError(
+                "source returned the iterator of an earlier pass, which has lost its first block; "
+                "make a new one in each call"
+            )
+        self._probed = None
+        return skip_rows(self._counted(self._convert(_arrow_batches(made))), start)
+
+    def _counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Pass blocks on as long as they keep what ``n_rows`` promises."""
+        n_rows = 0
+        for block in blocks:
+            n_rows += len(block)
+            if self.n_rows is not None and n_rows > self.n_rows:
+                raise StreamError(f"source gave more rows than n_rows={self.n_rows}; {_REMEDY}")
+            yield block
+        if self.n_rows not in (None, n_rows):
+            raise StreamError(f"source gave {n_rows} rows where n_rows={self.n_rows}; {_REMEDY}")
+
+    def _convert(self, blocks: Iterable[Any]) -> Iterator[np.ndarray]:
+        for number, block in enumerate(blocks):
+            arrow = is_arrow(block)
+            if self._names is not None and not arrow:
+                raise TypeError(
+                    f"columns={list(self._names)} selects from Arrow blocks by name, and block "
+                    f"{number} is {type(block).__name__}; leave columns out, and select by place "
+                    "in the function, or yield Arrow record batches"
+                )
+            for rows in self._arrow_rows(block, number) if arrow else [_as_rows(block)]:
+                self._require_kind(rows, number)
+                yield rows
+
+    def _require_kind(self, rows: np.ndarray, number: int) -> None:
+        kind = rows.shape[1:], rows.dtype
+        if self._kind is None:
+            self._kind = kind
+            self.sample_shape = rows.shape[1:]
+        if kind != self._kind:
+            raise StreamError(
+                f"block {number} has rows of shape {kind[0]} and type {kind[1]} where "
+                f"{self._kind[0]} and {self._kind[1]} came before; make all blocks alike"
+            )
+
+    def _arrow_rows(self, batch: Any, number: int) -> Iterator[np.ndarray]:
+        where = f"block {number}"
+        batch = import_pyarrow().record_batch(batch)
+        if self._format is None:
+            self._format = RowFormat.from_schema(batch.schema, self._names, where)
+            self.columns, self.integral = self._format.columns, self._format.integral
+        self._format.require(batch.schema, where, whole=self._names is None)
+        return self._format.pieces(batch, where)
+
+
+class _OneShotSource(IterableSource):
+    """Blocks of an iterator, which can be read only once."""
+
+    def __init__(self, iterator: Iterator[Any]):
+        super().__init__(lambda: iterator)
+        self._first: list[np.ndarray] = []
+        self._iterator = self._convert(_arrow_batches(iterator))
+        self._used = False
+
+    def probe(self) -> None:
+        if self.sample_shape is None:
+            self._first = list(islice(self._iterator, 1))
+            if not self._first:
+                raise ValueError("source yields no blocks, so the shape of a row is unknown")
+
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+        if self._used:
+            raise StreamError(
+                "source is a one-shot iterator and has been read; pass a function that makes "
+                "a new iterator, or cycle=False for a single pass"
+            )
+        self._used = True
+        return skip_rows(self._rest(), start)
+
+    def count(self) -> int:
+        raise ValueError(
+            'total_size="auto" cannot count a one-shot iterator without using it up; '
+            "pass total_size=<number of rows>, or a function that makes a new iterator"
+        )
+
+    def _rest(self) -> Iterator[np.ndarray]:
+        yield from self._first
+        yield from self._iterator
+
+
+def _arrow_batches(data: Any) -> Iterator[Any]:
+    """Yield blocks of *data*; tables and Arrow streams are taken apart into batches."""
+    if isinstance(data, np.ndarray):
+        data = [data]
+    if hasattr(data, "__arrow_c_stream__"):
+        data = import_pyarrow().RecordBatchReader.from_stream(data)
+    for block in data:
+        if hasattr(block, "__arrow_c_stream__"):
+            yield from import_pyarrow().RecordBatchReader.from_stream(block)
+        else:
+            yield block
+
+
+def _as_rows(block: Any) -> np.ndarray:
+    """Return a block as a plain array, or refuse it."""
+    if not isinstance(block, np.ndarray) or not block.ndim:
+        raise TypeError(
+            f"a block of rows is {type(block).__name__}; "
+            "pass arrays of shape (rows, *sample_shape) or Arrow record batches"
+        )
+    if block.dtype.kind not in "biuf":
+        raise TypeError(f"a block of rows has dtype {block.dtype}; pass integers or floats")
+    if 0 in block.shape[1:]:
+        raise ValueError(f"a block has shape {block.shape}; pass rows that hold values")
+    if np.ma.is_masked(block):
+        raise StreamError("a block of rows has masked values; fill them or leave their rows out")
+    return np.asarray(block)
+
+
+def _chunk_rows(array: Any) -> int:
+    """Return how many rows an array holds in one piece on disk."""
+    chunks = getattr(array, "chunks", None)
+    if not chunks:
+        return 1
+    return int(np.max(chunks[0]))

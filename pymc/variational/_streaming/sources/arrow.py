@@ -1,0 +1,196 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Rows from Arrow readers, and from Arrow IPC (Feather) files."""
+
+import hashlib
+import os
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.sources.arrays import IterableSource
+from pymc.variational._streaming.sources.base import Source, positive_int, skip_rows
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.parquet.paths import Paths, list_ipc
+from pymc.variational._streaming.sources.rows import RowFormat
+
+__all__ = ["arrow_source"]
+
+
+def arrow_source(
+    make_reader: Callable[[], Any] | Paths,
+    *,
+    columns: Sequence[str] | None = None,
+    n_rows: int | None = None,
+) -> Source:
+    """Stream the record batches of anything that speaks Arrow, or of Arrow IPC files.
+
+    Parameters
+    ----------
+    make_reader : callable, path_like or sequence of path_like
+        A function that is called afresh for each pass over the data, and returns a
+        ``RecordBatchReader``, a table, an iterable of record batches, or an object with
+        ``__arrow_c_stream__``. Or the path of Arrow IPC (Feather version 2) files: a file, a
+        directory (searched for ``*.arrow``, ``*.feather`` and ``*.ipc``, in order of name), a
+        glob, or a list of these.
+    columns : sequence of str, optional
+        The columns of a row, in this order. Default: all columns of the first batch.
+    n_rows : int, optional
+        Rows of one pass, if you know them; checked in every pass. Files know theirs.
+
+    Returns
+    -------
+    Source
+        Memory is bounded by the largest record batch, and by what the library behind the
+        reader holds.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no file or one comes twice, or columns are missing or not numeric, or differ between files.
+    StreamError
+        While reading: if a value is null, NaN, infinite or an integer that the rows' dtype
+        cannot hold exactly, a pass does not give *n_rows* rows, or a file changed since the
+        source was made or cannot be read; the message names the place.
+
+    Notes
+    -----
+    Every pass must give the same rows. In which order, *make_reader* decides: an order that
+    differs between passes still uses every row once in each epoch, but then the batches
+    are not reproducible, and a resumed stream would repeat some rows and skip others.
+
+    Examples
+    --------
+    >>> import pyarrow as pa
+    >>> table = pa.table({"mid": [0.48, 0.52, 0.5], "up": [1, 0, 1]})
+    >>> source = arrow_source(lambda: table.to_reader(max_chunksize=2))
+    >>> [block.shape for block in source]
+    [(2, 2), (1, 2)]
+    """
+    if isinstance(columns, str):
+        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
+    size = None if n_rows is None else positive_int("n_rows", n_rows)
+    if isinstance(make_reader, str | os.PathLike | list | tuple):
+        source = _IpcSource(list_ipc(make_reader), columns)
+        if size not in (None, source.n_rows):
+            raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
+        return source
+    if not callable(make_reader):
+        raise TypeError(
+            f"make_reader={type(make_reader).__name__} is not callable; "
+            "pass a function that opens the reader afresh, e.g. lambda: table.to_reader()"
+        )
+    return IterableSource(make_reader, columns=columns, n_rows=size)
+
+
+@dataclass(frozen=True, slots=True)
+class _IpcFile:
+    """One Arrow IPC file as it was when it was first seen."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    fields: tuple[int, ...]
+    """Places of the columns in this file."""
+    batch_rows: tuple[int, ...]
+
+    def require_unchanged(self, status: os.stat_result, when: str) -> None:
+        if (self.size, self.mtime_ns) != (status.st_size, status.st_mtime_ns):
+            raise StreamError(f"{self.path}: changed {when}; make the source anew")
+
+
+class _IpcSource(Source):
+    random_access = True
+    concurrent = True
+    checked = True
+
+    def __init__(self, paths: Sequence[str], columns: Sequence[str] | None):
+        self._format = _freeze(paths, columns)
+        self.columns, self.integral = self._format.columns, self._format.integral
+        self.sample_shape = (len(self.columns),)
+        self._files = [_inspect(path, self.columns) for path in paths]
+        self._rows = np.array([n for file in self._files for n in file.batch_rows], dtype="int64")
+        self._starts = np.cumsum(self._rows) - self._rows
+        self.n_rows = int(self._rows.sum())
+        if not self.n_rows:
+            raise ValueError(f"{paths[0]}: no rows to stream in {len(paths)} file(s)")
+        parts = [self.columns, [(f.size, f.mtime_ns) for f in self._files]]
+        self.fingerprint = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def entry(self, rows: np.ndarray) -> np.ndarray:
+        return self._starts[np.searchsorted(self._starts, rows, side="right") - 1]
+
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+        first = max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
+        return skip_rows(self._read_from(first), start - int(self._starts[first]))
+
+    def _read_from(self, first: int) -> Iterator[np.ndarray]:
+        """Read on from the record batch *first*, counted over all files."""
+        for file in self._files:
+            if first < len(file.batch_rows):
+                yield from self._read(file, max(0, first))
+            first -= len(file.batch_rows)
+
+    def _read(self, file: _IpcFile, first: int) -> Iterator[np.ndarray]:
+        with _reading(file.path, file.fields) as (reader, status):
+            file.require_unchanged(status, "since the source was made")
+            for number in range(first, len(file.batch_rows)):
+                batch = reader.get_batch(number)
+                batch.validate(full=True)
+                yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
+            file.require_unchanged(os.stat(file.path), "while it was read")
+
+
+@contextmanager
+def _reading(path: str, fields: Sequence[int] = ()) -> Iterator[tuple[Any, os.stat_result]]:
+    """Open an IPC file to read these fields, or all.
+
+    Not as a memory map, which would end the process if the file were truncated meanwhile.
+    """
+    pa = import_pyarrow()
+    options = pa.ipc.IpcReadOptions(included_fields=list(fields), use_threads=False)
+    try:
+        with pa.OSFile(path) as handle, pa.ipc.open_file(handle, options=options) as reader:
+            yield reader, os.stat(path)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as err:
+        raise StreamError(
+            f"{path}: not a readable Arrow IPC file ({str(err).partition(chr(10))[0]}); "
+            "a stream without footer goes through a function that opens it"
+        ) from err
+
+
+def _freeze(paths: Sequence[str], columns: Sequence[str] | None) -> RowFormat:
+    frozen: RowFormat | None = None
+    for path in paths:
+        with _reading(path) as (reader, _):
+            schema = reader.schema
+        if frozen is None:
+            frozen = RowFormat.from_schema(schema, columns, path)
+        frozen.require(schema, path, whole=columns is None)
+    assert frozen is not None
+    return frozen
+
+
+def _inspect(path: str, columns: Sequence[str]) -> _IpcFile:
+    with _reading(path) as (reader, _):
+        fields = tuple(reader.schema.get_field_index(name) for name in columns)
+    # Record batches tell their rows only when they are read; one column is enough.
+    with _reading(path, fields[:1]) as (reader, status):
+        rows = tuple(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
+    return _IpcFile(path, status.st_size, status.st_mtime_ns, fields, rows)

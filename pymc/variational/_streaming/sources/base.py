@@ -1,0 +1,166 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""What a source of rows is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rich.console import Console
+
+from pymc.progress_bar import CustomProgress, default_progress_theme
+from pymc.variational._streaming.sources.columns import Columns
+
+__all__ = [
+    "GLANCE_ROWS",
+    "Source",
+    "draw_seed",
+    "is_arrow",
+    "positive_int",
+    "progress_bar",
+    "skip_rows",
+]
+
+_Piece = TypeVar("_Piece", np.ndarray, np.ndarray | Columns)
+
+_BLOCK_BYTES = 1 << 22
+GLANCE_ROWS = 1 << 16
+"""Decoded at a time for a reader of few rows, who stops soon."""
+_CHUNKED_BYTES = 1 << 18
+"""Of an array that has to be decoded; the order check reads single blocks all over it."""
+_REMEDY = "pass the number of rows of one pass, and a function that reads them all each time"
+
+
+class Source(ABC):
+    """Rows that can be read once per epoch, block by block.
+
+    Iterating a source opens it afresh and yields the blocks of epoch 0; two iterations do
+    not disturb each other.
+    """
+
+    n_rows: int | None = None
+    """Rows of one epoch, where they are known without reading them."""
+    columns: tuple[str, ...] | None = None
+    sample_shape: tuple[int, ...] | None = None
+    """Shape of one row, where it is known without reading one."""
+    integral: tuple[bool, ...] | None = None
+    """Which columns hold integers, where the blocks' dtype does not tell."""
+    checked: bool = False
+    """Whether the values of all blocks are known to be finite, and exact in the blocks' dtype."""
+    fresh: bool = False
+    """Whether every block is an array of its own, which nobody else writes to."""
+    seed: int | None = None
+    fingerprint: str | None = None
+    """What the stream of rows depends on, besides the epoch."""
+    random_access: bool = False
+    """Whether rows can be reached without reading all rows before them."""
+    concurrent: bool = False
+    """Whether several threads may read at once."""
+    shuffled: bool = False
+    """Whether the whole table was shuffled before."""
+    path: Any = None
+    """What :func:`preshuffle` would be called with, where the rows are in Parquet files."""
+
+    @abstractmethod
+    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+        """Yield the rows of an epoch from row *start* on, as arrays (rows, *sample_shape)."""
+
+    def pieces(self, epoch: int, start: int) -> Generator[np.ndarray | Columns]:
+        """Yield the same as ``blocks``, columns that are not put side by side yet among them."""
+        return self.blocks(epoch, start)
+
+    def epochs(
+        self, epoch: int, start: int, *, cycle: bool
+    ) -> Generator[tuple[int, np.ndarray | None]]:
+        """Yield the blocks of one epoch after another with their epochs, and None to end each.
+
+        A block without rows only tells that reading takes a while.  Each block stays as it is until
+        what follows the next one that has rows is asked for.
+        """
+        while True:
+            for block in self.blocks(epoch, start):
+                yield epoch, block if self.fresh else block.copy()
+            yield epoch, None
+            if not cycle:
+                return
+            epoch, start = epoch + 1, 0
+
+    def glance(self, start: int) -> Generator[np.ndarray | Columns]:
+        """Yield pieces of epoch 0 from row *start* on, for a reader of few of their rows."""
+        return self.blocks(0, start)
+
+    def probe(self) -> None:
+        """Learn ``sample_shape`` and ``columns`` from the first block, if need be."""
+
+    def entry(self, rows: np.ndarray) -> np.ndarray:
+        """Return where reading must start to reach each of *rows* of epoch 0."""
+        return np.zeros_like(rows)
+
+    def ranges(self, start: int, stop: int) -> np.ndarray | None:
+        """Return bounds on the columns in rows *start* to *stop* of epoch 0, shape (columns, 2).
+
+        They come from metadata; None where there are none, NaN for a column without them.
+        """
+        return None
+
+    def count(self) -> int:
+        """Read one epoch to count its rows."""
+        with progress_bar() as progress:
+            task = progress.add_task("Counting rows", total=None)
+            n_rows = 0
+            for block in self.blocks():
+                n_rows += len(block)
+                progress.update(task, completed=n_rows)
+        return n_rows
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.blocks()
+
+
+def draw_seed(seed: int | None) -> int:
+    """Return *seed*, or fresh entropy where it is None."""
+    if seed is None:
+        return int(np.random.SeedSequence().entropy)  # type: ignore[arg-type]
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed={seed!r} must be a non-negative integer or None")
+    return int(seed)
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Return *value* as a plain int of at least 1."""
+    if isinstance(value, bool | np.bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}={value!r} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    return int(value)
+
+
+def progress_bar() -> CustomProgress:
+    return CustomProgress(console=Console(theme=default_progress_theme))
+
+
+def is_arrow(block: Any) -> bool:
+    return hasattr(block, "__arrow_c_array__") or hasattr(block, "__arrow_c_stream__")
+
+
+def skip_rows(blocks: Iterator[_Piece], n: int) -> Generator[_Piece]:
+    """Yield what follows the first *n* rows, without empty blocks."""
+    for block in blocks:
+        size = len(block)
+        if size > n:
+            yield block[n:] if n else block
+        del block  # while the next one is read
+        n = max(0, n - size)

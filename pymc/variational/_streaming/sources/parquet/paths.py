@@ -1,0 +1,233 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Which files a path stands for, on any filesystem."""
+
+import fnmatch
+import glob
+import os
+import re
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
+from pymc.variational._streaming.sources.parquet.remote import fsspec_of
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+__all__ = ["Paths", "list_ipc", "list_parquet", "resolve", "stands_for"]
+
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
+
+_WILDCARD = re.compile(r"[*?\[]")
+_HIDDEN = ("_", ".")
+"""Names that begin like this are of files that are not data, or not data yet."""
+
+
+class _Kind(NamedTuple):
+    """Of files."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    argument: str
+    """What the caller's caller knows the path as."""
+
+
+_PARQUET = _Kind("Parquet file", (".parquet",), "path")
+_IPC = _Kind("Arrow IPC file", (".arrow", ".feather", ".ipc"), "make_reader")
+
+
+def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", str]:
+    """Find the filesystem of *path*, and the path inside it, as the filesystem spells it.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A local path, or a URI that pyarrow or fsspec understands (``s3://bucket/key``).
+    filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
+        Where *path* lives, if it is not a URI and not local.
+    """
+    fs = import_pyarrow().fs
+    inner = os.fspath(path)
+    if filesystem is None:
+        if "://" not in inner:
+            return fs.LocalFileSystem(), os.path.abspath(inner)
+        try:
+            return fs.FileSystem.from_uri(inner)
+        except import_pyarrow().ArrowInvalid:
+            return _resolve_with_fsspec(inner)
+    if not isinstance(filesystem, fs.FileSystem):
+        filesystem = fs.PyFileSystem(fs.FSSpecHandler(filesystem))
+    fsspec = fsspec_of(filesystem)
+    if fsspec is not None:
+        inner = fsspec._strip_protocol(inner)
+    elif is_local(filesystem):
+        inner = os.path.abspath(inner)
+    return filesystem, inner.rstrip("/") or "/"
+
+
+def list_parquet(path: Paths, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", list[str]]:
+    """List the Parquet files of a directory, file, glob or list, sorted by name.
+
+    A directory is searched recursively for ``*.parquet``; names that start with ``_`` or
+    ``.`` are skipped, in globs too unless they are spelled out.  A list keeps its own order.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or one comes twice.
+    """
+    return _list(_PARQUET, path, filesystem)
+
+
+def list_ipc(path: Paths) -> list[str]:
+    """List local Arrow IPC (Feather) files in the same way."""
+    for each in [path] if isinstance(path, str | os.PathLike) else path:
+        scheme, is_uri, _ = os.fspath(each).partition("://")
+        if is_uri and scheme != "file":
+            raise ValueError(
+                f"{_IPC.argument}={each!r} is not local; pass a function that opens it, and "
+                "returns a RecordBatchReader or record batches"
+            )
+    return _list(_IPC, path, None)[1]
+
+
+def stands_for(fs: "pyarrow.fs.FileSystem", path: str, file: str) -> bool:
+    """Whether a Parquet file, were it there, would be one of those that *path* stands for."""
+    found = fs.get_file_info(path).type
+    return _chooses(_pattern(path, found), file, _PARQUET.suffixes)
+
+
+def _list(kind: _Kind, path: Paths, filesystem: Any) -> tuple["pyarrow.fs.FileSystem", list[str]]:
+    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+    if not paths:
+        raise ValueError(f"{kind.argument}=[] names no file; pass at least one {kind.name}")
+    resolved = [resolve(each, filesystem) for each in paths]
+    fs = resolved[0][0]
+    if not all(fs.equals(other) for other, _ in resolved):
+        raise ValueError(
+            f"{kind.argument}=[...] names more than one filesystem; pass one source for each"
+        )
+    files = [file for _, inner in resolved for file in _find(kind, fs, inner)]
+    _refuse_doubles(kind, fs, files)
+    return fs, files
+
+
+def _find(kind: _Kind, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
+    types = import_pyarrow().fs.FileType
+    found = fs.get_file_info(path).type
+    if found == types.File:
+        return [path]
+    if found == types.NotFound and not _WILDCARD.search(path):
+        raise FileNotFoundError(f"{kind.argument}={path!r} does not exist")
+    pattern = _pattern(path, found)
+    fixed = path if found == types.Directory else _WILDCARD.split(path)[0].rpartition("/")[0]
+    walk = _walk_local if is_local(fs) else _walk_remote
+    below = walk(fs, fixed or "/", pattern)
+    files = sorted(file for file in below if _chooses(pattern, file, kind.suffixes))
+    if not files:
+        expected = " or ".join(f"*{suffix}" for suffix in kind.suffixes)
+        raise ValueError(f"{kind.argument}={path!r} holds no {kind.name}; expected {expected}")
+    return files
+
+
+def _pattern(path: str, found: "pyarrow.fs.FileType") -> list[str]:
+    """Return the names in a path; what is there is no pattern, whatever its name."""
+    return _names(path if found == import_pyarrow().fs.FileType.NotFound else glob.escape(path))
+
+
+def _names(path: str) -> list[str]:
+    return path.strip("/").split("/")
+
+
+def _walk_local(fs: "pyarrow.fs.FileSystem", folder: str, pattern: list[str]) -> Iterator[str]:
+    """Yield all files, and links that lead nowhere: those that a path chooses are missing data."""
+
+    def tell(err: OSError) -> None:
+        if not isinstance(err, FileNotFoundError):
+            raise err
+
+    for root, folders, files in os.walk(folder, onerror=tell, followlinks=True):
+        root = root.replace(os.sep, "/").rstrip("/")
+        folders[:] = [name for name in folders if _leads_on(_names(f"{root}/{name}"), pattern)]
+        yield from (f"{root}/{name}" for name in files)
+
+
+def _walk_remote(fs: "pyarrow.fs.FileSystem", folder: str, pattern: list[str]) -> Iterator[str]:
+    pafs = import_pyarrow().fs
+    selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
+    return (info.path for info in fs.get_file_info(selector) if info.type == pafs.FileType.File)
+
+
+def _leads_on(names: list[str], pattern: list[str]) -> bool:
+    """Whether there can be files to choose in a folder."""
+    for name, part in zip(names, pattern):
+        if part == "**":
+            return True
+        if not _fits(name, part):
+            return False
+    return not any(name.startswith(_HIDDEN) for name in names[len(pattern) :])
+
+
+def _chooses(pattern: list[str], file: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a pattern fits a file, or a folder that it is in."""
+    names = _names(file)
+    return _matches(names, pattern) or (
+        file.endswith(suffixes)
+        and any(
+            _matches(names[:depth], pattern)
+            and not any(name.startswith(_HIDDEN) for name in names[depth:])
+            for depth in range(1, len(names))
+        )
+    )
+
+
+def _matches(names: list[str], pattern: list[str]) -> bool:
+    """Whether names fit a glob, ``**`` standing for any number of them."""
+    if not pattern or not names:
+        return not names and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        swallowed = not names[0].startswith(_HIDDEN) and _matches(names[1:], pattern)
+        return swallowed or _matches(names, pattern[1:])
+    return _fits(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def _fits(name: str, part: str) -> bool:
+    spelled_out = not name.startswith(_HIDDEN) or part.startswith(name[0])
+    return spelled_out and fnmatch.fnmatchcase(name, part)
+
+
+def _refuse_doubles(kind: _Kind, fs: "pyarrow.fs.FileSystem", files: list[str]) -> None:
+    known: dict[str, str] = {}
+    for file in files:
+        place = os.path.realpath(file) if is_local(fs) else file
+        if place in known:
+            raise ValueError(
+                f"{kind.argument} names {place} more than once, as {known[place]!r} and "
+                f"{file!r}; its rows would be used as often"
+            )
+        known[place] = file
+
+
+def _resolve_with_fsspec(uri: str) -> tuple["pyarrow.fs.FileSystem", str]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as err:
+        raise ImportError(
+            f"path={uri!r} needs fsspec; install it with `pip install fsspec`"
+        ) from err
+    fs = import_pyarrow().fs
+    filesystem, path = url_to_fs(uri)
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path

@@ -1,0 +1,132 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Kill a fit in several ways, go on each time, and compare with a fit that was left alone.
+
+``python -m tests.variational.streaming.fit.killed_fit FOLDER`` runs each piece in a process of its own.
+"""
+
+import io
+import os
+import shutil
+import signal
+import sys
+import threading
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import pymc as pm
+
+from pymc.variational.streaming import (
+    StreamingDataset,
+    parquet_source,
+    resumable_fit,
+    shuffle_buffer,
+)
+from tests.variational.streaming.preshuffle.killed import in_child
+
+N_STEPS = 6000
+
+
+def main(folder: str) -> None:
+    root = Path(folder)
+    rng = np.random.default_rng(0)
+    table = pa.table({"x": rng.normal(size=5_000), "y": rng.normal(size=5_000)})
+    pq.write_table(table, root / "rows.parquet", row_group_size=500)
+    whole, pieces = root / "whole", root / "pieces"
+    assert in_child(lambda: fit(root, whole, 100)) == 0
+    shutil.copy(whole, pieces)
+    assert in_child(lambda: fit(root, whole, N_STEPS)) == 0
+    ways = [die_half_written, die_before_rename, die_at_a_step, die_at_a_moment]
+    kills = sum(in_child(lambda way=way: fit(root, pieces, N_STEPS, way)) != 0 for way in ways)
+    assert in_child(lambda: fit(root, pieces, N_STEPS)) == 0
+    with np.load(whole) as expected, np.load(pieces) as found:
+        assert expected["losses"].shape == (N_STEPS,)
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    assert sorted(os.listdir(root)) == ["pieces", "rows.parquet", "whole"]
+    sys.stdout.write(f"same numbers after {kills} kills\n")
+
+
+def fit(root: Path, path: Path, n: int, way: Callable | None = None) -> None:
+    source = parquet_source(root / "rows.parquet")
+    buffer = shuffle_buffer(source, buffer_size=1_000, batch_size=64, seed=0)
+    ds = StreamingDataset(buffer, batch_size=64, order_check="off")
+    with pm.Model():
+        a = pm.Normal("a")
+        sigma = pm.HalfNormal("sigma")
+        pm.Normal("y", a * ds["x"], sigma, observed=ds["y"], total_size=ds.total_size)
+        resumable_fit(
+            pm.ADVI(),
+            n,
+            path=path,
+            datasets=[ds],
+            every=50,
+            callbacks=[] if way is None else [way()],
+            progressbar=False,
+            obj_optimizer=pm.adam(learning_rate=0.05),
+        )
+
+
+def die(*args: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def nothing(*args: object) -> None:
+    pass
+
+
+def die_half_written() -> Callable:
+    savez = np.savez
+
+    def write_half(file, **arrays):
+        whole = io.BytesIO()
+        savez(whole, **arrays)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        if len(arrays["losses"]) == 250:
+            die()
+        file.write(whole.getvalue()[len(whole.getvalue()) // 2 :])
+
+    np.savez = write_half
+    return nothing
+
+
+def die_before_rename() -> Callable:
+    replace = os.replace
+    left = iter([replace, replace, die])
+    os.replace = lambda *args: next(left)(*args)
+    return nothing
+
+
+def die_at_a_step() -> Callable:
+    at = int(np.random.default_rng().integers(1, 300))
+    steps = iter([nothing] * at + [die])
+    return lambda *args: next(steps)(*args)
+
+
+def die_at_a_moment() -> Callable:
+    """Die up to 0.3 s after the first step, long before the last one."""
+    timer = threading.Timer(np.random.default_rng().uniform(0, 0.3), die)
+    timer.daemon = True
+    steps = iter([timer.start])
+    return lambda *args: next(steps, nothing)()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,547 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""A fit in pieces is the fit in one go, bit for bit, or it is refused."""
+
+import json
+import re
+import subprocess
+import sys
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytensor
+import pytensor.tensor as pt
+import pytest
+
+import pymc as pm
+
+from pymc.variational._streaming.sources.rows import RowFormat
+from pymc.variational.opvi import Approximation
+from pymc.variational.streaming import (
+    EpochAverage,
+    StreamError,
+    StreamingDataset,
+    StreamWarning,
+    parquet_source,
+    resumable_fit,
+    shuffle_buffer,
+)
+
+ROOT = Path(__file__).parents[4]
+QUICK = {"mode": "FAST_COMPILE"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Write 40 row groups of 50 rows, which are numbered."""
+    rng = np.random.default_rng(0)
+    columns = {"x": rng.normal(size=2_000), "y": rng.normal(size=2_000), "row": np.arange(2_000)}
+    path = tmp_path_factory.mktemp("rows") / "rows.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=50)
+    return path
+
+
+@pytest.fixture(scope="module")
+def seven_steps(rows, tmp_path_factory) -> bytes:
+    """Return the checkpoint of a fit of seven steps with the defaults."""
+    path = tmp_path_factory.mktemp("fit") / "f"
+    fit(rows, path, 7)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def checkpoint(seven_steps, tmp_path) -> Path:
+    path = tmp_path / "f"
+    path.write_bytes(seven_steps)
+    return path
+
+
+def dataset(
+    rows: Path, *, columns=("x", "y"), buffer_size=300, batch_size=64, seed=0, **kwargs
+) -> StreamingDataset:
+    source = parquet_source(rows, columns=list(columns))
+    buffer = shuffle_buffer(source, buffer_size=buffer_size, batch_size=batch_size, seed=seed)
+    return StreamingDataset(buffer, batch_size=batch_size, order_check="off", **kwargs)
+
+
+def model_of(*datasets: StreamingDataset, prior_sd=1.0, likelihood=pm.Normal) -> pm.Model:
+    with pm.Model() as model:
+        a = pm.Normal("a", 0, prior_sd)
+        sigma = pm.HalfNormal("sigma")
+        for ds in datasets:
+            mu = a * ds.as_tensor()[:, 0]
+            name = f"y_{ds.as_tensor().name}"
+            likelihood(name, mu, sigma, observed=ds.as_tensor()[:, 1], total_size=ds.total_size)
+    return model
+
+
+def fit(rows: Path, path: Path, n: int, **kwargs) -> Approximation:
+    """Fit in a fresh model with fresh streams, as another process would."""
+    datasets = kwargs.pop("datasets", None) or [dataset(rows)]
+    inference = {"random_seed": kwargs.pop("seed", None)}
+    kwargs = {"every": 7, "progressbar": False, "compile_kwargs": QUICK, **kwargs}
+    with model_of(*datasets):
+        return resumable_fit(pm.ADVI(**inference), n, path=path, datasets=datasets, **kwargs)
+
+
+def numbers(approx: Approximation) -> dict[str, np.ndarray]:
+    return {p.name: p.get_value() for p in approx.params} | {"losses": approx.hist}
+
+
+def assert_equal(approx: Approximation, expected: Approximation) -> None:
+    for name, value in numbers(expected).items():
+        np.testing.assert_array_equal(numbers(approx)[name], value, err_msg=name, strict=True)
+
+
+class Die:
+    """Fail after a step, as a fit that is killed then."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __call__(self, approx, losses, i):
+        if i == self.step:
+            raise RuntimeError("killed")
+
+
+class TestSameNumbers:
+    """Only the first piece has the seed of the whole fit: the others know no more than the file."""
+
+    @pytest.mark.parametrize(
+        "kwargs",
+        [{"obj_optimizer": pm.adam(learning_rate=0.05), "compile_kwargs": None}, {}],
+        ids=["adam, default backend", "default optimizer"],
+    )
+    def test_a_fit_that_died_ends_as_if_it_had_not(self, rows, tmp_path, kwargs):
+        """It died between checkpoints."""
+        expected = fit(rows, tmp_path / "whole", 100, seed=1, **kwargs)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(rows, tmp_path / "pieces", 100, seed=1, callbacks=[Die(54)], **kwargs)
+        approx = fit(rows, tmp_path / "pieces", 100, **kwargs)
+        assert len(approx.hist) == 100
+        assert_equal(approx, expected)
+
+    def test_a_learning_rate_that_a_callback_lowers_goes_on_falling(self, rows, tmp_path):
+        def go_on(path, *callbacks, **kwargs):
+            rate = pytensor.shared(0.1, name="rate")
+            kwargs["obj_optimizer"] = pm.adam(learning_rate=rate)
+            lower = lambda approx, losses, i: rate.set_value(0.1 / i)  # noqa: E731
+            return fit(rows, tmp_path / path, 30, callbacks=[lower, *callbacks], **kwargs)
+
+        expected = go_on("whole", seed=1)
+        with pytest.raises(RuntimeError, match="killed"):
+            go_on("pieces", Die(17), seed=1)
+        assert_equal(go_on("pieces"), expected)
+
+    def test_several_streams_go_on_too(self, rows, tmp_path):
+        def go_on(path, *callbacks, **kwargs):
+            datasets = [dataset(rows, name="s"), dataset(rows, batch_size=50, seed=1, name="t")]
+            return fit(rows, tmp_path / path, 60, datasets=datasets, callbacks=callbacks, **kwargs)
+
+        expected = go_on("whole", seed=1)
+        with pytest.raises(RuntimeError, match="killed"):
+            go_on("pieces", Die(44), seed=1)
+        assert_equal(go_on("pieces"), expected)
+
+    def test_a_single_stream_need_not_be_in_a_list(self, rows, checkpoint):
+        ds = dataset(rows)
+        with model_of(ds):
+            options = {"datasets": ds, "progressbar": False, "compile_kwargs": QUICK}
+            approx = resumable_fit(pm.ADVI(), 9, path=checkpoint, **options)
+        assert len(approx.hist) == 9
+
+    def test_steps_are_counted_from_the_beginning(self, rows, checkpoint):
+        seen = []
+        fit(rows, checkpoint, 12, callbacks=[lambda approx, losses, i: seen.append(i)])
+        assert seen == [8, 9, 10, 11, 12]
+
+    def test_a_finished_fit_is_given_back_without_a_step(self, rows, checkpoint):
+        approx = fit(rows, checkpoint, 7, callbacks=[Die(step) for step in range(9)])
+        with np.load(checkpoint) as saved:
+            np.testing.assert_array_equal(approx.hist, saved["losses"])
+
+    def test_what_callbacks_remember_goes_on(self, rows, tmp_path):
+        class Sum:
+            total = np.zeros(2)
+
+            def __call__(self, approx, losses, i):
+                self.total = self.total + approx.params[0].get_value()
+
+            def state_dict(self):
+                return {"total": self.total}
+
+            def load_state_dict(self, state):
+                self.total = state["total"]
+
+        whole, after = Sum(), Sum()
+        fit(rows, tmp_path / "whole", 20, callbacks=[whole], seed=1)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(rows, tmp_path / "pieces", 20, callbacks=[Sum(), Die(17)], seed=1)
+        fit(rows, tmp_path / "pieces", 20, callbacks=[after])
+        np.testing.assert_array_equal(after.total, whole.total)
+
+    def test_an_average_goes_on_too(self, rows, tmp_path):
+        """31 steps are an epoch; the fit dies in the third."""
+
+        def go_on(path, *more, **kwargs):
+            ds = dataset(rows)
+            average = EpochAverage(ds, burn_in=0.2)
+            callbacks = [average, *more]
+            fit(rows, tmp_path / path, 160, callbacks=callbacks, datasets=[ds], **kwargs)
+            return average
+
+        whole = go_on("whole", seed=1)
+        with pytest.raises(RuntimeError, match="killed"):
+            go_on("pieces", Die(87), seed=1)
+        resumed = go_on("pieces")
+        assert resumed.epochs == whole.epochs > 2
+        assert resumed.state_dict().keys() == whole.state_dict().keys()
+        for name, expected in whole.state_dict().items():
+            np.testing.assert_array_equal(resumed.state_dict()[name], expected, err_msg=name)
+
+    def test_an_average_goes_on_from_the_first_epoch(self, rows, tmp_path):
+        ds = dataset(rows)
+        fit(rows, tmp_path / "f", 7, callbacks=[EpochAverage(ds)], datasets=[ds], seed=1)
+        ds = dataset(rows)
+        average = EpochAverage(ds, burn_in=0)
+        fit(rows, tmp_path / "f", 100, callbacks=[average], datasets=[ds])
+        assert average.epochs == 3
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"model": {"prior_sd": 2.0}}, "variable 'a' is .* where it was"),
+            ({"model": {"likelihood": pm.Laplace}}, "digest of the log-probability is"),
+            ({"obj_optimizer": pm.sgd}, "the options is .*'obj_optimizer': sgd.* where it was"),
+            ({"obj_n_mc": 2}, "the options is .*'obj_n_mc': 2.* where it was"),
+            ({"inference": pm.FullRankADVI}, "inference is FullRankADVI"),
+            ({"data": {"columns": ("y", "x")}}, r"columns \('y', 'x'\)"),
+            ({"data": {"dtype": "float32"}}, "stream 'stream' is Matrix.float32"),
+            ({"data": {"seed": 1}}, "seed=1 where the state was saved with 0"),
+            ({"data": {"buffer_size": 301}}, "fingerprint=.* where the state"),
+            ({"data": {"batch_size": 32}}, "batch_size=32 where the state was saved with 64"),
+        ],
+        ids="prior likelihood optimizer draws approximation columns dtype seed buffer batch".split(),
+    )
+    def test_another_fit_is_refused(self, rows, checkpoint, change, message):
+        ds = dataset(rows, **change.pop("data", {}))
+        inference = change.pop("inference", pm.ADVI)
+        with model_of(ds, **change.pop("model", {})), pytest.raises(ValueError, match=message):
+            resumable_fit(
+                inference(), 9, path=checkpoint, datasets=[ds], compile_kwargs=QUICK, **change
+            )
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda rate: pm.adam(learning_rate=np.float32(rate)),
+            lambda rate: pm.adam(learning_rate=np.array(rate)),
+            lambda rate: pm.adam(learning_rate=pt.constant(rate)),
+            lambda rate: lambda loss, params: pm.sgd(loss, params, learning_rate=rate),
+            lambda rate: partial(pm.sgd, learning_rate=rate),
+        ],
+        ids="scalar array constant closure partial".split(),
+    )
+    def test_another_learning_rate_is_refused(self, rows, tmp_path, make):
+        fit(rows, tmp_path / "f", 7, obj_optimizer=make(1e-4))
+        with pytest.raises(ValueError, match=r"the options is .* where it was"):
+            fit(rows, tmp_path / "f", 9, obj_optimizer=make(2e-4))
+        assert len(fit(rows, tmp_path / "f", 9, obj_optimizer=make(1e-4)).hist) == 9
+
+    def test_another_scalar_of_the_model_is_refused(self, rows, tmp_path):
+        """It would be set back to the one that was saved."""
+
+        def fit_with(n, log_sd):
+            ds = dataset(rows)
+            with pm.Model():
+                sd = pm.math.exp(pytensor.shared(log_sd, name="log_sd"))
+                mu, y = pm.Normal("mu", 0, sd), ds.as_tensor()[:, 1]
+                pm.Normal("y", mu, 1, observed=y, total_size=ds.total_size)
+                options = {"datasets": ds, "progressbar": False, "compile_kwargs": QUICK}
+                return resumable_fit(pm.ADVI(), n, path=tmp_path / "f", **options)
+
+        fit_with(7, -3.0)
+        with pytest.raises(ValueError, match=r"first value of 'log_sd' is 2.0 where it was -3.0"):
+            fit_with(9, 2.0)
+        assert len(fit_with(9, -3.0).hist) == 9
+
+    @pytest.mark.parametrize("column, sums", [(1, pt.cumsum), (0, pt.cumprod)])
+    def test_another_column_or_operation_is_refused(self, rows, tmp_path, column, sums):
+        """Neither shows in the model's text or in the types of the graph."""
+
+        def fit_to(n, column, sums):
+            ds = dataset(rows)
+            with pm.Model():
+                predictor = pm.Normal("a") + sums(ds.as_tensor(), axis=1)[:, 1]
+                observed = ds.as_tensor()[:, column]
+                pm.Normal("y", predictor, observed=observed, total_size=ds.total_size)
+                return resumable_fit(
+                    pm.ADVI(), n, path=tmp_path / "f", datasets=[ds], compile_kwargs=QUICK
+                )
+
+        fit_to(2, 0, pt.cumsum)
+        with pytest.raises(ValueError, match=r"digest of the log-probability is .* where it was"):
+            fit_to(3, column, sums)
+
+    def test_other_rows_are_refused(self, rows, checkpoint, tmp_path):
+        other = tmp_path / "rows.parquet"
+        table = pq.read_table(rows).take(np.arange(2_000)[::-1])
+        pq.write_table(table, other, row_group_size=50)
+        with pytest.raises(ValueError, match="fingerprint="):
+            fit(other, checkpoint, 9)
+
+    def test_fewer_steps_than_were_made_are_refused(self, rows, checkpoint):
+        with pytest.raises(ValueError, match=r"n=6 but .*f has 7 steps; pass at least as many"):
+            fit(rows, checkpoint, 6)
+
+    def test_fits_without_losses_are_refused(self, rows, tmp_path):
+        """PyMC 6.4 collects the updates of random streams from the outputs, which are none."""
+        with pytest.raises(ValueError, match=r"score=False .* the same random draw"):
+            fit(rows, tmp_path / "f", 9, score=False)
+
+    def test_a_method_without_a_loss_is_named(self, tmp_path):
+        with pm.Model():
+            pm.Normal("mu")
+            with pytest.raises(ValueError, match=r"SVGD has no loss, .* pass ADVI"):
+                resumable_fit(pm.SVGD(n_particles=3), 9, path=tmp_path / "f", datasets=[])
+
+    def test_callbacks_of_streams_are_left_to_it(self, rows, tmp_path):
+        ds = dataset(rows)
+        with pytest.raises(ValueError, match=r"leave fit_callback\(\) out of callbacks="):
+            fit(rows, tmp_path / "f", 9, datasets=[ds], callbacks=[ds.fit_callback()])
+
+    @pytest.mark.parametrize("damage", ["half", "bit", "other"])
+    def test_a_damaged_file_is_named(self, rows, checkpoint, damage):
+        good = checkpoint.read_bytes()
+        at = good.index(b"NUMPY") + 200
+        flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
+        checkpoint.write_bytes(
+            {"half": good[: len(good) // 2], "bit": flipped, "other": b"x"}[damage]
+        )
+        with pytest.raises(StreamError, match=r"f is not a readable checkpoint .* delete it"):
+            fit(rows, checkpoint, 9)
+
+    def test_other_versions_warn(self, rows, checkpoint, monkeypatch):
+        monkeypatch.setattr(np, "__version__", "1.0")
+        with pytest.warns(StreamWarning, match=r"f was saved with .* the numbers may differ"):
+            fit(rows, checkpoint, 9)
+
+
+class TestSameInference:
+    """What a notebook has, whose cells are run again."""
+
+    @pytest.fixture
+    def again(self, rows, tmp_path):
+        ds = dataset(rows)
+        options = {"every": 7, "progressbar": False, "compile_kwargs": QUICK}
+        with model_of(ds) as model:
+            inference = pm.ADVI(random_seed=1)
+
+        def go_on(n, *callbacks):
+            with model:
+                return resumable_fit(
+                    inference, n, path=tmp_path / "f", datasets=[ds], callbacks=callbacks, **options
+                )
+
+        return go_on, inference
+
+    def test_it_goes_back_to_its_checkpoint(self, rows, again, tmp_path):
+        go_on, _ = again
+        with pytest.raises(RuntimeError, match="killed"):
+            go_on(30, Die(17))
+        assert_equal(go_on(30), fit(rows, tmp_path / "whole", 30, seed=1))
+
+    @pytest.mark.parametrize("end", [RuntimeError, KeyboardInterrupt])
+    def test_without_a_checkpoint_it_is_refused(self, again, end):
+        def stop(approx, losses, i):
+            raise end
+
+        go_on, _ = again
+        try:
+            go_on(30, stop)
+        except RuntimeError:
+            pass
+        with pytest.raises(ValueError, match="inference has been fitted before"):
+            go_on(30)
+
+    def test_refine_is_refused_and_leaves_the_fit(self, again):
+        go_on, inference = again
+        before = {name: value.copy() for name, value in numbers(go_on(14)).items()}
+        with pytest.raises(StreamError, match="call resumable_fit again with more steps"):
+            inference.refine(5, progressbar=False)
+        for name, value in numbers(inference.approx).items():
+            np.testing.assert_array_equal(value, before[name], err_msg=name)
+        assert len(go_on(15).hist) == 15
+
+
+class TestFile:
+    def test_a_checkpoint_that_fails_leaves_the_last_one(
+        self, rows, checkpoint, seven_steps, monkeypatch
+    ):
+
+        def fail(file, **arrays):
+            file.write(b"half")
+            raise OSError("no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "savez", fail)
+            with pytest.raises(OSError, match="no space left"):
+                fit(rows, checkpoint, 9)
+        assert checkpoint.read_bytes() == seven_steps
+        assert [file.name for file in checkpoint.parent.iterdir()] == ["f"]
+        fit(rows, checkpoint, 9)
+        assert [file.name for file in checkpoint.parent.iterdir()] == ["f"]
+
+    def test_a_folder_that_is_missing_is_told_before_the_first_step(self, rows, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"path=.*f is in no folder that exists"):
+            fit(rows, tmp_path / "no" / "f", 9, callbacks=[Die(1)])
+
+    def test_a_file_that_cannot_be_written_is_told_before_the_first_step(
+        self, rows, checkpoint, seven_steps
+    ):
+        (checkpoint.parent / ".f.part").mkdir()
+        with pytest.raises(OSError, match=r"\.f\.part"):
+            fit(rows, checkpoint, 9, callbacks=[Die(8)])
+        assert checkpoint.read_bytes() == seven_steps
+
+    def test_what_a_callback_cannot_save_is_told_before_the_first_step(self, rows, tmp_path):
+        class Best(Die):
+            def state_dict(self):
+                return {"best": None}
+
+            def load_state_dict(self, state): ...
+
+        with pytest.raises(
+            TypeError, match=r"state_dict\(\)\['best'\] of the callback Best is a N"
+        ):
+            fit(rows, tmp_path / "f", 9, callbacks=[Best(1)])
+        assert not list(tmp_path.iterdir())
+
+    def test_a_checkpoint_that_fails_leaves_no_part_of_it(self, rows, tmp_path):
+        class Late:
+            best = 0.0
+
+            def __call__(self, approx, losses, i):
+                self.best = None
+
+            def state_dict(self):
+                return {"best": self.best}
+
+            def load_state_dict(self, state): ...
+
+        with pytest.raises(TypeError, match="of the callback Late is a NoneType"):
+            fit(rows, tmp_path / "f", 9, callbacks=[Late()])
+        assert not list(tmp_path.iterdir())
+
+    def test_parameters_that_are_not_finite_are_not_saved(self, rows, checkpoint, seven_steps):
+        """The loss of the last step is finite: nothing else tells."""
+
+        def spoil(approx, losses, i):
+            if i == 9:
+                approx.params[0].set_value(np.full(2, np.nan))
+
+        with pytest.raises(FloatingPointError, match=r"mu is not finite after step 9, so .*f is"):
+            fit(rows, checkpoint, 9, callbacks=[spoil])
+        assert checkpoint.read_bytes() == seven_steps
+
+    def test_it_holds_no_code(self, checkpoint):
+        with np.load(checkpoint, allow_pickle=False) as file:
+            assert json.loads(file["header"].tobytes())["done"] == 7
+            assert all(file[name].dtype.kind in "fiu" for name in file)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="forks")
+    def test_a_process_that_is_killed_goes_on_to_the_same_numbers(self, tmp_path):
+        """Killed half through a checkpoint, before its rename, and at random moments."""
+        command = [
+            sys.executable,
+            "-m",
+            "tests.variational.streaming.fit.killed_fit",
+            str(tmp_path),
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("same numbers after 4 kills\n")
+
+
+class TestStreamState:
+    @pytest.mark.parametrize("change", [{"buffer_size": 200}, {"dtype": "float32"}])
+    def test_a_stream_made_in_another_way_is_refused(self, change):
+        def make(buffer_size=100, dtype="float64"):
+            buffer = shuffle_buffer(
+                np.zeros((500, 1)), buffer_size=buffer_size, batch_size=10, seed=0
+            )
+            return StreamingDataset(buffer, batch_size=10, dtype=dtype)
+
+        with pytest.raises(ValueError, match=r"where the state was saved with"):
+            make(**change).load_state_dict(make().state_dict())
+
+    def test_resuming_reads_one_window_and_no_more(self, rows, monkeypatch):
+        """Row groups before the window are skipped by their metadata; a read has 50 rows here."""
+        monkeypatch.setattr("pymc.variational._streaming.sources.rows.PIECE_ROWS", 50)
+        read = []
+        to_rows = RowFormat.to_rows
+
+        def count(self, batch):
+            read.append(batch.num_rows)
+            return to_rows(self, batch)
+
+        ds = dataset(rows, columns=("row",), batch_size=50, prefetch=False)
+        with ds:
+            for _ in range(2 * 40 - 4):
+                ds.advance()
+            state, expected = ds.state_dict(), ds.as_tensor().get_value()
+        assert (state["epoch"], state["offset"]) == (1, 1_750)
+        monkeypatch.setattr(RowFormat, "to_rows", count)
+        resumed = dataset(rows, columns=("row",), batch_size=50, prefetch=False)
+        resumed.load_state_dict(json.loads(json.dumps(state)))
+        with resumed:
+            resumed.advance()
+            np.testing.assert_array_equal(resumed.as_tensor().get_value(), expected)
+        assert sum(read) <= 300 + 2 * 50
+
+    @pytest.mark.parametrize("stop", [1, 5, 31, 32, 63, 100])
+    def test_resumed_streams_give_the_same_batches(self, rows, stop):
+        def batches(ds, n):
+            for _ in range(n):
+                ds.advance()
+                yield ds.as_tensor().get_value()
+
+        with dataset(rows) as whole:
+            expected = list(batches(whole, 120))
+        with dataset(rows) as first:
+            list(batches(first, stop))
+            state = json.loads(json.dumps(first.state_dict()))
+        with dataset(rows, prefetch=False) as second:
+            second.load_state_dict(state)
+            found = list(batches(second, 121 - stop))
+        np.testing.assert_array_equal(found, expected[stop - 1 :])
+
+
+def test_the_code_of_the_how_to_runs_and_goes_on(tmp_path, monkeypatch):
+    page = (ROOT / "docs/source/resume.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    losses = []
+    for n in ("2_000", "2_010"):
+        names: dict = {}
+        exec(compile(code.replace(" 2_000,\n", f" {n},\n"), "resume.md", "exec"), names)
+        losses.append(names["approx"].hist)
+    assert [len(loss) for loss in losses] == [2_000, 2_010]
+    np.testing.assert_array_equal(losses[1][:2_000], losses[0])

@@ -1,0 +1,659 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Ordered rows are told from shuffled ones, before and while they are streamed."""
+
+import itertools
+import re
+import threading
+import time
+import warnings
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+import pymc as pm
+
+from pymc.variational._streaming.order.anova import Features, Moments, anova
+from pymc.variational.streaming import (
+    OrderError,
+    OrderWarning,
+    StreamError,
+    StreamingDataset,
+    check_order,
+    parquet_source,
+    shuffle_buffer,
+)
+
+N_ROWS = 400_000
+WINDOW = 20_000
+QUICK = {"progressbar": False, "compile_kwargs": {"mode": "FAST_COMPILE"}}
+
+
+def draw(tails: str, n_rows: int = N_ROWS, seed: int = 1) -> np.ndarray:
+    """Return three features and a label that depends on them."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n_rows, 3)) if tails == "normal" else rng.standard_t(2, (n_rows, 3))
+    return np.column_stack([x, label(x @ [0.5, -0.3, 0.2], rng)])
+
+
+def label(logit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return (rng.random(len(logit)) < 1 / (1 + np.exp(-logit))).astype(float)
+
+
+def first(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.column_stack([column, rows[:, 1:]])
+
+
+def relate_features(rows: np.ndarray, time: np.ndarray) -> np.ndarray:
+    slope = 0.3 * (2 * time - 1)
+    second = slope * rows[:, 0] + np.sqrt(1 - slope**2) * rows[:, 1]
+    return np.column_stack([rows[:, 0], second, rows[:, 2:]])
+
+
+def relate_label(rows: np.ndarray, time: np.ndarray) -> np.ndarray:
+    y = label(0.5 * time * rows[:, 0], np.random.default_rng(2))
+    return np.column_stack([rows[:, :3], y])
+
+
+def amounts(time: np.ndarray) -> np.ndarray:
+    """Return zeros and, one in fifty, amounts that grow tenfold; as often at all times."""
+    rng = np.random.default_rng(4)
+    return rng.gamma(2.0, 10.0 * 10**time) * (rng.random(len(time)) < 0.02)
+
+
+DISORDERS = {
+    "by time": lambda rows, t: np.column_stack([rows[:, :2], t, rows[:, 3]]),
+    "by label": lambda rows, t: rows[np.argsort(rows[:, 3], kind="stable")],
+    "by feature": lambda rows, t: rows[np.argsort(rows[:, 0])],
+    "mean drifts by 0.2 sd": lambda rows, t: first(rows[:, 0] + 0.2 * t, rows),
+    "variance drifts by 30 %": lambda rows, t: first(rows[:, 0] * np.sqrt(1 + 0.3 * t), rows),
+    "seasons": lambda rows, t: first(rows[:, 0] + 0.2 * np.sin(8 * np.pi * t), rows),
+    "amounts that are mostly zero": lambda rows, t: first(amounts(t), rows),
+    "jump in the last tenth": lambda rows, t: first(rows[:, 0] + 0.3 * (t > 0.9), rows),
+    "relation of features": relate_features,
+    "relation of x and y": relate_label,
+}
+KINDS = list(itertools.product(["normal", "Student-t(2)"], DISORDERS))
+
+
+def ordered(tails: str, name: str) -> np.ndarray:
+    """Return rows in, or drifting with, an order of this kind."""
+    return DISORDERS[name](draw(tails), np.linspace(0, 1, N_ROWS))
+
+
+def in_sequence(rows: np.ndarray):
+    """Return a source without random access, so that only the check of the stream is left."""
+    return lambda: iter(np.array_split(rows, 17))
+
+
+def marginals(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+    """Return shuffled columns of the kinds that mislead tests of normal means."""
+    return {
+        "normal": rng.normal(size=n),
+        "Cauchy": rng.standard_cauchy(n),
+        "log-normal": rng.lognormal(0, 3, n),
+        "rare binary": (rng.random(n) < 1e-4).astype(float),
+        "single event": (np.arange(n) == n // 3).astype(float),
+        "burst": ((np.arange(n) >= n // 3) & (np.arange(n) < n // 3 + 60)).astype(float),
+        "fair binary": (rng.random(n) < 0.5).astype(float),
+        "constant": np.full(n, 0.1),
+        "mostly zero": rng.lognormal(0, 2, n) * (rng.random(n) < 0.01),
+        "counts": rng.poisson(0.05, n).astype(float),
+        "seconds since 1970": 1.7e9 + rng.permutation(n),
+    }
+
+
+MARGINALS = marginals(np.random.default_rng(3), N_ROWS)
+
+
+class TestDetection:
+    @pytest.mark.parametrize("kind", KINDS, ids="-".join)
+    def test_a_sample_shows_order_before_streaming(self, kind):
+        report = check_order(ordered(*kind), buffer_size=WINDOW)
+        assert report.ordered
+        assert report.stage == "preflight"
+        assert report.p_value < 1e-5 * report.threshold
+
+    @pytest.mark.parametrize("kind", KINDS, ids="-".join)
+    def test_the_stream_shows_order(self, kind):
+        report = check_order(in_sequence(ordered(*kind)), buffer_size=WINDOW)
+        assert report.ordered
+        assert report.stage == "stream"
+        assert report.p_value < 1e-2 * report.threshold
+
+    def test_the_guilty_feature_is_named(self):
+        columns = ["a", "b", "c", "y"]
+        rows = ordered("normal", "relation of features")
+        table = pa.table(dict(zip(columns, rows.T)))
+        report = check_order(lambda: table.to_reader(), buffer_size=WINDOW)
+        assert report.feature == report.shown[0] == "a × b"
+
+    def test_the_design_effect_and_the_drift_are_right_for_known_shifts(self):
+        """ρ = between / (between + 1); 1 % tolerance for the sampling of 20 windows' means."""
+        rng = np.random.default_rng(4)
+        shift = np.repeat(rng.permutation(np.linspace(-0.4, 0.4, 20)), WINDOW)
+        rows = (rng.normal(size=N_ROWS) + shift)[:, None]
+        between = np.var(np.linspace(-0.4, 0.4, 20), ddof=1)
+        correlation = between / (between + 1)
+        report = check_order(rows, buffer_size=WINDOW)
+        assert report.feature == "column 0"
+        assert report.design_effect == pytest.approx(WINDOW * correlation, rel=0.05)
+        assert report.drift == pytest.approx(np.sqrt(N_ROWS * correlation), rel=0.05)
+
+    def test_a_drift_that_single_batches_hide_shows_in_groups_of_them(self):
+        rows = ordered("normal", "mean drifts by 0.2 sd")
+        report = check_order(in_sequence(rows), buffer_size=500)
+        assert report.ordered
+        assert report.span > 500
+
+    @pytest.mark.parametrize("source", [lambda rows: rows, in_sequence], ids=["sample", "stream"])
+    def test_two_windows_are_compared_though_one_is_short(self, source):
+        rows = np.sort(draw("normal", 48_000), axis=0)
+        assert check_order(source(rows), buffer_size=40_000).ordered
+
+    @pytest.mark.parametrize("length", [1, 7])
+    def test_blocks_of_few_rows_show_order(self, length):
+        """The first block has too few rows to fit the features on, and is overwritten."""
+        rows = np.random.default_rng(5).normal(size=(40_000, 2))
+        rows[:, 0] = np.linspace(0, 1, 40_000) + 0.1 * rows[:, 0]
+        block = np.empty((length, 2))
+
+        def blocks():
+            for first in range(0, len(rows), length):
+                part = block[: len(rows[first : first + length])]
+                part[:] = rows[first : first + length]
+                yield part
+
+        report = check_order(blocks, buffer_size=2_000)
+        expected = check_order(lambda: iter([rows]), buffer_size=2_000)
+        assert report.ordered
+        assert report.feature.startswith("column 0")
+        assert (report.n_groups, report.rows_read) == (expected.n_groups, expected.rows_read)
+
+    def test_a_table_with_fewer_rows_than_features_are_fitted_on_is_compared(self):
+        rows = np.linspace(0, 1, 4_000)[:, None]
+        source = lambda: iter(np.array_split(rows, 400))  # noqa: E731
+        assert check_order(source, buffer_size=3_000).n_groups == 2
+
+    def test_many_columns_and_other_shapes(self):
+        rng = np.random.default_rng(5)
+        images = rng.normal(size=(50_000, 4, 5))
+        assert not check_order(images, buffer_size=5_000).ordered
+        images[:, 1, 2] += np.linspace(0, 1, 50_000)
+        for source in (images, in_sequence(images)):
+            assert check_order(source, buffer_size=5_000).feature.startswith("column 7")
+
+
+class TestSilence:
+    @pytest.mark.parametrize("name", MARGINALS)
+    def test_shuffled_rows_of_any_marginal_raise_no_alarm(self, name):
+        rows = np.column_stack([MARGINALS[name], MARGINALS["normal"]])
+        if name != "burst":
+            rows = np.random.default_rng(6).permutation(rows)
+        for source in (rows, in_sequence(rows)):
+            for window in (500, WINDOW):
+                assert not check_order(source, buffer_size=window).ordered
+
+    @pytest.mark.parametrize("sequential", [False, True])
+    def test_all_marginals_at_once_raise_no_alarm(self, sequential):
+        names = [name for name in MARGINALS if name != "burst"]
+        rows = np.column_stack([MARGINALS[name] for name in names])
+        source = in_sequence(rows) if sequential else rows
+        assert not check_order(source, buffer_size=WINDOW).ordered
+
+    @pytest.mark.parametrize("period", [2, 37, 500, 4_000])
+    def test_patterns_that_a_window_averages_out_raise_no_alarm(self, period):
+        pattern = np.arange(N_ROWS) % period / period
+        rows = np.column_stack([draw("normal")[:, 0] + 3 * pattern, pattern > 0.5])
+        for source in (rows, in_sequence(rows)):
+            assert not check_order(source, buffer_size=WINDOW).ordered
+
+    def test_order_within_windows_raises_no_alarm(self):
+        rows = np.sort(draw("normal")[:, :1].reshape(-1, WINDOW, 1), axis=1).reshape(-1, 1)
+        assert not check_order(in_sequence(rows), buffer_size=WINDOW).ordered
+        assert not check_order(rows, buffer_size=WINDOW).ordered
+
+    @pytest.mark.parametrize("n_rows", [WINDOW, WINDOW // 2])
+    def test_a_buffer_that_holds_the_table_leaves_nothing_to_compare(self, n_rows):
+        rows = np.arange(float(n_rows))[:, None]
+        for source in (rows, in_sequence(rows)):
+            report = check_order(source, buffer_size=WINDOW)
+            assert not report.ordered
+            assert str(report).startswith("Nothing to compare: one window")
+
+    def test_a_rare_label_that_stands_in_one_place_is_mentioned(self):
+        rows = np.column_stack([draw("normal")[:, 0], np.arange(N_ROWS) >= N_ROWS - 4_000])
+        report = check_order(rows, buffer_size=WINDOW)
+        assert not report.ordered
+        assert "'column 1' stands out in so few places of the sample" in str(report)
+        assert check_order(in_sequence(rows), buffer_size=WINDOW).ordered
+
+    def test_a_difference_that_no_posterior_notices_raises_no_alarm(self):
+        """Window means of a design effect of 4.7: chi-square is 90 on 19 degrees of freedom.
+
+        The mean square within windows, of 620 degrees of freedom, has an sd of 0.057.
+        """
+        noise = np.random.default_rng(7).normal(size=(20, WINDOW))
+        noise -= noise.mean(axis=1, keepdims=True)
+        shift = np.linspace(-1, 1, 20)[:, None]
+        rows = noise + shift * np.sqrt(90 / WINDOW / (shift**2).sum())
+        report = check_order(rows.reshape(-1, 1), buffer_size=WINDOW)
+        assert report.p_value < report.threshold
+        assert not report.ordered
+        assert report.design_effect == pytest.approx(90 / 19, abs=4 * 0.057)
+        assert str(report).startswith("No order that a posterior would notice: 'column 0' differs")
+
+
+class TestValues:
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    @pytest.mark.parametrize("sequential", [False, True], ids=["sample", "stream"])
+    def test_values_that_a_stream_refuses_are_refused(self, value, sequential):
+        rows = np.random.default_rng(0).normal(size=(20_000, 2))
+        rows[:, 0] += np.linspace(0, 5, 20_000)
+        rows[5_000:, 1] = value
+        source = in_sequence(rows) if sequential else rows
+        with pytest.raises(StreamError, match=rf"row 5000 of the stream holds {value} in column"):
+            check_order(source, buffer_size=1_000)
+
+
+class TestStatistic:
+    @given(seed=st.integers(0, 2**32), sizes=st.lists(st.integers(2, 30), min_size=2, max_size=9))
+    def test_it_is_the_f_test_of_one_way_anova(self, seed, sizes):
+        groups = [np.random.default_rng([seed, g]).normal(size=n) for g, n in enumerate(sizes)]
+        every = np.concatenate(groups)[None]
+        sums = np.array([[group.sum()] for group in groups])
+        found = anova(sums, np.array(sizes), Moments.of(every), events=np.array([np.inf]))
+        np.testing.assert_allclose(found.p_value, stats.f_oneway(*groups).pvalue, rtol=1e-6)
+
+    @pytest.mark.parametrize("name", ["normal", "Cauchy", "counts", "fair binary", "mostly zero"])
+    def test_p_values_of_shuffled_rows_are_uniform(self, name):
+        """Kolmogorov–Smirnov at a false-alarm rate of 1e-5 for each marginal."""
+        rng = np.random.default_rng(8)
+        rows = MARGINALS[name][:30_000, None]
+        features = Features.fit(rows, None)
+        values = features(rows)
+        total = Moments.of(values)
+        p_values = []
+        for _ in range(1_000):
+            shuffled = rng.permuted(values, axis=1).reshape(len(features), 20, 1_500)
+            sums = shuffled.sum(axis=2).T
+            p_values.append(anova(sums, np.full(20, 1_500), total).p_value[0])
+        assert stats.kstest(p_values, "uniform").pvalue > 1e-5
+
+    @pytest.mark.parametrize("n_columns", [3, 9], ids=["all products", "projections"])
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_sums_over_windows_are_those_of_numpy(self, n_columns, dtype):
+        """Rows 700 to 3,700 of windows of 1,000 rows, with a constant and a binary column."""
+        rng = np.random.default_rng(0)
+        rows = rng.standard_t(2, size=(3_000, n_columns)).astype(dtype)
+        rows[:, 0], rows[:, 1] = rng.random(3_000) < 0.01, 7.0
+        features = Features.fit(rows, None)
+        rows[::50, 1] = 8.0
+        values, picks = features(rows), np.sort(rng.choice(1_000, 400, replace=False))
+        used = np.isin(np.arange(700, 3_700) % 1_000, picks)
+        windows = np.arange(700, 3_700) // 1_000
+        total, sums, sizes = features.sums(rows, 700, 1_000, picks)
+        expected = [values[:, used & (windows == w)].sum(axis=1) for w in range(4)]
+        np.testing.assert_allclose(sums, expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_array_equal(sizes, np.bincount(windows[used]))
+        np.testing.assert_allclose(total.sums, Moments.of(values[:, used]).sums, rtol=1e-9)
+        assert total.n == used.sum()
+        first = np.clip((rows - features.arrays[0]) * features.arrays[1], -5, 5)[:, 2]
+        np.testing.assert_allclose(values[2], first, rtol=1e-6)
+        np.testing.assert_array_equal(values[1], rows[:, 1] == 8.0)
+        product = features.names.index(f"column 0 × column {n_columns - 1}")
+        expected = values[0] * values[n_columns - 1]
+        np.testing.assert_allclose(values[product], expected, rtol=1e-9)
+
+    @given(
+        scale=st.floats(1e-6, 1e6),
+        shift=st.floats(-10, 10),
+        flip=st.booleans(),
+        seed=st.integers(0, 9),
+    )
+    def test_units_do_not_matter(self, scale, shift, flip, seed):
+        rows = draw("normal", 4_000, seed)
+        rows[:, 0] += np.linspace(0, 0.5, 4_000)
+        other = rows.copy()
+        other[:, :3] = (-1 if flip else 1) * scale * (other[:, :3] + shift)
+        for source in (lambda x: x, in_sequence):
+            expected, found = (check_order(source(x), buffer_size=200) for x in (rows, other))
+            assert found.feature == expected.feature
+            np.testing.assert_allclose(found.p_value, expected.p_value, rtol=1e-6)
+
+    @pytest.mark.parametrize("dtype", ["float16", ">f8", "int64", "bool"])
+    def test_rows_of_any_type_are_compared(self, dtype):
+        rows = np.linspace(0, 1.9, 20_000).reshape(-1, 1).astype(dtype)
+        rows[:10_000] = 0
+        for source in (lambda x: x, in_sequence):
+            assert check_order(source(rows), buffer_size=1_000).ordered
+
+    def test_arrays_are_read_by_one_thread(self, monkeypatch):
+        """Those of other libraries may not be safe to share."""
+        read_apart(monkeypatch)
+        readers = set()
+
+        class Chunked:
+            chunks = (500, 4)
+            shape = (N_ROWS, 4)
+            dtype = np.dtype("float64")
+
+            def __getitem__(self, rows):
+                readers.add(threading.get_ident())
+                time.sleep(1e-4)
+                return values[rows]
+
+        values = draw("normal")
+        assert check_order(Chunked(), buffer_size=100_000).rows_read > 0
+        readers.discard(threading.get_ident())
+        assert len(readers) <= 1
+
+    def test_the_same_rows_give_the_same_report(self):
+        for source in (MARGINALS["normal"][:, None], in_sequence(MARGINALS["normal"][:, None])):
+            first, second = (check_order(source, buffer_size=WINDOW) for _ in range(2))
+            assert str(first) == str(second)
+
+    def test_memory_does_not_grow_with_the_number_of_windows(self):
+        """Of 40,000 windows, at most 40 groups are kept, which hold every row once."""
+        rows = MARGINALS["normal"][:, None]
+        report = check_order(in_sequence(rows), buffer_size=10)
+        assert report.means.shape == (2, len(report.places))
+        assert 20 <= len(report.places) <= 40
+        every = np.broadcast_to(0.5 * np.diff(report.places)[:1], 1)
+        np.testing.assert_allclose(report.places[:1], every)
+
+
+def write(folder, rows: np.ndarray, row_group_size: int) -> str:
+    table = pa.table({name: rows[:, j] for j, name in enumerate("abcy"[: rows.shape[1]])})
+    pq.write_table(table, folder / "rows.parquet", row_group_size=row_group_size)
+    return str(folder / "rows.parquet")
+
+
+def read_apart(monkeypatch) -> None:
+    """Let two threads read the blocks of the sample one by one, though they are near by."""
+    module = "pymc.variational._streaming.order.preflight"
+    monkeypatch.setattr(f"{module}._THREADS", 2)
+    monkeypatch.setattr(f"{module}.GLANCE_ROWS", 1)
+
+
+class TestParquet:
+    def test_footers_alone_show_sorted_columns(self, tmp_path):
+        path = write(tmp_path, ordered("normal", "by feature"), 10_000)
+        report = check_order(parquet_source(path), buffer_size=WINDOW)
+        assert report.ordered
+        assert (report.feature, report.rows_read) == ("a", 0)
+        assert "footers alone" in str(report)
+
+    def test_footers_of_row_groups_that_a_window_mixes_say_nothing(self, tmp_path):
+        """Row groups are sorted, and each window holds all ranges."""
+        rows = np.sort(draw("normal", 100_000)[:, :2].reshape(5, 20_000, 2), axis=1)
+        path = write(tmp_path, rows.reshape(-1, 2), 1_000)
+        assert not check_order(parquet_source(path), buffer_size=20_000).ordered
+
+    @pytest.mark.parametrize("row_group_size", [300, 7_000, 65_537, N_ROWS])
+    def test_the_sample_is_of_the_rows_it_claims(self, tmp_path, row_group_size):
+        """Files and arrays give the same report, whatever the row groups."""
+        rows = ordered("normal", "jump in the last tenth")
+        path = write(tmp_path, rows, row_group_size)
+        source = parquet_source(path)
+        report, expected = (check_order(x, buffer_size=WINDOW) for x in (source, rows))
+        assert report.rows_read > 0
+        assert report.ordered
+        if report.rows_read == expected.rows_read:
+            np.testing.assert_allclose(report.means, expected.means)
+
+    def test_row_groups_that_cost_too_much_are_sampled_near_their_start(
+        self, tmp_path, monkeypatch
+    ):
+        module = "pymc.variational._streaming.order.preflight"
+        monkeypatch.setattr(f"{module}._BUDGET", 1 << 20)
+        rows = draw("normal")
+        path = write(tmp_path, rows, N_ROWS)
+        report = check_order(parquet_source(path), buffer_size=4_000)
+        assert not report.ordered
+        assert report.stage == "preflight"
+        assert re.search(r"Only \d+ % of the table was in reach", str(report))
+
+    def test_files_are_read_by_several_threads(self, tmp_path, monkeypatch):
+        source = parquet_source(write(tmp_path, draw("normal"), 500))
+        glance, calls, both = source.glance, itertools.count(), threading.Barrier(2, timeout=60)
+
+        def meet(start):
+            if next(calls) < 2:
+                both.wait()
+            return glance(start)
+
+        read_apart(monkeypatch)
+        monkeypatch.setattr(source, "glance", meet)
+        assert check_order(source, buffer_size=100_000).rows_read > 0
+
+    def test_row_groups_in_random_order_are_judged_in_that_order(self, tmp_path):
+        path = write(tmp_path, ordered("normal", "by time"), 1_000)
+        source = parquet_source(path, shuffle_row_groups=True, seed=0)
+        assert check_order(source, buffer_size=4_000).ordered
+        assert not check_order(source, buffer_size=N_ROWS).ordered
+
+
+@pytest.fixture(scope="module")
+def alarm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("order")
+    rows = ordered("normal", "mean drifts by 0.2 sd")
+    return check_order(parquet_source(write(folder, rows, 10_000)), buffer_size=WINDOW)
+
+
+class TestReport:
+    def test_the_alarm_gives_numbers_cause_and_remedy(self, alarm):
+        message = str(alarm)
+        path = re.escape(alarm.repair.split('"')[1])
+        assert "'a' differs between 20 windows of 20,000 rows (p = " in message
+        assert f"design effect is {alarm.design_effect:,.0f}:" in message
+        assert "One window covers 5 % of the 400,000 rows" in message
+        assert f"about {alarm.drift:,.0f} posterior standard deviations" in message
+        assert "0.045 at 1 million rows, 0.69 at 20 million and 1.65 at 26 million" in message
+        assert re.search(
+            rf'preshuffle\("{path}", "{path[: -len(r".parquet") - 1]}-shuffled", seed=0\)', message
+        )
+        assert "\n" not in message and not message.endswith(".")
+
+    def test_silence_says_what_it_could_not_have_seen(self):
+        report = check_order(draw("normal"), buffer_size=WINDOW)
+        assert str(report).startswith(
+            "No order found: 20 windows of 20,000 rows differ no more than random ones would"
+        )
+        assert f"less than {report.visible:,.0f} posterior standard deviations" in str(report)
+
+    @pytest.mark.parametrize(
+        "make, repair",
+        [
+            (lambda path: parquet_source(path.parent), 'preshuffle("{0}", "{0}-shuffled", seed=0)'),
+            (lambda path: parquet_source(f"{path.parent}/*"), 'preshuffle("{0}/*", "shuffled", '),
+            (lambda path: parquet_source([path]), 'preshuffle(["{0}/rows.parquet"], "shuffled", '),
+            (lambda path: np.arange(9.0), "rows[np.random.default_rng(0).permutation(len(rows))]"),
+            (lambda path: iter([np.arange(9.0)]), "write the rows to Parquet, and preshuffle("),
+        ],
+        ids=["folder", "glob", "list", "array", "iterator"],
+    )
+    def test_the_repair_fits_the_source(self, tmp_path, make, repair):
+        write(tmp_path, draw("normal", 100), 100)
+        report = check_order(make(tmp_path / "rows.parquet"))
+        assert report.repair.startswith(repair.format(tmp_path))
+
+    def test_the_figure_shows_means_and_band(self, alarm):
+        matplotlib = pytest.importorskip("matplotlib")
+        matplotlib.use("Agg")
+        ax = alarm.plot()
+        lines = ax.get_lines()[:3]
+        assert [line.get_label() for line in lines] == list(alarm.shown)
+        np.testing.assert_array_equal(lines[0].get_ydata(), alarm.means[0])
+        assert len(ax.collections) == 3
+        matplotlib.pyplot.close(ax.figure)
+
+
+def fit(ds: StreamingDataset, n_steps: int = 40):
+    with pm.Model():
+        mu = pm.Normal("mu")
+        pm.Normal("y", mu, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+        return pm.fit(n_steps, callbacks=[ds.fit_callback()], **QUICK)
+
+
+class TestStreaming:
+    drifting = (
+        np.random.default_rng(9).normal(size=(20_000, 1)) + np.linspace(0, 2, 20_000)[:, None]
+    )
+
+    def dataset(self, rows, **kwargs) -> StreamingDataset:
+        buffer = shuffle_buffer(rows, buffer_size=1_000, batch_size=500, seed=0)
+        return StreamingDataset(buffer, batch_size=500, **kwargs)
+
+    def test_a_fit_of_ordered_rows_warns_once_before_the_first_step(self):
+        ds = self.dataset(self.drifting)
+        with pytest.warns(OrderWarning, match="20 windows of 1,000 rows") as told:
+            callback = ds.fit_callback()
+        assert [w.filename for w in told] == [__file__]
+        del callback
+        fit(ds)
+
+    def test_a_fit_of_a_sequence_warns_while_it_streams(self):
+        ds = self.dataset(in_sequence(self.drifting))
+        ds.advance()
+        with pytest.warns(OrderWarning, match="order that the stream does not mix") as told:
+            fit(ds, 100)
+        assert len(told) == 1
+
+    @pytest.mark.parametrize("prefetch", [True, False])
+    def test_raising_ends_the_fit_with_an_error(self, prefetch):
+        ds = self.dataset(in_sequence(self.drifting), order_check="raise", prefetch=prefetch)
+        with pytest.raises(OrderError, match="Shuffle the table once"):
+            fit(ds, 100)
+        assert np.isnan(ds.as_tensor().get_value()).all()
+        with pytest.raises(OrderError):
+            ds.advance()
+
+    def test_raising_before_the_first_step_leaves_no_batch(self):
+        ds = self.dataset(self.drifting, order_check="raise")
+        for _ in range(2):
+            with pytest.raises(OrderError):
+                ds.fit_callback()
+        assert np.isnan(ds.as_tensor().get_value()).all()
+
+    def test_off_is_silent(self):
+        fit(self.dataset(self.drifting, order_check="off"), 100)
+
+    def test_batches_that_are_not_shuffled_are_the_windows(self):
+        ds = StreamingDataset(self.drifting, batch_size=500, order_check="raise")
+        with pytest.raises(OrderError, match="windows of 500 rows"):
+            ds.advance()
+
+    def test_the_check_does_not_change_the_batches(self):
+        def batches(order_check):
+            with self.dataset(in_sequence(self.drifting), order_check=order_check) as ds:
+                for _ in range(60):
+                    ds.advance()
+                    yield ds.as_tensor().get_value()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OrderWarning)
+            for checked, unchecked in zip(batches("warn"), batches("off"), strict=True):
+                np.testing.assert_array_equal(checked, unchecked)
+
+    def test_prefetch_does_not_change_when_the_alarm_comes(self):
+        def steps(prefetch):
+            ds = self.dataset(in_sequence(self.drifting), order_check="raise", prefetch=prefetch)
+            with pytest.raises(OrderError):
+                for _ in range(100):
+                    ds.advance()
+            return ds.rows_seen
+
+        assert steps(prefetch=True) == steps(prefetch=False)
+
+    def test_epochs_and_reopened_streams_do_not_count_twice(self):
+        """The chance differences of 20 windows, counted 60 times, would be an alarm."""
+        rows = np.random.default_rng(10).normal(size=(20_000, 1))
+        for source in (rows, in_sequence(rows)):
+            ds = self.dataset(source, order_check="raise", prefetch=False)
+            for step in range(60 * 40):
+                assert ds.advance()
+                if step % 150 == 0:
+                    ds.close()
+            ds.close()
+
+    def test_order_that_is_redrawn_is_checked_in_later_epochs(self, tmp_path):
+        """Sorted rows in row groups as large as a window, but for the first two epochs."""
+        n_rows = 20_000
+        rng = np.random.default_rng(11)
+        path = write(tmp_path, rng.normal(size=(n_rows, 1)), 1_000)
+        source = parquet_source(path, shuffle_row_groups=True, seed=0)
+        genuine = source.pieces
+
+        def pieces(epoch, start):
+            for piece in genuine(epoch, start):
+                for group in np.split(piece.rows(), len(piece) // 1_000):
+                    yield group + (epoch >= 2) * np.sort(group, axis=0)[0]
+
+        source.pieces = pieces
+        ds = self.dataset(source, order_check="raise")
+        with pytest.raises(OrderError):
+            for _ in range(200):
+                ds.advance()
+        assert ds.epoch >= 1
+
+    def test_rows_that_are_known_to_be_shuffled_skip_the_sample_only(self, tmp_path):
+        source = parquet_source(write(tmp_path, self.drifting, 1_000))
+        source.shuffled = True
+        ds = self.dataset(source, order_check="raise", prefetch=False)
+        assert ds.advance()
+        with pytest.raises(OrderError):
+            for _ in range(100):
+                ds.advance()
+
+    def test_a_one_shot_iterator_is_checked_as_it_goes_by(self):
+        blocks = iter(np.array_split(self.drifting, 40))
+        ds = StreamingDataset(blocks, batch_size=500, total_size=20_000, order_check="raise")
+        with pytest.raises(OrderError):
+            for _ in range(39):
+                ds.advance()
+
+    @pytest.mark.parametrize(
+        "sequential, n_steps, told", [(True, 3, True), (True, 4, False), (False, 3, False)]
+    )
+    def test_a_fit_that_ends_before_all_rows_were_compared_says_so(
+        self, caplog, sequential, n_steps, told
+    ):
+        rows = draw("normal", 4_000)
+        source = in_sequence(rows) if sequential else rows
+        ds = StreamingDataset(source, batch_size=1_000, total_size=4_000, prefetch=False)
+        with pm.Model():
+            y = ds.as_tensor()[:, 0]
+            pm.Normal("y", pm.Normal("mu"), 1, observed=y, total_size=4_000)
+            pm.fit(n_steps, callbacks=[ds.fit_callback()], **QUICK)
+        assert ("used 3,000 rows, less than one epoch" in caplog.text) == told
+
+    @pytest.mark.parametrize("choice", ["maybe", None, True])
+    def test_other_choices_are_refused(self, choice):
+        with pytest.raises(ValueError, match="is not a choice; pass 'warn', 'raise' or 'off'"):
+            StreamingDataset(self.drifting, batch_size=9, order_check=choice)
+
+    @pytest.mark.parametrize("n_rows, batch_size", list(itertools.product([1, 7, 30], [1, 3, 10])))
+    def test_tables_too_small_for_a_claim_pass_in_silence(self, n_rows, batch_size):
+        rows = np.random.default_rng(12).normal(size=(n_rows, 2))
+        ds = StreamingDataset(rows, batch_size=batch_size, order_check="raise", prefetch=False)
+        with ds:
+            for _ in range(3 * n_rows // batch_size + 2):
+                ds.advance()

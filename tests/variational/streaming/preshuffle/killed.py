@@ -1,0 +1,138 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Kill a shuffle at every moment, run it again, and check what is there in between and after.
+
+``python -m tests.variational.streaming.preshuffle.killed FOLDER KIND EVERY`` kills at every EVERY-th line of Python
+that the main thread executes, each time in a child process.  KIND is "local", or "remote" for a
+filesystem that cannot rename folders.
+"""
+
+import os
+import signal
+import sys
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.preshuffle.command import preshuffle
+from pymc.variational._streaming.sources.parquet.files import inspect
+from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
+from pymc.variational._streaming.sources.parquet.paths import list_parquet
+from tests.variational.streaming.preshuffle.preshuffled import cut_small, digests
+
+N_ROWS = 2000
+
+
+def main(folder: str, kind: str, every: str) -> None:
+    cut_small(setattr, block=4096, tasks=4)
+    root = Path(folder)
+    (root / "in").mkdir()
+    table = pa.table({"row": np.arange(N_ROWS), "word": [f"{k % 7}" for k in range(N_ROWS)]})
+    table = table.set_column(1, "word", table["word"].dictionary_encode())
+    pq.write_table(table, root / "in" / "a.parquet", row_group_size=300)
+    filesystem = pa.fs.LocalFileSystem()
+    if kind == "remote":
+        filesystem = pa.fs.SubTreeFileSystem("/", filesystem)
+
+    def shuffle() -> None:
+        preshuffle(root / "in", root / "out", seed=0, filesystem=filesystem, progressbar=False)
+
+    assert in_child(shuffle) == 0
+    expected = digests(root / "out")
+    moment, kills, finished = 0, 0, 0
+    while True:
+        empty(root)
+        if in_child(lambda: shuffle_until(shuffle, moment)) == 0:
+            break
+        finished += check_between(root, filesystem, expected)
+        in_child(lambda: again(shuffle))
+        assert digests(root / "out") == expected, f"other bytes after a kill at line {moment}"
+        assert sorted(os.listdir(root)) == ["in", "out"], f"litter after a kill at line {moment}"
+        moment, kills = moment + int(every), kills + 1
+    sys.stdout.write(f"{kills} kills, {finished} of them after the result was published\n")
+
+
+def in_child(function: Callable[[], None]) -> int:
+    """Run *function* in a forked process, and return how that ended."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException as err:
+            sys.stderr.write(f"{type(err).__name__}: {err}\n")
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), status
+    return status
+
+
+def shuffle_until(shuffle: Callable[[], None], moment: int) -> None:
+    """Die when the main thread is about to execute the line with this number."""
+    left = [moment]
+
+    def on_line(frame, event, arg):
+        if event == "line":
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+        return on_line
+
+    def on_call(frame, event, arg):
+        return on_line if "_streaming" in frame.f_code.co_filename else None
+
+    sys.settrace(on_call)
+    shuffle()
+    sys.settrace(None)
+
+
+def again(shuffle: Callable[[], None]) -> None:
+    """Run the same call again; it may have been killed when the result was there already."""
+    try:
+        shuffle()
+    except FileExistsError:
+        pass
+
+
+def check_between(root: Path, filesystem, expected: dict[str, str]) -> bool:
+    """Check that a source takes what is there for all or nothing; return whether for all."""
+    try:
+        fs, paths = list_parquet(root / "out", filesystem)
+    except (FileNotFoundError, ValueError):
+        return False
+    try:
+        check_marks({path: read_mark(inspect(fs, path)[1]) for path in paths})
+    except StreamError:
+        return False
+    parts = {name: digest for name, digest in digests(root / "out").items() if name[0] == "p"}
+    assert parts == expected, "an unfinished result was accepted"
+    return True
+
+
+def empty(root: Path) -> None:
+    for path in root.iterdir():
+        if path.name != "in":
+            for file in sorted(path.rglob("*"), reverse=True):
+                file.rmdir() if file.is_dir() else file.unlink()
+            path.rmdir()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,122 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Tables for the tests of `preshuffle`, and what came of them."""
+
+import datetime
+import decimal
+import hashlib
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pymc.variational._streaming.preshuffle import plan
+
+
+def cut_small(
+    monkeypatch_or_module, *, block: int = 1 << 14, tasks: int = 16, files: int | None = None
+) -> None:
+    """Let tables of kilobytes be cut into as many tasks as those of gigabytes are."""
+    for name, value in {
+        "_SMALL_TASK": 1,
+        "_SMALLEST_BLOCK": 1,
+        "_LARGEST_BLOCK": block,
+        "_FEWEST_TASKS": tasks,
+        "_FEWEST_FILES": files or tasks,
+        "_BATCH_BYTES": block // 4,
+    }.items():
+        monkeypatch_or_module(plan, name, value)
+
+
+def every_type(n: int) -> pa.Table:
+    """Return a table with a column of each type that Parquet can hold, and with nulls."""
+    rng = np.random.default_rng(1)
+    holes = rng.random(n) < 0.2
+    numbers = rng.integers(0, 100, n)
+    words = [f"word-{k * k}" * int(k % 4) for k in numbers]
+    lists = [list(range(k % 5)) for k in numbers]
+    decimals = [decimal.Decimal(int(k)) / 100 for k in numbers]
+    day = datetime.date(2026, 1, 1)
+    columns = {
+        "row": pa.array(np.arange(n)),
+        **{str(t): pa.array(numbers, t, mask=holes) for t in _NUMBERS},
+        **{str(t): pa.array(numbers.astype("f4"), mask=holes).cast(t) for t in _FLOATS},
+        "bool": pa.array(numbers % 2 == 0, mask=holes),
+        "null": pa.nulls(n),
+        "half": pa.array(numbers.astype("f2"), mask=holes),
+        "decimal": _holed(decimals, holes, pa.decimal128(10, 2)),
+        "decimal256": _holed(decimals, holes, pa.decimal256(50, 2)),
+        "date": _holed([day + datetime.timedelta(int(k)) for k in numbers], holes, pa.date32()),
+        "time": _holed(numbers.tolist(), holes, pa.time64("us")),
+        "timestamp": _holed(numbers.tolist(), holes, pa.timestamp("ns", "UTC")),
+        "duration": _holed(numbers.tolist(), holes, pa.duration("us")),
+        "string": _holed(words, holes, pa.string()),
+        "large string": _holed(words, holes, pa.large_string()),
+        "binary": _holed([w.encode() for w in words], holes, pa.binary()),
+        "fixed binary": _holed([b"%03d" % k for k in numbers], holes, pa.binary(3)),
+        "list": _holed(lists, holes, pa.list_(pa.int16())),
+        "large list": _holed(
+            [[str(i) for i in v] for v in lists], holes, pa.large_list(pa.string())
+        ),
+        "fixed list": pa.array([[1.5 * k, None] for k in numbers], pa.list_(pa.float32(), 2)),
+        "list of lists": _holed(
+            [[v, None, v] for v in lists], holes, pa.list_(pa.list_(pa.int8()))
+        ),
+        "struct": _holed(
+            [{"x": int(k), "y": {"z": str(k)}} for k in numbers],
+            holes,
+            pa.struct({"x": pa.int32(), "y": pa.struct({"z": pa.string()})}),
+        ),
+        "map": _holed(
+            [[(str(k), int(k))] for k in numbers], holes, pa.map_(pa.string(), pa.int64())
+        ),
+        "dictionary": _holed(words, holes, pa.string()).dictionary_encode(),
+        "ordered": pa.DictionaryArray.from_arrays(
+            pa.array(numbers % 3, pa.int8(), mask=holes),
+            ["low", "mid", "high", "never"],
+            ordered=True,
+        ),
+    }
+    fields = [
+        pa.field(name, column.type, metadata={"unit": name}) for name, column in columns.items()
+    ]
+    return pa.table(list(columns.values()), pa.schema(fields, {"origin": "a test"}))
+
+
+def rows_in_order(folder: Path, key: str = "row") -> list[int]:
+    """Return one column of a result, in the order of its files."""
+    files = sorted(folder.glob("*.parquet"))
+    return [value for file in files for value in pq.read_table(file)[key].to_pylist()]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return a digest of the bytes of each file."""
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.iterdir())
+        if p.is_file()
+    }
+
+
+_NUMBERS = [
+    *(pa.int8(), pa.int16(), pa.int32(), pa.int64()),
+    *(pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
+]
+_FLOATS = [pa.float32(), pa.float64()]
+
+
+def _holed(values: list, holes: np.ndarray, kind: pa.DataType) -> pa.Array:
+    return pa.array([None if hole else v for v, hole in zip(values, holes)], kind)

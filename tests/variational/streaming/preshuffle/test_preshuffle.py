@@ -1,0 +1,548 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+import dataclasses
+import datetime
+import re
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hypothesis import given, settings
+
+from pymc.variational._streaming.preshuffle import cli
+from pymc.variational._streaming.preshuffle.command import _check_overlap, preshuffle
+from pymc.variational._streaming.preshuffle.plain import plain_schema
+from pymc.variational._streaming.preshuffle.plan import open_table, parse_bytes
+from pymc.variational._streaming.sources.parquet.files import inspect
+from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
+from pymc.variational._streaming.sources.parquet.paths import list_parquet
+from tests.variational.streaming import strategies
+from tests.variational.streaming.preshuffle.preshuffled import (
+    cut_small,
+    digests,
+    every_type,
+    rows_in_order,
+)
+
+PAGE = Path(__file__).parents[4] / "docs" / "source" / "preshuffle.md"
+
+
+@pytest.fixture
+def small_tasks(monkeypatch):
+    cut_small(monkeypatch.setattr)
+
+
+def write(folder, table, **options):
+    folder.mkdir(exist_ok=True)
+    pq.write_table(table, folder / "a.parquet", **options)
+    return folder
+
+
+def numbered(folder, n_rows, n_files=1, row_group_size=100):
+    folder.mkdir()
+    for number, rows in enumerate(np.array_split(np.arange(n_rows), n_files)):
+        table = pa.table({"row": rows, "twice": 2.0 * rows})
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=row_group_size)
+    return folder
+
+
+def shuffle(source, destination, *, seed=0, **options):
+    return preshuffle(source, destination, seed=seed, progressbar=False, **options)
+
+
+@settings(max_examples=40)
+@given(layout=strategies.layouts)
+def test_every_row_comes_out_once_whatever_the_layout(tmp_path_factory, layout):
+    folder = tmp_path_factory.mktemp("layout")
+    (folder / "in").mkdir()
+    n_rows = strategies.write_layout(folder / "in", layout)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch.setattr, block=256, files=3)
+        report = shuffle(folder / "in", folder / "out")
+    table = pq.read_table(folder / "out").sort_by("row")
+    assert table.to_pydict() == strategies.table(n_rows).to_pydict()
+    assert report.rows == n_rows
+
+
+@pytest.mark.parametrize("n_rows", [1, 1500], ids=["empty piles", "full piles"])
+@pytest.mark.usefixtures("small_tasks")
+def test_all_types_values_and_metadata_are_kept(tmp_path, n_rows):
+    table = every_type(n_rows)
+    source = write(tmp_path / "in", table, row_group_size=700)
+    expected = pq.read_table(source / "a.parquet")
+    report = shuffle(source, tmp_path / "out")
+    assert report.piles > 10
+    files = sorted((tmp_path / "out").iterdir())
+    found = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("row")
+    for name in expected.column_names:
+        field = expected.schema.field(name)
+        if name == "ordered":  # whose indices are int8
+            field = field.with_type(pa.dictionary(pa.int32(), pa.string(), ordered=True))
+        assert found.schema.field(name).equals(field, check_metadata=True)
+        assert found[name].to_pylist() == expected[name].to_pylist(), name
+    assert found.schema.metadata[b"origin"] == b"a test"
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_categories_keep_their_order(tmp_path):
+    source = write(tmp_path / "in", every_type(2000).select(["row", "ordered"]))
+    shuffle(source, tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        column = pq.read_table(file)["ordered"]
+        for chunk in column.chunks:
+            assert chunk.dictionary.to_pylist() == ["low", "mid", "high", "never"]
+            assert chunk.type == pa.dictionary(pa.int32(), pa.string(), ordered=True)
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_categories_of_several_files_are_joined(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, words in {"a": ["x", "y"], "b": ["y", "z"]}.items():
+        column = pa.array(words * 500).dictionary_encode()
+        pq.write_table(pa.table({"word": column}), folder / f"{name}.parquet")
+    shuffle(folder, tmp_path / "out")
+    words = pq.read_table(tmp_path / "out")["word"].to_pylist()
+    assert {word: words.count(word) for word in "xyz"} == {"x": 500, "y": 1000, "z": 500}
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_categories_of_several_files_may_be_more_than_their_types_of_index_can_count(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    frames = [
+        pd.DataFrame({"word": pd.Categorical([f"{n}-{i}" for i in range(n)], ordered=True)})
+        for n in (100, 101, 200)
+    ]
+    for frame in frames:
+        frame.to_parquet(folder / f"{len(frame)}.parquet")
+    shuffle(folder, tmp_path / "out")
+    found = pa.concat_tables(map(pq.read_table, sorted((tmp_path / "out").iterdir())))
+    assert found.schema.field("word").type == pa.dictionary(pa.int32(), pa.string(), ordered=True)
+    words = [word for frame in frames for word in frame["word"].cat.categories]
+    assert sorted(found["word"].to_pylist()) == sorted(words)
+    assert list(found.to_pandas()["word"].cat.categories) == words
+
+
+def test_timestamps_that_would_be_changed_are_refused(tmp_path):
+    day = datetime.datetime(9999, 12, 31)
+    table = pa.table({"row": [1], "end": pa.array([day]), "days": pa.array([[day]])})
+    source = write(tmp_path / "in", table, use_deprecated_int96_timestamps=True)
+    for columns in (None, ["end"], ["row", "days"]):
+        name = (columns or ["end"])[-1]
+        with pytest.raises(ValueError, match=rf"a\.parquet: column '{name}' .*INT96.* rewrite"):
+            shuffle(source, tmp_path / "out", columns=columns)
+    assert shuffle(source, tmp_path / "out", columns=["row"]).rows == 1
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_chosen_columns_are_kept_in_the_order_asked_for(tmp_path):
+    source = write(tmp_path / "in", every_type(1000))
+    shuffle(source, tmp_path / "out", columns=["struct", "row"])
+    table = pq.read_table(tmp_path / "out")
+    assert table.column_names == ["struct", "row"]
+    assert sorted(table["row"].to_pylist()) == list(range(1000))
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_the_same_call_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
+    source = numbered(tmp_path / "in", 20_000)
+    for name, seed in {"one": 1, "again": 1, "other": 2}.items():
+        shuffle(source, tmp_path / name, seed=seed)
+    assert digests(tmp_path / "one") == digests(tmp_path / "again")
+    assert rows_in_order(tmp_path / "one") != rows_in_order(tmp_path / "other")
+
+
+def test_piles_that_turn_out_too_large_are_scattered_again(tmp_path, monkeypatch):
+    """A sample of the first rows of a row group says nothing of how wide the others are."""
+    cut_small(monkeypatch.setattr, block=1 << 12)
+    widths = np.r_[np.ones(2000, int), np.full(2000, 200)]
+    table = pa.table({"row": np.arange(4000), "text": ["x" * int(w) for w in widths]})
+    source = write(tmp_path / "in", table, row_group_size=4000)
+    report = shuffle(source, tmp_path / "out")
+    assert table.nbytes / report.piles > 4 * (1 << 12)
+    assert pq.read_table(tmp_path / "out").sort_by("row").equals(table)
+    assert rows_in_order(tmp_path / "out") != list(range(4000))
+
+
+def test_rows_wider_than_a_task_are_shuffled_one_by_one(tmp_path, monkeypatch):
+    cut_small(monkeypatch.setattr, block=1 << 10)
+    monkeypatch.setattr(
+        "pymc.variational._streaming.preshuffle.plan._share", lambda *_: (1, 1 << 10)
+    )
+    table = pa.table({"row": range(50), "blob": [b"x" * 5000] * 50})
+    shuffle(write(tmp_path / "in", table), tmp_path / "out")
+    assert sorted(rows_in_order(tmp_path / "out")) == list(range(50))
+
+
+def test_files_hold_several_piles_and_do_not_change_the_order(tmp_path, monkeypatch):
+    source = numbered(tmp_path / "in", 5000, n_files=3)
+    for files, expected in ((16, 16), (4, 4), (3, 4), (1, 1)):
+        cut_small(monkeypatch.setattr, files=files)
+        report = shuffle(source, tmp_path / f"{files}")
+        assert report.piles == 16
+        assert len(list((tmp_path / f"{files}").glob("*.parquet"))) == expected
+        assert rows_in_order(tmp_path / f"{files}") == rows_in_order(tmp_path / "16")
+
+
+def test_row_groups_of_a_pile_are_even(tmp_path, monkeypatch):
+    """A short last one would cost a reader as many calls as a long one."""
+    cut_small(monkeypatch.setattr, tasks=1, block=1 << 20)
+    source = numbered(tmp_path / "in", 1000)
+    for limit, expected in ((1000, [1000]), (400, [334, 334, 332]), (1001, [1000])):
+        shuffle(source, tmp_path / "out", row_group_size=limit, overwrite=True)
+        (file,) = (tmp_path / "out").glob("*.parquet")
+        metadata = pq.read_metadata(file)
+        groups = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        assert groups == expected
+
+
+def test_numbers_that_repeat_are_written_as_dictionaries(tmp_path, monkeypatch):
+    """They take fewer bytes; numbers that hardly repeat would take more."""
+    cut_small(monkeypatch.setattr, tasks=1, block=1 << 20)
+    table = pa.table({"row": range(4000), "few": [k % 500 for k in range(4000)]})
+    shuffle(write(tmp_path / "in", table), tmp_path / "out")
+    (file,) = (tmp_path / "out").glob("*.parquet")
+    columns = [pq.read_metadata(file).row_group(0).column(i) for i in range(2)]
+    assert [column.has_dictionary_page for column in columns] == [False, True]
+    assert pq.read_table(tmp_path / "out").schema.types == [pa.int64(), pa.int64()]
+
+
+def test_the_mark_says_what_was_shuffled(tmp_path, monkeypatch):
+    cut_small(monkeypatch.setattr, files=4)
+    source = numbered(tmp_path / "in", 5000, n_files=3)
+    report = shuffle(source, tmp_path / "out", seed=7)
+    marks = read_marks(tmp_path / "out")
+    mark = check_marks(marks)
+    assert (mark.seed, mark.n_rows, mark.source) == (7, 5000, str(source))
+    assert mark.n_files == len(marks) == 4 < report.piles
+    assert [m.index for m in marks.values()] == list(range(len(marks)))
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_rewritten_file_is_not_marked(tmp_path):
+    """Libraries copy metadata along with rows that they sort, filter or join."""
+    shuffle(numbered(tmp_path / "in", 5000), tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        pq.write_table(pq.read_table(file).sort_by("row"), file)
+    assert set(read_marks(tmp_path / "out").values()) == {None}
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_shuffle_of_a_shuffle_has_its_own_mark(tmp_path):
+    shuffle(numbered(tmp_path / "in", 5000), tmp_path / "one", seed=1)
+    shuffle(tmp_path / "one", tmp_path / "two", seed=2)
+    assert check_marks(read_marks(tmp_path / "two")).seed == 2
+    assert sorted(rows_in_order(tmp_path / "two")) == list(range(5000))
+
+
+def test_mixed_missing_doubled_and_unmarked_files_are_noticed(tmp_path, small_tasks):
+    source = numbered(tmp_path / "in", 5000)
+    shuffle(source, tmp_path / "one", seed=1)
+    shuffle(source, tmp_path / "two", seed=2)
+    one, two = read_marks(tmp_path / "one"), read_marks(tmp_path / "two")
+    first = next(iter(one.values()))
+    for other in ({"checksum": "0" * 16}, {"n_rows": 1}):  # of new rows in files of the same sizes
+        mixed = dataclasses.replace(list(one.values())[1], **other)
+        with pytest.raises(RuntimeError, match=r"belong to two shuffles"):
+            check_marks({"first": first, "mixed": mixed})
+    with pytest.raises(RuntimeError, match=r"belong to two shuffles \(seeds 2 and 1\)"):
+        check_marks(one | two)
+    with pytest.raises(RuntimeError, match=f"1 of the {len(one)} files of its shuffle are missing"):
+        check_marks(dict(list(one.items())[1:]))
+    with pytest.raises(RuntimeError, match="are the same file of a shuffle; remove one"):
+        check_marks(one | {"copy": first})
+    with pytest.raises(RuntimeError, match=r"added: not shuffled with .*; preshuffle all rows"):
+        check_marks({"added": None} | one)
+    assert check_marks({"a": None, "b": None}) is None
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_pages_carry_checksums_that_are_verified(tmp_path):
+    shuffle(numbered(tmp_path / "in", 5000), tmp_path / "out")
+    file = min((tmp_path / "out").iterdir())
+    data = bytearray(file.read_bytes())
+    data[200] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(OSError, match="CRC checksum"):
+        pq.read_table(file, page_checksum_verification=True)
+
+
+def test_the_report_is_short_and_right(tmp_path):
+    report = shuffle(numbered(tmp_path / "in", 1000), tmp_path / "out")
+    assert report.piles == 1
+    assert report.bytes_written > sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
+    assert re.fullmatch(
+        r".*/out: 1,000 rows shuffled in 1 piles, 0.00 GB read, 0.00 GB written, "
+        r"\d+\.\d s \([\d,]+ rows/s\), peak memory \d\.\d\d GB",
+        str(report),
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"seed": -1}, "seed=-1 must be a non-negative integer"),
+        ({"seed": True}, "seed=True must be a non-negative integer"),
+        ({"memory_limit": "much"}, "memory_limit='much' is not a size; pass bytes or a string"),
+        ({"memory_limit": "1MB"}, r"memory_limit=1000000 is too small .*pass at least .*'\d+MB'"),
+        ({"columns": ["rows"]}, r"has no column 'rows', only \['row', 'twice'\]"),
+        ({"columns": ["row", "row"]}, "must be at least one, and distinct"),
+        ({"compression": "zip"}, "compression='zip' is not available"),
+        ({"row_group_size": 0}, "row_group_size=0 must be at least 1"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_wrong_arguments_are_refused_and_leave_nothing(tmp_path, options, message):
+    source = numbered(tmp_path / "in", 100)
+    with pytest.raises(ValueError, match=message):
+        shuffle(source, tmp_path / "out", **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_smallest_limit_that_the_message_names_is_enough(tmp_path):
+    source = numbered(tmp_path / "in", 100)
+    with pytest.raises(ValueError) as caught:
+        shuffle(source, tmp_path / "out", memory_limit=1)
+    enough = re.search(r"memory_limit='(\d+MB)'", str(caught.value))[1]
+    assert shuffle(source, tmp_path / "out", memory_limit=enough).rows == 100
+
+
+def test_a_source_without_rows_is_refused(tmp_path):
+    source = write(tmp_path / "in", pa.table({"x": pa.array([], "f8")}))
+    with pytest.raises(ValueError, match="holds no rows; there is nothing to shuffle"):
+        shuffle(source, tmp_path / "out")
+
+
+def test_files_that_differ_in_columns_are_refused(tmp_path):
+    source = write(tmp_path / "in", pa.table({"x": [1]}))
+    pq.write_table(pa.table({"y": [1]}), source / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet: has columns \['y'\] where .* has \['x'\]"):
+        shuffle(source, tmp_path / "out")
+    pq.write_table(pa.table({"x": [1.5]}), source / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet: its columns differ from those of"):
+        shuffle(source, tmp_path / "out")
+
+
+def test_types_that_cannot_be_shuffled_are_named():
+    """Not all versions of pyarrow write such files."""
+    views = pa.schema({"views": pa.list_view(pa.int8())})
+    with pytest.raises(ValueError, match=r"column 'views' has type list_view.*cast it to list"):
+        plain_schema(views)
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_nulls_among_lists_of_fixed_size_are_kept(tmp_path):
+    lists = pa.array([[1, 2], None, [3, None]] * 500, pa.list_(pa.int8(), 2))
+    table = pa.table({"row": range(1500), "pair": lists})
+    try:
+        source = write(tmp_path / "in", table)
+    except pa.ArrowNotImplementedError as err:
+        pytest.skip(f"pyarrow {pa.__version__}: {err}")
+    shuffle(source, tmp_path / "out")
+    assert pq.read_table(tmp_path / "out").sort_by("row").to_pydict() == table.to_pydict()
+
+
+@pytest.mark.skipif(not hasattr(pa, "uuid"), reason="pyarrow 18")
+def test_extension_types_inside_of_others(tmp_path):
+    stored = pa.array([bytes([i] * 16) for i in range(100)], pa.binary(16))
+    ids = pa.ExtensionArray.from_storage(pa.uuid(), stored)
+    nested = pa.StructArray.from_arrays([ids], names=["id"])
+    table = pa.table({"row": range(100), "nested": nested})
+    shuffle(write(tmp_path / "in", table), tmp_path / "out")
+    found = pq.read_table(tmp_path / "out").sort_by("row")
+    assert found.to_pydict() == pq.read_table(tmp_path / "in").to_pydict()
+
+
+@pytest.mark.parametrize("inside", ["in", "in/below", "."])
+def test_a_destination_that_overlaps_the_source_is_refused(tmp_path, inside):
+    source = numbered(tmp_path / "in", 100)
+    with pytest.raises(ValueError, match=r"overlaps with source=.*; write to a directory outside"):
+        shuffle(source, tmp_path / inside, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "source, destination",
+    [
+        ("/b/in", "b/in"),
+        ("b/in", "/b/in/below"),
+        ("memory://b/in", "b/in"),
+        ("b/in/*.parquet", "memory://b/in"),
+        ("b/*", "b/out"),
+        ("b/**/*.parquet", "b/out"),
+    ],
+)
+def test_no_spelling_hides_that_places_overlap(source, destination):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    with memory.open("/b/in/a.parquet", "wb") as file:
+        pq.write_table(pa.table({"row": range(100)}), file)
+    with pytest.raises(ValueError, match="overlaps with source="):
+        shuffle(source, destination, filesystem=memory, overwrite=True)
+    assert pq.read_metadata(memory.open("/b/in/a.parquet")).num_rows == 100
+
+
+def test_one_place_in_two_filesystems_is_one_place(tmp_path):
+    """As a bucket that is opened with other options."""
+    source = numbered(tmp_path / "in", 100)
+    table = open_table(source, None, None)
+    other = pa.fs.SubTreeFileSystem("/", pa.fs.LocalFileSystem())
+    assert not table.fs.equals(other)
+    with pytest.raises(ValueError, match="overlaps with source="):
+        _check_overlap(source, None, table, other, str(source))
+    _check_overlap(source, None, table, other, str(tmp_path / "out"))
+
+
+def test_destinations_that_cannot_be_replaced_are_refused(tmp_path, monkeypatch):
+    source = numbered(tmp_path / "in", 100)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"file' is a file; pass a directory"):
+        shuffle(source, tmp_path / "file", overwrite=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match=r"here' is the current directory"):
+        shuffle(source, ".")
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("here"))
+    with pytest.raises(ValueError, match=r"here' is a mount point.*; pass a directory inside it"):
+        shuffle(source, tmp_path / "here")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "here", "in"]
+
+
+def test_a_destination_that_is_a_link_is_followed(tmp_path):
+    source = numbered(tmp_path / "in", 100)
+    (tmp_path / "large" / "disk").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "large" / "disk")
+    shuffle(source, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(rows_in_order(tmp_path / "large" / "disk")) == list(range(100))
+
+
+def test_columns_that_only_folders_name_are_not_lost(tmp_path):
+    (tmp_path / "in").mkdir()
+    for day in (1, 2):
+        write(tmp_path / "in" / f"day={day}", pa.table({"row": [day, 10 * day]}))
+    with pytest.raises(
+        ValueError, match=r"the values of \['day'\] are only in the names of folders"
+    ):
+        shuffle(tmp_path / "in", tmp_path / "out")
+    shuffle(tmp_path / "in", tmp_path / "out", columns=["row"])
+    shuffle(tmp_path / "in" / "day=1", tmp_path / "one")
+    assert rows_in_order(tmp_path / "one") in ([1, 10], [10, 1])
+
+
+@pytest.mark.parametrize("wrong", [True, 0, "5", 2.0])
+def test_row_group_sizes_are_positive_integers(tmp_path, wrong):
+    with pytest.raises((TypeError, ValueError), match="row_group_size="):
+        shuffle(numbered(tmp_path / "in", 100), tmp_path / "out", row_group_size=wrong)
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    twice = pa.Table.from_arrays([pa.array([1, 2])] * 2, names=["row", "row"])
+    with pytest.raises(ValueError, match="has more than one column 'row'"):
+        shuffle(write(tmp_path / "in", twice), tmp_path / "out", columns=["row"])
+
+
+def test_an_interrupt_of_the_command_is_one_line(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "preshuffle", interrupted)
+    assert cli.main(["preshuffle", "in", "out", "--seed", "0"]) == 130
+    assert capsys.readouterr().err == (
+        "interrupted; the same command goes on from the tasks that are done\n"
+    )
+
+
+def test_what_is_at_the_destination_is_replaced_only_if_asked(tmp_path):
+    source = numbered(tmp_path / "in", 100)
+    shuffle(source, tmp_path / "out", seed=1)
+    before = digests(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="exists and is not empty; pass overwrite=True"):
+        shuffle(source, tmp_path / "out", seed=2)
+    assert digests(tmp_path / "out") == before
+    shuffle(source, tmp_path / "out", seed=2, overwrite=True)
+    assert check_marks(read_marks(tmp_path / "out")).seed == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_an_empty_directory_is_a_destination(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert shuffle(numbered(tmp_path / "in", 100), tmp_path / "out").rows == 100
+
+
+def test_scratch_elsewhere_is_used_and_left_empty(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    shuffle(numbered(tmp_path / "in", 100), tmp_path / "out", scratch=tmp_path / "scratch")
+    assert not list((tmp_path / "scratch").iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "scratch"]
+
+
+def test_files_globs_and_lists_are_sources(tmp_path):
+    source = numbered(tmp_path / "in", 100, n_files=4)
+    for number, chosen in enumerate([f"{source}/[01].parquet", [source / "0.parquet"]]):
+        shuffle(chosen, tmp_path / str(number))
+    assert sorted(rows_in_order(tmp_path / "0")) == list(range(50))
+    assert sorted(rows_in_order(tmp_path / "1")) == list(range(25))
+
+
+def test_the_command_line_does_the_same(tmp_path, capsys):
+    source = numbered(tmp_path / "in", 1000)
+    shuffle(source, tmp_path / "one", seed=3)
+    arguments = ["preshuffle", str(source), str(tmp_path / "two"), "--seed", "3", "--quiet"]
+    assert cli.main(arguments) == 0
+    assert "1,000 rows shuffled" in capsys.readouterr().out
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert cli.main(arguments) == 1
+    assert "exists and is not empty; pass overwrite=True" in capsys.readouterr().err
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    numbered(tmp_path / "raw", 1000)
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)[0]
+    exec(compile(code, PAGE.name, "exec"), {})
+    assert capsys.readouterr().out.endswith("\n0 raw/\n")
+    command = re.search(r"\$ python -m pymc.variational.streaming (.*)", PAGE.read_text())[1]
+    assert cli.main([*command.split(), "--overwrite"]) == 0
+
+
+def test_the_progress_bar_shows_rows_per_second(tmp_path, capsys):
+    preshuffle(numbered(tmp_path / "in", 1000), tmp_path / "out", seed=0)
+    shown = capsys.readouterr().err
+    assert "100%" in shown
+    assert "rows/s" in shown
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("512MB", 512_000_000),
+        ("2 GiB", 2 << 30),
+        ("1.5k", 1500),
+        ("7", 7),
+        (10**9, 10**9),
+        (np.int64(5), 5),
+    ],
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+def read_marks(folder):
+    fs, paths = list_parquet(folder)
+    return {path: read_mark(inspect(fs, path)[1]) for path in paths}

@@ -1,0 +1,466 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""What other sources accept, and how they name the place of what they refuse."""
+
+import contextlib
+import os
+import sys
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.feather
+import pytest
+
+from pymc.variational._streaming.sources import arrays as sources
+from pymc.variational._streaming.sources.arrays import as_source
+from pymc.variational.streaming import (
+    OrderError,
+    StreamError,
+    StreamingDataset,
+    arrow_source,
+    parquet_source,
+    shuffle_buffer,
+)
+from tests.variational.streaming.held import open_files
+from tests.variational.streaming.strategies import numbered, rows_of, table
+
+
+def test_pyarrow_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with StreamingDataset(numbered(4), batch_size=2) as ds:
+        assert ds.advance()
+    with pytest.raises(ImportError, match="needs pyarrow; install it with"):
+        parquet_source("rows/")
+
+
+class TestOtherSources:
+    def test_arrays_memory_maps_factories_and_lists_are_sources(self, tmp_path):
+        rows = numbered(10)
+        np.save(tmp_path / "rows.npy", rows)
+        for source in (
+            rows,
+            np.load(tmp_path / "rows.npy", mmap_mode="r"),
+            lambda: iter([rows[:3], rows[3:]]),
+            lambda: rows,
+            [rows[:3], rows[3:]],
+            iter([rows[:3], rows[3:]]),
+            table(10),
+            [table(10).slice(0, 3), table(10).slice(3)],
+            arrow_source(lambda: table(10).to_reader(max_chunksize=4)),
+            arrow_source(lambda: table(10)),
+            arrow_source(lambda: table(10).to_batches()),
+        ):
+            ds = StreamingDataset(source, batch_size=5, total_size=10)
+            np.testing.assert_array_equal(np.concatenate(list(ds)), rows)
+
+    def test_arrow_sources_read_anew_each_epoch(self):
+        source = arrow_source(lambda: table(7).to_reader(), columns=["twice"])
+        ds = StreamingDataset(source, batch_size=7)
+        with ds:
+            for _ in range(3):
+                ds.advance()
+                assert ds["twice"].eval().tolist() == list(range(0, 14, 2))
+
+    def test_a_one_shot_iterator_that_ran_out_is_an_error(self):
+        ds = StreamingDataset(iter([numbered(10)]), batch_size=4, total_size=10)
+        with ds:
+            assert ds.advance() and ds.advance()
+            with pytest.raises(StreamError, match="one-shot iterator and has been read"):
+                ds.advance()
+
+    def test_a_reader_is_a_one_shot_iterator(self):
+        reader = table(10).to_reader(max_chunksize=4)
+        with StreamingDataset(reader, batch_size=5, total_size=10) as ds:
+            ds.advance()
+            assert ds["row"].eval().tolist() == [0, 1, 2, 3, 4]
+            ds.advance()
+            with pytest.raises(StreamError, match="one-shot iterator and has been read"):
+                ds.advance()
+        with pytest.raises(ValueError, match=r'total_size="auto" cannot count a one-shot'):
+            StreamingDataset(table(10).to_reader(), batch_size=4)
+
+    def test_a_one_shot_iterator_of_tables_is_read_like_a_list_of_them(self):
+        blocks = iter([table(10).slice(0, 3), table(10).slice(3)])
+        ds = StreamingDataset(blocks, batch_size=5, total_size=10)
+        np.testing.assert_array_equal(np.concatenate(list(ds)), numbered(10))
+
+    @pytest.mark.parametrize("source", [numbered(30), table(30)], ids=["array", "table"])
+    def test_the_rows_of_a_reader_can_be_lent(self, source):
+        ds = StreamingDataset(source, batch_size=5)
+        with ds.rows(table(30).to_reader(max_chunksize=10)):
+            np.testing.assert_array_equal(ds.as_tensor().get_value(), numbered(30))
+
+    def test_a_one_shot_iterator_cannot_be_counted(self):
+        with pytest.raises(ValueError, match=r'total_size="auto" cannot count a one-shot'):
+            StreamingDataset(iter([numbered(10)]), batch_size=4)
+
+    def test_factories_are_counted_in_one_pass(self, caplog):
+        with caplog.at_level("INFO", logger="pymc"):
+            ds = StreamingDataset(lambda: [numbered(10), numbered(5)], batch_size=4)
+        assert ds.total_size == 15
+        assert "counted 15 rows" in caplog.text
+
+    @pytest.mark.parametrize(
+        "source, message",
+        [
+            ("folder", r"source='folder' is a path; pass parquet_source\('folder'\)"),
+            (5, "source=int is not a source"),
+            (
+                StreamingDataset(np.zeros((9, 1)), batch_size=3),
+                "source is a StreamingDataset; pass",
+            ),
+            (np.array(["a"]), "dtype <U1; pass integers or floats"),
+            (np.array(5.0), "a block of rows is ndarray"),
+            ([[1, 2]], "a block of rows is list"),
+            (np.zeros((5, 0)), r"a block has shape \(1, 0\); pass rows that hold values"),
+            (pa.array([1]), "is not a source|a block of rows"),
+        ],
+    )
+    def test_other_things_are_refused(self, source, message):
+        with pytest.raises((TypeError, ValueError), match=message):
+            StreamingDataset(source, batch_size=1)
+
+    @pytest.mark.parametrize(
+        "second",
+        [np.zeros((2, 3), "int32"), np.zeros((2, 2), "float64")],
+        ids=["shape", "dtype"],
+    )
+    def test_blocks_are_alike(self, second):
+        ds = StreamingDataset([numbered(2), second], batch_size=2, total_size=4)
+        with pytest.raises(StreamError, match=r"block 1 has rows of shape .* came before"):
+            list(ds)
+
+    def test_a_null_that_a_dictionary_holds_is_refused(self):
+        values = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2], "int8"), [10.0, None, 30.0])
+        rows = pa.table({"x": values, "y": [1.0, 2.0, 3.0]})
+        with pytest.raises(StreamError, match="column 'x' is null in row 1"):
+            list(arrow_source(lambda: rows))
+
+    def test_the_index_of_pandas_is_no_column(self, tmp_path):
+        frame = pd.DataFrame({"x": [1.0, 2.0, 3.0], "up": [0, 1, 1]}).iloc[[2, 0, 1]]
+        frame.to_parquet(tmp_path / "a.parquet")
+        for source in (lambda: parquet_source(tmp_path), lambda: arrow_source(lambda: frame)):
+            with pytest.raises(ValueError, match=r"'__index_level_0__' is pandas' index"):
+                StreamingDataset(source(), batch_size=2)
+        assert parquet_source(tmp_path, columns=["x", "up"]).columns == ("x", "up")
+
+    def test_invalid_arrow_values_are_refused_with_their_place(self):
+        batches = [table(2), table(2).set_column(1, "twice", [pa.array([1, None], pa.int32())])]
+        ds = StreamingDataset(batches, batch_size=2, total_size=4)
+        with pytest.raises(StreamError, match="block 1: column 'twice' is null in row 1"):
+            list(ds)
+
+    def test_arrow_batches_with_permuted_columns_are_refused(self):
+        batches = [table(2), table(2).select(["twice", "row"])]
+        ds = StreamingDataset(batches, batch_size=2, total_size=4)
+        with pytest.raises(ValueError, match=r"block 1: columns \['twice', 'row'\] where"):
+            list(ds)
+
+    def test_a_reader_is_no_factory(self):
+        with pytest.raises(TypeError, match="make_reader=RecordBatchReader is not callable"):
+            arrow_source(table(3).to_reader())
+
+    @pytest.mark.parametrize("promised", [6, 8])
+    @pytest.mark.parametrize("total_size", ["auto", "as promised"])
+    def test_a_pass_that_breaks_its_promise_of_rows_is_an_error(self, promised, total_size):
+        source = arrow_source(lambda: table(7).to_reader(max_chunksize=2), n_rows=promised)
+        size = promised if total_size == "as promised" else total_size
+        for rows in (source, shuffle_buffer(source, buffer_size=100, batch_size=7, seed=0)):
+            ds = StreamingDataset(rows, batch_size=7, total_size=size, order_check="off")
+            with ds, pytest.raises(StreamError, match=rf"gave .* rows .*n_rows={promised}; pass"):
+                for _ in range(3):
+                    ds.advance()
+
+    def test_a_promise_of_rows_is_a_positive_integer(self):
+        ds = StreamingDataset(arrow_source(lambda: table(7), n_rows=np.int64(7)), batch_size=7)
+        assert type(ds.total_size) is int
+        for wrong in (0, True, 7.0):
+            with pytest.raises((TypeError, ValueError), match="n_rows="):
+                arrow_source(lambda: table(7), n_rows=wrong)
+
+    @pytest.mark.parametrize("make", [iter, lambda blocks: pa.table(blocks[0]).to_reader()])
+    def test_an_iterator_that_was_looked_at_is_not_read_as_if_it_were_new(self, make):
+        iterator = make([table(5), table(5)])
+        with pytest.raises(StreamError, match=r"iterator of an earlier pass.* make a new one in"):
+            list(StreamingDataset(lambda: iterator, batch_size=5, total_size=10))
+
+    def test_a_reader_that_is_handed_out_twice_is_noticed(self):
+        """The first reading, of the columns, has taken rows that the epoch will lack."""
+        reader = table(7).to_reader(max_chunksize=2)
+        ds = StreamingDataset(
+            arrow_source(lambda: reader, n_rows=7), batch_size=7, order_check="off"
+        )
+        with ds, pytest.raises(StreamError, match="returned the iterator of an earlier pass"):
+            ds.advance()
+
+    def test_huge_record_batches_are_converted_in_pieces(self):
+        rows = table(600_000)
+        blocks = list(arrow_source(lambda: rows.to_batches()))
+        assert max(map(len, blocks)) <= 1 << 18
+        np.testing.assert_array_equal(np.concatenate(blocks), numbered(600_000))
+        values = pa.array([*range(199_999), None])
+        source = arrow_source(lambda: pa.table({"x": values}))
+        with pytest.raises(StreamError, match="block 0: column 'x' is null in row 199999;"):
+            list(source)
+
+    def test_record_batches_of_other_libraries_are_read(self):
+        class Batch:
+            def __init__(self, batch):
+                self._batch = batch
+
+            def __arrow_c_array__(self, requested_schema=None):
+                return self._batch.__arrow_c_array__(requested_schema)
+
+        source = arrow_source(lambda: map(Batch, table(7).to_batches(max_chunksize=3)))
+        np.testing.assert_array_equal(rows_of(source), numbered(7))
+
+    @pytest.mark.parametrize("shuffled", [False, True])
+    def test_a_series_whose_slices_differ_in_type_is_refused(self, monkeypatch, shuffled):
+        """Slices without nulls come as integers, the others as floats."""
+        monkeypatch.setattr(sources, "_BLOCK_BYTES", 40)
+        rows = pd.Series([*range(25), None, *range(10)], dtype="Int32").to_frame("x")["x"]
+        source = shuffle_buffer(rows, buffer_size=20, batch_size=5, seed=0) if shuffled else rows
+        ds = StreamingDataset(source, batch_size=5, order_check="off")
+        with pytest.raises(StreamError, match=r"rows 20 to 30 .*float64 where .*int32.*; fill"):
+            list(ds)
+
+    def test_columns_are_not_chosen_from_arrays(self):
+        source = arrow_source(lambda: [numbered(4)], columns=["twice"])
+        with pytest.raises(TypeError, match=r"columns=\['twice'\] .* by name, and block 0 is"):
+            StreamingDataset(source, batch_size=2, total_size=4)
+
+    def test_masked_values_are_refused(self):
+        rows = np.ma.masked_array(numbered(4).astype(float), mask=numbered(4) == 2)
+        for source in (rows, lambda: [rows[:1], rows[1:]]):
+            ds = StreamingDataset(source, batch_size=2, total_size=4)
+            with pytest.raises(StreamError, match="masked values; fill them or leave"):
+                list(ds)
+        unmasked = StreamingDataset(np.ma.masked_array(numbered(4)), batch_size=4)
+        assert type(next(iter(unmasked))) is np.ndarray
+
+
+class Chunked:
+    """What zarr, h5py, xarray and dask arrays have in common."""
+
+    def __init__(self, rows: np.ndarray, chunks):
+        self._rows, self.chunks = rows, chunks
+        self.shape, self.dtype = rows.shape, rows.dtype
+        self.read: list[slice] = []
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.read.append(rows)
+        return self._rows[rows]
+
+
+class TestChunkedArrays:
+    @pytest.mark.parametrize(
+        "chunks", [(300_000, 2), ((300_000, 300_000, 100_000), (2,)), None], ids=str
+    )
+    def test_whole_chunks_are_read_from_any_row_on(self, chunks):
+        rows = numbered(700_000)
+        for start in (0, 1, 300_000, 300_001, 699_999):
+            array = Chunked(rows, chunks)
+            ds = StreamingDataset(array, batch_size=1_000)
+            assert (ds.total_size, ds.sample_shape) == (700_000, (2,))
+            array.read.clear()
+            blocks = list(ds._source.blocks(0, start))
+            np.testing.assert_array_equal(np.concatenate(blocks), rows[start:])
+            if chunks is not None:
+                assert all(read.start % 300_000 == 0 for read in array.read[1:])
+
+    def test_a_shuffled_stream_goes_on_at_the_end_of_an_epoch(self):
+        rows = numbered(10)
+        array = Chunked(rows, (3, 2))
+        assert not list(as_source(array).blocks(0, 10))
+        buffer = shuffle_buffer(array, buffer_size=5, batch_size=5, seed=0)
+        epochs = buffer.epochs(0, 10, cycle=True)
+        assert next(epochs) == (0, None)
+        block = next(rows for _, rows in epochs if rows is not None and len(rows))
+        np.testing.assert_array_equal(np.sort(block, axis=0), rows[:5])
+
+    def test_xarray_and_dask_arrays_are_sources(self):
+        xr = pytest.importorskip("xarray")
+        rows = np.arange(640.0).reshape(10, 8, 8)
+        arrays = [xr.DataArray(rows, dims=("sample", "y", "x"))]
+        with contextlib.suppress(ImportError):
+            from dask.array import from_array
+
+            arrays.append(from_array(rows, chunks=(3, 8, 8)))
+        for array in arrays:
+            ds = StreamingDataset(array, batch_size=5, sample_shape=(8, 8))
+            np.testing.assert_array_equal(np.concatenate(list(ds)), rows)
+
+    def test_their_order_is_checked_before_the_fit(self):
+        rng = np.random.default_rng(0)
+        sorted_rows = np.sort(rng.normal(size=(400_000, 1)), axis=0)
+        array = Chunked(sorted_rows, (10_000, 1))
+        buffer = shuffle_buffer(array, buffer_size=20_000, batch_size=1_000, seed=0)
+        ds = StreamingDataset(buffer, batch_size=1_000, order_check="raise", prefetch=False)
+        with pytest.raises(OrderError):
+            ds.advance()
+
+
+class TestArrowFiles:
+    def write(self, path, rows, max_chunksize=3, **options):
+        with pa.ipc.new_file(path, rows.schema, **options) as writer:
+            writer.write_table(rows, max_chunksize=max_chunksize)
+        return path
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        (tmp_path / "day=1").mkdir()
+        self.write(tmp_path / "day=1" / "a.arrow", table(20).slice(0, 8))
+        self.write(tmp_path / "day=1" / "b.feather", table(20).slice(8, 0))
+        lz4 = pa.ipc.IpcWriteOptions(compression="lz4")
+        self.write(tmp_path / "day=1" / "c.feather", table(20).slice(8, 5), options=lz4)
+        pyarrow.feather.write_feather(table(20).slice(13), str(tmp_path / "d.ipc"))
+        (tmp_path / "README.txt").write_text("not data")
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        "path, n_rows",
+        [("", 20), ("d.ipc", 7), ("day=1/*.feather", 5), ("**/a.arrow", 8)],
+    )
+    def test_a_directory_a_file_and_a_glob_are_paths(self, folder, path, n_rows):
+        source = arrow_source(folder / path)
+        assert (source.n_rows, source.columns) == (n_rows, ("row", "twice"))
+        assert len(rows_of(source)) == n_rows
+
+    def test_reading_starts_at_any_row(self, folder):
+        source = arrow_source([folder / "day=1", str(folder / "d.ipc")])
+        for start in range(21):
+            rest = np.concatenate([np.empty((0, 2)), *source.blocks(0, start)])
+            np.testing.assert_array_equal(rest, numbered(20)[start:])
+        entries = source.entry(np.arange(20))
+        assert (entries <= np.arange(20)).all()
+        assert sorted(set(entries)) == [0, 3, 6, 8, 11, 13]
+
+    def test_columns_are_chosen_by_name_and_order(self, folder):
+        self.write(folder / "e.arrow", table(20).select(["twice", "row"]))
+        with pytest.raises(ValueError, match=r"e.arrow: columns \['twice', 'row'\] where"):
+            arrow_source(folder)
+        source = arrow_source(folder, columns=["twice"])
+        assert source.n_rows == 40
+        assert rows_of(source)[20:, 0].tolist() == list(range(0, 40, 2))
+        with pytest.raises(ValueError, match=r"d.ipc: has no column 'up'; its columns are"):
+            arrow_source(folder, columns=["up"])
+
+    def test_invalid_values_are_refused_with_their_place(self, folder):
+        odd = table(5).set_column(1, "twice", [pa.array([0, 1, 2, 3, None], pa.int32())])
+        self.write(folder / "e.arrow", odd)
+        with pytest.raises(
+            StreamError, match=r"e.arrow: record batch 1: column 'twice' is null in row 1;"
+        ):
+            rows_of(arrow_source(folder))
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda path: os.utime(path), "changed since the source was made"),
+            (lambda path: path.unlink(), "not a readable Arrow IPC file"),
+            (lambda path: os.truncate(path, 300), "not a readable Arrow IPC file"),
+            (lambda path: path.write_bytes(b""), "not a readable Arrow IPC file"),
+        ],
+        ids=["touched", "removed", "truncated", "emptied"],
+    )
+    def test_files_that_change_are_named(self, folder, change, message):
+        source = arrow_source(folder)
+        rows_of(source)
+        change(folder / "day=1" / "c.feather")
+        with pytest.raises(StreamError, match=f"c.feather: {message}"):
+            rows_of(source)
+
+    def test_a_file_that_is_truncated_while_it_is_read_is_an_error(self, tmp_path):
+        """Through a memory map it would be the end of the process."""
+        path = self.write(tmp_path / "a.arrow", table(100_000), max_chunksize=1_000)
+        blocks = iter(arrow_source(path))
+        next(blocks)
+        os.truncate(path, 4_096)
+        with pytest.raises(StreamError, match=r"a\.arrow: "):
+            list(blocks)
+
+    def test_a_file_that_is_rewritten_while_it_is_read_is_an_error(self, tmp_path):
+        path = self.write(tmp_path / "a.arrow", table(9))
+        blocks = iter(arrow_source(path))
+        next(blocks)
+        with open(path, "r+b") as file:
+            file.write(path.read_bytes())
+        os.utime(path)
+        with pytest.raises(StreamError, match=r"a\.arrow: changed while it was read; make"):
+            list(blocks)
+
+    @pytest.mark.parametrize("scheme", ["memory", "s3"])
+    def test_files_that_are_not_local_are_refused(self, tmp_path, scheme):
+        path = self.write(tmp_path / "a.arrow", table(9))
+        for uri in (f"{scheme}:/{path}", [path, f"{scheme}:/{path}"]):
+            with pytest.raises(ValueError, match=rf"'{scheme}://.* is not local; pass a function"):
+                arrow_source(uri)
+        assert arrow_source(f"file://{path}").n_rows == 9
+
+    def test_what_is_no_arrow_file_is_named(self, folder):
+        with pa.ipc.new_stream(folder / "e.arrow", table(3).schema) as writer:
+            writer.write_table(table(3))
+        with pytest.raises(StreamError, match=r"e.arrow: not a readable .* without footer goes"):
+            arrow_source(folder)
+        for path, message in (
+            (folder / "nowhere", "nowhere' does not exist"),
+            (folder / "*.md", "holds no Arrow IPC file"),
+            ([], "names no file"),
+            (folder / "day=1" / "b.feather", "b.feather: no rows to stream"),
+        ):
+            with pytest.raises((ValueError, FileNotFoundError), match=message):
+                arrow_source(path)
+        with pytest.raises(ValueError, match="n_rows=9 but the files hold 7"):
+            arrow_source(folder / "d.ipc", n_rows=9)
+
+    def test_an_abandoned_iteration_leaves_no_open_file(self, folder):
+        blocks = iter(arrow_source(folder))
+        next(blocks)
+        assert any(str(folder) in file for file in open_files())
+        blocks.close()
+        assert not any(str(folder) in file for file in open_files())
+
+    def test_a_stream_goes_on_after_files_are_opened_anew(self, folder):
+        def dataset():
+            buffer = shuffle_buffer(arrow_source(folder), buffer_size=8, batch_size=3, seed=0)
+            return StreamingDataset(buffer, batch_size=3, order_check="off")
+
+        with dataset() as ds, dataset() as resumed:
+            for _ in range(9):
+                ds.advance()
+            resumed.load_state_dict(ds.state_dict())
+            resumed.advance()
+            for _ in range(9):
+                expected = ds.as_tensor().get_value()
+                np.testing.assert_array_equal(resumed.as_tensor().get_value(), expected)
+                assert ds.advance() and resumed.advance()
+
+    def test_flipped_bytes_give_rows_or_a_named_error(self, tmp_path):
+        """IPC has no checksums, so a flip in the data itself cannot be seen."""
+        rng = np.random.default_rng(0)
+        path = self.write(
+            tmp_path / "a.arrow",
+            pa.table({"x": rng.normal(size=50), "n": pa.array([5] * 50).dictionary_encode()}),
+            max_chunksize=20,
+        )
+        content = path.read_bytes()
+        for place in rng.integers(0, len(content), 300):
+            broken = bytearray(content)
+            broken[place] ^= 1 << rng.integers(8)
+            path.write_bytes(broken)
+            try:
+                assert rows_of(arrow_source(path)).shape[1] == 2
+            except (StreamError, ValueError) as err:
+                assert "a.arrow" in str(err)

@@ -1,0 +1,100 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""What a source makes of random files, whole and damaged; `tests.variational.streaming.sources.fuzz` makes more."""
+
+import sys
+
+from collections import Counter
+from decimal import Decimal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pymc.variational.streaming import StreamError, check_order, parquet_source
+from tests.variational.streaming.sources.fuzz import FAULTS, run
+from tests.variational.streaming.sources.fuzz_files import damage, make_case, regions
+
+N_FILES = 150
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    return list(run(0, N_FILES))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+class TestRandomFiles:
+    def test_each_gives_its_rows_or_an_error_that_names_it(self, outcomes):
+        assert [one["number"] for one in outcomes] == list(range(N_FILES))
+        assert not [one for one in outcomes if one["outcome"] in FAULTS]
+
+    def test_page_checksums_leave_no_wrong_rows(self, outcomes):
+        assert not [
+            one for one in outcomes if one["checksums"] and one["outcome"].startswith("wrong")
+        ]
+
+    def test_wrong_rows_come_from_page_data_alone(self, outcomes):
+        counts = Counter(one["outcome"] for one in outcomes)
+        wrong = {outcome for outcome in counts if outcome.startswith("wrong")}
+        assert wrong <= {"wrong rows after damage to page data"}
+        assert counts["right rows"] > N_FILES / 10
+
+    def test_memory_does_not_follow_what_a_file_claims(self, outcomes):
+        assert max(one["peak_mb"] for one in outcomes) < 100
+
+
+def test_the_harness_makes_the_same_files_again_and_names_what_it_damaged():
+    changed = Counter()
+    for number in range(60):
+        case = make_case(number)
+        assert make_case(number) == case
+        changed[regions(case.content, damage(case, number))] += 1
+    assert {"page data", "footer", "nothing"} <= changed.keys()
+
+
+def test_half_floats_have_no_bounds_in_a_footer_that_disturb_the_order_check(tmp_path):
+    values = np.random.default_rng(0).standard_normal(5000)
+    pq.write_table(pa.table({"x": values.astype("float16"), "y": values}), tmp_path / "a.parquet")
+    source = parquet_source(tmp_path)
+    bounds = source.ranges(0, source.n_rows)
+    assert np.isnan(bounds[0]).all()
+    np.testing.assert_array_equal(bounds[1], [values.min(), values.max()])
+    check_order(source, buffer_size=1000)
+
+
+def test_nulls_in_decimals_of_few_digits_are_refused_by_place(tmp_path):
+    values = pa.array([Decimal("0.25"), None], pa.decimal128(3, 2))
+    pq.write_table(pa.table({"x": values}), tmp_path / "a.parquet")
+    with pytest.raises(StreamError, match=r"column 'x' is null in row 1 of row group 0"):
+        list(parquet_source(tmp_path))
+    assert parquet_source(tmp_path, invalid="drop").n_rows == 1
+
+
+def test_files_of_other_writers_hold_what_the_footer_check_asks_for(tmp_path):
+    """Row groups without rows have no place, and nested columns have values of their own."""
+    schema = pa.schema([("x", pa.float64()), ("list", pa.list_(pa.int64())), ("text", pa.string())])
+    rows = pa.table({"x": [1.0, 2.0], "list": [[1, 2, 3], None], "text": ["a", None]}, schema)
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+        for part in (rows.slice(0, 0), rows, rows.slice(0, 0), rows.slice(0, 1)):
+            writer.write_table(part)
+    assert parquet_source(tmp_path, columns=["x"]).n_rows == 3
+
+
+def test_a_corrupt_pre_shuffle_mark_is_named(tmp_path):
+    schema = pa.schema([("x", pa.float64())], metadata={b"pymc.preshuffle": b'{"version": '})
+    pq.write_table(pa.table({"x": [1.0]}, schema), tmp_path / "a.parquet")
+    with pytest.raises(StreamError, match=r"a\.parquet: its pre-shuffle mark is corrupt"):
+        parquet_source(tmp_path)

@@ -1,0 +1,488 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""What Parquet files a source accepts, and how it names the place of what it refuses."""
+
+import gc
+import os
+import zipfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+
+from pymc.variational._streaming.sources.parquet import remote
+from pymc.variational._streaming.sources.rows import RowFormat
+from pymc.variational.streaming import (
+    StreamError,
+    StreamingDataset,
+    parquet_source,
+    preshuffle,
+    shuffle_buffer,
+)
+from tests.variational.streaming.held import open_files
+from tests.variational.streaming.strategies import numbered, rows_of, table, write_layout
+
+
+class TestPaths:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        (tmp_path / "day=1").mkdir()
+        (tmp_path / "day=2").mkdir()
+        pq.write_table(table(9).slice(0, 4), tmp_path / "day=1" / "a.parquet")
+        pq.write_table(table(9).slice(4, 2), tmp_path / "day=1" / "b.parquet")
+        pq.write_table(table(9).slice(6), tmp_path / "day=2" / "a.parquet")
+        (tmp_path / "_temporary.parquet").write_bytes(b"not Parquet")
+        (tmp_path / "day=2" / ".hidden.parquet").write_bytes(b"not Parquet")
+        (tmp_path / "README.txt").write_text("not data")
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        "path, n_rows",
+        [
+            ("", 9),
+            ("day=1/b.parquet", 2),
+            ("day=*", 9),
+            ("day=1/*.parquet", 6),
+            ("**/a.parquet", 7),
+            ("day=[2-9]/?.parquet", 3),
+            ("d*", 9),
+            ("**/*.parquet", 9),
+        ],
+    )
+    def test_a_directory_a_file_and_a_glob_are_paths(self, folder, path, n_rows):
+        assert parquet_source(folder / path).n_rows == n_rows
+        assert parquet_source(str(folder / path)).n_rows == n_rows
+
+    def test_files_come_in_order_of_name_and_a_list_in_its_own(self, folder):
+        np.testing.assert_array_equal(rows_of(parquet_source(folder)), numbered(9))
+        listed = parquet_source([folder / "day=2", folder / "day=1" / "a.parquet"])
+        assert rows_of(listed)[:, 0].tolist() == [6, 7, 8, 0, 1, 2, 3]
+
+    def test_uris_and_filesystems_lead_to_the_same_rows(self, folder):
+        local = pa.fs.LocalFileSystem()
+        root, name = os.path.split(folder)
+        for source in (
+            parquet_source(folder.as_uri()),
+            parquet_source(folder, filesystem=local),
+            parquet_source(name, filesystem=pa.fs.SubTreeFileSystem(root, local)),
+        ):
+            np.testing.assert_array_equal(rows_of(source), numbered(9))
+
+    def test_fsspec_filesystems_and_uris_lead_to_the_same_rows(self, folder):
+        fsspec = pytest.importorskip("fsspec")
+        memory = fsspec.filesystem("memory")
+        memory.pipe("/streaming/a.parquet", (folder / "day=1" / "a.parquet").read_bytes())
+        for source in (
+            parquet_source("/streaming", filesystem=memory),
+            parquet_source("memory://streaming/a.parquet"),
+        ):
+            np.testing.assert_array_equal(rows_of(source), numbered(4))
+
+    def test_what_a_filesystem_does_not_know_is_asked_once(self, folder, monkeypatch):
+        waits = []
+        monkeypatch.setattr(remote.time, "sleep", waits.append)
+        with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+            archive.write(folder / "day=1" / "a.parquet", "a.parquet")
+        zipped = pytest.importorskip("fsspec").filesystem("zip", fo=str(folder / "a.zip"))
+        np.testing.assert_array_equal(
+            rows_of(parquet_source("a.parquet", filesystem=zipped)), numbered(4)
+        )
+        assert not waits
+
+    @pytest.mark.parametrize("path", ["b/in", "b/in/*.parquet", "/b/i?/*", "memory://b/in/**/a*"])
+    def test_a_filesystem_knows_a_path_by_any_spelling(self, path):
+        memory = pytest.importorskip("fsspec").filesystem("memory")
+        with memory.open("/b/in/a.parquet", "wb") as file:
+            pq.write_table(table(5), file)
+        assert parquet_source(path, filesystem=memory).n_rows == 5
+
+    def test_relative_paths_stay_where_they_were(self, folder, monkeypatch):
+        monkeypatch.chdir(folder)
+        local = parquet_source("day=1", filesystem=pa.fs.LocalFileSystem())
+        monkeypatch.chdir("day=2")
+        np.testing.assert_array_equal(rows_of(local), numbered(6))
+
+    def test_hidden_files_are_data_where_they_are_spelled_out(self, folder):
+        write_layout(folder / "day=1", [[1, 2]])
+        for hidden in ("_old", ".tmp"):
+            (folder / hidden).mkdir()
+            write_layout(folder / hidden, [[100]])
+            assert parquet_source(folder / hidden).n_rows == 100
+            assert parquet_source(folder / f"{hidden[:2]}*" / "*.parquet").n_rows == 100
+        assert parquet_source(folder / "**" / "*.parquet").n_rows == 12
+        assert parquet_source(folder / "*" / "*").n_rows == 12
+
+    def test_folders_may_be_called_like_files(self, tmp_path):
+        (tmp_path / "in[1]" / "a.parquet").mkdir(parents=True)
+        write_layout(tmp_path / "in[1]" / "a.parquet", [[3], [4]])
+        assert parquet_source(tmp_path / "in[1]").n_rows == 7
+        assert parquet_source(tmp_path / "i*").n_rows == 7
+
+    def test_files_that_come_twice_are_refused(self, folder):
+        with pytest.raises(ValueError, match=r"names .*b.parquet more than once"):
+            parquet_source([folder / "day=1", folder / "day=1" / "b.parquet"])
+        (folder / "day=2" / "again.parquet").symlink_to(folder / "day=1" / "a.parquet")
+        with pytest.raises(ValueError, match=r"names .*a.parquet more than once, as .*again"):
+            parquet_source(folder)
+
+    def test_links_that_lead_up_or_nowhere_are_noticed(self, folder):
+        (folder / "day=1" / "up").symlink_to("..")
+        with pytest.raises(ValueError, match=r"more than once, as .*up/day=1"):
+            parquet_source(folder)
+        (folder / "day=1" / "up").unlink()
+        (folder / "day=2" / "gone.parquet").symlink_to("nowhere")
+        with pytest.raises(StreamError, match=r"gone\.parquet: not a readable Parquet file"):
+            parquet_source(folder)
+
+    def test_folders_that_cannot_be_read_are_no_empty_ones(self, folder, monkeypatch):
+        scandir = os.scandir
+
+        def refuse(path):
+            if str(path).endswith("day=2"):
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        with pytest.raises(PermissionError, match="day=2"):
+            parquet_source(folder)
+
+    def test_missing_paths_and_empty_directories_are_named(self, folder):
+        with pytest.raises(FileNotFoundError, match=r"path='.*nowhere' does not exist"):
+            parquet_source(folder / "nowhere")
+        (folder / "empty").mkdir()
+        with pytest.raises(ValueError, match=r"path='.*empty' holds no Parquet file"):
+            parquet_source(folder / "empty")
+        with pytest.raises(ValueError, match=r"path='.*\*\.csv' holds no Parquet file"):
+            parquet_source(folder / "*.csv")
+        with pytest.raises(ValueError, match=r"path=\[\] names no file"):
+            parquet_source([])
+
+
+class TestColumns:
+    def write(self, path, **columns):
+        pq.write_table(pa.table(columns), path)
+        return path
+
+    @pytest.mark.parametrize(
+        "types, dtype",
+        [
+            ("int8 uint8 bool", "int16"),
+            ("int16 uint16 float", "float32"),
+            ("bool float", "float32"),
+            ("halffloat int8", "float32"),
+            ("int32 float", "float64"),
+            ("int64 float", "float64"),
+            ("int64", "int64"),
+            ("bool", "uint8"),
+            ("decimal128(9, 2) float", "float64"),
+        ],
+    )
+    def test_rows_have_the_smallest_dtype_that_holds_all_columns(self, tmp_path, types, dtype):
+        arrays = {}
+        for number, name in enumerate(types.replace(", ", ",").split()):
+            kind = pa.decimal128(9, 2) if name.startswith("decimal") else pa.type_for_alias(name)
+            arrays[str(number)] = pa.array([0, 1, 1]).cast(pa.float64()).cast(kind)
+        source = parquet_source(self.write(tmp_path / "a.parquet", **arrays))
+        rows = rows_of(source)
+        assert rows.dtype == dtype
+        assert (rows == [[0], [1], [1]]).all()
+
+    def test_columns_of_all_plain_types_become_rows_exactly(self):
+        """More rows than are copied at a time, and columns that begin inside their buffers."""
+        rng = np.random.default_rng(0)
+        columns = []
+        for name in ("i1", "u1", "i2", "u2", "i4", "u4"):
+            limits = np.iinfo(name)
+            values = rng.integers(limits.min, limits.max, 1_000, name, endpoint=True)
+            values[-2:] = limits.min, limits.max
+            columns.append(values)
+        columns += [rng.normal(size=1_000).astype(name) for name in ("f4", "f8")]
+        columns[-1][-1] = np.finfo("f8").max
+        rng.shuffle(columns)
+        batch = pa.record_batch([pa.array(column) for column in columns], names=list("abcdefgh"))
+        batch = batch.slice(7)
+        rows, bad = RowFormat.from_schema(batch.schema, None, "here").to_rows(batch)
+        assert bad is None
+        assert rows.dtype == "float64"
+        np.testing.assert_array_equal(rows, np.stack(columns, axis=1)[7:])
+
+    @pytest.mark.parametrize("row", [0, 255, 256, 999])
+    @pytest.mark.parametrize("column", [0, 1, 2])
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_a_value_that_is_not_finite_is_found_wherever_it_is(self, row, column, value):
+        columns = [np.zeros(1_000, dtype) for dtype in ("f8", "f4", "f8")]
+        columns[column][row] = value
+        batch = pa.record_batch([pa.array(values) for values in columns], names=list("abc"))
+        _, bad = RowFormat.from_schema(batch.schema, None, "here").to_rows(batch)
+        assert np.argwhere(bad).tolist() == [[row, column]]
+
+    def test_dictionaries_and_decimals_are_read_as_their_values(self, tmp_path):
+        path = self.write(
+            tmp_path / "a.parquet",
+            group=pa.array([7, 9, 7], pa.int16()).dictionary_encode(),
+            price=pa.array(["0.48", "0.52", "1"]).cast(pa.decimal128(5, 2)),
+        )
+        np.testing.assert_array_equal(
+            rows_of(parquet_source(path)), [[7, 0.48], [9, 0.52], [7, 1.0]]
+        )
+
+    def test_many_columns_keep_their_places(self, tmp_path):
+        """More than eight columns are interleaved in tiles."""
+        values = np.arange(3_000 * 20, dtype="float32").reshape(3_000, 20)
+        path = self.write(tmp_path / "a.parquet", **{f"x{j}": values[:, j] for j in range(20)})
+        np.testing.assert_array_equal(rows_of(parquet_source(path)), values)
+
+    def test_columns_are_chosen_by_name_and_order(self, tmp_path):
+        self.write(tmp_path / "a.parquet", x=[1.0], y=[2.0], z=[3.0])
+        self.write(tmp_path / "b.parquet", z=[6.0], y=[5.0], x=[4.0])
+        source = parquet_source(tmp_path, columns=["z", "x"])
+        assert source.columns == ("z", "x")
+        np.testing.assert_array_equal(rows_of(source), [[3, 1], [6, 4]])
+
+    @pytest.mark.parametrize(
+        "second, message",
+        [
+            ({"y": [1.0], "x": [1.0]}, r"columns \['y', 'x'\] where \['x', 'y'\] came before"),
+            ({"x": [1.0]}, r"columns \['x'\] where \['x', 'y'\] came before"),
+            ({"x": [1.0], "y": [1]}, "column 'y' is int64 where it was double before"),
+            ({"x": [1.0], "y": [1.0], "z": [1.0]}, r"columns \['x', 'y', 'z'\] where"),
+        ],
+        ids=["permuted", "missing", "retyped", "additional"],
+    )
+    def test_files_that_differ_are_named(self, tmp_path, second, message):
+        self.write(tmp_path / "a.parquet", x=[1.0], y=[2.0])
+        self.write(tmp_path / "b.parquet", **second)
+        with pytest.raises(ValueError, match=f"b.parquet: {message}"):
+            parquet_source(tmp_path)
+
+    def test_a_named_column_that_a_file_lacks_is_named(self, tmp_path):
+        self.write(tmp_path / "a.parquet", x=[1.0], y=[2.0])
+        self.write(tmp_path / "b.parquet", x=[1.0])
+        with pytest.raises(ValueError, match=r"b.parquet: has no column 'y'; its columns are"):
+            parquet_source(tmp_path, columns=["x", "y"])
+
+    @pytest.mark.parametrize(
+        "values, kind",
+        [
+            (["a"], "string"),
+            ([b"a"], "binary"),
+            ([[1.0]], "list"),
+            (pa.array([0], pa.timestamp("ms")), "timestamp"),
+            (pa.array(["a"]).dictionary_encode(), "string"),
+        ],
+        ids=["text", "binary", "list", "timestamp", "dictionary of text"],
+    )
+    def test_columns_that_are_not_numbers_are_refused_by_name(self, tmp_path, values, kind):
+        self.write(tmp_path / "a.parquet", x=[1.0], odd=values)
+        with pytest.raises(ValueError, match=f"a.parquet: column 'odd' has type .*{kind}"):
+            parquet_source(tmp_path)
+        assert parquet_source(tmp_path, columns=["x"]).n_rows == 1
+
+    def test_a_string_is_not_a_list_of_columns(self, tmp_path):
+        self.write(tmp_path / "a.parquet", x=[1.0])
+        with pytest.raises(TypeError, match="columns='x' is a string"):
+            parquet_source(tmp_path, columns="x")
+
+    def test_a_column_named_twice_is_refused(self, tmp_path):
+        self.write(tmp_path / "a.parquet", x=[1.0])
+        with pytest.raises(ValueError, match="names a column twice"):
+            parquet_source(tmp_path, columns=["x", "x"])
+
+
+INVALID = {
+    "null": (pa.array([0.5, None, 1.0]), "is null"),
+    "null integer": (pa.array([0, None, 1]), "is null"),
+    "null boolean": (pa.array([True, None, False]), "is null"),
+    "null in a dictionary": (pa.array([0, None, 1]).dictionary_encode(), "is null"),
+    "null decimal": (pa.array([0, None, 1]).cast(pa.decimal128(20, 0)), "is null"),
+    "NaN": (pa.array([0.5, np.nan, 1.0]), "is nan"),
+    "infinity": (pa.array([0.5, -np.inf, 1.0]), "is -inf"),
+    "lossy integer": (
+        pa.array([0, 2**53 + 1, 2**53]),
+        "is 9007199254740993, which float64 cannot hold exactly",
+    ),
+    "lossy negative integer": (pa.array([0, -(2**63), 1]), "is -9223372036854775808, which"),
+    "lossy unsigned integer": (pa.array([0, 2**64 - 1, 1], pa.uint64()), "is 1844674407370955"),
+}
+
+
+@pytest.mark.parametrize("values, problem", INVALID.values(), ids=INVALID)
+class TestInvalidValues:
+    def write(self, folder, values):
+        """Put the invalid value in the second row group of the second file."""
+        rows = pa.table({"x": [0.25, 0.5, 0.75], "odd": values})
+        good = rows.slice(0, 1)
+        pq.write_table(good, folder / "a.parquet")
+        with pq.ParquetWriter(folder / "b.parquet", rows.schema) as writer:
+            writer.write_table(good)
+            writer.write_table(rows)
+
+    def test_they_are_refused_with_their_place(self, tmp_path, values, problem):
+        self.write(tmp_path, values)
+        with pytest.raises(
+            StreamError,
+            match=f"b.parquet: column 'odd' {problem}.* in row 1 of row group 1; .*drop",
+        ):
+            rows_of(parquet_source(tmp_path))
+
+    def test_their_rows_are_dropped_on_demand(self, tmp_path, values, problem):
+        self.write(tmp_path, values)
+        source = parquet_source(tmp_path, invalid="drop")
+        assert (source.n_rows, source.n_dropped) == (4, 1)
+        assert rows_of(source)[:, 0].tolist() == [0.25, 0.25, 0.25, 0.75]
+        ds = StreamingDataset(source, batch_size=3)
+        with ds:
+            assert [ds.advance() for _ in range(9)] == [True] * 9
+        assert ds.total_size == 4
+
+    def test_a_dropped_row_does_not_shift_a_resumed_stream(self, tmp_path, values, problem):
+        self.write(tmp_path, values)
+        source = parquet_source(tmp_path, invalid="drop")
+        for start in range(5):
+            rest = np.concatenate([np.empty((0, 2)), *source.blocks(0, start)])
+            np.testing.assert_array_equal(rest, rows_of(source)[start:])
+
+
+class TestLargeValues:
+    """A sum tells whether any value is infinite, unless it overflows itself."""
+
+    def test_they_are_read_although_their_sum_overflows(self, tmp_path):
+        for dtype in ("float32", "float64"):
+            rows = np.full((100, 1), np.finfo(dtype).max, dtype)
+            pq.write_table(pa.table({"x": rows[:, 0]}), tmp_path / f"{dtype}.parquet")
+            np.testing.assert_array_equal(
+                rows_of(parquet_source(tmp_path / f"{dtype}.parquet")), rows
+            )
+
+    def test_infinities_that_cancel_are_refused(self, tmp_path):
+        pq.write_table(pa.table({"x": [1.0, np.inf, -np.inf]}), tmp_path / "a.parquet")
+        with pytest.raises(StreamError, match="column 'x' is inf in row 1 of row group 0"):
+            rows_of(parquet_source(tmp_path / "a.parquet"))
+
+
+class TestFilesThatChange:
+    @pytest.fixture
+    def source(self, tmp_path):
+        write_layout(tmp_path, [[5, 5], [5, 5]])
+        return parquet_source(tmp_path)
+
+    @pytest.mark.parametrize("when", ["before", "between epochs"])
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda path: pq.write_table(table(10), path), r"changed since .*\(.*footer"),
+            (lambda path: os.utime(path), r"changed since .*\(mtime\)"),
+            (lambda path: path.unlink(), "not a readable Parquet file"),
+            (lambda path: os.truncate(path, 100), "not a readable Parquet file"),
+            (lambda path: path.write_bytes(b""), "not a readable .*truncated, or another format"),
+        ],
+        ids=["rewritten", "touched", "removed", "truncated", "emptied"],
+    )
+    def test_they_are_named(self, source, tmp_path, when, change, message):
+        if when == "between epochs":
+            rows_of(source)
+        change(tmp_path / "001.parquet")
+        with pytest.raises(StreamError, match=f"001.parquet: {message}"):
+            rows_of(source)
+
+    def test_a_change_between_epochs_stops_the_stream(self, source, tmp_path):
+        ds = StreamingDataset(source, batch_size=5)
+        with ds, pytest.raises(StreamError, match=r"001\.parquet: changed"):
+            ds.advance()
+            os.utime(tmp_path / "001.parquet")
+            for _ in range(20):
+                ds.advance()
+
+    def test_empty_and_other_files_are_named(self, tmp_path):
+        (tmp_path / "a.parquet").write_bytes(b"")
+        with pytest.raises(StreamError, match=r"a.parquet: not a readable Parquet file"):
+            parquet_source(tmp_path)
+        (tmp_path / "a.parquet").write_text("mid,spread\n0.5,0.01\n" * 9)
+        with pytest.raises(StreamError, match=r"a.parquet: .* does not end like a Parquet file"):
+            parquet_source(tmp_path)
+
+    def test_a_table_without_rows_is_refused(self, tmp_path):
+        write_layout(tmp_path, [[0], []])
+        with pytest.raises(ValueError, match=r"000.parquet: no rows to stream in 2 file"):
+            parquet_source(tmp_path)
+
+    def test_corrupt_pages_are_noticed_where_pages_have_checksums(self, tmp_path):
+        path = tmp_path / "a.parquet"
+        values = pa.table({"x": np.random.default_rng(0).normal(size=1000)})
+        pq.write_table(values, path, write_page_checksum=True, compression="none")
+        content = bytearray(path.read_bytes())
+        content[2000] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(StreamError, match=r"a.parquet: reading failed .*[Cc][Rr][Cc]"):
+            rows_of(parquet_source(path))
+
+
+class TestReading:
+    def test_an_abandoned_iteration_leaves_no_open_file(self, tmp_path):
+        write_layout(tmp_path, [[5, 5], [5]])
+        blocks = iter(parquet_source(tmp_path))
+        next(blocks)
+        assert any(str(tmp_path) in file for file in open_files())
+        blocks.close()
+        assert not any(str(tmp_path) in file for file in open_files())
+
+    @pytest.mark.parametrize("prefetch", [True, False])
+    def test_an_abandoned_dataset_leaves_no_open_file(self, tmp_path, prefetch):
+        write_layout(tmp_path, [[400] * 50, [5]])
+        buffer = shuffle_buffer(parquet_source(tmp_path), buffer_size=100, batch_size=10, seed=0)
+        ds = StreamingDataset(buffer, batch_size=10, prefetch=prefetch, order_check="off")
+        ds.advance()
+        assert any(str(tmp_path) in file for file in open_files())
+        del ds
+        gc.collect()
+        assert not any(str(tmp_path) in file for file in open_files())
+
+    def test_two_iterations_do_not_disturb_each_other(self, tmp_path):
+        write_layout(tmp_path, [[5, 5], [5]])
+        source = parquet_source(tmp_path)
+        pairs = list(zip(source, source))
+        for stream in zip(*pairs):
+            np.testing.assert_array_equal(np.concatenate(stream), numbered(15))
+
+    def test_reading_starts_at_any_row(self, tmp_path):
+        n_rows = write_layout(tmp_path, [[3, 0, 4], [], [1, 5]])
+        source = parquet_source(tmp_path)
+        for start in range(n_rows + 1):
+            rest = np.concatenate([np.empty((0, 2)), *source.blocks(0, start)])
+            np.testing.assert_array_equal(rest, numbered(n_rows)[start:])
+
+    def test_row_groups_come_in_another_order_each_epoch(self, tmp_path):
+        write_layout(tmp_path, [[2] * 20, [2] * 20])
+        source = parquet_source(tmp_path, shuffle_row_groups=True, seed=0)
+        epochs = [np.concatenate(list(source.blocks(epoch)))[:, 0] for epoch in (0, 1)]
+        assert not np.array_equal(*epochs)
+        pairs = epochs[0].reshape(-1, 2)
+        np.testing.assert_array_equal(pairs[:, 0] + 1, pairs[:, 1])
+
+    def test_unknown_choices_are_refused(self, tmp_path):
+        write_layout(tmp_path, [[2]])
+        with pytest.raises(ValueError, match="invalid='skip' is not a choice"):
+            parquet_source(tmp_path, invalid="skip")
+
+
+def test_preshuffled_rows_know_that_they_are(tmp_path):
+    (tmp_path / "ordered").mkdir()
+    write_layout(tmp_path / "ordered", [[50], [50]])
+    preshuffle(tmp_path / "ordered", tmp_path / "shuffled", seed=5, progressbar=False)
+    source = parquet_source(tmp_path / "shuffled")
+    assert source.shuffled and not parquet_source(tmp_path / "ordered").shuffled
+    assert (source.mark.seed, source.mark.source) == (5, str(tmp_path / "ordered"))
+    assert sorted(rows_of(source)[:, 0]) == list(range(100))

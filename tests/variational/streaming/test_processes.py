@@ -1,0 +1,284 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Forked and spawned processes, interrupts, and many datasets in a row."""
+
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pymc as pm
+
+from pymc.variational._streaming.preshuffle.tasks import _peak_memory
+from pymc.variational.streaming import (
+    StreamError,
+    StreamingDataset,
+    parquet_source,
+    shuffle_buffer,
+)
+from tests.variational.streaming.held import prefetch_threads
+from tests.variational.streaming.preshuffle.killed import in_child
+from tests.variational.streaming.strategies import numbered, write_layout
+
+TIMEOUT = 60
+ROOT = Path(__file__).parents[3]
+PEAK = f"import tests; from {_peak_memory.__module__} import _peak_memory; print(_peak_memory())"
+PEAK_OF_A_LARGE_PARENTS_CHILD = f"""
+import subprocess, sys
+held = b"x" * 2**30
+subprocess.run([sys.executable, "-c", {PEAK!r}], check=True)
+"""
+
+
+def dataset(folder, **kwargs) -> StreamingDataset:
+    buffer = shuffle_buffer(parquet_source(folder), buffer_size=300, batch_size=50, seed=0)
+    return StreamingDataset(buffer, batch_size=50, order_check="off", **kwargs)
+
+
+def next_batch(ds: StreamingDataset) -> list:
+    ds.advance()
+    return ds.as_tensor().get_value().tolist()
+
+
+def unpickled_batches(pickled: bytes) -> list:
+    """Run in a spawned process."""
+    buffer, ds = pickle.loads(pickled)
+    assert buffer is ds.as_tensor()
+    assert np.isnan(buffer.get_value()).all()
+    with ds:
+        return [next_batch(ds) for _ in range(10)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows")
+    write_layout(path, [[100] * 20])
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Return an inference whose step is compiled, and its stream."""
+    ds = StreamingDataset(np.ones((4_000, 1)), batch_size=4, order_check="off")
+    with pm.Model():
+        mu = pm.Normal("mu")
+        pm.Normal("y", mu, 1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+        inference = pm.ADVI()
+        inference.fit(0, progressbar=False, compile_kwargs={"mode": "FAST_COMPILE"})
+    return inference, ds
+
+
+class TestSpawn:
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_copy_goes_on_from_the_batch_that_was_current(self, folder, streaming):
+        """The thread and the files stay behind, and the copy's buffer holds NaN at first."""
+        ds = dataset(folder)
+        with ds:
+            if streaming:
+                for _ in range(7):
+                    ds.advance()
+            pickled = pickle.dumps((ds.as_tensor(), ds))
+            found = unpickled_batches(pickled)
+            if streaming:
+                assert found[0] == ds.as_tensor().get_value().tolist()
+                assert found[1:] == [next_batch(ds) for _ in range(9)]
+            else:
+                assert found == [next_batch(ds) for _ in range(10)]
+
+    def test_a_dataset_crosses_to_a_spawned_process(self, folder):
+        with dataset(folder) as ds:
+            ds.advance()
+            pickled = pickle.dumps((ds.as_tensor(), ds))
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                found = pool.submit(unpickled_batches, pickled).result(TIMEOUT)
+        assert found == unpickled_batches(pickled)
+
+    def test_what_cannot_be_copied_says_so(self):
+        """One-shot iterators, and factories that are no module's functions."""
+        for source in (iter([numbered(9)]), lambda: [numbered(9)]):
+            ds = StreamingDataset(source, batch_size=3, total_size=9)
+            with pytest.raises(
+                (TypeError, pickle.PicklingError, AttributeError), match=r"pickle|local object"
+            ):
+                pickle.dumps(ds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_a_large_parents_child_is_its_own():
+    """Which ``ru_maxrss`` is not."""
+    command = [sys.executable, "-c", PEAK_OF_A_LARGE_PARENTS_CHILD]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 2**20 < int(done.stdout) < 2**30
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+class TestFork:
+    def test_a_stream_that_was_open_is_refused_and_can_be_opened_anew(self, folder):
+        """Its thread stays in the parent, and a child that waited for it would wait for ever."""
+        expected = []
+        with dataset(folder) as whole:
+            expected = [next_batch(whole) for _ in range(12)]
+
+        with dataset(folder) as ds:
+            for _ in range(5):
+                ds.advance()
+
+            def child():
+                signal.alarm(TIMEOUT)
+                with pytest.raises(StreamError, match="opened before this process was forked"):
+                    for _ in range(100):
+                        ds.advance()
+                position = ds.rows_seen // 50
+                assert next_batch(ds) == expected[position]
+                assert next_batch(ds) == expected[position + 1]
+                ds.close()
+
+            assert in_child(child) == 0
+            assert [next_batch(ds) for _ in range(7)] == expected[5:]
+
+    def test_a_child_may_close_it_or_leave_it(self, folder):
+        with dataset(folder) as ds:
+            first = next_batch(ds)
+
+            def close():
+                signal.alarm(TIMEOUT)
+                ds.close()
+                assert next_batch(ds) == first
+
+            assert in_child(close) == 0
+            assert in_child(lambda: None) == 0
+            assert ds.as_tensor().get_value().tolist() == first
+
+    def test_a_stream_that_is_opened_in_the_child_streams(self, folder):
+        ds = dataset(folder)
+
+        def child():
+            signal.alarm(TIMEOUT)
+            with ds:
+                assert len([next_batch(ds) for _ in range(100)]) == 100
+
+        assert in_child(child) == 0
+
+
+class TestInterrupt:
+    """Jupyter's stop button is a KeyboardInterrupt in the main thread, between any two lines."""
+
+    def go_on(self, inference, ds, n, end):
+        """Make steps, as `Inference.fit` would without compiling anew.
+
+        *end* ends the interrupts: Python swallows one that falls into the finalizer, which
+        closes the stream when the fit is over.
+        """
+        ds.load_state_dict({**ds.state_dict(), "epoch": 0, "offset": 0, "rows_seen": 0})
+        callback = ds.fit_callback()
+        callback._approx = inference.approx  # the check compiles anew each time
+        inference.state = inference.state._replace(callbacks=[callback])
+        try:
+            del callback
+            inference.refine(n, progressbar=False)
+        finally:
+            try:
+                end()
+            finally:  # the interrupt can fall into that
+                inference.state = inference.state._replace(callbacks=[])
+
+    def check(self, inference, ds):
+        """A usable approximation, no thread, no batch, and a stream that goes on."""
+        gc.collect()
+        assert all(np.isfinite(p.get_value()).all() for p in inference.approx.params)
+        assert not prefetch_threads()
+        assert sys.getswitchinterval() > 1e-3
+        assert np.isnan(ds.as_tensor().get_value()).all()
+        with ds:
+            assert ds.advance()
+            before = ds.rows_seen
+            assert ds.advance() and ds.rows_seen == before + 4
+            assert (ds.as_tensor().get_value() == 1).all()
+
+    def test_between_any_two_lines_of_the_stream(self, fitted):
+        inference, ds = fitted
+        moment, interrupts = 0, 0
+        while True:
+            left = [moment]
+
+            def on_line(frame, event, arg, left=left):
+                if event == "line":
+                    left[0] -= 1
+                    if left[0] == -1:
+                        raise KeyboardInterrupt
+                return on_line
+
+            def on_call(frame, event, arg, on_line=on_line):
+                name = frame.f_code.co_filename
+                ours = "_streaming" in name or name.endswith("variational/streaming.py")
+                return on_line if ours else None
+
+            sys.settrace(on_call)
+            try:
+                self.go_on(inference, ds, 12, lambda: sys.settrace(None))
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+            self.check(inference, ds)
+            if left[0] >= 0:
+                break
+            moment, interrupts = moment + 7, interrupts + 1
+        assert interrupts > 50
+        assert np.isfinite(inference.approx.sample(10).posterior["mu"]).all()
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+    def test_at_random_times(self, fitted):
+        inference, ds = fitted
+        rng = np.random.default_rng(0)
+        gc.collect()  # or an interrupt could come while numba's leftovers are deleted, and be lost
+        for _ in range(25):
+            kill = threading.Timer(rng.uniform(0, 0.05), os.kill, (os.getpid(), signal.SIGINT))
+            try:
+                kill.start()
+                self.go_on(inference, ds, 1_000, kill.join)
+            except KeyboardInterrupt:
+                pass
+            kill.join()
+            self.check(inference, ds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_thousand_datasets_leave_nothing_behind(folder):
+    def left():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    def use():
+        with dataset(folder) as ds:
+            ds.advance()
+
+    use()
+    before = left()
+    for _ in range(1_000):
+        use()
+    assert left() == before
