@@ -75,10 +75,12 @@ class _Shuffled(Source):
         self._rows = rows
         self._next = 0
 
-    def entry(self, rows: np.ndarray) -> np.ndarray:
+    def read_starts(self, rows: np.ndarray) -> np.ndarray:
         return rows
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
         first, self._next = self._next, self._next + 64
         yield self._rows[first : self._next]
 
@@ -224,7 +226,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     curve = power(options.repeats)
     order_sample._WINDOW_VALUES = SAMPLE_VALUES
-    order_sample.GLANCE_ROWS = 0  # no block is reached by reading on from another
+    order_sample._BLOCK_ROWS = 0  # no block is reached by reading on from another
     command = "python -m benchmarks.order_power"
     results = {
         "command": f"{command} --datasets {options.datasets} --repeats {options.repeats}",

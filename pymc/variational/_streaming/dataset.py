@@ -28,7 +28,7 @@ from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.tensor.variable import TensorVariable
 
 from pymc.model.core import Model
-from pymc.variational._streaming.batches.rebatch import cast, read_epochs, rebatch
+from pymc.variational._streaming.batches.rebatch import Batch, cast, read_epochs, rebatch
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.errors import StreamError, StreamWarning
 from pymc.variational._streaming.given import given_rows
@@ -220,8 +220,8 @@ class StreamingDataset:
         The model's buffer and the state of the stream are left alone.
         """
         chunks = read_epochs(self._source, self._sample_shape, self._dtype, cycle=False)
-        batches = rebatch(chunks, self._batch_size)
-        return (cast(batch.rows, self._dtype) for batch in batches if len(batch.rows))
+        items = rebatch(chunks, self._batch_size)
+        return (cast(item.rows, self._dtype) for item in items if isinstance(item, Batch))
 
     def fit_callback(self) -> Callback:
         """Put the first batch in, and return the callback that puts in the next ones.
@@ -418,7 +418,7 @@ class StreamingDataset:
         """Put another batch in; *used* is whether a step has used the one that is there."""
         try:
             batch = self._reader.next(used=used)
-            if len(batch.rows) == self._batch_size:
+            if batch is not None and len(batch.rows) == self._batch_size:
                 # As set_value does, which takes microseconds to check a type that is known here.
                 self._buffer.container.storage[0] = cast(batch.rows, self._dtype)
                 return True
@@ -429,9 +429,10 @@ class StreamingDataset:
             self.close()
             raise
         self._pause()
+        n_left = 0 if batch is None else len(batch.rows)
         warnings.warn(
             f"the source ended after {self.rows_seen // self._batch_size} batches of "
-            f"{self._batch_size} rows, with {len(batch.rows)} rows left over (cycle=False)",
+            f"{self._batch_size} rows, with {n_left} rows left over (cycle=False)",
             StreamWarning,
             stacklevel=4,
         )

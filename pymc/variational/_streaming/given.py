@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pymc.variational._streaming.batches.rebatch import cast, read_epochs
+from pymc.variational._streaming.batches.rebatch import Chunk, cast, read_epochs
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.arrow import arrow_source
 from pymc.variational._streaming.sources.base import Source, is_arrow
@@ -51,5 +51,5 @@ def given_rows(
             f"rows has columns {source.columns} where the stream has {columns}; "
             "pass columns=[...] to the source"
         )
-    chunks = read_epochs(source, sample_shape, dtype, cycle=False)
-    return np.concatenate([cast(chunk.rows, dtype) for chunk in chunks if len(chunk.rows)])
+    items = read_epochs(source, sample_shape, dtype, cycle=False)
+    return np.concatenate([cast(item.rows, dtype) for item in items if isinstance(item, Chunk)])

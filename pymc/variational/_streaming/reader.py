@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymc.variational._streaming.batches.prefetch import Prefetcher
-from pymc.variational._streaming.batches.rebatch import Chunk, read_epochs, rebatch
+from pymc.variational._streaming.batches.rebatch import Batch, EpochEnd, read_epochs, rebatch
 from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.total_size import TotalSize
@@ -75,8 +75,8 @@ class BatchReader:
         self._order = order
         self._cycle = cycle
         self._prefetch = prefetch
-        self._chunks: Prefetcher | Generator[Chunk] | None = None
-        self._batches: Iterator[Chunk] = iter(())
+        self._chunks: Prefetcher | Generator[Any] | None = None
+        self._batches: Iterator[Any] = iter(())
         self.position = Position(0, 0, 0)
         self.ended = False
         """Whether there is no current batch, not even a short one, because the source has ended."""
@@ -107,8 +107,8 @@ class BatchReader:
         self._batches = rebatch(opened, self._batch_size)
         self._chunks = opened
 
-    def next(self, *, used: bool) -> Chunk:
-        """Move to the next batch; one that is not full ends the stream.
+    def next(self, *, used: bool) -> Batch | None:
+        """Move to the next batch; one that is not full, or None, ends the stream.
 
         Parameters
         ----------
@@ -120,8 +120,11 @@ class BatchReader:
             rows_seen += self._batch_size
             self.position = Position(*self._end, rows_seen)
         batch = self._read()
+        if batch is None:
+            self.ended = True
+            return None
         self.position = Position(batch.epoch, batch.offset, rows_seen)
-        self._end, self.ended = batch.end, batch.is_end
+        self._end, self.ended = batch.end, False
         return batch
 
     def conclude(self) -> None:
@@ -138,16 +141,13 @@ class BatchReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_chunks": None, "_batches": iter(())}
 
-    def _read(self) -> Chunk:
-        end = None
-        for batch in self._batches:
-            if len(batch.rows):
-                self._total_size.check_part(batch.end[1])
-                return batch
-            if batch.finding is not None:
-                self._order.tell(batch.finding)
-                continue
-            self._total_size.check_epoch(batch.offset)
-            end = batch
-        assert end is not None
-        return end
+    def _read(self) -> Batch | None:
+        for item in self._batches:
+            if isinstance(item, Batch):
+                self._total_size.check_part(item.end[1])
+                return item
+            if isinstance(item, EpochEnd):
+                self._total_size.check_epoch(item.n_rows)
+            else:
+                self._order.tell(item)
+        return None

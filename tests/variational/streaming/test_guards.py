@@ -21,7 +21,6 @@ import pytest
 
 import pymc as pm
 
-from pymc.variational import streaming
 from pymc.variational.streaming import StreamError, StreamingDataset, StreamWarning
 
 ONE_STEP = {"progressbar": False, "compile_kwargs": {"mode": "FAST_COMPILE"}}
@@ -333,7 +332,9 @@ def test_what_is_added_after_the_callback_is_checked_at_its_first_call(ds):
 
 def test_a_model_that_has_not_changed_is_checked_once(ds, monkeypatch):
     checked = []
-    monkeypatch.setattr(streaming, "check_model", lambda *args: checked.append(args))
+    monkeypatch.setattr(
+        "pymc.variational._streaming.dataset.check_model", lambda *args: checked.append(args)
+    )
     with pm.Model():
         pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 0], total_size=60)
         pm.fit(2, callbacks=[ds.fit_callback()], **ONE_STEP)

@@ -27,24 +27,13 @@ from typing import Any
 import numba
 import numpy as np
 
-from numba.core import cgutils, types
-from numba.extending import intrinsic
-
 __all__ = [
-    "PLAIN",
     "compiled",
-    "insert_columns",
     "insert_shuffled",
-    "interleave",
 ]
 
 _AHEAD = 128
 """Rows that are fetched into the cache together; one after the other they would wait for memory."""
-_TILE = 256
-"""Rows that are interleaved, or whose features are computed and summed, while they are cached."""
-
-PLAIN = "int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "float64"
-"""Types of number that :func:`interleave` copies."""
 
 
 def compiled(**options: Any) -> Callable[[Callable], Callable]:
@@ -57,95 +46,6 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
             return numba.njit(nogil=True, **options)(function)
 
     return decorate
-
-
-@intrinsic
-def _as_pointer(typing_context, address):
-    """Make an address of an integer, for which numba has no function of its own."""
-
-    def cast(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), cast
-
-
-@compiled()
-def _copy(address, first, dtype, tile, j):
-    """Copy a column, from row *first* on, to column *j* of *tile*; tell of values not finite."""
-    column = numba.carray(_as_pointer(address), first + len(tile), dtype)[first:]
-    for i in range(len(tile)):
-        tile[i, j] = column[i]
-    strange = False
-    for i in range(len(tile)):
-        strange |= column[i] - column[i] != 0
-    return strange
-
-
-@compiled()
-def _all_set(address, first, n):
-    """Tell whether *n* bits from bit *first* on are set; no bits at all, at address 0, are."""
-    if address == 0 or n == 0:
-        return True
-    bits = numba.carray(_as_pointer(address), (first + n + 7) // 8, np.uint8)[first // 8 :]
-    head, tail = 0xFF >> first % 8 << first % 8, 0xFF >> -(first + n) % 8
-    if len(bits) == 1:
-        return bits[0] & head & tail == head & tail
-    if bits[0] & head != head or bits[-1] & tail != tail:
-        return False
-    unset = np.uint8(0)
-    for i in range(1, len(bits) - 1):
-        unset |= ~bits[i]
-    return unset == 0
-
-
-@compiled()
-def interleave(places, kinds, start, rows):
-    """Copy columns to *rows*, and tell whether all values are there and finite.
-
-    Parameters
-    ----------
-    places : ndarray of int64, shape (n_columns, 3)
-        Addresses of each column's values and of its validity bits [1]_ or 0, and which of them is
-        the column's first one.
-    kinds : ndarray of int64, shape (n_columns,)
-        Place of each column's type in ``PLAIN``: one compiled loop serves any columns.
-    start : int
-        First row that is copied.
-    rows : ndarray, shape (n_rows, n_columns)
-        Of a dtype that can hold all values.
-
-    References
-    ----------
-    .. [1] Apache Arrow. Arrow columnar format.
-       https://arrow.apache.org/docs/format/Columnar.html
-    """
-    for j in range(len(kinds)):
-        if not _all_set(places[j, 1], start + places[j, 2], len(rows)):
-            return False
-    strange = False
-    for first in range(0, len(rows), _TILE):
-        tile = rows[first : first + _TILE]
-        for j in range(len(kinds)):
-            kind, address = kinds[j], places[j, 0]
-            at = start + first + places[j, 2]
-            # A loop over the types, with numba's literal_unroll, would take twice as long.
-            if kind == 0:
-                strange |= _copy(address, at, np.int8, tile, j)
-            elif kind == 1:
-                strange |= _copy(address, at, np.uint8, tile, j)
-            elif kind == 2:
-                strange |= _copy(address, at, np.int16, tile, j)
-            elif kind == 3:
-                strange |= _copy(address, at, np.uint16, tile, j)
-            elif kind == 4:
-                strange |= _copy(address, at, np.int32, tile, j)
-            elif kind == 5:
-                strange |= _copy(address, at, np.uint32, tile, j)
-            elif kind == 6:
-                strange |= _copy(address, at, np.float32, tile, j)
-            else:
-                strange |= _copy(address, at, np.float64, tile, j)
-    return not strange
 
 
 @compiled()
@@ -210,31 +110,3 @@ def insert_shuffled(window, n, rows, key):
                     window[end, word] = window[place, word]
                     window[place, word] = new[row, word]
     return fetched  # or the compiler would leave the fetching out
-
-
-@compiled()
-def insert_columns(window, n, key, places, kinds, start, stop, tile, tile_words):
-    """Put rows *start* to *stop* of columns at random places among those of a window.
-
-    Parameters
-    ----------
-    window, n, key
-        See :func:`insert_shuffled`.
-    places, kinds
-        See :func:`interleave`.
-    tile : ndarray, shape (size, n_columns)
-        Room for some rows.
-    tile_words : ndarray of unsigned int, shape (size, words)
-        The same memory.
-
-    Returns
-    -------
-    int
-        First row that was not put in: *stop*, or one from which on some are missing or not finite.
-    """
-    for first in range(start, stop, len(tile)):
-        some = min(len(tile), stop - first)
-        if not interleave(places, kinds, first, tile[:some]):
-            return first
-        insert_shuffled(window, n + first - start, tile_words[:some], key)
-    return stop

@@ -20,6 +20,7 @@ import weakref
 
 from collections.abc import Generator, Iterator
 from queue import SimpleQueue
+from typing import Any
 
 from pymc.variational._streaming.batches.rebatch import Chunk
 from pymc.variational._streaming.errors import StreamError
@@ -43,8 +44,8 @@ class Prefetcher:
     interpreter switches between threads more often than usual.
     """
 
-    def __init__(self, chunks: Generator[Chunk]):
-        self._queue: SimpleQueue[tuple[Chunk | None, BaseException | None]] = SimpleQueue()
+    def __init__(self, chunks: Generator[Any]):
+        self._queue: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self._taken: SimpleQueue[None] = SimpleQueue()  # a semaphore in one call
         started, stop = threading.Event(), threading.Event()
         thread = threading.Thread(
@@ -64,7 +65,7 @@ class Prefetcher:
             self.close()
             raise
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Chunk:
@@ -78,7 +79,7 @@ class Prefetcher:
             )
         chunk, err = self._queue.get()
         if chunk is not None:
-            if len(chunk.rows):
+            if _has_rows(chunk):
                 self._taken.put(None)
             return chunk
         self.close()
@@ -120,8 +121,12 @@ class _Switching:
 _switching = _Switching()
 
 
+def _has_rows(item: Any) -> bool:
+    return isinstance(item, Chunk) and len(item.rows) > 0
+
+
 def _run(
-    chunks: Generator[Chunk],
+    chunks: Generator[Any],
     queue: SimpleQueue,
     taken: SimpleQueue,
     started: threading.Event,
@@ -132,7 +137,7 @@ def _run(
     try:
         for chunk in chunks:
             queue.put((chunk, None))
-            if len(chunk.rows):
+            if _has_rows(chunk):
                 del chunk  # while the next one is read
                 taken.get()
             if stop.is_set():

@@ -16,16 +16,24 @@
 import math
 
 from collections.abc import Generator, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.order.report import OrderReport
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.sources.rows import exact_limit
 
-__all__ = ["Chunk", "cast", "read_epochs", "rebatch", "require_exact", "require_shape"]
+__all__ = [
+    "Batch",
+    "Chunk",
+    "EpochEnd",
+    "cast",
+    "read_epochs",
+    "rebatch",
+    "require_exact",
+    "require_shape",
+]
 
 
 _PIECE_VALUES = 1 << 20
@@ -33,26 +41,37 @@ _PIECE_VALUES = 1 << 20
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows of one epoch, or what there is to tell between them."""
+    """Consecutive rows of one epoch."""
 
     epoch: int
     offset: int
     """Position of the first row in its epoch."""
     rows: np.ndarray
-    """shape (n, *sample_shape), in the source's own dtype; they may be overwritten when what
-    follows the next chunk with rows is asked for."""
-    is_end: bool = False
-    """Whether the epoch has ended, with *offset* rows."""
-    finding: OrderReport | None = None
-    last: "Chunk | None" = None
-    """Where the rows are those of several chunks, the last one of these."""
+    """shape (n, *sample_shape), in the source's own dtype; see ``Source.blocks``."""
 
     @property
     def end(self) -> tuple[int, int]:
         """Epoch and position of what follows the rows."""
-        if self.last is not None:
-            return self.last.end
         return self.epoch, self.offset + len(self.rows)
+
+
+class Batch(NamedTuple):
+    """The rows of a minibatch, which can run across epochs."""
+
+    epoch: int
+    offset: int
+    """Position of the first row in its epoch."""
+    rows: np.ndarray
+    end: tuple[int, int]
+    """Epoch and position of what follows the rows."""
+
+
+class EpochEnd(NamedTuple):
+    """The end of an epoch."""
+
+    epoch: int
+    n_rows: int
+    """Position of the row that would have followed."""
 
 
 def read_epochs(
@@ -63,48 +82,53 @@ def read_epochs(
     epoch: int = 0,
     start: int = 0,
     cycle: bool = True,
-) -> Generator[Chunk]:
-    """Read a source epoch after epoch, and refuse values that *dtype* cannot hold.
-
-    Chunks without rows end an epoch, or only tell that reading takes a while.
-    """
-    offset = start
-    for number, block in source.epochs(epoch, start, cycle=cycle):
-        if block is not None:
-            require_shape(block, sample_shape)
-            require_exact(block, dtype, source, offset)
-            yield Chunk(number, offset, block)
-            offset += len(block)
-            continue
-        yield Chunk(number, offset, np.empty(0, dtype), is_end=True)
+) -> Generator[Chunk | EpochEnd]:
+    """Read a source epoch after epoch, and refuse values that *dtype* cannot hold."""
+    while True:
+        offset = start
+        for rows in source.blocks(epoch, start):
+            require_shape(rows, sample_shape)
+            require_exact(rows, dtype, source, offset)
+            yield Chunk(epoch, offset, rows)
+            offset += len(rows)
+            del rows  # while the next ones are read
+        yield EpochEnd(epoch, offset)
         if offset == 0:
-            raise StreamError(f"source gave no rows in epoch {number}")
-        offset = 0
+            raise StreamError(f"source gave no rows in epoch {epoch}")
+        if not cycle:
+            return
+        epoch, start = epoch + 1, 0
 
 
-def rebatch(chunks: Iterable[Chunk], batch_size: int) -> Iterator[Chunk]:
+def rebatch(items: Iterable[Any], batch_size: int) -> Iterator[Any]:
     """Cut chunks into batches of *batch_size* rows that run across epochs.
 
-    Chunks that end an epoch or tell of order are passed on; if the chunks end, so does this,
-    with a batch as short as it comes.
+    Whatever is no chunk is passed on where it comes.  If the items end, so does this, with a batch
+    as short as it comes.
+
+    Yields
+    ------
+    Batch, or an item that is no Chunk
     """
-    rest: list[Chunk] = []
+    parts: list[Chunk] = []
     missing = batch_size
-    for chunk in chunks:
-        epoch, offset, rows, is_end, finding, _ = chunk
-        if is_end or finding is not None:
-            yield chunk
+    for item in items:
+        if not isinstance(item, Chunk):
+            yield item
+            continue
+        epoch, offset, rows = item
         first = 0
         while first + missing <= len(rows):
             part = Chunk(epoch, offset + first, rows[first : first + missing])
-            yield _join([*rest, part]) if rest else part
+            yield _join([*parts, part])
             first += missing
-            rest, missing = [], batch_size
+            parts, missing = [], batch_size
         if first < len(rows):
-            rest.append(Chunk(epoch, offset + first, rows[first:].copy()))
+            # The block may be overwritten before the batch is full.
+            parts.append(Chunk(epoch, offset + first, rows[first:].copy()))
             missing -= len(rows) - first
-    if rest:
-        yield _join(rest)
+    if parts:
+        yield _join(parts)
 
 
 def require_shape(block: np.ndarray, sample_shape: tuple[int, ...]) -> None:
@@ -128,7 +152,7 @@ def require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int
     if rows.dtype == dtype or _is_wider(dtype, rows.dtype):
         with np.errstate(all="ignore"):
             # A value that is not finite shows in the sum; one that is, hardly ever.
-            if source.checked or rows.dtype.kind != "f" or np.isfinite(rows.sum()):
+            if rows.dtype.kind != "f" or np.isfinite(rows.sum()):
                 return
     step = max(1, _PIECE_VALUES // math.prod(rows.shape[1:]))
     for first in range(0, len(rows), step):
@@ -145,9 +169,9 @@ def require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int
             )
 
 
-def _join(parts: list[Chunk]) -> Chunk:
-    rows = np.concatenate([part.rows for part in parts])
-    return Chunk(parts[0].epoch, parts[0].offset, rows, last=parts[-1])
+def _join(parts: list[Chunk]) -> Batch:
+    rows = parts[0].rows if len(parts) == 1 else np.concatenate([part.rows for part in parts])
+    return Batch(parts[0].epoch, parts[0].offset, rows, parts[-1].end)
 
 
 def _is_wider(dtype: np.dtype, other: np.dtype) -> bool:

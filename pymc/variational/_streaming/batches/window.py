@@ -24,7 +24,6 @@ import numpy as np
 from pymc.variational._streaming.batches.rebatch import Chunk, rebatch, require_shape
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.base import Source, draw_seed, positive_int
-from pymc.variational._streaming.sources.columns import Columns
 
 __all__ = ["ShuffleBuffer", "shuffle_buffer"]
 
@@ -126,35 +125,27 @@ class ShuffleBuffer(Source):
         return self._source.count()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        chunks = (Chunk(0, 0, rows) for rows in self.blocks())
+        # Copies, since windows are overwritten and batches are the caller's.
+        chunks = (Chunk(0, 0, rows.copy()) for rows in self.blocks())
         return (batch.rows for batch in rebatch(chunks, self.batch_size))
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
-        windows = self.epochs(epoch, start, cycle=False)
-        return (rows.copy() for _, rows in windows if rows is not None and len(rows))
-
-    def epochs(
-        self, epoch: int, start: int, *, cycle: bool
-    ) -> Generator[tuple[int, np.ndarray | None]]:
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
         number, skip = divmod(start, self.buffer_size)
         window = _Window(min(self.buffer_size, self.n_rows or self.buffer_size), self.seed)
-        while True:
-            window.begin(epoch, number)
-            for rest in self._source.pieces(epoch, number * self.buffer_size):
-                while len(rest):
-                    rest = window.insert(rest)
-                    if window.is_full:
-                        yield epoch, window.take()[skip:]
-                        number, skip = number + 1, 0
-                        window.begin(epoch, number)
-                del rest  # and with it the piece, while the next one is read
-                yield epoch, window.no_rows()
-            if window.n:
-                yield epoch, window.take()[skip:]
-            yield epoch, None
-            if not cycle:
-                return
-            epoch, number, skip = epoch + 1, 0, 0
+        window.begin(epoch, number)
+        for rest in self._source.blocks(epoch, number * self.buffer_size):
+            while len(rest):
+                rest = window.insert(rest)
+                if window.is_full:
+                    yield window.take()[skip:]
+                    number, skip = number + 1, 0
+                    window.begin(epoch, number)
+            rest = rest.copy()  # or its base, the block, would stay while the next one is read
+            yield rest
+        if window.n:
+            yield window.take()[skip:]
 
 
 class _Room(NamedTuple):
@@ -182,16 +173,10 @@ class _Window:
     def is_full(self) -> bool:
         return self.n == self._size
 
-    def insert(self, rows: np.ndarray | Columns) -> np.ndarray | Columns:
+    def insert(self, rows: np.ndarray) -> np.ndarray:
         """Take in as many of *rows* as there is room for, and return the others."""
         from pymc.variational._streaming.batches.compiled import insert_shuffled
 
-        if isinstance(rows, Columns):
-            self._make_rooms((len(rows.layout.kinds),), rows.layout.dtype)
-            n = len(rows)
-            complete = rows.insert(self._rooms[0].words, self.n, self._key)
-            self.n += n - len(rows)
-            return rows if complete else rows.rows()
         self._make_rooms(rows.shape[1:], rows.dtype)
         room, words = self._rooms[0]
         require_shape(rows, room.shape[1:])
@@ -204,9 +189,6 @@ class _Window:
         while len(self._rooms) < 2:
             rows = np.empty((self._size, *sample_shape), dtype)
             self._rooms.append(_Room(rows, _as_words(rows)))
-
-    def no_rows(self) -> np.ndarray:
-        return self._rooms[0].rows[:0].copy()
 
     def take(self) -> np.ndarray:
         """Return the rows, which stay as they are until those of the next window are taken."""

@@ -21,7 +21,7 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import Any, Literal
 
-from pymc.variational._streaming.batches.rebatch import Chunk, require_exact
+from pymc.variational._streaming.batches.rebatch import Chunk, EpochEnd, require_exact
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.errors import OrderError, OrderWarning
 from pymc.variational._streaming.order.monitor import Monitor
@@ -133,17 +133,15 @@ class OrderCheck:
         if self._finding is not None:
             self.tell(self._finding)
 
-    def watch(self, chunks: Generator[Chunk]) -> Generator[Chunk]:
-        """Pass *chunks* on, and an empty one with a report where order shows."""
-        with closing(chunks):
-            for chunk in chunks:
+    def watch(self, items: Generator[Chunk | EpochEnd]) -> Generator[Any]:
+        """Pass *items* on, and a report before the one at which order shows."""
+        with closing(items):
+            for item in items:
                 if self._finding is None and self._action != "off":
-                    self._finding = self._see(chunk)
+                    self._finding = self._see(item)
                     if self._finding is not None:
-                        yield Chunk(
-                            chunk.epoch, chunk.offset, chunk.rows[:0], finding=self._finding
-                        )
-                yield chunk
+                        yield self._finding
+                yield item
 
     def tell(self, report: OrderReport) -> None:
         """Raise or, once, warn."""
@@ -163,20 +161,23 @@ class OrderCheck:
                 "check_fit, or fit one epoch at least."
             )
 
-    def _see(self, chunk: Chunk) -> OrderReport | None:
-        """Compare windows up to this chunk; report only order that matters."""
-        if chunk.epoch < self._epoch or (self._whole and self._stream.source.seed is None):
+    def _see(self, item: Chunk | EpochEnd) -> OrderReport | None:
+        """Compare windows up to this item; report only order that matters."""
+        if item.epoch < self._epoch or (self._whole and self._stream.source.seed is None):
             return None  # the same windows would count twice
-        if chunk.epoch > self._epoch:
-            self._epoch, self._begin, self._end = chunk.epoch, chunk.offset, chunk.offset
+        ends = isinstance(item, EpochEnd)
+        if item.epoch > self._epoch:
+            start = item.n_rows if isinstance(item, EpochEnd) else item.offset
+            self._epoch, self._begin, self._end = item.epoch, start, start
             self._monitor.start()
-        new = chunk.rows[max(0, self._end - chunk.offset) :]
-        if len(new):
-            self._end = chunk.offset + len(chunk.rows)
-            self._monitor.add(self._end - len(new), new)
-        self._whole = chunk.is_end and self._begin == 0
-        self._compared |= chunk.is_end or self._begin > 0
-        report = self._monitor.look(last=chunk.is_end)
+        if isinstance(item, Chunk):
+            new = item.rows[max(0, self._end - item.offset) :]
+            if len(new):
+                self._end = item.offset + len(item.rows)
+                self._monitor.add(self._end - len(new), new)
+        self._whole = ends and self._begin == 0
+        self._compared |= ends or self._begin > 0
+        report = self._monitor.look(last=ends)
         return report if report is not None and report.ordered else None
 
 

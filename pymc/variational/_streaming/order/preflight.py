@@ -32,8 +32,7 @@ from pymc.variational._streaming.order.report import (
     judge,
     one_window,
 )
-from pymc.variational._streaming.sources.base import GLANCE_ROWS, Source
-from pymc.variational._streaming.sources.columns import as_rows
+from pymc.variational._streaming.sources.base import Source
 
 __all__ = ["preflight"]
 
@@ -41,6 +40,8 @@ _DESIGNS = [(20, 32), (20, 16), (20, 8), (12, 8), (8, 8), (12, 4), (8, 4), (6, 4
 """Windows, and blocks in each; the first that is not too expensive is used."""
 _WINDOW_VALUES = 1 << 17
 """Sampled from each window, in all its blocks and columns."""
+_BLOCK_ROWS = 1 << 16
+"""Decoded at a time."""
 _PILOT = 4_096
 _SLAB = 2_048
 """Rows whose features fit into the cache."""
@@ -85,7 +86,7 @@ def preflight(stream: Stream, seed: int) -> tuple[OrderReport | None, Features |
         Fitted on rows from all over the table.
     """
     n_rows, window = stream.source.n_rows, stream.window
-    if n_rows is None or not stream.source.random_access:
+    if n_rows is None or stream.source.read_starts(np.zeros(1, np.int64)) is None:
         return None, None
     starts = np.arange(0, n_rows, window)
     if len(starts) > 2 and n_rows - starts[-1] < window / 4:
@@ -201,7 +202,7 @@ def _plan(
     """Choose windows and blocks that are cheap enough to read, all over the table if possible."""
     source = stream.source
     stops = np.minimum(starts + stream.window, n_rows)
-    depth = stops - source.entry(stops - 1)
+    depth = stops - _read_starts(source, stops - 1)
     most = _BUDGET // _width(source)
     for reach in (n_rows, most, most // 4, most // 16):
         near = np.flatnonzero(depth <= reach)
@@ -234,20 +235,26 @@ def _stratified(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
 def _cost(source: Source, places: np.ndarray, block: int) -> int:
     """Return about how many values could be decoded in the time that reading takes."""
     places = places.ravel()
-    entries = source.entry(places)
+    entries = _read_starts(source, places)
     if np.array_equal(entries, places):
         return 0  # any row of an array can be read by itself
     first = _reads(entries, places, block)
     last = np.append(first[1:], len(places)) - 1
     depth = places[last] + block - entries[first]
-    decoded = -(-depth // GLANCE_ROWS) * GLANCE_ROWS
+    decoded = -(-depth // _BLOCK_ROWS) * _BLOCK_ROWS
     return int(decoded.sum()) * _width(source) + len(first) * _OPEN_VALUES
 
 
 def _reads(entries: np.ndarray, places: np.ndarray, block: int) -> np.ndarray:
     """Return the first block of each read; what lies near the last one is cheaper to read on."""
     gaps = entries[1:] - (places[:-1] + block)
-    return np.append(0, np.flatnonzero(gaps > GLANCE_ROWS) + 1)
+    return np.append(0, np.flatnonzero(gaps > _BLOCK_ROWS) + 1)
+
+
+def _read_starts(source: Source, rows: np.ndarray) -> np.ndarray:
+    starts = source.read_starts(rows)
+    assert starts is not None
+    return starts
 
 
 def _width(source: Source) -> int:
@@ -258,7 +265,7 @@ def _width(source: Source) -> int:
 def _read(source: Source, plan: _Plan) -> np.ndarray:
     """Return the rows of all blocks, shape (k * n_blocks * block, *sample_shape)."""
     places = plan.places.ravel()
-    entries = source.entry(places)
+    entries = _read_starts(source, places)
     first = _reads(entries, places, plan.block)
 
     def read(entry: int, some: np.ndarray) -> np.ndarray:
@@ -273,13 +280,13 @@ def _read(source: Source, plan: _Plan) -> np.ndarray:
 def _read_from(source: Source, entry: int, places: np.ndarray, n: int) -> np.ndarray:
     """Return *n* rows from each of the ascending *places*, reading on from *entry*."""
     found, start, done = None, entry, 0
-    with closing(source.glance(entry)) as pieces:
+    with closing(source.blocks(0, entry, block_rows=_BLOCK_ROWS)) as blocks:
         while done < len(places):
-            piece = next(pieces)
-            stop = start + len(piece)
+            block = next(blocks)
+            stop = start + len(block)
             for i in range(done, int(np.searchsorted(places, stop))):
                 low, high = max(places[i], start), min(places[i] + n, stop)
-                rows = as_rows(piece[low - start : high - start])
+                rows = block[low - start : high - start]
                 if found is None:
                     found = np.empty((len(places), n, *rows.shape[1:]), rows.dtype)
                 found[i, low - places[i] : high - places[i]] = rows

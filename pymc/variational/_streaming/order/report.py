@@ -54,7 +54,7 @@ class Stream:
             return f"preshuffle({json.dumps(path)}, {json.dumps(target)}, seed=0)"
         if path is not None:
             return f'preshuffle({json.dumps([str(p) for p in path])}, "shuffled", seed=0)'
-        if self.source.random_access:
+        if self.source.read_starts(np.zeros(1, np.int64)) is not None:
             return "rows[np.random.default_rng(0).permutation(len(rows))]"
         return 'write the rows to Parquet, and preshuffle("rows.parquet", "shuffled", seed=0)'
 

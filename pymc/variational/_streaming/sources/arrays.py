@@ -61,8 +61,6 @@ def as_source(data: Any) -> Source:
 class _ArraySource(Source):
     """An array, or what can be sliced like one: zarr, h5py, xarray, dask."""
 
-    random_access = True
-
     def __init__(self, array: Any):
         first = _as_rows(np.asanyarray(array[:1]) if array.shape else array)
         if not len(first):
@@ -74,10 +72,12 @@ class _ArraySource(Source):
         self.n_rows = int(array.shape[0])
         self.sample_shape = first.shape[1:]
 
-    def entry(self, rows: np.ndarray) -> np.ndarray:
+    def read_starts(self, rows: np.ndarray) -> np.ndarray:
         return rows - rows % self._chunk
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
         block_bytes = _BLOCK_BYTES if self._chunk == 1 else _CHUNKED_BYTES
         step = max(1, block_bytes // (self._row_bytes * self._chunk)) * self._chunk
         for first in range(start - start % self._chunk, int(self._array.shape[0]), step):
@@ -115,7 +115,9 @@ class IterableSource(Source):
             if next(self._convert(_arrow_batches(self._probed)), None) is None:
                 raise ValueError("source yields no blocks, so the shape of a row is unknown")
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
         made = self._make()
         if made is self._probed and isinstance(made, Iterator):
             raise StreamError(
@@ -145,7 +147,8 @@ class IterableSource(Source):
                     f"{number} is {type(block).__name__}; leave columns out, and select by place "
                     "in the function, or yield Arrow record batches"
                 )
-            for rows in self._arrow_rows(block, number) if arrow else [_as_rows(block)]:
+            # An iterable may write its next block to the memory of this one.
+            for rows in self._arrow_rows(block, number) if arrow else [_as_rows(block).copy()]:
                 self._require_kind(rows, number)
                 yield rows
 
@@ -185,7 +188,9 @@ class _OneShotSource(IterableSource):
             if not self._first:
                 raise ValueError("source yields no blocks, so the shape of a row is unknown")
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
         if self._used:
             raise StreamError(
                 "source is a one-shot iterator and has been read; pass a function that makes "

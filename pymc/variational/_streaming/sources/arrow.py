@@ -116,9 +116,7 @@ class _IpcFile:
 
 
 class _IpcSource(Source):
-    random_access = True
     concurrent = True
-    checked = True
 
     def __init__(self, paths: Sequence[str], columns: Sequence[str] | None):
         self._format = _freeze(paths, columns)
@@ -133,10 +131,12 @@ class _IpcSource(Source):
         parts = [self.columns, [(f.size, f.mtime_ns) for f in self._files]]
         self.fingerprint = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
-    def entry(self, rows: np.ndarray) -> np.ndarray:
+    def read_starts(self, rows: np.ndarray) -> np.ndarray:
         return self._starts[np.searchsorted(self._starts, rows, side="right") - 1]
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
         first = max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
         return skip_rows(self._read_from(first), start - int(self._starts[first]))
 

@@ -15,17 +15,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from rich.console import Console
 
 from pymc.progress_bar import CustomProgress, default_progress_theme
-from pymc.variational._streaming.sources.columns import Columns
 
 __all__ = [
-    "GLANCE_ROWS",
     "Source",
     "draw_seed",
     "is_arrow",
@@ -33,15 +31,6 @@ __all__ = [
     "progress_bar",
     "skip_rows",
 ]
-
-_Piece = TypeVar("_Piece", np.ndarray, np.ndarray | Columns)
-
-_BLOCK_BYTES = 1 << 22
-GLANCE_ROWS = 1 << 16
-"""Decoded at a time for a reader of few rows, who stops soon."""
-_CHUNKED_BYTES = 1 << 18
-"""Of an array that has to be decoded; the order check reads single blocks all over it."""
-_REMEDY = "pass the number of rows of one pass, and a function that reads them all each time"
 
 
 class Source(ABC):
@@ -58,15 +47,9 @@ class Source(ABC):
     """Shape of one row, where it is known without reading one."""
     integral: tuple[bool, ...] | None = None
     """Which columns hold integers, where the blocks' dtype does not tell."""
-    checked: bool = False
-    """Whether the values of all blocks are known to be finite, and exact in the blocks' dtype."""
-    fresh: bool = False
-    """Whether every block is an array of its own, which nobody else writes to."""
     seed: int | None = None
     fingerprint: str | None = None
     """What the stream of rows depends on, besides the epoch."""
-    random_access: bool = False
-    """Whether rows can be reached without reading all rows before them."""
     concurrent: bool = False
     """Whether several threads may read at once."""
     shuffled: bool = False
@@ -75,39 +58,34 @@ class Source(ABC):
     """What :func:`preshuffle` would be called with, where the rows are in Parquet files."""
 
     @abstractmethod
-    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
-        """Yield the rows of an epoch from row *start* on, as arrays (rows, *sample_shape)."""
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
+        """Yield the rows of an epoch from row *start* on.
 
-    def pieces(self, epoch: int, start: int) -> Generator[np.ndarray | Columns]:
-        """Yield the same as ``blocks``, columns that are not put side by side yet among them."""
-        return self.blocks(epoch, start)
+        Parameters
+        ----------
+        epoch, start : int
+        block_rows : int, optional
+            Rows to decode at a time, for a reader who needs few of them.  Default: as many as are
+            read fastest.  Sources that decode nothing ignore it.
 
-    def epochs(
-        self, epoch: int, start: int, *, cycle: bool
-    ) -> Generator[tuple[int, np.ndarray | None]]:
-        """Yield the blocks of one epoch after another with their epochs, and None to end each.
-
-        A block without rows only tells that reading takes a while.  Each block stays as it is until
-        what follows the next one that has rows is asked for.
+        Yields
+        ------
+        ndarray, shape (n, *sample_shape)
+            Its values stay until the next block but one is asked for.  A block without rows only
+            tells that reading takes a while.
         """
-        while True:
-            for block in self.blocks(epoch, start):
-                yield epoch, block if self.fresh else block.copy()
-            yield epoch, None
-            if not cycle:
-                return
-            epoch, start = epoch + 1, 0
-
-    def glance(self, start: int) -> Generator[np.ndarray | Columns]:
-        """Yield pieces of epoch 0 from row *start* on, for a reader of few of their rows."""
-        return self.blocks(0, start)
 
     def probe(self) -> None:
         """Learn ``sample_shape`` and ``columns`` from the first block, if need be."""
 
-    def entry(self, rows: np.ndarray) -> np.ndarray:
-        """Return where reading must start to reach each of *rows* of epoch 0."""
-        return np.zeros_like(rows)
+    def read_starts(self, rows: np.ndarray) -> np.ndarray | None:
+        """Return the row at which reading must start to reach each of *rows* of epoch 0.
+
+        None where rows can only be reached by reading all rows before them.
+        """
+        return None
 
     def ranges(self, start: int, stop: int) -> np.ndarray | None:
         """Return bounds on the columns in rows *start* to *stop* of epoch 0, shape (columns, 2).
@@ -156,7 +134,7 @@ def is_arrow(block: Any) -> bool:
     return hasattr(block, "__arrow_c_array__") or hasattr(block, "__arrow_c_stream__")
 
 
-def skip_rows(blocks: Iterator[_Piece], n: int) -> Generator[_Piece]:
+def skip_rows(blocks: Iterator[np.ndarray], n: int) -> Generator[np.ndarray]:
     """Yield what follows the first *n* rows, without empty blocks."""
     for block in blocks:
         size = len(block)

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.columns import Columns, Layout
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 
 if TYPE_CHECKING:
@@ -149,10 +148,6 @@ class RowFormat:
                 )
             yield rows
 
-    def layout(self, schema: "pyarrow.Schema") -> Layout | None:
-        """Return the layout of the columns in a batch with this schema, where all are plain."""
-        return Layout.of([schema.field(name).type for name in self.columns], self.dtype)
-
     def to_rows(self, batch: "pyarrow.RecordBatch") -> tuple[np.ndarray, np.ndarray | None]:
         """Interleave the columns of *batch*.
 
@@ -162,11 +157,6 @@ class RowFormat:
         bad : ndarray of bool, shape (n, n_columns), or None
             Which values are null, NaN, infinite or not exact in ``dtype``; None if none is.
         """
-        layout = self.layout(batch.schema)
-        if layout is not None:
-            plain = Columns(batch.select(self.columns), layout).interleave()
-            if plain is not None:
-                return plain, None
         arrays = [_decode(batch.column(name)) for name in self.columns]
         values = [_to_numpy(array, kind) for array, kind in zip(arrays, self.types)]
         rows = _interleave(values, self.dtype)

@@ -265,11 +265,7 @@ class TestReadingAhead:
 
     def test_blocks_are_not_held_after_their_rows_were_taken(self):
         buffer = shuffle_buffer(cut(400, [10]), buffer_size=100, batch_size=50, seed=0)
-        pauses = [
-            rows
-            for _, rows in buffer.epochs(0, 0, cycle=False)
-            if rows is not None and not len(rows)
-        ]
+        pauses = [rows for rows in buffer.blocks() if not len(rows)]
         assert len(pauses) == 40
         assert all(rows.base is None for rows in pauses)
 
@@ -334,14 +330,16 @@ class TestBuffer:
         counts: dict[tuple, int] = {}
         buffer = shuffle_buffer(numbered(4), buffer_size=4, batch_size=4, seed=20)
         for epoch in range(12_000):
-            order = tuple(next(buffer.blocks(epoch))[:, 0])
+            order = tuple(next(rows for rows in buffer.blocks(epoch) if len(rows))[:, 0])
             counts[order] = counts.get(order, 0) + 1
         assert stats.chisquare([*counts.values(), *[0] * (24 - len(counts))]).pvalue > 1e-6
 
     def test_every_row_is_as_likely_at_every_place_of_a_window(self):
         """Chi-square over tenths of a window that fills from uneven blocks; false alarms 1e-6."""
         buffer = shuffle_buffer(cut(300, [7, 150, 1]), buffer_size=300, batch_size=300, seed=0)
-        epochs = [next(buffer.blocks(epoch))[:, 0] for epoch in range(2_000)]
+        epochs = [
+            next(rows for rows in buffer.blocks(epoch) if len(rows))[:, 0] for epoch in range(2_000)
+        ]
         table = np.histogram2d(np.tile(np.arange(300), 2_000), np.ravel(epochs), bins=10)[0]
         # Rows and columns are fixed, so 9 * 9 degrees of freedom remain.
         statistic = ((table - 6_000) ** 2 / 6_000).sum()

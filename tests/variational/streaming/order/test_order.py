@@ -390,7 +390,7 @@ def read_apart(monkeypatch) -> None:
     """Let two threads read the blocks of the sample one by one, though they are near by."""
     module = "pymc.variational._streaming.order.preflight"
     monkeypatch.setattr(f"{module}._THREADS", 2)
-    monkeypatch.setattr(f"{module}.GLANCE_ROWS", 1)
+    monkeypatch.setattr(f"{module}._BLOCK_ROWS", 1)
 
 
 class TestParquet:
@@ -433,15 +433,15 @@ class TestParquet:
 
     def test_files_are_read_by_several_threads(self, tmp_path, monkeypatch):
         source = parquet_source(write(tmp_path, draw("normal"), 500))
-        glance, calls, both = source.glance, itertools.count(), threading.Barrier(2, timeout=60)
+        blocks, calls, both = source.blocks, itertools.count(), threading.Barrier(2, timeout=60)
 
-        def meet(start):
+        def meet(*args, **kwargs):
             if next(calls) < 2:
                 both.wait()
-            return glance(start)
+            return blocks(*args, **kwargs)
 
         read_apart(monkeypatch)
-        monkeypatch.setattr(source, "glance", meet)
+        monkeypatch.setattr(source, "blocks", meet)
         assert check_order(source, buffer_size=100_000).rows_read > 0
 
     def test_row_groups_in_random_order_are_judged_in_that_order(self, tmp_path):
@@ -600,14 +600,14 @@ class TestStreaming:
         rng = np.random.default_rng(11)
         path = write(tmp_path, rng.normal(size=(n_rows, 1)), 1_000)
         source = parquet_source(path, shuffle_row_groups=True, seed=0)
-        genuine = source.pieces
+        genuine = source.blocks
 
-        def pieces(epoch, start):
-            for piece in genuine(epoch, start):
-                for group in np.split(piece.rows(), len(piece) // 1_000):
+        def blocks(epoch=0, start=0, *, block_rows=None):
+            for block in genuine(epoch, start, block_rows=block_rows):
+                for group in np.split(block, len(block) // 1_000):
                     yield group + (epoch >= 2) * np.sort(group, axis=0)[0]
 
-        source.pieces = pieces
+        source.blocks = blocks
         ds = self.dataset(source, order_check="raise")
         with pytest.raises(OrderError):
             for _ in range(200):

@@ -17,21 +17,18 @@ import hashlib
 import math
 import os
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import (
-    GLANCE_ROWS,
     Source,
     draw_seed,
     progress_bar,
     skip_rows,
 )
-from pymc.variational._streaming.sources.columns import Columns, as_rows
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
     import_pyarrow,
@@ -130,10 +127,6 @@ def parquet_source(
 
 
 class _ParquetSource(Source):
-    random_access = True
-    checked = True
-    fresh = True
-
     def __init__(self, fs, paths, columns, shuffle_row_groups, seed, invalid):
         self._fs = fs
         self.concurrent = fsspec_of(fs) is None  # which need not be safe to share
@@ -190,7 +183,7 @@ class _ParquetSource(Source):
         parts = [self.columns, self.seed, self._drop, [(f.size, f.digest) for f in self._files]]
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
-    def entry(self, rows: np.ndarray) -> np.ndarray:
+    def read_starts(self, rows: np.ndarray) -> np.ndarray:
         starts = self._part_starts()
         return starts[np.searchsorted(starts, rows, side="right") - 1]
 
@@ -218,21 +211,15 @@ class _ParquetSource(Source):
         rows = np.array(self._part_rows)[self._order(0)]
         return np.cumsum(rows) - rows
 
-    def blocks(self, epoch: int = 0, start: int = 0) -> Generator[np.ndarray]:
-        return _rows(self.pieces(epoch, start))
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
+        rows = self._read_rows(self._order(epoch), start, block_rows or self._piece_rows)
+        if block_rows is None:
+            return rows
+        return _then_release(rows)
 
-    def pieces(self, epoch: int, start: int) -> Generator[np.ndarray | Columns]:
-        return self._read_rows(self._order(epoch), start, self._piece_rows)
-
-    def glance(self, start: int) -> Generator[np.ndarray | Columns]:
-        try:
-            yield from self._read_rows(self._order(0), start, GLANCE_ROWS)
-        finally:  # what Arrow keeps for a thread that may read no more
-            import_pyarrow().default_memory_pool().release_unused()
-
-    def _read_rows(
-        self, order: list[int], start: int, size: int
-    ) -> Generator[np.ndarray | Columns]:
+    def _read_rows(self, order: list[int], start: int, size: int) -> Generator[np.ndarray]:
         """Read on from row *start* of the row groups in *order*, at most *size* rows at a time."""
         first = 0
         while first < len(order) and start >= self._part_rows[order[first]]:
@@ -240,7 +227,7 @@ class _ParquetSource(Source):
             first += 1
         return skip_rows(self._read_parts(order[first:], size), start)
 
-    def _read_parts(self, order: Sequence[int], size: int) -> Iterator[np.ndarray | Columns]:
+    def _read_parts(self, order: Sequence[int], size: int) -> Iterator[np.ndarray]:
         for file, groups in self._runs(order):
             yield from self._read(file, groups, size)
 
@@ -255,20 +242,14 @@ class _ParquetSource(Source):
                 runs.append((file, [group]))
         return runs
 
-    def _read(
-        self, file: ParquetInput, groups: Sequence[int], size: int
-    ) -> Iterator[np.ndarray | Columns]:
+    def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
         size = _even(max(file.group_rows[group] for group in groups), size)
         batches = read_batches(
             self._fs, file, columns=self.columns, row_groups=groups, batch_rows=size
         )
-        layout = None
         for first, batch in batches:
-            if first == 0 and not self._drop:
-                layout = self._format.layout(batch.schema)
-            convert = partial(self._convert, batch, file, groups, first)
-            yield convert() if layout is None else Columns(batch, layout, convert)
-            del batch, convert  # while the next ones are read
+            yield self._convert(batch, file, groups, first)
+            del batch  # while the next one is read
 
     def _convert(
         self, batch: "pyarrow.RecordBatch", file: ParquetInput, groups: Sequence[int], first: int
@@ -297,9 +278,9 @@ def _even(group_rows: int, most: int) -> int:
     return math.ceil(group_rows / math.ceil(group_rows / most))
 
 
-def _rows(pieces: Iterable[np.ndarray | Columns]) -> Generator[np.ndarray]:
-    for piece in pieces:
-        rows = as_rows(piece)
-        del piece  # while the rows are used, and the next ones read
-        yield rows
-        del rows
+def _then_release(rows: Generator[np.ndarray]) -> Generator[np.ndarray]:
+    """Give back what Arrow keeps for this thread, which may read no more."""
+    try:
+        yield from rows
+    finally:
+        import_pyarrow().default_memory_pool().release_unused()
