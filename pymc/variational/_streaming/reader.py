@@ -93,7 +93,7 @@ class BatchReader:
 
     def open(self) -> None:
         """Start reading at the position of the current batch, which comes next."""
-        self._order.before()
+        self._order.check_sample()
         chunks = read_epochs(
             self._source,
             self._sample_shape,
@@ -129,7 +129,7 @@ class BatchReader:
 
     def conclude(self) -> None:
         """Tell what is not known of the rows, as a fit has ended."""
-        self._order.conclude(self.position.rows_seen)
+        self._order.warn_if_incomplete(self.position.rows_seen)
 
     def stop(self) -> None:
         """End the thread, and close the files."""
@@ -149,5 +149,5 @@ class BatchReader:
             if isinstance(item, EpochEnd):
                 self._total_size.check_epoch(item.n_rows)
             else:
-                self._order.tell(item)
+                self._order.raise_or_warn(item)
         return None

@@ -122,8 +122,8 @@ class OrderCheck:
         self._compared = self._sampled
         """Whether the check could see all of the table."""
 
-    def before(self) -> None:
-        """Sample the source, once, and tell what is wrong with it."""
+    def check_sample(self) -> None:
+        """Sample the source, once, and raise or warn if its rows are in an order."""
         if not self._sampled:
             self._sampled = True
             report, self._monitor.features = preflight(self._stream, seed=0)
@@ -131,7 +131,7 @@ class OrderCheck:
             if report is not None and report.ordered:
                 self._finding = report
         if self._finding is not None:
-            self.tell(self._finding)
+            self.raise_or_warn(self._finding)
 
     def watch(self, items: Generator[Chunk | EpochEnd]) -> Generator[Any]:
         """Pass *items* on, and a report before the one at which order shows."""
@@ -143,16 +143,16 @@ class OrderCheck:
                         yield self._finding
                 yield item
 
-    def tell(self, report: OrderReport) -> None:
-        """Raise or, once, warn."""
+    def raise_or_warn(self, report: OrderReport) -> None:
+        """Raise the finding as an error or, once, warn of it."""
         if self._action == "raise":
             raise OrderError(str(report))
         if not self._told:
             self._told = True
             warnings.warn(str(report), OrderWarning, skip_file_prefixes=(_PACKAGE,))
 
-    def conclude(self, rows_used: int) -> None:
-        """Tell that a fit has ended before all rows were compared, if so."""
+    def warn_if_incomplete(self, rows_used: int) -> None:
+        """Log a warning if a fit has ended before all rows were compared."""
         if rows_used and not self._compared and self._finding is None:
             self._compared = True
             logger.warning(
