@@ -87,9 +87,14 @@ def arrow_source(
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     size = None if n_rows is None else positive_int("n_rows", n_rows)
     if isinstance(make_reader, str | os.PathLike | list | tuple):
-        source = _IpcSource(list_ipc(make_reader), columns)
+        files = list_ipc(make_reader)
+        source = _IpcSource(files, columns)
         if size not in (None, source.n_rows):
             raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
+        if isinstance(make_reader, str | os.PathLike):
+            source.ipc_path = os.fspath(make_reader)
+        else:
+            source.ipc_path = files
         return source
     if not callable(make_reader):
         raise TypeError(
