@@ -148,13 +148,12 @@ def _sample_of(rows: np.ndarray) -> list[OrderReport]:
 
 
 def _stream(rows: np.ndarray, window: int = STREAM_WINDOW) -> list[OrderReport]:
-    """Return the reports of all looks at one epoch."""
+    """Return the reports of all comparisons in one epoch."""
     monitor = Monitor(Stream(as_source(rows), window, len(rows)))
-    monitor.start()
     reports = []
     for first in range(0, len(rows), window):
         monitor.add(first, rows[first : first + window])
-        reports.append(monitor.look(last=first + window >= len(rows)))
+        reports.append(monitor.compare(last=first + window >= len(rows)))
     return [report for report in reports if report is not None]
 
 

@@ -71,11 +71,10 @@ def measure(folder: Path, n_rows: int) -> tuple[int, float, float]:
 
 def watch(buffer: ShuffleBuffer, blocks: list) -> None:
     monitor = Monitor(Stream(buffer.source, WINDOW, buffer.n_rows))
-    monitor.start()
     offset = 0
     for block in blocks:
         monitor.add(offset, block)
-        monitor.look()
+        monitor.compare()
         offset += len(block)
 
 

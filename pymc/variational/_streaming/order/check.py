@@ -14,19 +14,20 @@
 """Whether the rows are exchangeable: before they are streamed, and while they are."""
 
 import logging
-import os
 import warnings
 
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any, Literal
 
+import pymc.variational
+
 from pymc.variational._streaming.batches.rebatch import Chunk, EpochEnd, require_exact
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.errors import OrderError, OrderWarning
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
-from pymc.variational._streaming.order.report import OrderReport, Stream, one_window
+from pymc.variational._streaming.order.report import OrderReport, Stream, report_one_window
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.base import Source, draw_seed, positive_int
 
@@ -35,7 +36,7 @@ __all__ = ["OrderCheck", "OrderReport", "check_order"]
 logger = logging.getLogger(__name__)
 
 _USUAL_BATCH = 4_096
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+"""Number of rows in a window where neither a buffer nor its size is given."""
 
 
 def check_order(source: Any, *, buffer_size: int | None = None, seed: int = 0) -> OrderReport:
@@ -49,7 +50,7 @@ def check_order(source: Any, *, buffer_size: int | None = None, seed: int = 0) -
         Rows that are shuffled together. Default: those of the :func:`shuffle_buffer` that
         *source* is, else 4,096, a usual batch of rows that are not shuffled.
     seed : int, default 0
-        Of the sample.
+        Seed of the sample.
 
     Returns
     -------
@@ -91,13 +92,7 @@ def check_order(source: Any, *, buffer_size: int | None = None, seed: int = 0) -
 class OrderCheck:
     """The order checks of one dataset: at most one warning, or an error each time.
 
-    Parameters
-    ----------
-    source : Source
-    batch_size : int
-        The window, where the source does not shuffle.
-    n_rows : int or None
-    action : {"warn", "raise", "off"}
+    A window has *batch_size* rows where the source does not shuffle.
     """
 
     def __init__(
@@ -114,12 +109,14 @@ class OrderCheck:
         self._stream = Stream(*_windows(source, batch_size), n_rows)
         self._action = action
         self._finding: OrderReport | None = None
-        self._told = False
+        self._warned = False
         self._sampled = action == "off" or self._stream.source.shuffled
         self._monitor = Monitor(self._stream)
-        self._epoch, self._begin, self._end = -1, 0, 0
+        self._epoch, self._start, self._stop = -1, 0, 0
+        """Epoch, and range of its rows, that the monitor has."""
         self._whole = False
-        self._compared = self._sampled
+        """Whether that is a whole epoch."""
+        self._complete = self._sampled
         """Whether the check could see all of the table."""
 
     def check_sample(self) -> None:
@@ -127,18 +124,20 @@ class OrderCheck:
         if not self._sampled:
             self._sampled = True
             report, self._monitor.features = preflight(self._stream, seed=0)
-            self._compared = report is not None
+            self._complete = report is not None
             if report is not None and report.ordered:
                 self._finding = report
         if self._finding is not None:
             self.raise_or_warn(self._finding)
 
-    def watch(self, items: Generator[Chunk | EpochEnd]) -> Generator[Any]:
+    def watch(
+        self, items: Generator[Chunk | EpochEnd]
+    ) -> Generator[Chunk | EpochEnd | OrderReport]:
         """Pass *items* on, and a report before the one at which order shows."""
         with closing(items):
             for item in items:
                 if self._finding is None and self._action != "off":
-                    self._finding = self._see(item)
+                    self._finding = self._compare(item)
                     if self._finding is not None:
                         yield self._finding
                 yield item
@@ -147,37 +146,39 @@ class OrderCheck:
         """Raise the finding as an error or, once, warn of it."""
         if self._action == "raise":
             raise OrderError(str(report))
-        if not self._told:
-            self._told = True
-            warnings.warn(str(report), OrderWarning, skip_file_prefixes=(_PACKAGE,))
+        if not self._warned:
+            self._warned = True
+            prefixes = tuple(pymc.variational.__path__)
+            warnings.warn(str(report), OrderWarning, skip_file_prefixes=prefixes)
 
     def warn_if_incomplete(self, rows_used: int) -> None:
         """Log a warning if a fit has ended before all rows were compared."""
-        if rows_used and not self._compared and self._finding is None:
-            self._compared = True
+        if rows_used and not self._complete and self._finding is None:
+            self._complete = True
             logger.warning(
                 f"The fit used {rows_used:,} rows, less than one epoch, and the order of the rows "
                 "beyond them was not compared. If the rows may be in an order, run check_order or "
                 "check_fit, or fit one epoch at least."
             )
 
-    def _see(self, item: Chunk | EpochEnd) -> OrderReport | None:
+    def _compare(self, item: Chunk | EpochEnd) -> OrderReport | None:
         """Compare windows up to this item; report only order that matters."""
         if item.epoch < self._epoch or (self._whole and self._stream.source.seed is None):
             return None  # the same windows would count twice
         ends = isinstance(item, EpochEnd)
+        first = item.n_rows if isinstance(item, EpochEnd) else item.offset
         if item.epoch > self._epoch:
-            start = item.n_rows if isinstance(item, EpochEnd) else item.offset
-            self._epoch, self._begin, self._end = item.epoch, start, start
-            self._monitor.start()
+            self._epoch, self._start, self._stop = item.epoch, first, first
+            self._monitor.start_epoch()
         if isinstance(item, Chunk):
-            new = item.rows[max(0, self._end - item.offset) :]
+            # A stream that was closed and opened again repeats some rows.
+            new = item.rows[max(0, self._stop - first) :]
             if len(new):
-                self._end = item.offset + len(item.rows)
-                self._monitor.add(self._end - len(new), new)
-        self._whole = ends and self._begin == 0
-        self._compared |= ends or self._begin > 0
-        report = self._monitor.look(last=ends)
+                self._stop = first + len(item.rows)
+                self._monitor.add(self._stop - len(new), new)
+        self._whole = ends and self._start == 0
+        self._complete |= ends or self._start > 0
+        report = self._monitor.compare(last=ends)
         return report if report is not None and report.ordered else None
 
 
@@ -191,10 +192,9 @@ def _windows(source: Source, batch_size: int) -> tuple[Source, int]:
 def _read_all(stream: Stream) -> OrderReport:
     """Read an epoch from end to end."""
     monitor = Monitor(stream)
-    monitor.start()
     n_rows = 0
     for rows in stream.source.blocks():
         require_exact(rows, rows.dtype, stream.source, n_rows)
         monitor.add(n_rows, rows)
         n_rows += len(rows)
-    return monitor.look(last=True) or one_window(stream, n_rows)
+    return monitor.compare(last=True) or report_one_window(stream, n_rows)

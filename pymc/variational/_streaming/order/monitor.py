@@ -13,30 +13,36 @@
 #   limitations under the License.
 """Compare the windows of a stream while they are emitted."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from pymc.variational._streaming.order.anova import (
     ALPHA,
+    PILOT_ROWS,
     Anova,
-    Features,
-    Moments,
+    Comparison,
+    GroupSquares,
+    PowerSums,
     anova,
-    anova_of_squares,
 )
-from pymc.variational._streaming.order.report import OrderReport, Stream, Windows, judge
+from pymc.variational._streaming.order.report import OrderReport, Stream, make_report
+
+if TYPE_CHECKING:
+    from pymc.variational._streaming.order.features import Features
 
 __all__ = ["Monitor"]
 
 _SHARE = 0.25
-"""Of the rows; to compare every row would cost as much as to shuffle them."""
+"""Share of the rows that is used; to use every row would cost as much as to shuffle them."""
 _MIN_PICKS = 64
 _MAX_PICKS = 1 << 20
-_PILOT = 4_096
 _PIECE_ROWS = 1 << 18
-"""Compared at a time: integers are copied to floats."""
-_GROUPS = 40
-"""At most; as soon as there are as many, pairs of neighbours become one."""
-_FIRST_LOOK = 4
+"""Number of rows that are summed up at a time: integers are copied to floats."""
+_MAX_GROUPS = 40
+"""As soon as there are more groups of windows, pairs of neighbours become one."""
+_FIRST_COMPARISON = 4
+"""Number of windows that are compared first."""
 
 
 class Monitor:
@@ -44,142 +50,129 @@ class Monitor:
 
     Two scales are compared, windows and groups of adjacent windows: a small window hides in its
     own noise a drift that hurts just as much.
-
-    Parameters
-    ----------
-    stream : Stream
     """
 
     def __init__(self, stream: Stream):
         self._stream = stream
         self.features: Features | None = None
         """Default: fitted on the first rows."""
-        self._tally: _Tally | None = None
-        self._held: list[np.ndarray] = []
-        """Rows that wait for enough others to fit the features on."""
-        self._n_held = self._held_stop = 0
-        self._pilot = min(_PILOT, max(_MIN_PICKS, stream.window))
-        self._looks = 0
+        self._pilot_rows = min(PILOT_ROWS, max(_MIN_PICKS, stream.window))
+        self._n_comparisons = 0
+        self.start_epoch()
 
-    def start(self) -> None:
-        """Forget the rows of the last epoch, not the looks that spent a part of alpha."""
-        self._tally = None
-        self._held, self._n_held = [], 0
-        self._next_look = _FIRST_LOOK
+    def start_epoch(self) -> None:
+        """Forget the rows of the last epoch, but not the comparisons that spent a part of alpha."""
+        self._sums: _EpochSums | None = None
+        self._waiting: tuple[int, np.ndarray] | None = None
+        """Position and values of rows that are too few to fit the features on."""
+        self._next_comparison = _FIRST_COMPARISON
 
     def add(self, offset: int, rows: np.ndarray) -> None:
-        """Take in consecutive rows of the epoch; *offset* is the place of the first."""
-        if self.features is None and self._n_held + len(rows) < self._pilot:
-            # One row alone would make every column constant.
-            self._held.append(rows.copy())
-            self._n_held += len(rows)
-            self._held_stop = offset + len(rows)
-        elif self._held:
-            self._add_held(offset, rows)
+        """Add consecutive rows of the epoch; *offset* is the position of the first."""
+        if self._waiting is not None:
+            offset, rows = self._waiting[0], np.concatenate([self._waiting[1], rows])
+        if self.features is None and len(rows) < self._pilot_rows:
+            self._waiting = offset, rows.copy()
         else:
-            self._add(offset, rows)
+            self._waiting = None
+            self._sum_up(offset, rows)
 
-    def look(self, *, last: bool = False) -> OrderReport | None:
-        """Report if it is time to, and if there is anything to compare."""
-        if last and self._held:
-            self._add_held(self._held_stop)
-        tally = self._tally
-        if tally is None or tally.n_windows < 2 or not (last or tally.closed >= self._next_look):
+    def compare(self, *, last: bool = False) -> OrderReport | None:
+        """Compare the windows so far, if it is time to and if there are two of them."""
+        if last and self._waiting is not None:
+            self._sum_up(*self._waiting)
+            self._waiting = None
+        sums = self._sums
+        if sums is None or sums.n_windows < 2:
             return None
-        self._next_look = max(tally.closed + 1, -(-9 * tally.closed // 8))
-        self._looks += 1
+        if not last and sums.complete.n < self._next_comparison:
+            return None
+        self._next_comparison = max(sums.complete.n + 1, -(-9 * sums.complete.n // 8))
+        self._n_comparisons += 1
         window = self._stream.window
-        reports = [self._judge(tally, tally.by_window(), tally.n_windows, window)]
-        n_groups = int((tally.group_rows > 0).sum())
-        if tally.per_group > 1 and n_groups >= _FIRST_LOOK:
-            span = window * tally.per_group
-            reports.append(self._judge(tally, tally.by_group(), n_groups, span))
+        reports = [self._report(sums, sums.by_window(), sums.n_windows, window)]
+        n_groups = int((sums.group_rows > 0).sum())
+        if sums.per_group > 1 and n_groups >= _FIRST_COMPARISON:
+            span = window * sums.per_group
+            reports.append(self._report(sums, sums.by_group(), n_groups, span))
         return min(reports, key=lambda report: (not report.ordered, report.p_value))
 
-    def _add_held(self, stop: int, *more: np.ndarray) -> None:
-        """Take in the rows that were held back, which end at *stop*, and what follows them."""
-        held = np.concatenate([*self._held, *more])
-        start = stop - self._n_held
-        self._held, self._n_held = [], 0
-        self._add(start, held)
-
-    def _add(self, offset: int, rows: np.ndarray) -> None:
+    def _sum_up(self, offset: int, rows: np.ndarray) -> None:
         if self.features is None:
-            step = -(-len(rows) // _PILOT)
-            self.features = Features.fit(rows[::step], self._stream.source.columns)
-        if self._tally is None:
-            self._tally = _Tally(self.features, self._stream.window)
-        for first in range(0, len(rows), _PIECE_ROWS):
-            self._tally.add(offset + first, rows[first : first + _PIECE_ROWS])
+            from pymc.variational._streaming.order.features import Features
 
-    def _judge(self, tally: "_Tally", found: Anova, n_groups: int, span: int) -> OrderReport:
-        n_rows = self._stream.n_rows or tally.end
-        n_features = len(tally.features)
-        places, means, noise = tally.means()
-        windows = Windows(
-            n_groups=n_groups,
+            step = -(-len(rows) // PILOT_ROWS)
+            self.features = Features.fit(rows[::step], self._stream.source.columns)
+        if self._sums is None:
+            self._sums = _EpochSums(self.features, self._stream.window)
+        for first in range(0, len(rows), _PIECE_ROWS):
+            self._sums.add(offset + first, rows[first : first + _PIECE_ROWS])
+
+    def _report(self, sums: "_EpochSums", found: Anova, n_groups: int, span: int) -> OrderReport:
+        n_rows = self._stream.n_rows or sums.n_rows
+        n_tests = 2 * len(sums.features) * self._n_comparisons * (self._n_comparisons + 1)
+        positions, means, noise = sums.means()
+        comparison = Comparison(
+            names=sums.features.names,
+            p_value=found.p_value,
+            correlation=found.correlation,
+            threshold=ALPHA / n_tests,
             span=min(span, n_rows),
-            places=np.minimum(places / n_rows, 1.0),
+            n_groups=n_groups,
+            n_units=sums.total.n,
+            group_rows=found.group_size,
+            n_rows=n_rows,
+            rows_read=sums.total.n,
+            positions=np.minimum(positions / n_rows, 1.0),
             means=means,
             noise=noise,
-            group_rows=found.group_size,
-            units=tally.total.n,
         )
-        return judge(
-            self._stream,
-            windows,
-            found,
-            found.correlation(),
-            tally.features.names,
-            stage="stream",
-            threshold=ALPHA / (2 * n_features * self._looks * (self._looks + 1)),
-            n_rows=n_rows,
-            rows_read=tally.total.n,
-        )
+        return make_report(self._stream, comparison)
 
 
-class _Tally:
-    """Sums over the windows of one epoch, in memory that does not grow with their number."""
+class _EpochSums:
+    """Sums over the windows of one epoch, in memory that does not grow with their number.
 
-    def __init__(self, features: Features, window: int):
+    The rows of a window can come in several parts, so the last window is kept apart from the
+    complete ones until another begins.
+    """
+
+    def __init__(self, features: "Features", window: int):
         self.features = features
-        self.end = 0
-        """Rows of the epoch that went by."""
-        self.total = Moments(0, np.zeros((4, len(features))))
-        self.closed = 0
-        """Windows that are complete."""
+        self.n_rows = 0
+        """Number of rows of the epoch that went by."""
+        self.total = PowerSums(0, np.zeros((4, len(features))))
         self._window = window
-        self._picks = _choose(window, len(features))
-        self._squares = np.zeros(len(features))
-        self._square_sizes = 0.0
-        self._open, self._open_rows, self._open_sum = -1, 0, np.zeros(len(features))
+        self._picks = _choose_picks(window, len(features))
+        self.complete = GroupSquares(0, np.zeros(len(features)), 0.0)
+        self._last, self._last_rows, self._last_sum = -1, 0, np.zeros(len(features))
         self.per_group = 1
-        """Windows of a group."""
-        self.group_rows = np.zeros(_GROUPS)
-        self._groups = np.zeros((_GROUPS, len(features)))
+        """Number of windows in a group."""
+        self.group_rows = np.zeros(_MAX_GROUPS)
+        self._groups = np.zeros((_MAX_GROUPS, len(features)))
 
     @property
     def n_windows(self) -> int:
-        return self.closed + (self._open_rows > 0)
+        return self.complete.n + (self._last_rows > 0)
 
     def add(self, offset: int, rows: np.ndarray) -> None:
-        self.end = offset + len(rows)
-        found, sums, sizes = self.features.sums(rows, offset, self._window, self._picks)
-        if not found.n:
-            return
-        self.total += found
-        used = np.flatnonzero(sizes)
-        self._take(used + offset // self._window, sums[used], sizes[used])
+        self.n_rows = offset + len(rows)
+        total, sums, sizes = self.features.sums(rows, offset, self._window, self._picks)
+        if total.n:
+            self.total = self.total.plus(total)
+            used = np.flatnonzero(sizes)
+            windows = used + offset // self._window
+            self._add_to_groups(windows, sums[used], sizes[used])
+            self._add_to_windows(windows, sums[used], sizes[used])
 
     def by_window(self) -> Anova:
-        """Compare windows, the open one as far as it goes."""
-        squares = self._squares + self._open_sum**2 / self._open_rows
-        square_sizes = self._square_sizes + self._open_rows**2
-        return anova_of_squares(squares, self.n_windows, square_sizes, self.total)
+        """Compare windows, the last one as far as it goes."""
+        return anova(self.complete.plus(self._last_squares()), self.total)
 
     def by_group(self) -> Anova:
+        """Compare groups of adjacent windows."""
         used = self.group_rows > 0
-        return anova(self._groups[used], self.group_rows[used], self.total)
+        return anova(GroupSquares.of(self._groups[used], self.group_rows[used]), self.total)
 
     def means(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return middles (rows) of the groups, and their means and noise in standard deviations."""
@@ -190,34 +183,30 @@ class _Tally:
         middles = (used + 0.5) * self.per_group * self._window
         return middles, means, np.broadcast_to(1 / np.sqrt(sizes), means.shape)
 
-    def _take(self, ids: np.ndarray, sums: np.ndarray, sizes: np.ndarray) -> None:
-        """Add what was summed up of adjacent windows, the last of which may go on."""
-        self._add_to_groups(ids, sums, sizes)
-        if ids[0] == self._open:
-            sums[0] += self._open_sum
-            sizes[0] += self._open_rows
-        elif self._open_rows:
-            self._close(self._open_sum[None], np.array([self._open_rows]))
-        self._close(sums[:-1], sizes[:-1])
-        self._open, self._open_sum, self._open_rows = int(ids[-1]), sums[-1], int(sizes[-1])
+    def _last_squares(self) -> GroupSquares:
+        return GroupSquares.of(self._last_sum[None], np.array([self._last_rows]))
 
-    def _close(self, sums: np.ndarray, sizes: np.ndarray) -> None:
-        self._squares += np.einsum("wf,wf,w->f", sums, sums, 1.0 / sizes)
-        self._square_sizes += float((sizes.astype(float) ** 2).sum())
-        self.closed += len(sizes)
+    def _add_to_windows(self, windows: np.ndarray, sums: np.ndarray, sizes: np.ndarray) -> None:
+        if windows[0] == self._last:
+            sums[0] += self._last_sum
+            sizes[0] += self._last_rows
+        elif self._last_rows:
+            self.complete = self.complete.plus(self._last_squares())
+        self.complete = self.complete.plus(GroupSquares.of(sums[:-1], sizes[:-1]))
+        self._last, self._last_sum, self._last_rows = int(windows[-1]), sums[-1], int(sizes[-1])
 
-    def _add_to_groups(self, ids: np.ndarray, sums: np.ndarray, sizes: np.ndarray) -> None:
-        while ids[-1] // self.per_group >= _GROUPS:
+    def _add_to_groups(self, windows: np.ndarray, sums: np.ndarray, sizes: np.ndarray) -> None:
+        while windows[-1] // self.per_group >= _MAX_GROUPS:
             self.per_group *= 2
             for array in (self._groups, self.group_rows):
-                array[: _GROUPS // 2] = array[::2] + array[1::2]
-                array[_GROUPS // 2 :] = 0.0
-        np.add.at(self._groups, ids // self.per_group, sums)
-        np.add.at(self.group_rows, ids // self.per_group, sizes)
+                array[: _MAX_GROUPS // 2] = array[::2] + array[1::2]
+                array[_MAX_GROUPS // 2 :] = 0.0
+        np.add.at(self._groups, windows // self.per_group, sums)
+        np.add.at(self.group_rows, windows // self.per_group, sizes)
 
 
-def _choose(window: int, n_features: int) -> np.ndarray:
-    """Choose which rows of each window are compared, at random places, the same in each."""
+def _choose_picks(window: int, n_features: int) -> np.ndarray:
+    """Choose which rows of each window are used, at random positions, the same in each."""
     share = min(_SHARE, 4.0 / n_features)
     n = min(window, max(_MIN_PICKS, int(window * share)), _MAX_PICKS)
     rng = np.random.default_rng(0)

@@ -16,66 +16,32 @@
 import json
 import re
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pymc.variational._streaming.order.anova import Anova, drift_seen, gate
+from pymc.variational._streaming.order.anova import Comparison
 from pymc.variational._streaming.sources.base import Source
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["OrderReport", "Stream", "Windows", "judge", "one_window"]
+__all__ = ["OrderReport", "Stream", "make_report", "report_one_window"]
 
 _SHOWN = 3
-"""Features in the figure."""
+"""Number of features in the figure."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """What is checked."""
+class Stream(NamedTuple):
+    """The rows that are checked, and the windows that they are cut into."""
 
     source: Source
-    """Of the rows, before any buffer."""
+    """Source of the rows, before any buffer."""
     window: int
-    """Rows that are shuffled together, or of a batch where nothing is shuffled."""
+    """Number of rows that are shuffled together, or of a batch where nothing is shuffled."""
     n_rows: int | None
-    """Rows of the table, where they are known."""
-
-    def repair(self) -> str:
-        """Return the call that shuffles the rows for good."""
-        path: Any = self.source.path
-        if isinstance(path, str):
-            stem = re.sub(r"\.parquet$", "", path.rstrip("/"))
-            target = "shuffled" if re.search(r"[*?\[]", stem) else f"{stem}-shuffled"
-            return f"preshuffle({json.dumps(path)}, {json.dumps(target)}, seed=0)"
-        if path is not None:
-            return f'preshuffle({json.dumps([str(p) for p in path])}, "shuffled", seed=0)'
-        if self.source.read_starts(np.zeros(1, np.int64)) is not None:
-            return "rows[np.random.default_rng(0).permutation(len(rows))]"
-        return 'write the rows to Parquet, and preshuffle("rows.parquet", "shuffled", seed=0)'
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """The groups of rows that were compared."""
-
-    n_groups: int
-    span: int
-    """Rows of the table that a group stands for."""
-    places: np.ndarray
-    """Middle of each group of the figure, as a share of the table; shape (k,)."""
-    means: np.ndarray
-    """Mean of each feature there, in its standard deviations; shape (k, n_features)."""
-    noise: np.ndarray
-    """Standard error that random groups would have; shape (k, n_features)."""
-    group_rows: float
-    """Independent rows that a group contributed."""
-    units: int
-    """Units (rows, or blocks of rows) in all groups."""
+    """Number of rows in the table, where it is known."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,55 +51,39 @@ class OrderReport:
     Printing it gives the verdict; :meth:`plot` shows the features that differ most.
     """
 
-    ordered: bool
-    """Whether the rows are in an order that windows do not mix and a posterior would notice."""
-    stage: str
-    """"preflight": a thin sample before streaming; "stream": rows as they were emitted."""
-    feature: str
-    """Column, square or product that differs most between windows."""
-    p_value: float
-    """Probability that windows of shuffled rows differ as much in this feature."""
-    threshold: float
-    """The alarm needs a p-value below this, so that false alarms stay below 1 in 10,000."""
-    n_features: int
-    """Features that were compared."""
-    design_effect: float
-    """Variance of a window's mean, over that of as many random rows (Kish)."""
-    drift: float
-    """How far the last iterate drifts, about, in posterior standard deviations: √(ρN)."""
-    visible: float
-    """Drift that this check would just have seen."""
     window: int
-    """Rows that are shuffled together, or of a batch where nothing is shuffled."""
-    span: int
-    """Rows that each compared group stands for: one window, or several adjacent ones."""
-    n_groups: int
-    """Groups that were compared."""
+    """Number of rows that are shuffled together, or of a batch where nothing is shuffled."""
     n_rows: int
-    """Rows of the table, or those seen so far where it is unknown."""
-    rows_read: int
-    """Rows that the comparison used."""
+    """Number of rows in the table, or of those seen so far where it is unknown."""
     repair: str
     """The call that shuffles the rows for good."""
-    note: str
-    """What limits this check."""
-    shown: tuple[str, ...]
-    """Features of the figure, worst first."""
-    places: np.ndarray
-    """Middles of groups of rows, as shares of the table, for the figure."""
-    means: np.ndarray
-    """Group means in standard deviations of the feature, shape (len(shown), len(places))."""
-    band: np.ndarray
-    """Half-width of the band that holds 95 % of random means, shaped like ``means``."""
-
-    @property
-    def share(self) -> float:
-        """Share of the table that one window covers."""
-        return min(1.0, self.window / self.n_rows)
+    ordered: bool = False
+    """Whether the rows are in an order that windows do not mix and a posterior would notice."""
+    feature: str = ""
+    """Name of the column, square or product that differs most between windows."""
+    p_value: float = 1.0
+    """Probability that windows of shuffled rows differ as much in this feature."""
+    threshold: float = 0.0
+    """The alarm needs a p-value below this, so that false alarms stay below 1 in 10,000."""
+    design_effect: float = 1.0
+    """Variance of a window's mean, over that of as many random rows (Kish)."""
+    drift: float = 0.0
+    """How far the last iterate drifts, about, in posterior standard deviations: √(ρN)."""
+    visible: float = 0.0
+    """Drift that this check would just have seen."""
+    rows_read: int = 0
+    """Number of rows that the comparison used."""
+    comparison: Comparison | None = field(default=None, repr=False)
+    """Statistics of all features; None if one window holds the whole table."""
+    shown: tuple[int, ...] = field(default=(), repr=False)
+    """Features of the figure in the comparison, worst first."""
 
     def __str__(self) -> str:
-        verdict = self._alarm() if self.ordered else self._all_clear()
-        return f"{verdict} {self.note}".strip()
+        if self.comparison is None:
+            return f"Nothing to compare: one window of {self.window:,} rows holds the whole table."
+        groups = self._groups(self.comparison)
+        verdict = self._alarm(groups) if self.ordered else self._all_clear(groups)
+        return f"{verdict} {self.comparison.note}".strip()
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Plot window means of the worst features over the table, with their expected band.
@@ -151,144 +101,125 @@ class OrderReport:
             import matplotlib.pyplot as plt
 
             _, ax = plt.subplots()
-        for j, name in enumerate(self.shown):
-            (line,) = ax.plot(self.places, self.means[j], "o-", ms=4, lw=1, label=name)
-            ax.fill_between(
-                self.places, -self.band[j], self.band[j], color=line.get_color(), alpha=0.12, lw=0
-            )
+        if self.comparison is not None:
+            self._plot_means(ax, self.comparison)
         ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+        verdict = "Ordered rows" if self.ordered else "No order found"
         ax.set(
             xlim=(0, 1),
-            xlabel=f"place in the table ({self.n_rows:,} rows)",
+            xlabel=f"position in the table ({self.n_rows:,} rows)",
             ylabel="mean (standard deviations)",
-            title=self._title(),
+            title=f"{verdict} (band: 95 % of random groups)",
         )
-        if self.shown:
-            ax.legend(frameon=False)
         return ax
 
-    def _title(self) -> str:
-        verdict = "Ordered rows" if self.ordered else "No order found"
-        return f"{verdict} (band: 95 % of random groups)"
+    def _plot_means(self, ax: "Axes", found: Comparison) -> None:
+        for j in self.shown:
+            means, band = found.means[:, j], 1.96 * found.noise[:, j]
+            (line,) = ax.plot(found.positions, means, "o-", ms=4, lw=1, label=found.names[j])
+            ax.fill_between(found.positions, -band, band, color=line.get_color(), alpha=0.12, lw=0)
+        ax.legend(frameon=False)
 
-    def _alarm(self) -> str:
+    def _groups(self, found: Comparison) -> str:
+        if found.span <= self.window:
+            return f"{found.n_groups} windows of {self.window:,} rows"
+        return f"{found.n_groups} groups of {found.span:,} adjacent rows"
+
+    def _alarm(self, groups: str) -> str:
+        share = 100 * min(1.0, self.window / self.n_rows)
         return (
             f"The rows are in an order that the stream does not mix: {self.feature!r} differs "
-            f"between {self._groups()} (p = {_p(self.p_value)}; alarm below "
-            f"{_p(self.threshold)} for each of {self.n_features} features). "
-            f"The design effect is {self.design_effect:,.0f}: their means vary that many times "
-            "as much as those of random rows. "
-            f"One window covers {_percent(self.share)} of the {self.n_rows:,} rows, so each "
-            "minibatch is a slice of the order, and posterior means can drift by about "
-            f"{self.drift:,.0f} posterior standard deviations. In an experiment with a logistic "
-            "model on order-book rows sorted by time, this moved the posterior means by 0.045 at "
-            "1 million rows, 0.69 at 20 million and 1.65 at 26 million, without any error. "
-            f"Shuffle the table once: {self.repair}"
+            f"between {groups}. Shuffle the table once: {self.repair}. "
+            f"The design effect is {self.design_effect:,.0f} (means vary that many times as much "
+            f"as those of random rows; p = {_format_p(self.p_value)}, alarm below "
+            f"{_format_p(self.threshold)}), one window covers {share:.2g} % of the "
+            f"{self.n_rows:,} rows, and posterior means can drift by about {self.drift:,.0f} "
+            "posterior standard deviations."
         )
 
-    def _all_clear(self) -> str:
-        if self.n_groups < 2:
-            return f"Nothing to compare: one window of {self.window:,} rows holds the whole table."
+    def _all_clear(self, groups: str) -> str:
         if self.p_value < self.threshold:
-            return (
+            finding = (
                 f"No order that a posterior would notice: {self.feature!r} differs between "
-                f"{self._groups()} (p = {_p(self.p_value)}), but with a design effect of "
+                f"{groups} (p = {_format_p(self.p_value)}), but with a design effect of "
                 f"{self.design_effect:.2g} a fit drifts by about {self.drift:.2g} posterior "
-                f"standard deviations. {self._limits()}"
+                "standard deviations."
+            )
+        else:
+            finding = (
+                f"No order found: {groups} differ no more than random ones would "
+                f"(least p = {_format_p(self.p_value)}, for {self.feature!r}; alarm below "
+                f"{_format_p(self.threshold)})."
             )
         return (
-            f"No order found: {self._groups()} differ no more than random ones would "
-            f"(least p = {_p(self.p_value)}, for {self.feature!r}, of {self.n_features} "
-            f"features; alarm below {_p(self.threshold)}). {self._limits()}"
-        )
-
-    def _groups(self) -> str:
-        if self.span <= self.window:
-            return f"{self.n_groups} windows of {self.window:,} rows"
-        return f"{self.n_groups} groups of {self.span:,} adjacent rows"
-
-    def _limits(self) -> str:
-        return (
-            f"It used {self.rows_read:,} of {self.n_rows:,} rows, and would not have seen an "
-            f"order worth less than {self.visible:,.0f} posterior standard deviations of drift."
+            f"{finding} It used {self.rows_read:,} of {self.n_rows:,} rows, and would not have "
+            f"seen an order worth less than {self.visible:,.0f} posterior standard deviations "
+            "of drift."
         )
 
 
-def judge(
-    stream: Stream,
-    windows: Windows,
-    anova: Anova,
-    correlation: np.ndarray,
-    names: Sequence[str],
-    *,
-    stage: str,
-    threshold: float,
-    n_rows: int,
-    rows_read: int,
-    note: str = "",
-) -> OrderReport:
-    """Decide whether groups differ, significantly and by enough to matter."""
-    effect, drift, notices = gate(correlation, windows.span, n_rows)
-    alarming = (anova.p_value < threshold) & notices
-    order = np.lexsort((-correlation, anova.p_value))
-    shown = sorted(order, key=lambda j: -correlation[j] if alarming[j] else 1.0)[:_SHOWN]
-    worst = shown[0]
+def make_report(stream: Stream, found: Comparison) -> OrderReport:
+    """Report the features that differ most between groups."""
+    alarming = found.alarming
+    order = np.lexsort((-found.correlation, found.p_value))
+    worst = sorted(order, key=lambda j: -found.correlation[j] if alarming[j] else 1.0)
+    first = worst[0]
     return OrderReport(
+        window=stream.window,
+        n_rows=found.n_rows,
+        repair=_repair(stream.source),
         ordered=bool(alarming.any()),
-        stage=stage,
-        feature=names[worst],
-        p_value=float(anova.p_value[worst]),
-        threshold=threshold,
-        n_features=len(names),
-        design_effect=float(effect[worst]),
-        drift=float(drift[worst]),
-        visible=drift_seen(
-            threshold, windows.n_groups, windows.units, windows.group_rows, windows.span, n_rows
-        ),
-        window=stream.window,
-        span=windows.span,
-        n_groups=windows.n_groups,
-        n_rows=n_rows,
-        rows_read=rows_read,
-        repair=stream.repair(),
-        note=note,
-        shown=tuple(names[j] for j in shown),
-        places=windows.places,
-        means=windows.means[:, shown].T,
-        band=1.96 * windows.noise[:, shown].T,
+        feature=found.names[first],
+        p_value=float(found.p_value[first]),
+        threshold=found.threshold,
+        design_effect=float(found.design_effect[first]),
+        drift=float(found.drift[first]),
+        visible=found.visible_drift(),
+        rows_read=found.rows_read,
+        comparison=found,
+        shown=tuple(worst[:_SHOWN]),
     )
 
 
-def one_window(stream: Stream, n_rows: int) -> OrderReport:
+def report_one_window(stream: Stream, n_rows: int) -> OrderReport:
     """Report that there is nothing to compare."""
-    nothing = np.empty((0, 0))
-    return OrderReport(
-        ordered=False,
-        stage="preflight",
-        feature="",
-        p_value=1.0,
-        threshold=0.0,
-        n_features=0,
-        design_effect=1.0,
-        drift=0.0,
-        visible=0.0,
-        window=stream.window,
-        span=stream.window,
-        n_groups=1,
-        n_rows=n_rows,
-        rows_read=0,
-        repair=stream.repair(),
-        note="",
-        shown=(),
-        places=nothing[0:0].ravel(),
-        means=nothing,
-        band=nothing,
-    )
+    return OrderReport(stream.window, n_rows, _repair(stream.source))
 
 
-def _p(value: float) -> str:
+def _repair(source: Source) -> str:
+    """Return the call that shuffles the rows of *source* for good."""
+    if source.path is not None:
+        path, target = _literal(source.path), _beside(source.path, "shuffled")
+        return f"preshuffle({path}, {target}, seed=0)"
+    if source.ipc_path is not None:
+        path, parquet = _literal(source.ipc_path), _beside(source.ipc_path, "parquet")
+        files = f"sorted(glob.glob({path}))" if _is_glob(source.ipc_path) else path
+        return (
+            f'pyarrow.dataset.write_dataset(pyarrow.dataset.dataset({files}, format="arrow"), '
+            f'{parquet}, format="parquet"); '
+            f"preshuffle({parquet}, {_beside(source.ipc_path, 'shuffled')}, seed=0)"
+        )
+    starts = source.read_starts(np.ones(1, np.int64))
+    if starts is not None and starts[0] == 1:  # an array, any row of which can be read by itself
+        return "rows[np.random.default_rng(0).permutation(len(rows))]"
+    return 'write the rows to Parquet, and preshuffle("rows.parquet", "shuffled", seed=0)'
+
+
+def _is_glob(path: Any) -> bool:
+    return isinstance(path, str) and re.search(r"[*?\[]", path) is not None
+
+
+def _literal(path: Any) -> str:
+    return json.dumps(path if isinstance(path, str) else [str(part) for part in path])
+
+
+def _beside(path: Any, suffix: str) -> str:
+    """Return a literal of a path beside *path*, or in the working directory if it is no single one."""
+    if not isinstance(path, str) or _is_glob(path):
+        return json.dumps(suffix)
+    stem = re.sub(r"\.(parquet|arrow|feather|ipc)$", "", path.rstrip("/"))
+    return json.dumps(f"{stem}-{suffix}")
+
+
+def _format_p(value: float) -> str:
     return "0, below 1e-300" if value < 1e-300 else f"{value:.1g}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
