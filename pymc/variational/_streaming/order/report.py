@@ -107,7 +107,7 @@ class OrderReport:
         verdict = "Ordered rows" if self.ordered else "No order found"
         ax.set(
             xlim=(0, 1),
-            xlabel=f"position in the table ({self.n_rows:,} rows)",
+            xlabel=f"place in the table ({self.n_rows:,} rows)",
             ylabel="mean (standard deviations)",
             title=f"{verdict} (band: 95 % of random groups)",
         )
