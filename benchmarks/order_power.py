@@ -30,7 +30,7 @@ import numpy as np
 
 from rich.progress import track
 
-from pymc.variational._streaming.order import preflight as order_sample
+from pymc.variational._streaming.order import preflight
 from pymc.variational._streaming.order.anova import ALPHA
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.report import OrderReport, Stream
@@ -65,7 +65,7 @@ EPOCHS = 5
 
 
 class _Shuffled(Source):
-    """A shuffled table of a billion rows: wherever it is read, fresh independent rows come."""
+    """A shuffled table of a billion rows: wherever it is read, new independent rows come."""
 
     n_rows = 1_000_000_000
     random_access = True
@@ -136,13 +136,13 @@ def power(n_repeats: int, seed: int = 1) -> list[dict]:
 
 def _sample(rows: np.ndarray, seed: int) -> list[OrderReport]:
     source = _Shuffled(rows)
-    report, _ = order_sample.preflight(Stream(source, source.n_rows // 100, source.n_rows), seed)
+    report, _ = preflight.preflight(Stream(source, source.n_rows // 100, source.n_rows), seed)
     assert report is not None
     return [report]
 
 
 def _sample_of(rows: np.ndarray) -> list[OrderReport]:
-    report, _ = order_sample.preflight(Stream(as_source(rows), WINDOW, len(rows)), 0)
+    report, _ = preflight.preflight(Stream(as_source(rows), WINDOW, len(rows)), 0)
     assert report is not None
     return [report]
 
@@ -224,8 +224,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     curve = power(options.repeats)
-    order_sample._WINDOW_VALUES = SAMPLE_VALUES
-    order_sample._BLOCK_ROWS = 0  # no block is reached by reading on from another
+    preflight._WINDOW_VALUES = SAMPLE_VALUES
+    preflight._BLOCK_ROWS = 0  # no block is reached by reading on from another
     command = "python -m benchmarks.order_power"
     results = {
         "command": f"{command} --datasets {options.datasets} --repeats {options.repeats}",

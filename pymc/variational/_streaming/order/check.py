@@ -117,7 +117,7 @@ class OrderCheck:
         self._whole = False
         """Whether that is a whole epoch."""
         self._complete = self._sampled
-        """Whether the check could see all of the table."""
+        """Whether the comparisons covered all of the table."""
 
     def check_sample(self) -> None:
         """Sample the source, once, and raise or warn if its rows are in an order."""

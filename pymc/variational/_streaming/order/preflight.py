@@ -59,7 +59,7 @@ _OPEN_VALUES = 1 << 18
 _HALF_LEVEL = 1e-2
 """Each random half of the blocks must show the order by itself."""
 _MIN_EVENTS = 20
-"""Effective number of blocks: an event that comes in one burst is no order."""
+"""Effective number of blocks: an event that comes in few blocks is no order."""
 _MIN_BLOCKS = 8
 """Number of blocks in a window; fewer have no halves to speak of."""
 _SEPARATE_ROWS = 100
@@ -261,7 +261,7 @@ def _compare_blocks(
     blocks = (sums / plan.block).reshape(k, n_blocks, -1)
     found, in_few_blocks = _test(blocks, single)
     threshold = ALPHA / len(features)
-    hidden = np.flatnonzero(in_few_blocks & (found.p_value < threshold))
+    rare = np.flatnonzero(in_few_blocks & (found.p_value < threshold))
     variance = np.maximum(single.variance, 1e-300)
     means = (blocks.mean(axis=1) - single.mean) / np.sqrt(variance)
     comparison = Comparison(
@@ -278,7 +278,7 @@ def _compare_blocks(
         positions=(plan.starts + plan.stops) / (2 * n_rows),
         means=means,
         noise=np.broadcast_to(np.sqrt(found.within / n_blocks / variance), means.shape),
-        note=_note(plan, [features.names[j] for j in hidden]),
+        note=_note(plan, [features.names[j] for j in rare]),
     )
     return make_report(stream, comparison), features
 
@@ -302,16 +302,16 @@ def _anova_of(blocks: np.ndarray, single: PowerSums) -> Anova:
     return anova(windows, PowerSums.of(blocks.reshape(-1, n_features)), single.events())
 
 
-def _note(plan: _Plan, hidden: Sequence[str]) -> str:
+def _note(plan: _Plan, rare: Sequence[str]) -> str:
     note = ""
-    if hidden:
+    if rare:
         note += (
-            f"{hidden[0]!r} stands out in so few places of the sample that it may be chance; "
-            "the check while streaming tells after an epoch. "
+            f"{rare[0]!r} stands out in so few places of the sample that it may be chance; "
+            "the check while streaming decides after an epoch. "
         )
     if plan.reach < 1:
         note += (
             f"Only {100 * plan.reach:.2g} % of the table was in reach of the sample, since row "
-            "groups are read from their start; the check while streaming sees the rest."
+            "groups are read from their start; the check while streaming reads the rest."
         )
     return note
