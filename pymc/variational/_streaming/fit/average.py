@@ -13,40 +13,32 @@
 #   limitations under the License.
 """Average a fit over whole epochs, in which the noise of its batches cancels."""
 
+import copy
 import warnings
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError, StreamWarning
-from pymc.variational._streaming.fit.bins import Bins, Moments, merged, stack, unstack
-from pymc.variational._streaming.fit.gaussian import (
-    gaussian_group,
-    mean_variable,
-    names,
-    put,
-    standard_deviations,
-)
+from pymc.variational._streaming.fit.bins import Bins, Moments
+from pymc.variational._streaming.fit.gaussian import gaussian_group, mean, names, scale, set_mean
+from pymc.variational._streaming.fit.streams import require_stream
 from pymc.variational.callbacks import Callback
 from pymc.variational.opvi import Approximation, Group
 
-if TYPE_CHECKING:
-    from pymc.variational.streaming import StreamingDataset
-
 __all__ = ["EpochAverage"]
 
-_IMMATERIAL = 0.1
-"""Standard deviations of the approximation that means may travel without a word."""
+_MAX_TREND = 0.1
+"""Standard deviations of the approximation by which means may move without a warning."""
 
-_MOSTLY_TRAVEL = 1.4
-"""Distance between the halves of a path over its scatter: √3 on a straight line, 2 at most,
-and about 0 for noise."""
+_TREND_RATIO = 1.4
+"""Distance between the halves of a path, in standard deviations of the path, from which on it is
+a trend: the ratio is √3 on a straight line, 2 at most, and about 0 for noise."""
 
 _MIN_BINS = 4
-"""Parts of a path that tell travel from noise."""
+"""Parts of a path that tell a trend from noise."""
 
 
 class EpochAverage(Callback):
@@ -59,28 +51,22 @@ class EpochAverage(Callback):
     Parameters
     ----------
     ds : StreamingDataset
-        Whose epochs count; with several streams in one model, the one with the most rows.
+        Stream whose epochs are averaged over; with several streams in one model, the one with
+        the most rows.
     burn_in : float, default 0.5
-        Part of the fit, from 0 to below 1, that is left out at its start.
-
-    Raises
-    ------
-    TypeError
-        If *ds* is not a StreamingDataset.
-    ValueError
-        If *burn_in* is not in [0, 1).
+        Fraction of the fit, from 0 to below 1, that is left out at its start.
 
     Notes
     -----
-    *Scales* are left as the last step left them: they converge more slowly than the means, so
-    that an average lags behind, and what noise they have outlasts an epoch. To correct them,
-    see :func:`check_fit`.
+    The *scales* are left as the last step left them: they converge more slowly than the means,
+    so that an average lags behind, and their noise outlasts an epoch. To correct them, see
+    :func:`check_fit`.
 
-    *Place*: before or after ``ds.fit_callback()`` in the list of callbacks; before it with
-    ``cycle=False``, since callbacks after it do not see the last step. It goes on through
-    :meth:`Inference.refine`; another fit starts another average. An epoch counts as whole if
-    the fit has made every step whose batch begins in it, so the first epoch of a resumed
-    stream usually does not. In a :func:`resumable_fit` it goes on where it was.
+    The callback may come before or after ``ds.fit_callback()`` in the list of callbacks; it must
+    come before it with ``cycle=False``, since callbacks after it do not see the last step. It
+    goes on through :meth:`Inference.refine` and in a :func:`resumable_fit`; another fit starts
+    another average. An epoch counts as whole if the fit has made every step whose batch begins
+    in it, so the first epoch of a resumed stream usually does not.
 
     *Memory*: at most 70 vectors of the size of the means, whatever the number of steps.
 
@@ -111,47 +97,45 @@ class EpochAverage(Callback):
     10
     """
 
-    def __init__(self, ds: "StreamingDataset", *, burn_in: float = 0.5):
-        if not hasattr(ds, "rows_seen"):
-            raise TypeError(
-                f"ds={type(ds).__name__}(...) is not a StreamingDataset; pass the one that is "
-                "fitted"
-            )
+    def __init__(self, ds: StreamingDataset, *, burn_in: float = 0.5):
+        require_stream(ds)
         if not 0 <= burn_in < 1:
             raise ValueError(f"burn_in must be at least 0 and below 1, got {burn_in}")
         self._ds = ds
         self._burn_in = burn_in
-        self._here = _place_of(ds)
+        self._position = self._position_of_stream()
         self._follows: bool | None = None
+        """Whether ``fit_callback`` is called before this one; None before the first step."""
         self._path: _Path | None = None
         self._names: tuple[str, ...] | None = None
-        """Of the parameters, where a step has been seen since a resumed fit went on."""
+        """Names of the parameters, None before the first step, also of a resumed fit."""
 
     @property
     def epochs(self) -> int:
-        """Whole epochs that :meth:`apply` averages."""
-        return sum(part.n for part in self._kept_epochs())
+        """Number of whole epochs that :meth:`apply` averages."""
+        kept = self._kept_epochs()
+        return 0 if kept is None else int(kept.n.sum())
 
     def __call__(self, approx: Approximation, losses: np.ndarray | None, i: int) -> None:
-        mean = np.asarray(mean_variable(gaussian_group(approx)).get_value(borrow=True))
-        place = self._place_of_step()
-        if i == 1 or self._path is None:
-            self._path = _Path(mean.size, self._ds.batch_size)
-            self._names = names(gaussian_group(approx))
-        self._path.go_to(place)
-        self._path.add(mean)
+        group = gaussian_group(approx)
+        position = self._position_of_step()
+        if self._path is None or i == 1:
+            self._path = _Path(group.ddim, self._ds.batch_size)
+        if self._names is None or i == 1:
+            self._names = names(group)
+        self._path.add(mean(group), *position)
 
     def apply(self, approx: Approximation) -> None:
         """Put the averages into *approx*.
 
         If less than one whole epoch followed the burn-in, the steps that did are averaged,
-        with a warning. If the means still travel, so that an average would lag behind them,
-        nothing is changed, with a warning.
+        with a warning. If the means still move in one direction, so that an average would lag
+        behind them, nothing is changed, with a warning.
 
         Parameters
         ----------
         approx : MeanField or FullRank
-            What the fit returned.
+            Approximation that the fit returned.
 
         Raises
         ------
@@ -164,133 +148,131 @@ class EpochAverage(Callback):
                 "after the fit"
             )
         group = gaussian_group(approx)
-        steps = self._path.steps.after(self._burn_in, at_least=_MIN_BINS)
-        if self._names not in (None, names(group)) or steps[0].mean.size != group.ddim:
+        if self._names not in (None, names(group)) or self._path.size != group.ddim:
             raise StreamError(
                 "approx has other parameters than the average; apply it to the approximation "
                 "that was fitted"
             )
-        if _still_travels(group, steps):
+        if _has_trend(group, self._path.steps.after(self._burn_in, at_least=_MIN_BINS)):
             return
         kept = self._kept_epochs()
-        if not kept:
+        if kept is None:
             kept = self._path.steps.after(self._burn_in)
-            _warn_of_part(self._ds, sum(part.n for part in kept))
-        put(mean_variable(group), merged(kept).mean)
+            _warn_of_part(self._ds, int(kept.n.sum()))
+        set_mean(group, kept.merged().mean[0])
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return what has been seen, as arrays by name, for :func:`resumable_fit`."""
-        return {} if self._path is None else self._path.state()
+        return {} if self._path is None else self._path.state_dict()
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Go on from what :meth:`state_dict` gave, with a stream that goes on from there too."""
-        self._path = _Path.of_state(state, self._ds.batch_size) if state else None
-        self._here, self._follows = _place_of(self._ds), None
+        self._path = None
+        if state:
+            self._path = _Path(len(state["total"]), self._ds.batch_size)
+            self._path.load_state_dict(state)
+        self._position, self._follows = self._position_of_stream(), None
 
-    def _place_of_step(self) -> "_Place":
-        """Return the place of the batch that the step has used.
+    def _position_of_stream(self) -> tuple[int, int]:
+        """Return epoch and rows before the batch that is in the buffer."""
+        return self._ds.epoch, self._ds.rows_seen
 
-        If ``fit_callback`` is called before this one, the stream is one batch further. The
-        first call tells, since the stream has then moved since this callback was made.
+    def _position_of_step(self) -> tuple[int, int]:
+        """Return epoch and rows before the batch that the step has used.
+
+        If ``fit_callback`` is called before this callback, the stream is one batch further. That
+        is so if the stream has moved since this callback was made when it is first called.
         """
-        before, self._here = self._here, _place_of(self._ds)
-        moved = self._here.rows_seen == before.rows_seen + self._ds.batch_size
+        before, self._position = self._position, self._position_of_stream()
+        moved = self._position[1] == before[1] + self._ds.batch_size
         if self._follows is None:
             self._follows = moved
-        return before if self._follows and moved else self._here
+        return before if self._follows and moved else self._position
 
-    def _kept_epochs(self) -> list[Moments]:
+    def _kept_epochs(self) -> Moments | None:
         """Return the whole epochs after the burn-in, or else the last of several."""
         if self._path is None:
-            return []
-        self._path.finish_epoch(_place_of(self._ds))
-        epochs = self._path.epochs
-        return epochs.after(self._burn_in) if epochs.n > 1 or not self._burn_in else []
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a batch begins."""
-
-    epoch: int
-    rows_seen: int
-
-
-def _place_of(ds: "StreamingDataset") -> _Place:
-    return _Place(ds.epoch, ds.rows_seen)
+            return None
+        path = copy.deepcopy(self._path)
+        path.end_epoch(*self._position_of_stream())
+        n_epochs = path.epochs.n
+        if not n_epochs or (n_epochs == 1 and self._burn_in):
+            return None
+        return path.epochs.after(self._burn_in)
 
 
 class _Path:
     """The means of a fit, by steps and by whole epochs."""
 
     def __init__(self, size: int, batch_size: int):
+        self.size = size
         self.steps = Bins(size)
         self.epochs = Bins(size)
         self._batch_size = batch_size
+        self._epoch = 0
+        """Epoch of the last step."""
         self._next_rows = -1
+        """Rows before the batch of the next step, if none is left out."""
+        self._total = np.zeros(size)
+        """Sum of the means over the steps of the current epoch."""
+        self._n = 0
+        """Number of those steps."""
+        self._whole = 0
+        """1 if these are all steps of the epoch so far, else 0."""
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Return the path so far, as arrays by name."""
-        parts = {
-            "steps": self.steps.state(),
-            "epochs": self.epochs.state(),
-            "open": stack([self._open], self.steps.size),
-        }
-        arrays = {f"{part} {name}": a for part, state in parts.items() for name, a in state.items()}
-        return {"place": np.array([self._epoch, self._next_rows, self._whole]), **arrays}
-
-    @classmethod
-    def of_state(cls, state: Mapping[str, np.ndarray], batch_size: int) -> "_Path":
-        """Go on from what :meth:`state` gave."""
-        path = cls(state["open mean"].shape[1], batch_size)
-        path._epoch, path._next_rows, whole = (int(value) for value in state["place"])
-        path._whole = bool(whole)
-        parts: dict[str, dict[str, np.ndarray]] = {"steps": {}, "epochs": {}, "open": {}}
-        for key, array in state.items():
-            part, _, name = key.partition(" ")
-            if name:
-                parts[part][name] = array
-        path.steps, path.epochs = Bins.of_state(parts["steps"]), Bins.of_state(parts["epochs"])
-        (path._open,) = unstack(parts["open"])
-        return path
-
-    def go_to(self, place: _Place) -> None:
-        """Enter the step whose batch begins at *place*."""
-        if place.rows_seen == self._next_rows:
-            self.finish_epoch(place)
+    def add(self, mean: np.ndarray, epoch: int, rows_seen: int) -> None:
+        """Add a step whose batch begins in *epoch*, after *rows_seen* rows."""
+        if rows_seen == self._next_rows:
+            self.end_epoch(epoch, rows_seen)
         else:
-            self._open = Moments(self.steps.size)
-            self._whole = place.rows_seen == 0
-        self._epoch = place.epoch
-        self._next_rows = place.rows_seen + self._batch_size
-
-    def add(self, mean: np.ndarray) -> None:
+            self._begin_epoch(whole=int(rows_seen == 0))
+        self._epoch, self._next_rows = epoch, rows_seen + self._batch_size
+        self._total += mean
+        self._n += 1
         self.steps.add(mean)
-        self._open.add(mean)
 
-    def finish_epoch(self, place: _Place) -> None:
-        """Take up the open epoch if *place* is one batch further and in another epoch."""
-        if place.rows_seen == self._next_rows and self._open.n and place.epoch != self._epoch:
-            if self._whole:
-                self.epochs.add(self._open.mean)
-            self._open, self._whole = Moments(self.steps.size), True
+    def end_epoch(self, epoch: int, rows_seen: int) -> None:
+        """End the current epoch if the next step's batch begins in another one."""
+        if rows_seen == self._next_rows and epoch != self._epoch:
+            if self._whole and self._n:
+                self.epochs.add(self._total / self._n)
+            self._begin_epoch(whole=1)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {
+            "numbers": np.array([self._epoch, self._next_rows, self._n, self._whole]),
+            "total": self._total.copy(),
+            **self.steps.state_dict("steps"),
+            **self.epochs.state_dict("epochs"),
+        }
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        self._epoch, self._next_rows, self._n, self._whole = map(int, state["numbers"])
+        self._total = state["total"].copy()
+        self.steps.load_state_dict(state, "steps")
+        self.epochs.load_state_dict(state, "epochs")
+
+    def _begin_epoch(self, *, whole: int) -> None:
+        self._total, self._n, self._whole = np.zeros(self.size), 0, whole
 
 
-def _still_travels(group: Group, steps: list[Moments]) -> bool:
-    """Warn if *steps* are more of a way to somewhere than noise around a place."""
-    if len(steps) < _MIN_BINS:
+def _has_trend(group: Group, steps: Moments) -> bool:
+    """Warn if the means of *steps* move in one direction more than they scatter."""
+    if len(steps.n) < _MIN_BINS:
         return False
-    half = len(steps) // 2
-    moved = np.abs(merged(steps[half:]).mean - merged(steps[:half]).mean)
-    path = merged(steps)
-    scatter = np.sqrt(path.squares / path.n)
-    sd = standard_deviations(group)
-    travel = np.where(moved > _MOSTLY_TRAVEL * scatter, moved / sd, 0)
-    worst = int(np.argmax(travel))
-    if travel[worst] <= _IMMATERIAL:
+    half = len(steps.n) // 2
+    first, second = steps.part(0, half).merged(), steps.part(half, None).merged()
+    path = steps.merged()
+    moved = np.abs(second.mean - first.mean)[0]
+    scatter = np.sqrt(path.squares[0] / path.n)
+    factor = scale(group)
+    sd = factor if factor.ndim == 1 else np.linalg.norm(factor, axis=1)
+    trend = np.where(moved > _TREND_RATIO * scatter, moved / sd, 0)
+    worst = int(np.argmax(trend))
+    if trend[worst] <= _MAX_TREND:
         return False
     warnings.warn(
-        f"the means still travel: that of {names(group)[worst]} moved by {travel[worst]:.2g} sd "
+        f"the means still travel: that of {names(group)[worst]} moved by {trend[worst]:.2g} sd "
         "of approx between the halves of the steps after the burn-in, more than the steps "
         "scatter, so an average would lag behind; approx is left as it is: run longer, or with "
         "a higher learning rate",
@@ -300,7 +282,7 @@ def _still_travels(group: Group, steps: list[Moments]) -> bool:
     return True
 
 
-def _warn_of_part(ds: "StreamingDataset", n_steps: int) -> None:
+def _warn_of_part(ds: StreamingDataset, n_steps: int) -> None:
     rows = n_steps * ds.batch_size
     part = f" ({rows / ds.total_size:.2f} epochs)" if ds.total_size else ""
     warnings.warn(

@@ -11,109 +11,105 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Means and scatter of a long series, in memory that does not grow with it."""
+"""Means and variances along a long series, in memory that does not grow with it."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import batched
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Bins", "Moments", "merged", "stack", "unstack"]
+__all__ = ["Bins", "Moments"]
 
 _MAX_BINS = 16
 """Bins are merged in pairs when there are this many, so that 8 to 16 cover the series."""
 
 
-class Moments:
-    """Mean of vectors and their squared departures from it."""
+class Moments(NamedTuple):
+    """Moments of the parts of a series of vectors, one part in each row."""
 
-    __slots__ = ("mean", "n", "squares")
+    n: np.ndarray
+    """Number of vectors, shape (parts,)."""
+    mean: np.ndarray
+    """Mean of the vectors, shape (parts, size)."""
+    squares: np.ndarray
+    """Sum of squared departures from the mean, shape (parts, size)."""
 
-    def __init__(self, size: int):
-        self.n = 0
-        self.mean = np.zeros(size)
-        self.squares = np.zeros(size)
+    def part(self, start: int, stop: int | None) -> "Moments":
+        """Return the moments of some of the parts."""
+        return Moments(*(array[start:stop] for array in self))
 
-    def add(self, value: np.ndarray) -> None:
-        self.n += 1
-        departure = value - self.mean
-        self.mean += departure / self.n
-        self.squares += departure * (value - self.mean)
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Take in what *other* has seen."""
-        n = self.n + other.n
-        if n:
-            departure = other.mean - self.mean
-            self.squares += other.squares + departure**2 * (self.n * other.n / n)
-            self.mean += departure * (other.n / n)
-            self.n = n
-        return self
+    def merged(self) -> "Moments":
+        """Return the moments of all parts together, as one part."""
+        n = self.n.sum(keepdims=True)
+        weights = (self.n / n)[:, None]
+        mean = (weights * self.mean).sum(0, keepdims=True)
+        between = self.n[:, None] * (self.mean - mean) ** 2
+        return Moments(n, mean, (self.squares + between).sum(0, keepdims=True))
 
 
 class Bins:
-    """Moments of consecutive parts of a series, all of the same length but the last."""
+    """Moments of consecutive parts of a series of vectors, all of one length but the last."""
 
     def __init__(self, size: int):
         self.size = size
         self._length = 1
-        self._bins: list[Moments] = []
+        self._used = 0
+        self._parts = Moments(
+            np.zeros(_MAX_BINS, np.int64), np.zeros((_MAX_BINS, size)), np.zeros((_MAX_BINS, size))
+        )
 
     @property
     def n(self) -> int:
-        """Vectors of the whole series."""
-        return sum(part.n for part in self._bins)
+        """Number of vectors of the whole series."""
+        return int(self._parts.n.sum())
+
+    @property
+    def moments(self) -> Moments:
+        """Moments of all bins."""
+        return self.after(0)
 
     def add(self, value: np.ndarray) -> None:
-        if not self._bins or self._bins[-1].n == self._length:
-            if len(self._bins) == _MAX_BINS:
-                self._bins = [first.merge(second) for first, second in batched(self._bins, 2)]
-                self._length *= 2
-            self._bins.append(Moments(self.size))
-        self._bins[-1].add(value)
+        """Add the next vector of the series."""
+        n, mean, squares = self._parts
+        if not self._used or n[self._used - 1] == self._length:
+            if self._used == _MAX_BINS:
+                self._merge_pairs()
+            self._used += 1
+        last = self._used - 1
+        n[last] += 1
+        departure = value - mean[last]
+        mean[last] += departure / n[last]
+        squares[last] += departure * (value - mean[last])
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Return all that has been seen, as arrays by name."""
-        return {"length": np.array(self._length), **stack(self._bins, self.size)}
-
-    @classmethod
-    def of_state(cls, state: Mapping[str, np.ndarray]) -> "Bins":
-        """Go on from what :meth:`state` gave."""
-        bins = cls(state["mean"].shape[1])
-        bins._length = int(state["length"])
-        bins._bins = unstack(state)
-        return bins
-
-    def after(self, fraction: float, at_least: int = 1) -> list[Moments]:
+    def after(self, fraction: float, at_least: int = 1) -> Moments:
         """Return the bins that begin no earlier than at *fraction*, and *at_least* the last."""
         first = int(-(-fraction * self.n // self._length))
-        return self._bins[max(0, min(first, len(self._bins) - at_least)) :]
+        first = max(0, min(first, self._used - at_least))
+        return self._parts.part(first, self._used)
 
+    def state_dict(self, prefix: str) -> dict[str, np.ndarray]:
+        """Return all that has been seen, as arrays by name."""
+        arrays = {"length": np.array(self._length), **self.moments._asdict()}
+        return {f"{prefix} {name}": array.copy() for name, array in arrays.items()}
 
-def stack(parts: Sequence[Moments], size: int) -> dict[str, np.ndarray]:
-    """Return moments of vectors of this size as arrays by name, the parts along the first axis."""
-    return {
-        "n": np.array([part.n for part in parts], np.int64),
-        "mean": np.array([part.mean for part in parts]).reshape(len(parts), size),
-        "squares": np.array([part.squares for part in parts]).reshape(len(parts), size),
-    }
+    def load_state_dict(self, state: Mapping[str, np.ndarray], prefix: str) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._length = int(state[f"{prefix} length"])
+        self._used = len(state[f"{prefix} n"])
+        for array, name in zip(self._parts, Moments._fields):
+            array[: self._used] = state[f"{prefix} {name}"]
 
-
-def unstack(state: Mapping[str, np.ndarray]) -> list[Moments]:
-    """Return the moments that :func:`stack` made arrays of."""
-    parts = []
-    for n, mean, squares in zip(state["n"], state["mean"], state["squares"]):
-        part = Moments(mean.size)
-        part.n, part.mean, part.squares = int(n), mean.copy(), squares.copy()
-        parts.append(part)
-    return parts
-
-
-def merged(parts: Iterable[Moments]) -> Moments:
-    """Return the moments of several parts together."""
-    total: Moments | None = None
-    for part in parts:
-        total = total or Moments(part.mean.size)
-        total.merge(part)
-    assert total is not None
-    return total
+    def _merge_pairs(self) -> None:
+        """Merge full bins, two at a time, into the first half of the arrays."""
+        half = self._used // 2
+        n, mean, squares = self._parts
+        departure = mean[1::2] - mean[::2]
+        merged = (
+            2 * n[::2],
+            (mean[::2] + mean[1::2]) / 2,
+            squares[::2] + squares[1::2] + departure**2 * self._length / 2,
+        )
+        for array, values in zip(self._parts, merged):
+            array[:half], array[half:] = values, 0
+        self._used = half
+        self._length *= 2

@@ -16,9 +16,7 @@
 import math
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import batched
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytensor.tensor as pt
@@ -32,23 +30,22 @@ from rich.console import Console
 from pymc.model.core import Model
 from pymc.progress_bar import CustomProgress, default_progress_theme
 from pymc.pytensorf import compile, join_nonshared_inputs
+from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.fit.bins import Bins, merged
-from pymc.variational._streaming.fit.gaussian import gaussian_group, mean_variable, names, scale
+from pymc.variational._streaming.fit.bins import Bins
+from pymc.variational._streaming.fit.gaussian import gaussian_group, mean, names, scale
 from pymc.variational._streaming.fit.newton import (
     Probe,
-    disorder,
+    between_within_ratio,
     is_dense,
     lower_bound,
     newton_step,
 )
 from pymc.variational._streaming.fit.report import FitReport, StreamRows
+from pymc.variational._streaming.fit.streams import as_streams
 from pymc.variational._streaming.guards import depends_on, total_size_of
 from pymc.variational.minibatch_rv import get_scaling
 from pymc.variational.opvi import Approximation, Group
-
-if TYPE_CHECKING:
-    from pymc.variational.streaming import StreamingDataset
 
 __all__ = ["check_fit"]
 
@@ -62,18 +59,22 @@ _MIN_BLOCKS = 256
 """Fewer blocks would blur where in the stream the gradient changes."""
 
 _PAIRS = 8
+"""Least number of pairs of draws at which the likelihoods are evaluated."""
+
 _PRIOR_PAIRS = 128
-"""Priors of hierarchical models are far from quadratic, and cost nothing beside the rows."""
+"""The same of what does not depend on rows: it costs nothing beside them, and the priors of
+hierarchical models are far from quadratic."""
 
 _MOST_TIMES = 10
-"""Times the declared rows; a source that gives more has no end."""
+"""A source that gives this many times the declared rows has no end."""
 
 LogDensity = Callable[..., tuple[np.ndarray, np.ndarray]]
+"""Function from parameters, and rows, to a log density and its gradient."""
 
 
 def check_fit(
     approx: Approximation,
-    ds: "StreamingDataset | Sequence[StreamingDataset]",
+    ds: StreamingDataset | Sequence[StreamingDataset],
     *,
     seed: int = 0,
     progressbar: bool = True,
@@ -87,35 +88,36 @@ def check_fit(
     Parameters
     ----------
     approx : MeanField or FullRank
-        What :func:`pymc.fit` returned.
+        Approximation that :func:`pymc.fit` returned.
     ds : StreamingDataset or sequence of StreamingDataset
         The stream, or all streams, that the model observes. Buffer and position are left
         alone, and any batch may be in the buffer.
     seed : int, default 0
-        Of the draws.
+        Seed of the draws.
     progressbar : bool, default True
+        Whether a progress bar is shown.
 
     Returns
     -------
     FitReport
-        Prints as a verdict; ``report.apply(approx)`` corrects a fit that is nearly right.
+        Report that prints as a verdict; ``report.apply(approx)`` corrects a fit that is nearly
+        right.
 
     Raises
     ------
     StreamError
-        If the stream enters the model otherwise than through likelihoods of its rows, if not
-        all rows of the model are there, because another stream was not passed or
-        :func:`pymc.Minibatch` draws some, if the model takes no other number of rows than that
-        of a batch, or if the log density is not finite.
+        If the stream enters the model otherwise than through likelihoods of its rows; if another
+        stream was not passed, or :func:`pymc.Minibatch` draws rows; if the model takes no other
+        number of rows than that of a batch; or if the log density is not finite.
     TypeError
         If *approx* is not a mean-field or full-rank Gaussian, or *ds* not a StreamingDataset.
 
     Notes
     -----
-    The means' errors come from the Hessian of the log density, estimated with as many pairs of
-    draws as there are parameters, 8 at least. Beyond 64 parameters of a mean-field
-    approximation, 64 pairs estimate its diagonal only, which serves where correlations are
-    weak. The former is exact where the log density is quadratic.
+    The errors of the means come from the Hessian of the log density, estimated with as many pairs
+    of draws as there are parameters, 8 at least; they are exact where the log density is
+    quadratic. Beyond 64 parameters of a mean-field approximation, 64 pairs estimate its diagonal
+    only, which serves where correlations are weak.
 
     *Cost*: a gradient of every row at each draw, 16 for up to 8 parameters. *Memory*: a
     few vectors of the parameters, or matrices where the Hessian is estimated, and a block of
@@ -146,86 +148,136 @@ def check_fit(
     >>> check_fit(approx, ds, progressbar=False).verdict
     'fine'
     """
-    streams = list(ds) if isinstance(ds, Sequence) else [ds]
-    for stream in streams:
-        if not hasattr(stream, "as_tensor"):
-            raise TypeError(
-                f"ds={type(stream).__name__}(...) is not a StreamingDataset; pass the one that "
-                "was fitted"
-            )
+    streams = as_streams(ds)
     group = gaussian_group(approx)
-    rest, likelihoods = _split_density(group, streams)
-    probe, prior = _probes(group, seed)
-    prior.add(rest)
+    prior_density, likelihoods = _split_density(group, streams)
+    rng = np.random.default_rng(seed)
+    probe = Probe(mean(group), scale(group), pairs=_PAIRS, rng=rng)
+    prior = Probe(mean(group), scale(group), pairs=_PRIOR_PAIRS, rng=rng)
+    prior.add(prior_density)
     _refuse_infinite(prior, "of what does not depend on the stream")
     with CustomProgress(
         console=Console(theme=default_progress_theme), disable=not progressbar
     ) as progress:
         task = progress.add_task("Checking", total=sum(s.total_size or 0 for s in streams) or None)
-        passes = [
-            _pass_over(likelihood, probe, lambda n: progress.update(task, advance=n))
-            for likelihood in likelihoods
-        ]
+        for likelihood in likelihoods:
+            likelihood.add_to(probe, lambda n: progress.update(task, advance=n))
     _refuse_infinite(probe, "of the stream's rows")
-    return _report(group, [probe, prior], passes)
+    return _report(group, [probe, prior], likelihoods)
 
 
-@dataclass(frozen=True, slots=True)
 class _Likelihood:
-    """The log-likelihood of one stream."""
+    """The log-likelihood of one stream, which the model scales to *total_size* rows."""
 
-    stream: "StreamingDataset"
-    density: LogDensity
-    """From parameters and rows to the sum over rows, not scaled, and its gradient."""
-    total_size: int | None
-    """Rows that the model scales it to."""
+    def __init__(
+        self, stream: StreamingDataset, density: LogDensity, total_size: int | None, size: int
+    ):
+        self.stream = stream
+        self._density = density
+        self._total_size = total_size
+        self._gradients = Bins(size)
+        """Gradient per row of consecutive blocks."""
+        self._n_rows = 0
+        self._block_rows = 0
 
+    def add_to(self, probe: Probe, advance: Callable[[int], None]) -> None:
+        """Add all rows to *probe*, in one pass over the stream."""
+        for rows in _blocks(self.stream):
+            gradient = self._add_rows(probe, rows)
+            self._block_rows = self._block_rows or len(rows)
+            # Blocks are compared with each other, which a shorter last one would blur.
+            if len(rows) == self._block_rows:
+                self._gradients.add(gradient / len(rows))
+            self._n_rows += len(rows)
+            self._refuse_endless()
+            advance(len(rows))
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One pass over a stream."""
+    @property
+    def counted(self) -> StreamRows:
+        return StreamRows(str(self.stream.as_tensor().name), self._n_rows, self._total_size)
 
-    counted: StreamRows
-    gradients: Bins
-    """Gradient per row of consecutive blocks."""
-    noise: np.ndarray
-    """Variance of the gradient that one batch, scaled to all rows, gives."""
-    moved: bool
-    """Whether the stream has gone beyond its first batch."""
+    @property
+    def batch_variance(self) -> np.ndarray:
+        """Variance of the gradient that one batch, scaled to all rows, gives."""
+        whole = self._gradients.moments.merged()
+        per_row = whole.squares[0] / max(1, whole.n[0] - 1) * self._block_rows
+        return per_row * self._n_rows**2 / self.stream.batch_size
+
+    @property
+    def between_within_ratio(self) -> float:
+        """Variance of the gradient between parts of the stream over that within, 0 if not known."""
+        return between_within_ratio(self._gradients.moments) or 0.0
+
+    def _add_rows(self, probe: Probe, rows: np.ndarray) -> np.ndarray:
+        try:
+            return probe.add(lambda theta: self._density(theta, rows))
+        except (AssertionError, TypeError, ValueError) as error:
+            name, batch_size = self.stream.as_tensor().name, self.stream.batch_size
+            if len(rows) == batch_size:
+                raise
+            raise StreamError(
+                f"the likelihood of {name!r} fails with {len(rows)} rows; check_fit needs a "
+                f"model of any number of rows, not of the {batch_size} of a batch only: take "
+                "lengths and coordinates from as_tensor().shape[0]"
+            ) from error
+
+    def _refuse_endless(self) -> None:
+        declared = self.stream.total_size
+        most = _MOST_TIMES * (declared or 0) + max(_BLOCK_ROWS, self.stream.batch_size)
+        if declared and self._n_rows > most:
+            raise StreamError(
+                f"the stream {self.stream.as_tensor().name!r} has total_size={declared} but gave "
+                f"{self._n_rows} rows and has not ended; pass the number of rows, and a source "
+                "that ends after an epoch"
+            )
 
 
 def _split_density(
-    group: Group, streams: Sequence["StreamingDataset"]
+    group: Group, streams: Sequence[StreamingDataset]
 ) -> tuple[LogDensity, list[_Likelihood]]:
     """Compile the log density as likelihoods of the streams and all the rest."""
     model = group.model
     variables = [*model.free_RVs, *model.observed_RVs, *model.potentials]
     factors = dict(zip(variables, model.logp(variables, sum=False)))
     for v, factor in factors.items():
-        _refuse_random(v, factor)
-    split = []
+        _refuse_missing_rows(v, factor, streams)
+    likelihoods = []
     for stream in streams:
         observed = [v for v in factors if depends_on(model, v, stream.as_tensor())]
         _refuse_other_uses(model, observed, streams, stream)
         terms = [factors.pop(v).sum() / _scaling(model, v) for v in observed]
-        split.append(
-            _Likelihood(
-                stream,
-                _compile_density(group, terms, stream.as_tensor()),
-                _declared_size(observed, stream),
+        density = _compile_density(group, terms, stream.as_tensor())
+        total_size = _declared_size(observed, stream)
+        likelihoods.append(_Likelihood(stream, density, total_size, group.ddim))
+    return _compile_density(group, [factor.sum() for factor in factors.values()]), likelihoods
+
+
+def _refuse_missing_rows(
+    v: Variable, factor: Variable, streams: Sequence[StreamingDataset]
+) -> None:
+    """Refuse a factor of rows that are drawn anew at each call, or of a stream not passed."""
+    passed = [stream.as_tensor().container for stream in streams]
+    for a in ancestors([factor]):
+        if isinstance(a.type, RandomType):
+            raise StreamError(
+                f"{v.name!r} depends on random draws, as those of pm.Minibatch, but check_fit "
+                "needs all rows of every likelihood; observe them through a StreamingDataset, "
+                "which takes arrays too"
             )
-        )
-    for v, factor in factors.items():
-        _refuse_streams(v, factor)
-    return _compile_density(group, [factor.sum() for factor in factors.values()]), split
+        if getattr(a.tag, "is_stream", False) and getattr(a, "container", None) not in passed:
+            raise StreamError(
+                f"{v.name!r} depends on the stream {a.name!r}, which was not passed; pass all "
+                "streams that the model uses"
+            )
 
 
 def _refuse_other_uses(
     model: Model,
     variables: Sequence[Variable],
-    streams: Sequence["StreamingDataset"],
-    stream: "StreamingDataset",
+    streams: Sequence[StreamingDataset],
+    stream: StreamingDataset,
 ) -> None:
+    """Refuse a stream that enters the model otherwise than through likelihoods of its rows."""
     name = stream.as_tensor().name
     if not variables:
         raise StreamError(
@@ -245,33 +297,13 @@ def _refuse_other_uses(
             )
 
 
-def _refuse_random(v: Variable, factor: Variable) -> None:
-    """Refuse a factor that another call would draw anew."""
-    if any(isinstance(a.type, RandomType) for a in ancestors([factor])):
-        raise StreamError(
-            f"{v.name!r} depends on random draws, as those of pm.Minibatch, but check_fit needs "
-            "all rows of every likelihood; observe them through a StreamingDataset, which takes "
-            "arrays too"
-        )
-
-
-def _refuse_streams(v: Variable, factor: Variable) -> None:
-    """Refuse a factor of a stream that was not passed, whose buffer holds one batch or none."""
-    for a in ancestors([factor]):
-        if getattr(a.tag, "is_stream", False):
-            raise StreamError(
-                f"{v.name!r} depends on the stream {a.name!r}, which was not passed; pass all "
-                "streams that the model uses"
-            )
-
-
 def _scaling(model: Model, rv: Variable) -> Variable | float:
     if not total_size_of(rv):
         return 1.0
     return get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)
 
 
-def _declared_size(observed: Sequence[Variable], stream: "StreamingDataset") -> int | None:
+def _declared_size(observed: Sequence[Variable], stream: StreamingDataset) -> int | None:
     """Return the total_size of the likelihoods, one that differs from the stream's if any."""
     sizes = [next(iter(total_size_of(rv)), None) for rv in observed]
     return next((size for size in sizes if size != stream.total_size), sizes[0])
@@ -299,52 +331,7 @@ def _compile_density(
     return lambda theta, *rows: function(theta.astype(flat.dtype), *rows)
 
 
-def _pass_over(likelihood: _Likelihood, probe: Probe, advance: Callable[[int], None]) -> _Pass:
-    stream = likelihood.stream
-    gradients = Bins(len(probe.gradient))
-    n_rows = block_rows = 0
-    for rows in _blocks(stream):
-        gradient = _add_rows(probe, likelihood, rows)
-        block_rows = block_rows or len(rows)
-        if len(rows) == block_rows:
-            gradients.add(gradient / len(rows))
-        n_rows += len(rows)
-        _refuse_endless(stream, n_rows)
-        advance(len(rows))
-    whole = merged(gradients.after(0))
-    per_row = whole.squares / max(1, whole.n - 1) * block_rows
-    return _Pass(
-        StreamRows(str(stream.as_tensor().name), n_rows, likelihood.total_size),
-        gradients,
-        per_row * n_rows**2 / stream.batch_size,
-        stream.rows_seen > 0,
-    )
-
-
-def _refuse_endless(stream: "StreamingDataset", n_rows: int) -> None:
-    declared = stream.total_size
-    if declared and n_rows > _MOST_TIMES * declared + max(_BLOCK_ROWS, stream.batch_size):
-        raise StreamError(
-            f"the stream {stream.as_tensor().name!r} has total_size={declared} but gave {n_rows} "
-            "rows and has not ended; pass the number of rows, and a source that ends after an epoch"
-        )
-
-
-def _add_rows(probe: Probe, likelihood: _Likelihood, rows: np.ndarray) -> np.ndarray:
-    try:
-        return probe.add(lambda theta: likelihood.density(theta, rows))
-    except (AssertionError, TypeError, ValueError) as error:
-        buffer, batch_size = likelihood.stream.as_tensor(), likelihood.stream.batch_size
-        if len(rows) == batch_size:
-            raise
-        raise StreamError(
-            f"the likelihood of {buffer.name!r} fails with {len(rows)} rows; check_fit needs a "
-            f"model of any number of rows, not of the {batch_size} of a batch only: take lengths "
-            "and coordinates from as_tensor().shape[0]"
-        ) from error
-
-
-def _blocks(stream: "StreamingDataset") -> Iterator[np.ndarray]:
+def _blocks(stream: StreamingDataset) -> Iterator[np.ndarray]:
     """Yield the batches of an epoch, joined where they are small and many."""
     rows = min(
         _BLOCK_ROWS,
@@ -364,34 +351,24 @@ def _refuse_infinite(probe: Probe, part: str) -> None:
         )
 
 
-def _probes(group: Group, seed: int) -> tuple[Probe, Probe]:
-    """Return the draws for the stream, and those for the rest, which cost much less each."""
-    mean = np.asarray(mean_variable(group).get_value(), "float64")
-    rng = np.random.default_rng(seed)
-    return (
-        Probe(mean, scale(group), pairs=_PAIRS, rng=rng),
-        Probe(mean, scale(group), pairs=_PRIOR_PAIRS, rng=rng),
-    )
-
-
-def _report(group: Group, probes: Sequence[Probe], passes: Sequence[_Pass]) -> FitReport:
-    mean, scales = np.asarray(mean_variable(group).get_value(), "float64"), scale(group)
-    optimum = newton_step(mean, scales, probes)
+def _report(group: Group, probes: Sequence[Probe], likelihoods: Sequence[_Likelihood]) -> FitReport:
+    scales = scale(group)
+    optimum = newton_step(mean(group), scales, probes)
     elbo, elbo_error = lower_bound(scales, probes)
-    noise = np.sqrt(np.sum([p.noise for p in passes], axis=0))
+    noise = np.sqrt(np.sum([part.batch_variance for part in likelihoods], axis=0))
     gradient = np.sum([probe.gradient for probe in probes], axis=0)
-    clarity = np.abs(gradient[noise > 0]) / noise[noise > 0]
-    drifts = [drift for p in passes if (drift := disorder(p.gradients)) is not None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        signal_to_noise = np.where(noise > 0, np.abs(gradient) / noise, 0).max()
     return FitReport(
         names=names(group),
         z=optimum.z,
         s=optimum.s,
         elbo=elbo,
         elbo_error=elbo_error,
-        streams=tuple(p.counted for p in passes),
-        clarity=float(clarity.max()) if clarity.size else np.inf,
-        disorder=max(drifts, default=None),
-        moved=all(p.moved for p in passes),
+        streams=tuple(part.counted for part in likelihoods),
+        clarity=float(signal_to_noise) if noise.any() else np.inf,
+        disorder=max(part.between_within_ratio for part in likelihoods) or None,
+        moved=all(part.stream.rows_seen > 0 for part in likelihoods),
         whole_hessian=is_dense(scales),
         optimum=optimum,
     )

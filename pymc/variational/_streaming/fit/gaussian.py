@@ -20,16 +20,7 @@ from pytensor.compile.sharedvalue import SharedVariable
 from pymc.variational.approximations import FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import Approximation, Group
 
-__all__ = [
-    "gaussian_group",
-    "mean_variable",
-    "names",
-    "put",
-    "scale",
-    "scale_variable",
-    "set_values",
-    "standard_deviations",
-]
+__all__ = ["gaussian_group", "mean", "names", "scale", "set_mean", "set_scale"]
 
 
 def gaussian_group(approx: Approximation) -> Group:
@@ -38,7 +29,7 @@ def gaussian_group(approx: Approximation) -> Group:
     Raises
     ------
     TypeError
-        If it is of another family, mixes families, or has parameters of the user's own.
+        If *approx* is of another family, mixes families, or has parameters of the user's own.
     """
     if not isinstance(approx, Approximation):
         raise TypeError(f"approx is {type(approx).__name__}; pass what pm.fit returned")
@@ -55,48 +46,6 @@ def gaussian_group(approx: Approximation) -> Group:
     return group
 
 
-def mean_variable(group: Group) -> SharedVariable:
-    return group.shared_params["mu"]
-
-
-def scale_variable(group: Group) -> SharedVariable:
-    """Return the unconstrained scales: ``rho``, or ``L_tril`` of a full-rank approximation."""
-    name = "rho" if isinstance(group, MeanFieldGroup) else "L_tril"
-    return group.shared_params[name]
-
-
-def scale(group: Group) -> np.ndarray:
-    """Return standard deviations, shape (d,), or a lower Cholesky factor, shape (d, d)."""
-    values = np.asarray(scale_variable(group).get_value(), "float64")
-    if isinstance(group, MeanFieldGroup):
-        return np.logaddexp(0, values)
-    factor = np.zeros((group.ddim, group.ddim))
-    factor[np.tril_indices(group.ddim)] = values
-    np.fill_diagonal(factor, np.logaddexp(0, np.diag(factor)))
-    return factor
-
-
-def standard_deviations(group: Group) -> np.ndarray:
-    values = scale(group)
-    return values if values.ndim == 1 else np.linalg.norm(values, axis=1)
-
-
-def set_values(group: Group, mean: np.ndarray, scale: np.ndarray) -> None:
-    """Set the means, and the scales in the form that :func:`scale` returns."""
-    put(mean_variable(group), mean)
-    if isinstance(group, FullRankGroup):
-        scale = scale.copy()
-        np.fill_diagonal(scale, _inverse_softplus(np.diag(scale)))
-        put(scale_variable(group), scale[np.tril_indices(group.ddim)])
-    else:
-        put(scale_variable(group), _inverse_softplus(scale))
-
-
-def put(variable: SharedVariable, values: np.ndarray) -> None:
-    """Set a shared variable, in its own type."""
-    variable.set_value(np.asarray(values, variable.type.dtype))
-
-
 def names(group: Group) -> tuple[str, ...]:
     """Return a name for each unconstrained parameter, such as ``"sigma_log__"`` or ``"b[2]"``."""
     return tuple(
@@ -104,6 +53,39 @@ def names(group: Group) -> tuple[str, ...]:
         for name, _, shape, _ in group.ordering.values()
         for index in np.ndindex(shape)
     )
+
+
+def mean(group: Group) -> np.ndarray:
+    """Return a copy of the means, shape (d,)."""
+    return np.array(group.shared_params["mu"].get_value(borrow=True), "float64")
+
+
+def set_mean(group: Group, values: np.ndarray) -> None:
+    _set(group.shared_params["mu"], values)
+
+
+def scale(group: Group) -> np.ndarray:
+    """Return standard deviations, shape (d,), or a lower Cholesky factor, shape (d, d)."""
+    if isinstance(group, MeanFieldGroup):
+        return np.logaddexp(0, np.asarray(group.shared_params["rho"].get_value(), "float64"))
+    factor = np.zeros((group.ddim, group.ddim))
+    factor[np.tril_indices(group.ddim)] = group.shared_params["L_tril"].get_value()
+    np.fill_diagonal(factor, np.logaddexp(0, np.diag(factor)))
+    return factor
+
+
+def set_scale(group: Group, values: np.ndarray) -> None:
+    """Set the scales in the form that :func:`scale` returns."""
+    if isinstance(group, MeanFieldGroup):
+        _set(group.shared_params["rho"], _inverse_softplus(values))
+    else:
+        factor = values.copy()
+        np.fill_diagonal(factor, _inverse_softplus(np.diag(values)))
+        _set(group.shared_params["L_tril"], factor[np.tril_indices(group.ddim)])
+
+
+def _set(variable: SharedVariable, values: np.ndarray) -> None:
+    variable.set_value(np.asarray(values, variable.type.dtype))
 
 
 def _inverse_softplus(values: np.ndarray) -> np.ndarray:

@@ -20,9 +20,8 @@ right.
 
 import math
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -30,17 +29,28 @@ from scipy.linalg import hadamard
 from scipy.stats import chi2
 from scipy.stats import f as f_distribution
 
-from pymc.variational._streaming.fit.bins import Bins, merged
+from pymc.variational._streaming.fit.bins import Moments
 
-__all__ = ["Optimum", "Probe", "disorder", "is_dense", "lower_bound", "newton_step"]
+__all__ = [
+    "Optimum",
+    "Probe",
+    "between_within_ratio",
+    "is_dense",
+    "lower_bound",
+    "newton_step",
+]
 
 _MAX_DENSE = 64
 """Parameters of a mean-field approximation up to which the whole Hessian is estimated."""
 
 _SIGN_PAIRS = 64
+"""Pairs of draws that estimate the diagonal of the Hessian, a power of two."""
 
 _FALSE_ALARM = 1e-6
+"""Probability at which rows in random order are taken for ordered ones."""
+
 _MIN_RATIO = 5.0
+"""Variance ratio below which an order of the rows is not worth a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,33 +58,28 @@ class Optimum:
     """What one Newton step says about the approximation."""
 
     z: np.ndarray
+    """Standard deviations of the posterior by which each mean is too high."""
     s: np.ndarray
-    widths: np.ndarray
-    """The same as *s* along the principal directions of a full-rank approximation, whose
-    correlations may be wrong though the scales are right."""
+    """1 - (scale / right scale)² of each parameter."""
+    principal_s: np.ndarray
+    """The same along the principal directions of a full-rank approximation, whose correlations
+    may be wrong though the scales are right; otherwise *s*."""
     start: np.ndarray
-    """The mean that was checked."""
+    """Mean that was checked."""
     mean: np.ndarray
-    """Where the step leads."""
+    """Mean to which the step leads."""
     scale: np.ndarray | None
-    """The scales there, None if they cannot be told."""
-    doubt: float
-    """How many standard deviations the step may miss by, the density not being quadratic.
+    """Scales there, None if they are not known."""
+    step_error: float
+    """Standard deviations by which the step may miss, the log density not being quadratic.
     Infinite where it is not concave, NaN where the Hessian is not known."""
 
 
 class Probe:
     """Sums over parts of a log density, at antithetic pairs of draws from N(μ, LLᵀ).
 
-    Parameters
-    ----------
-    mean : ndarray, shape (d,)
-    scale : ndarray, shape (d,) or (d, d)
-        Standard deviations, or a lower Cholesky factor.
-    pairs : int
-        At least so many, and at least one for each dimension, where the whole Hessian is
-        estimated.
-    rng : Generator
+    There are *pairs* of them or more: one for each dimension where the whole Hessian is estimated.
+    The *scale* is a vector of standard deviations, or a lower Cholesky factor.
     """
 
     def __init__(
@@ -83,13 +88,15 @@ class Probe:
         size = len(mean)
         self._mean, self._scale = mean, scale
         self._dense = is_dense(scale)
-        draws = _normal_draws(size, pairs, rng) if self._dense else _SignDraws(size, rng)
-        self._draws: Any = draws
+        self._draws = _normal_draws(size, pairs, rng) if self._dense else _sign_draws(size, rng)
+        n_draws = len(self._draws)
         self.gradient = np.zeros(size)
         """Expected gradient of all parts."""
-        self._logp = np.zeros(len(draws))
+        self._logp = np.zeros(n_draws)
         self._cross = np.zeros((size, size) if self._dense else size)
-        self._even = np.zeros((len(draws) if self._dense else 0, size))
+        """Sum over draws of ε times the odd part of the gradient, the slope of which is A."""
+        self._even = np.zeros((n_draws if self._dense else 0, size))
+        """Even part of the gradient at each draw."""
 
     def add(self, part: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """Add a part, which returns value and gradient; return its expected gradient."""
@@ -123,15 +130,15 @@ class Probe:
 
         Its quadratic part is integrated exactly; the draws serve the rest.
         """
-        curved = self.curvature()
-        if not self._dense:
-            return self._logp.mean(), self._logp.var(ddof=1) / len(self._logp)
-        quadratic = np.einsum("ki,ij,kj->k", self._draws, curved, self._draws) / 2
-        rest = self._logp - quadratic
-        return rest.mean() + np.trace(curved) / 2, rest.var(ddof=1) / len(rest)
+        rest, exact = self._logp, 0.0
+        if self._dense:
+            curved = self.curvature()
+            rest = rest - np.einsum("ki,ij,kj->k", self._draws, curved, self._draws) / 2
+            exact = np.trace(curved) / 2
+        return rest.mean() + exact, rest.var(ddof=1) / len(rest)
 
-    def bend(self, covariance: np.ndarray) -> tuple[np.ndarray, int]:
-        """Return the variance of the Newton steps to which single draws lead, and their number.
+    def step_variance(self, covariance: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the variance of the Newton steps of single pairs, and the number of pairs.
 
         Steps differ where the curvature changes within the reach of the draws.
         """
@@ -160,11 +167,12 @@ def newton_step(mean: np.ndarray, scale: np.ndarray, probes: Sequence[Probe]) ->
         s = 1 + curved
         return Optimum(-sd * gradient, s, s, mean, mean + sd**2 * gradient, None, np.nan)
     factor = _factor(scale)
-    widths = 1 + np.linalg.eigvalsh(curved)
-    if widths[-1] >= 1:
+    principal_s = 1 + np.linalg.eigvalsh(curved)
+    if principal_s[-1] >= 1:
+        # The density is not concave: take the approximation's own covariance for the posterior's.
         sd = np.linalg.norm(factor, axis=1)
         step, s = factor @ factor.T @ gradient, 1 + np.diag(curved)
-        return Optimum(-step / sd, s, widths, mean, mean + step, None, np.inf)
+        return Optimum(-step / sd, s, principal_s, mean, mean + step, None, np.inf)
     inverse = np.linalg.inv(-curved)
     covariance = factor @ inverse @ factor.T
     step, sd = covariance @ gradient, np.sqrt(np.diag(covariance))
@@ -172,46 +180,40 @@ def newton_step(mean: np.ndarray, scale: np.ndarray, probes: Sequence[Probe]) ->
         s, best = 1 - np.diag(factor @ factor.T) / sd**2, np.linalg.cholesky(covariance)
     else:
         s, best = 1 + np.diag(curved), scale / np.sqrt(-np.diag(curved))
-        widths = s
-    doubt = _doubt([probe.bend(covariance) for probe in probes], inverse @ factor.T @ gradient, s)
-    return Optimum(-step / sd, s, widths, mean, mean + step, best, (doubt / sd).max())
+        principal_s = s
+    variances = [probe.step_variance(covariance) for probe in probes]
+    error = _step_error(variances, inverse @ factor.T @ gradient, s)
+    return Optimum(-step / sd, s, principal_s, mean, mean + step, best, (error / sd).max())
 
 
-def disorder(gradients: Bins) -> float | None:
-    """Return how many times more parts of a stream differ than their batches explain.
+def between_within_ratio(parts: Moments) -> float | None:
+    """Return the variance between parts over that within them, of the worst parameter.
 
-    Parameters
-    ----------
-    gradients : Bins
-        The gradient per row of the consecutive batches.
-
-    Returns
-    -------
-    float or None
-        Of the worst parameter: the variance between the bins over that within them, scaled to
-        be 1 for random rows. None if random rows would do it by chance.
+    It is about 1 for parts of a stream in random order, and None if such a stream would reach it
+    by chance.
     """
-    parts = gradients.after(0)
-    between, within = len(parts) - 1, gradients.n - len(parts)
+    whole = parts.merged()
+    between, within = len(parts.n) - 1, int(whole.n[0]) - len(parts.n)
     if min(between, within) < 7:
         return None
-    mean = merged(parts).mean
-    explained = sum(part.n * (part.mean - mean) ** 2 for part in parts) / between
+    inside = parts.squares.sum(0)
     with np.errstate(all="ignore"):
-        ratio = np.nan_to_num(explained / (sum(part.squares for part in parts) / within))
-    chance = f_distribution.sf(ratio.max(), between, within) * len(mean)
-    return float(ratio.max()) if ratio.max() > _MIN_RATIO and chance < _FALSE_ALARM else None
+        ratio = np.nan_to_num((whole.squares[0] - inside) / between / (inside / within)).max()
+    chance = f_distribution.sf(ratio, between, within) * parts.mean.shape[1]
+    return float(ratio) if ratio > _MIN_RATIO and chance < _FALSE_ALARM else None
 
 
-def _doubt(bends: Sequence[tuple[np.ndarray, int]], step: np.ndarray, s: np.ndarray) -> np.ndarray:
+def _step_error(
+    variances: Sequence[tuple[np.ndarray, int]], step: np.ndarray, s: np.ndarray
+) -> np.ndarray:
     """Return how far a Newton step may miss.
 
     That is the error of few draws, and the more the larger the step and the change of scales
     are beside the reach of the draws.
     """
-    chance = np.sqrt(sum(variance / n for variance, n in bends))
-    bend = np.sqrt(sum(variance for variance, _ in bends))
-    return chance + 2 * bend * (np.abs(s / (1 - s)).max() + np.mean(step**2))
+    monte_carlo = np.sqrt(sum(variance / n for variance, n in variances))
+    single = np.sqrt(sum(variance for variance, _ in variances))
+    return monte_carlo + 2 * single * (np.abs(s / (1 - s)).max() + np.mean(step**2))
 
 
 def _factor(scale: np.ndarray) -> np.ndarray:
@@ -219,7 +221,7 @@ def _factor(scale: np.ndarray) -> np.ndarray:
 
 
 def _normal_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw vectors that are orthogonal in turn, shape (n, size).
+    """Draw vectors, each *size* of which are orthogonal, shape (n, size).
 
     Their lengths are those of normal vectors, in even proportions.
     """
@@ -234,15 +236,8 @@ def _rotation(size: int, rng: np.random.Generator) -> np.ndarray:
     return q * np.sign(np.diag(r))
 
 
-class _SignDraws:
-    """Hadamard patterns of signs, which the dimensions share at random."""
-
-    def __init__(self, size: int, rng: np.random.Generator):
-        self._patterns = rng.permutation(size) % _SIGN_PAIRS
-        self._signs = rng.choice([-1.0, 1.0], size)
-
-    def __len__(self) -> int:
-        return _SIGN_PAIRS
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (row[self._patterns] * self._signs for row in hadamard(_SIGN_PAIRS))
+def _sign_draws(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw signs in Hadamard patterns, which the dimensions share at random, shape (n, size)."""
+    patterns = rng.permutation(size) % _SIGN_PAIRS
+    signs = rng.choice(np.array([-1, 1], "int8"), size)
+    return hadamard(_SIGN_PAIRS, "int8")[:, patterns] * signs

@@ -22,9 +22,10 @@ import numpy as np
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.gaussian import (
     gaussian_group,
-    mean_variable,
+    mean,
     names,
-    set_values,
+    set_mean,
+    set_scale,
 )
 from pymc.variational._streaming.fit.newton import Optimum
 from pymc.variational.opvi import Approximation
@@ -48,11 +49,20 @@ _FINE_Z = 0.5
 _FINE_S = 0.4
 """A scale within about 20 %; a likelihood that counts twice has s = 0.5 or -1."""
 
-_YOUNG_S = -10.0
-"""Scales more than three times too wide are still on their way from where they start."""
+_UNCONVERGED_S = -10.0
+"""A scale more than three times too wide has not converged from its initial value."""
 
-_CLEAR = 3.0
-"""Times the noise of a batch that leave no doubt which way the means should go."""
+_HIGH_SIGNAL_TO_NOISE = 3.0
+"""Ratio from which on each batch shows which way the means should go."""
+
+_MAX_STEP_ERROR = 0.5
+"""Posterior standard deviations by which a Newton step may miss."""
+
+_MAX_LINES = 12
+"""Parameters in the printed table."""
+
+_MAX_NAMES = 60
+"""Parameters whose names fit beside the figure."""
 
 _EXPLANATIONS = {
     "fine": "The means are at most {z:.2g} posterior sd off, the scales {percent:.2g} %.",
@@ -77,25 +87,17 @@ _EXPLANATIONS = {
     ),
 }
 
-_MAX_DOUBT = 0.5
-"""Posterior standard deviations that a Newton step may miss by."""
-
-_MAX_LINES = 12
-"""Parameters in the printed table."""
-
-_MAX_NAMES = 60
-"""Parameters whose names fit beside the figure."""
-
 
 @dataclass(frozen=True, slots=True)
 class StreamRows:
     """The rows of a stream, as counted and as declared."""
 
     name: str
+    """Name of the stream's shared variable."""
     rows: int
-    """Rows of one pass."""
+    """Number of rows of one pass."""
     total_size: int | None
-    """Rows that the model scales the likelihood to; None if it does not scale it."""
+    """Number of rows to which the model scales the likelihood; None if it does not scale it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class FitReport:
     """
 
     names: tuple[str, ...]
-    """The unconstrained parameters."""
+    """Names of the unconstrained parameters."""
     z: np.ndarray
     """Posterior standard deviations by which each mean is too high."""
     s: np.ndarray
@@ -116,11 +118,13 @@ class FitReport:
     elbo_error: float
     """Its Monte Carlo error."""
     streams: tuple[StreamRows, ...]
+    """The rows of each stream."""
     clarity: float
-    """Gradient of all rows over the noise in that of one batch, at the worst parameter."""
+    """Signal-to-noise ratio of one batch: the gradient of all rows over the standard deviation of
+    the gradient of a batch, at the worst parameter."""
     disorder: float | None
-    """Times that the gradient varies more along the stream than it would in random order;
-    None if it does not vary more."""
+    """Variance of the gradient between parts of the stream over that within them, at the worst
+    parameter: about 1 for rows in random order; None if random rows would reach it."""
     moved: bool
     """Whether the dataset that was passed has gone beyond its first batch."""
     whole_hessian: bool
@@ -130,24 +134,25 @@ class FitReport:
 
     @property
     def rows(self) -> int:
-        """Rows that were counted."""
+        """Number of rows that were counted."""
         return sum(stream.rows for stream in self.streams)
 
     @property
     def verdict(self) -> Verdict:
         """The main cause of what is wrong, or "fine"."""
-        means_off = np.abs(self.z).max() > _FINE_Z or np.isinf(self.optimum.doubt)
+        means_off = np.abs(self.z).max() > _FINE_Z or np.isinf(self.optimum.step_error)
         if any(stream.rows != stream.total_size for stream in self.streams):
             return "wrong size"
         if means_off and not self.moved:
             return "one batch"
         if means_off and self.disorder is not None:
             return "ordered rows"
-        if self.s.min() < _YOUNG_S or (means_off and self.clarity > _CLEAR):
+        clear = means_off and self.clarity > _HIGH_SIGNAL_TO_NOISE
+        if clear or self.s.min() < _UNCONVERGED_S:
             return "not converged"
         if means_off:
             return "last-iterate noise"
-        return "scales off" if np.abs(self.optimum.widths).max() > _FINE_S else "fine"
+        return "scales off" if np.abs(self.optimum.principal_s).max() > _FINE_S else "fine"
 
     def apply(self, approx: Approximation) -> None:
         """Move *approx* to where a Newton step leads, means and scales.
@@ -164,12 +169,7 @@ class FitReport:
             or if *approx* is not the fit that was checked, or has changed since.
         """
         group = gaussian_group(approx)
-        if names(group) != self.names:
-            raise StreamError(
-                "approx has other parameters than the report; apply it to the approximation that "
-                "was checked"
-            )
-        if not np.array_equal(mean_variable(group).get_value(), self.optimum.start):
+        if names(group) != self.names or not np.array_equal(mean(group), self.optimum.start):
             raise StreamError(
                 "approx is another fit, or has changed since it was checked; check it again"
             )
@@ -178,13 +178,14 @@ class FitReport:
                 f"{len(self.z)} parameters are too many for the Hessian that a Newton step needs; "
                 "average the fit with EpochAverage, or run it longer"
             )
-        if self.optimum.scale is None or self.optimum.doubt > _MAX_DOUBT:
+        if self.optimum.scale is None or self.optimum.step_error > _MAX_STEP_ERROR:
             raise StreamError(
                 "the fit is too far from its optimum for a Newton step, which may miss it by "
-                f"{self.optimum.doubt:.2g} posterior sd; average the fit with EpochAverage, or "
+                f"{self.optimum.step_error:.2g} posterior sd; average the fit with EpochAverage, or "
                 "run it longer, and check again"
             )
-        set_values(group, self.optimum.mean, self.optimum.scale)
+        set_mean(group, self.optimum.mean)
+        set_scale(group, self.optimum.scale)
 
     def plot(self) -> "Sequence[Axes]":
         """Plot z and s of each parameter, with the band that counts as fine.
@@ -223,33 +224,36 @@ class FitReport:
         if self.verdict == "wrong size":
             return [_miscounted(s) for s in self.streams if s.rows != s.total_size]
         worst = int(np.argmax(np.abs(self.z)))
-        z, error = abs(self.z[worst]), self._scale_error()
-        return [
-            _EXPLANATIONS[self.verdict].format(
-                off=f"The mean of {self.names[worst]} is {z:.2g} posterior sd off",
-                z=z,
-                disorder=self.disorder,
-                why=self._why_not_converged(),
-                factor=error,
-                percent=100 * (error - 1),
-            )
-        ]
+        z = abs(self.z[worst])
+        ratio = np.sqrt(np.maximum(1 - self.optimum.principal_s, np.finfo(float).tiny))
+        factor = np.maximum(ratio, 1 / ratio).max()
+        why = "which is clear from each batch"
+        if self.s.min() < _UNCONVERGED_S:
+            why = f"and the scales are up to {np.sqrt(1 - self.s.min()):.3g} times too wide"
+        explanation = _EXPLANATIONS[self.verdict].format(
+            off=f"The mean of {self.names[worst]} is {z:.2g} posterior sd off",
+            z=z,
+            disorder=self.disorder,
+            why=why,
+            factor=factor,
+            percent=100 * (factor - 1),
+        )
+        return [explanation]
 
     def _numbers(self) -> list[str]:
+        error = self.optimum.step_error
         lines = [f"{self.rows:,} rows; ELBO {self.elbo:,.2f} ± {self.elbo_error:.2g}"]
         if self.verdict in ("fine", "scales off") and self.disorder is not None:
             lines.append(
                 f"Note that the gradient varies {self.disorder:.3g} times as much along the stream "
                 "as in random order."
             )
-        if np.isinf(self.optimum.doubt):
+        if np.isinf(error):
             lines.append(
                 "The log density is not concave around the fit: it is far from an optimum."
             )
-        elif self.optimum.doubt > _MAX_DOUBT:
-            lines.append(
-                f"So far from the optimum, z may itself be off by {self.optimum.doubt:.2g}."
-            )
+        elif error > _MAX_STEP_ERROR:
+            lines.append(f"So far from the optimum, z may itself be off by {error:.2g}.")
         if not self.whole_hessian:
             lines.append(
                 "z leaves out correlations: where they are strong, it may be much too small or large."
@@ -266,16 +270,6 @@ class FitReport:
         if len(shown) < len(self.z):
             lines.append(f"and {len(self.z) - len(shown)} more, less far off")
         return lines
-
-    def _why_not_converged(self) -> str:
-        if self.s.min() >= _YOUNG_S:
-            return "which is clear from each batch"
-        return f"and the scales are up to {np.sqrt(1 - self.s.min()):.3g} times too wide"
-
-    def _scale_error(self) -> float:
-        """Return the largest factor by which a scale is too wide or too narrow."""
-        ratio = np.sqrt(np.maximum(1 - self.optimum.widths, np.finfo(float).tiny))
-        return float(np.maximum(ratio, 1 / ratio).max())
 
 
 def _miscounted(stream: StreamRows) -> str:

@@ -15,37 +15,40 @@
 
 What the next step of a fit depends on, besides the model, is saved to one file every so many
 steps: whatever the compiled step changes (the variational parameters, the optimizer's memory and
-the random streams), where the streams of data are, and the losses so far.
+the random streams), the positions of the data streams, and the losses so far.
 """
 
+import hashlib
 import json
 import os
+import re
 import warnings
 import zipfile
 import zlib
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytensor
 
 from pytensor.compile.sharedvalue import SharedVariable
-from pytensor.graph.traversal import ancestors
+from pytensor.graph.basic import Constant, Variable
+from pytensor.graph.op import HasInnerGraph
+from pytensor.graph.traversal import toposort
 
 import pymc
 
+from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError, StreamWarning
-from pymc.variational._streaming.fit.identity import describe, digest
+from pymc.variational._streaming.fit.streams import as_streams
 from pymc.variational._streaming.guards import WITHOUT_LOSS
 from pymc.variational._streaming.sources.base import positive_int
 from pymc.variational.callbacks import Callback
 from pymc.variational.inference import Inference
 from pymc.variational.opvi import Approximation
-
-if TYPE_CHECKING:
-    from pymc.variational.streaming import StreamingDataset
 
 __all__ = ["resumable_fit"]
 
@@ -55,7 +58,7 @@ def resumable_fit(
     n: int,
     *,
     path: str | os.PathLike,
-    datasets: "StreamingDataset | Sequence[StreamingDataset]",
+    datasets: StreamingDataset | Sequence[StreamingDataset],
     every: int = 10_000,
     callbacks: Sequence[Callback] = (),
     progressbar: bool = True,
@@ -83,8 +86,9 @@ def resumable_fit(
         whole fit. What they remember is saved if they have ``state_dict()``, which gives
         arrays or numbers by name, and ``load_state_dict(state)``.
     progressbar : bool, default True
+        Whether a progress bar is shown.
     **kwargs
-        For :meth:`Inference.fit`.
+        Options of :meth:`Inference.fit`.
 
     Returns
     -------
@@ -94,10 +98,10 @@ def resumable_fit(
     Raises
     ------
     ValueError
-        If the checkpoint is of another model, data, optimizer or option, or has more steps
-        than *n*; if *inference* has been fitted and there is no checkpoint; if *callbacks* hold
-        that of a stream; or if the fit has no losses (``score=False``), because PyMC then makes
-        every step with the same random draw.
+        If the checkpoint is of another fit (see Notes), or has more steps than *n*; if
+        *inference* has been fitted and there is no checkpoint; if *callbacks* hold that of a
+        stream; or if the fit has no losses (``score=False``), because PyMC then makes every step
+        with the same random draw.
     StreamError
         If the checkpoint cannot be read.
     FloatingPointError
@@ -106,15 +110,26 @@ def resumable_fit(
 
     Notes
     -----
-    The parameters, the losses and all later batches are, bit for bit, those of a fit that was
-    never stopped, on the same machine with the same versions; other versions are allowed, with
-    a warning. No random seed is needed for that.
+    The parameters, losses and batches are, bit for bit, those of a fit that was never stopped, on
+    the same machine with the same versions; other versions are allowed, with a warning. No random
+    seed is needed for that.
+
+    *What must match*, or the fit is refused:
+
+    - the classes of *inference*, of its approximation and of the callbacks whose state is saved;
+    - the names, types and distributions of the model's variables and potentials, and the
+      operations and constants of its log-probability, but not the values of ``pm.Data``;
+    - of each stream, by its place in *datasets*: name, columns, dtype, seed, ``batch_size``,
+      ``total_size``, the fingerprint of the source where it has one, and the rows of the batch
+      that the next step uses;
+    - the names, shapes and dtypes of what is saved, and the first value of a scalar shared
+      variable that a callback may change, such as a learning rate;
+    - numbers, strings and ``None`` among the options, also within lists, dictionaries and
+      :func:`functools.partial`, which ``pm.adam(learning_rate=0.02)`` is one of. Functions and
+      other objects are compared by name, whatever values they hold.
 
     The file is replaced at once: killed at any moment, the last checkpoint is whole. It holds
     no code. Beside the parameters, it has eight bytes for each step's loss.
-
-    Saved are the shared variables that the compiled step changes, and the scalar ones that a
-    callback may change, such as a learning rate.
 
     Examples
     --------
@@ -133,6 +148,7 @@ def resumable_fit(
     """
     positive_int("n", n)
     positive_int("every", every)
+    streams = as_streams(datasets)
     if any(getattr(callback, "is_of_stream", False) for callback in callbacks):
         raise ValueError(
             "resumable_fit adds the callbacks of its datasets; leave fit_callback() out of "
@@ -140,24 +156,17 @@ def resumable_fit(
         )
     if inference.state is not None and not Path(path).exists():
         raise ValueError(
-            "inference has been fitted before, and would go on from where it is, but there is no "
-            f"checkpoint {path}; make it anew, for example by pm.ADVI(), or pass the path of its "
-            "checkpoint"
-        )
-    if not inference.objective.op.returns_loss:
-        raise ValueError(
-            f"{type(inference).__name__} has no loss, which is saved for each step; pass ADVI or "
-            "FullRankADVI"
+            f"inference has been fitted before, but there is no checkpoint {path} to go back to; "
+            "make it anew, for example by pm.ADVI(), or pass the path of its checkpoint"
         )
     inference.fit(0, progressbar=False, **kwargs)
     if not inference.state.score:
         raise ValueError(WITHOUT_LOSS)
-    streams = list(datasets) if isinstance(datasets, Sequence) else [datasets]
-    fit = _ResumableFit(inference, streams, callbacks, kwargs)
-    checkpoint = _Checkpoint(fit, Path(path), every, n)
-    done = checkpoint.restore()
+    checkpoint = _Checkpoint(inference, streams, callbacks, kwargs, Path(path), every, n)
     try:
+        done = checkpoint.restore()
         in_order = [*callbacks, *(ds.fit_callback() for ds in streams), checkpoint]
+        checkpoint.require_same_rows()
         inference.state = inference.state._replace(i=done, callbacks=in_order)
         if done < n:
             checkpoint.rehearse()
@@ -171,7 +180,7 @@ def resumable_fit(
 
 
 def _refuse_step() -> None:
-    """Take the place of the step, which would run on the closed streams' NaN."""
+    """Take the place of the step, which would spoil the parameters without rows."""
     raise StreamError(
         "the streams of this resumable_fit are closed; to go on, call resumable_fit again with "
         "more steps and the same path"
@@ -181,174 +190,215 @@ def _refuse_step() -> None:
 class _Checkpoint(Callback):
     """Save the fit every so many steps; called after all other callbacks."""
 
-    def __init__(self, fit: "_ResumableFit", path: Path, every: int, n: int):
-        self._fit = fit
+    def __init__(
+        self,
+        inference: Inference,
+        streams: Sequence[StreamingDataset],
+        callbacks: Sequence[Callback],
+        options: dict[str, Any],
+        path: Path,
+        every: int,
+        n: int,
+    ):
+        self._inference = inference
+        self._streams = streams
+        self._callbacks: dict[str, Any] = {
+            f"callback {k}": callback
+            for k, callback in enumerate(callbacks)
+            if hasattr(callback, "load_state_dict")
+        }
         self._path = path
         self._every = every
         self._n = n
         self._done = 0
-        self._identity = fit.identity()
+        self._variables = _changing_variables(inference)
+        self._identity = self._describe_fit(options)
+        self._saved_rows: dict[str, str] = {}
+        """Digests of the rows that followed the checkpoint, when it was saved."""
 
     def restore(self) -> int:
         """Go to the last checkpoint, and return how many steps it has."""
         if not self._path.exists():
             return 0
         header, arrays = _read(self._path)
-        _warn_of_versions(self._path, header["versions"])
+        if header["versions"] != _versions():
+            warnings.warn(
+                f"{self._path} was saved with {header['versions']} and goes on with "
+                f"{_versions()}: the numbers may differ from those of a fit that was never stopped",
+                StreamWarning,
+                stacklevel=3,
+            )
         _require_same(self._path, header["identity"], self._identity)
-        self._done = header["done"]
+        self._done, self._saved_rows = header["done"], header["rows"]
         if self._done > self._n:
             raise ValueError(
                 f"n={self._n} but {self._path} has {self._done} steps; "
                 "pass at least as many, or another path"
             )
-        self._fit.load(header["state"], arrays)
+        for ds, position in zip(self._streams, header["streams"]):
+            ds.load_state_dict(position)
+        for name, variable in self._variables.items():
+            variable.set_value(_as_value(arrays[name], variable))
+        for name, callback in self._callbacks.items():
+            prefix = f"{name} "
+            seen = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            callback.load_state_dict(seen)
+        self._inference.hist = arrays["losses"]
         return self._done
+
+    def require_same_rows(self) -> None:
+        """Refuse streams that hold other rows than those that followed the checkpoint."""
+        if self._saved_rows:
+            _require_same(self._path, self._saved_rows, self._next_rows())
 
     def rehearse(self) -> None:
         """Fail now where a checkpoint would fail after many steps; no file is left or changed."""
         if not self._path.parent.is_dir():
             raise FileNotFoundError(f"path={self._path} is in no folder that exists; make it")
-        part = _write_part(self._path, *self._content(np.empty(0)))
-        part.unlink()
+        self._write(np.empty(0)).unlink()
 
     def __call__(self, approx: Approximation, losses: np.ndarray, i: int) -> None:
         self._done += 1
-        if self._done % self._every and self._done != self._n:
-            return
-        self._fit.require_finite(self._path, self._done)
-        os.replace(_write_part(self._path, *self._content(losses)), self._path)
+        if self._done % self._every == 0 or self._done == self._n:
+            self._require_finite()
+            os.replace(self._write(losses), self._path)
 
-    def _content(self, losses: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        state, arrays = self._fit.state(losses)
+    def _write(self, losses: np.ndarray) -> Path:
+        """Write the checkpoint beside its path, and return where."""
+        before = self._inference.hist
+        # There is a loss for each step of a long fit, so they are not copied without need.
+        arrays = {"losses": np.concatenate([before, losses]) if len(before) else losses}
+        for name, variable in self._variables.items():
+            arrays[name] = _as_array(variable.get_value())
+        for at, callback in self._callbacks.items():
+            arrays |= {f"{at} {k}": np.asarray(v) for k, v in callback.state_dict().items()}
+        for name, array in arrays.items():
+            if array.dtype.hasobject:
+                raise TypeError(
+                    f"{name!r} holds objects, which cannot be saved: the state_dict() of a "
+                    'callback must give arrays or numbers, and backend= be "numba" or "c"'
+                )
         header = {
             "versions": _versions(),
             "identity": self._identity,
             "done": self._done,
-            "state": state,
+            "streams": [ds.state_dict() for ds in self._streams],
+            "rows": self._next_rows(),
         }
-        return header, arrays
+        return _write_part(self._path, header, arrays)
 
-
-class _ResumableFit:
-    """What the next step depends on, and what tells this fit from another."""
-
-    def __init__(
-        self,
-        inference: Inference,
-        datasets: Sequence["StreamingDataset"],
-        callbacks: Sequence[Callback],
-        options: dict[str, Any],
-    ):
-        self._inference = inference
-        self._datasets = datasets
-        self._callbacks = {
-            str(k): callback
-            for k, callback in enumerate(callbacks)
-            if hasattr(callback, "load_state_dict")
-        }
-        self._options = options
-        self._variables = _changing_variables(inference)
-        # What cannot be saved fails here, and not after the first ten thousand steps.
-        self.state(np.empty(0))
-
-    def identity(self) -> dict[str, str]:
-        """Describe the fit, one name for each thing that must be the same."""
+    def _describe_fit(self, options: dict[str, Any]) -> dict[str, str]:
+        """Describe what must be the same in each call, but for what streams compare themselves."""
         approx = self._inference.approx
         model = approx.model
-        described = {"inference": f"{type(self._inference).__name__}, {type(approx).__name__}"}
-        described["the options"] = describe(self._options)
-        for ds in self._datasets:
-            described[f"stream {ds.as_tensor().name!r}"] = (
-                f"{ds.as_tensor().type}, columns {ds.columns}, total_size {ds.total_size}"
-            )
+        same = {"inference": f"{type(self._inference).__name__}, {type(approx).__name__}"}
+        same["the options"] = _describe(options)
+        for name, callback in self._callbacks.items():
+            same[name] = type(callback).__name__
+        for k, ds in enumerate(self._streams):
+            kind = f"{ds.as_tensor().name!r}, {ds.as_tensor().type}"
+            same[f"stream {k}"] = f"{kind}, columns {ds.columns}, total_size {ds.total_size}"
         for rv in [*model.free_RVs, *model.observed_RVs, *model.potentials]:
-            described[f"variable {rv.name!r}"] = rv.str_repr()
-        logp = model.logp()
-        described["the digest of the log-probability"] = digest([logp])
-        # Transforming a model copies its shared variables, but they keep the container.
-        of_model = [getattr(a, "container", None) for a in ancestors([logp])]
-        for k, variable in enumerate(self._variables):
-            shape = np.shape(variable.get_value(borrow=True))
-            described[f"state {k}"] = f"{variable.name} {variable.type} {shape}"
-            if variable.container in of_model:  # a scalar, which only a callback may change
-                described[f"the first value of {variable.name!r}"] = str(variable.get_value())
-        for at, callback in self._callbacks.items():
-            described[f"callback {at}"] = type(callback).__name__
-        return described
+            same[f"variable {rv.name!r}"] = f"{rv.str_repr()}, {rv.type}"
+        same["the digest of the log-probability"] = _digest_graph([model.logp()])
+        for name, variable in self._variables.items():
+            value = variable.get_value(borrow=True)
+            same[name] = f"{variable.name} {variable.type} {np.shape(value)}"
+            # A scalar may be the user's own, and would be set to the saved value.
+            if variable.name and getattr(variable, "ndim", None) == 0:
+                same[f"the first value of {variable.name!r}"] = str(value)
+        return same
 
-    def state(self, losses: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return what to save, as plain JSON and as arrays."""
-        before = self._inference.hist
-        # There is one for each step of a long fit, so they are not copied without need.
-        arrays = {"losses": np.concatenate([before, losses]) if len(before) else losses}
-        random = {}
-        for k, variable in enumerate(self._variables):
-            value = variable.get_value()
-            if isinstance(value, np.random.Generator):
-                random[str(k)] = value.bit_generator.state
-            elif isinstance(value, np.ndarray):
-                arrays[str(k)] = value
-            else:
-                raise TypeError(
-                    f"the state of this fit has a {type(value).__name__} ({variable.type}), which "
-                    'cannot be saved; pass backend="numba" or "c"'
-                )
-        for at, callback in self._callbacks.items():
-            for name, seen in callback.state_dict().items():  # type: ignore[attr-defined]
-                array = np.asarray(seen)
-                if array.dtype.hasobject:
-                    raise TypeError(
-                        f"state_dict()[{name!r}] of the callback {type(callback).__name__} is a "
-                        f"{type(seen).__name__}, which cannot be saved; give arrays or numbers"
-                    )
-                arrays[f"callback {at} {name}"] = array
-        return {"random": random, "streams": [ds.state_dict() for ds in self._datasets]}, arrays
+    def _next_rows(self) -> dict[str, str]:
+        """Return a digest of the rows that the next step uses, for each stream."""
+        return {
+            f"the digest of the next batch of stream {k}": _digest(rows.tobytes())
+            for k, rows in enumerate(ds.as_tensor().get_value() for ds in self._streams)
+        }
 
-    def require_finite(self, path: Path, done: int) -> None:
+    def _require_finite(self) -> None:
         """Raise what the next step would, which computes its loss from these values."""
-        for variable in self._variables:
+        for variable in self._variables.values():
             value = variable.get_value(borrow=True)
             # A scalar of the user's own, such as a bound, may be infinite.
             if np.ndim(value) and value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise FloatingPointError(
-                    f"{variable.name or variable.type} is not finite after step {done}, so {path} "
-                    "is left as it was; lower the learning rate, or look for rows or parameters "
-                    "at which the gradient is not finite"
+                    f"{variable.name or variable.type} is not finite after step {self._done}, so "
+                    f"{self._path} is left as it was; lower the learning rate, or look for rows or "
+                    "parameters at which the gradient is not finite"
                 )
 
-    def load(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Go back to what was saved."""
-        for ds, position in zip(self._datasets, state["streams"]):
-            ds.load_state_dict(position)
-        for k, variable in enumerate(self._variables):
-            if str(k) in arrays:
-                variable.set_value(arrays[str(k)])
-            else:
-                bits = np.random.PCG64()
-                bits.state = state["random"][str(k)]
-                variable.set_value(np.random.Generator(bits))
-        for at, callback in self._callbacks.items():
-            prefix = f"callback {at} "
-            callback.load_state_dict(  # type: ignore[attr-defined]
-                {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
-            )
-        self._inference.hist = arrays["losses"]
 
-
-def _changing_variables(inference: Inference) -> list[SharedVariable]:
+def _changing_variables(inference: Inference) -> dict[str, SharedVariable]:
     """Return what steps or callbacks change, in the order of the graph.
 
-    The model's own data are not among them: their size has no bound.
+    Callbacks may change scalars. The model's own data are not among them: their size has no
+    bound.
     """
-    inputs = [i for i in inference.state.step.maker.inputs if i.implicit]
     own = inference.approx.model.named_vars
-    return [
+    inputs = [i for i in inference.state.step.maker.inputs if i.implicit]
+    changing = [
         i.variable
         for i in inputs
         if i.update is not None
         or (getattr(i.variable, "ndim", None) == 0 and i.variable.name not in own)
     ]
+    return {f"state {k}": variable for k, variable in enumerate(changing)}
+
+
+def _as_array(value: Any) -> np.ndarray:
+    if isinstance(value, np.random.Generator):
+        return np.frombuffer(json.dumps(value.bit_generator.state).encode(), np.uint8)
+    return np.asarray(value)
+
+
+def _as_value(array: np.ndarray, variable: SharedVariable) -> Any:
+    """Return what :func:`_as_array` made an array of, for *variable*."""
+    if not isinstance(variable.get_value(borrow=True), np.random.Generator):
+        return array
+    bits = np.random.PCG64()
+    bits.state = json.loads(array.tobytes())
+    return np.random.Generator(bits)
+
+
+def _describe(option: Any) -> str:
+    """Describe an option by its plain values, and by its name where it has none."""
+    match option:
+        case None | bool() | int() | float() | str() | np.generic():
+            return repr(option)
+        case dict():
+            return f"{{{', '.join(f'{key!r}: {_describe(v)}' for key, v in option.items())}}}"
+        case tuple() | list():
+            return f"[{', '.join(map(_describe, option))}]"
+        case partial():
+            return f"{_describe(option.func)}{_describe([option.args, option.keywords])}"
+    return getattr(option, "__qualname__", type(option).__name__)
+
+
+def _digest_graph(outputs: Sequence[Variable]) -> str:
+    """Return a digest of the operations of a graph, their inputs and constants.
+
+    Names of variables and addresses are left out, since they differ between processes.
+    """
+    number: dict[Variable, int] = {}
+    lines = []
+    for node in toposort(outputs):
+        inputs = []
+        for v in node.inputs:
+            if not isinstance(v, Constant):
+                inputs.append(f"{v.type} {number.setdefault(v, len(number))}")
+            elif isinstance(v.data, np.ndarray):
+                inputs.append(f"{v.type} {_digest(v.data.tobytes())}")
+            else:
+                inputs.append(f"{v.type} {v.data}")
+        number |= {v: len(number) + k for k, v in enumerate(node.outputs)}
+        inner = _digest_graph(node.op.inner_outputs) if isinstance(node.op, HasInnerGraph) else ""
+        lines.append(f"{node.op} {inner} {inputs}")
+    return _digest(re.sub(" at 0x[0-9a-f]+", "", "\n".join(lines)))
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _require_same(path: Path, saved: dict[str, str], mine: dict[str, str]) -> None:
@@ -362,18 +412,7 @@ def _require_same(path: Path, saved: dict[str, str], mine: dict[str, str]) -> No
 
 
 def _versions() -> dict[str, str]:
-    modules = {"pymc": pymc, "pytensor": pytensor, "numpy": np}
-    return {name: module.__version__ for name, module in modules.items()}
-
-
-def _warn_of_versions(path: Path, saved: dict[str, str]) -> None:
-    if saved != _versions():
-        warnings.warn(
-            f"{path} was saved with {saved} and goes on with {_versions()}: "
-            "the numbers may differ from those of a fit that was never stopped",
-            StreamWarning,
-            stacklevel=4,
-        )
+    return {module.__name__: module.__version__ for module in (pymc, pytensor, np)}
 
 
 def _write_part(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:

@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 
 import pymc as pm
 
-from pymc.variational._streaming.fit.average import EpochAverage
-from pymc.variational._streaming.fit.bins import Bins, merged
+from pymc.variational._streaming.fit.bins import Bins
 from pymc.variational.callbacks import Tracker
-from pymc.variational.streaming import StreamError, StreamingDataset, StreamWarning
+from pymc.variational.streaming import EpochAverage, StreamError, StreamingDataset, StreamWarning
 
 ROWS = np.arange(10.0)[:, None]
 BATCH_SIZE = 4
@@ -39,13 +38,16 @@ def normal_model(ds: StreamingDataset) -> pm.Model:
 
 @pytest.fixture
 def ds():
+    """Open a stream at its first batch."""
     with StreamingDataset(ROWS, batch_size=BATCH_SIZE) as ds:
+        ds.advance()
         yield ds
 
 
-@pytest.fixture
-def approx(ds) -> pm.MeanField:
-    with normal_model(ds):
+@pytest.fixture(scope="module")
+def approx() -> pm.MeanField:
+    """Return an approximation whose means the tests set."""
+    with normal_model(StreamingDataset(ROWS, batch_size=BATCH_SIZE)):
         return pm.MeanField()
 
 
@@ -65,8 +67,6 @@ def epoch_of_step(n_steps: int) -> np.ndarray:
 
 def walk(average, approx, ds, means, *, last: bool = False, first_step: int = 1) -> None:
     """Take a step to each of the means, with `average` before or after the fit callback."""
-    if np.isnan(ds.as_tensor().get_value()).any():
-        ds.advance()
     for i, mean in enumerate(means, first_step):
         approx.groups[0].shared_params["mu"].set_value(mean)
         if last:
@@ -79,8 +79,8 @@ def walk(average, approx, ds, means, *, last: bool = False, first_step: int = 1)
 
 class TestWholeEpochs:
     @pytest.mark.parametrize("last", [False, True], ids=["before fit_callback", "after it"])
-    @pytest.mark.parametrize("n_steps", [10, 23, 25, 26, 40])
-    @pytest.mark.parametrize("burn_in", [0, 0.5, 0.7])
+    @pytest.mark.parametrize("n_steps", [10, 25, 26])
+    @pytest.mark.parametrize("burn_in", [0, 0.7])
     def test_steps_count_to_the_epoch_in_which_their_batch_begins(
         self, ds, approx, last, n_steps, burn_in
     ):
@@ -126,6 +126,7 @@ class TestWholeEpochs:
 
     def test_the_part_of_an_epoch_after_a_resume_is_no_whole_epoch(self, ds, approx):
         ds.load_state_dict({**ds.state_dict(), "offset": 4, "rows_seen": 4})
+        ds.advance()
         means = iterates(9)
         average = EpochAverage(ds, burn_in=0)
         walk(average, approx, ds, means)
@@ -134,6 +135,32 @@ class TestWholeEpochs:
         epoch = epoch_of_step(10)[1:]
         expected = np.mean([means[epoch == number].mean(0) for number in (1, 2, 3)], axis=0)
         np.testing.assert_allclose(mean_of(approx), expected)
+
+    @pytest.mark.parametrize("stop", [1, 8, 70])
+    def test_it_goes_on_from_its_state(self, ds, approx, stop):
+        """Before the end of the first epoch, after some, and after bins were merged."""
+        means = iterates(100)
+        whole = EpochAverage(ds, burn_in=0.2)
+        walk(whole, approx, ds, means[:stop])
+        resumed = EpochAverage(ds, burn_in=0.2)
+        resumed.load_state_dict(whole.state_dict())
+        for i, mean in enumerate(means[stop:], stop + 1):
+            approx.groups[0].shared_params["mu"].set_value(mean)
+            whole(approx, None, i)
+            resumed(approx, None, i)
+            ds.advance()
+        assert resumed.epochs == whole.epochs
+        assert resumed.state_dict().keys() == whole.state_dict().keys()
+        for name, expected in whole.state_dict().items():
+            np.testing.assert_array_equal(resumed.state_dict()[name], expected, err_msg=name)
+
+    def test_asking_for_the_epochs_changes_nothing(self, ds, approx):
+        average = EpochAverage(ds, burn_in=0)
+        walk(average, approx, ds, iterates(5))
+        state = average.state_dict()
+        assert (average.epochs, average.epochs) == (2, 2)
+        for name, expected in state.items():
+            np.testing.assert_array_equal(average.state_dict()[name], expected, err_msg=name)
 
     def test_an_epoch_with_a_gap_is_left_out(self, ds, approx):
         average = EpochAverage(ds, burn_in=0)
@@ -157,20 +184,11 @@ class TestWholeEpochs:
             average.apply(approx)
             np.testing.assert_allclose(mean_of(approx), np.mean(track["mean"], axis=0))
 
-    def test_the_dataset_given_sets_the_epochs(self, ds):
-        other = StreamingDataset(np.arange(100.0)[:, None], batch_size=4, name="other")
-        with pm.Model():
-            mu = pm.Normal("mu")
-            for name, stream in (("y", ds), ("z", other)):
-                rows = stream.as_tensor()[:, 0]
-                pm.Normal(name, mu, 1, observed=rows, total_size=stream.total_size)
-            average, long = EpochAverage(ds, burn_in=0), EpochAverage(other, burn_in=0)
-            callbacks = [average, ds.fit_callback(), long, other.fit_callback()]
-            pm.fit(30, callbacks=callbacks, **QUICK)
-        assert (average.epochs, long.epochs) == (12, 1)
-
-    @pytest.mark.parametrize("method", ["advi", "fullrank_advi"])
-    @pytest.mark.parametrize("last", [False, True], ids=["before fit_callback", "after it"])
+    @pytest.mark.parametrize(
+        "method, last",
+        [("advi", False), ("fullrank_advi", True)],
+        ids=["advi, before fit_callback", "full rank, after it"],
+    )
     def test_it_averages_what_the_fit_passed_through(self, ds, method, last):
         track = Tracker(mean=lambda approx, losses, i: mean_of(approx))
         with normal_model(ds):
@@ -194,6 +212,7 @@ class TestWholeEpochs:
 class TestWarnings:
     def test_less_than_a_whole_epoch_is_averaged_by_steps(self, approx):
         with StreamingDataset(np.arange(100.0)[:, None], batch_size=4) as ds:
+            ds.advance()
             means = iterates(8)
             average = EpochAverage(ds)
             walk(average, approx, ds, means)
@@ -217,12 +236,11 @@ class TestWarnings:
             average.apply(approx)
         np.testing.assert_array_equal(mean_of(approx), means[-1])
 
-    @pytest.mark.parametrize("seed", range(5))
-    def test_a_correlated_path_that_stays_is_averaged(self, ds, approx, seed):
+    def test_a_correlated_path_that_stays_is_averaged(self, ds, approx):
         """It forgets its place in 10 steps; a false alarm is one of 5 standard deviations."""
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         path = [np.zeros(2)]
-        for _ in range(2_000):
+        for _ in range(1_000):
             path.append(0.9 * path[-1] + rng.normal(size=2))
         average = EpochAverage(ds)
         walk(average, approx, ds, path)
@@ -278,10 +296,11 @@ def test_bins_hold_the_moments_of_the_end_of_a_series(n, fraction, seed):
     for value in series:
         bins.add(value)
     kept = bins.after(fraction)
-    end = merged(kept)
+    end = kept.merged()
+    n_end = int(end.n[0])
     assert bins.n == n
-    assert len(bins.after(0)) <= 16
-    assert end.n <= max(n - fraction * n, kept[-1].n)
-    assert end.n >= min(n - fraction * n, n) - max(1, n // 8)
-    np.testing.assert_allclose(end.mean, series[n - end.n :].mean(0))
-    np.testing.assert_allclose(end.squares, series[n - end.n :].var(0) * end.n, atol=1e-9)
+    assert len(bins.moments.n) <= 16
+    assert n_end <= max(n - fraction * n, kept.n[-1])
+    assert n_end >= min(n - fraction * n, n) - max(1, n // 8)
+    np.testing.assert_allclose(end.mean[0], series[n - n_end :].mean(0))
+    np.testing.assert_allclose(end.squares[0], series[n - n_end :].var(0) * n_end, atol=1e-9)

@@ -26,17 +26,17 @@ from scipy.special import expit
 
 import pymc as pm
 
-from pymc.variational._streaming.fit.average import EpochAverage
+from pymc.variational import streaming
 from pymc.variational._streaming.fit.check import _blocks
-from pymc.variational._streaming.fit.check import check_fit as streaming_check
 from pymc.variational.streaming import (
+    EpochAverage,
     StreamError,
     StreamingDataset,
     StreamWarning,
     shuffle_buffer,
 )
 
-check_fit = partial(streaming_check, progressbar=False)
+check_fit = partial(streaming.check_fit, progressbar=False)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +84,11 @@ def newton(design: np.ndarray, y: np.ndarray, prior_sd: float):
         hessian = design.T @ (design * weights) + np.eye(len(b)) / prior_sd**2
         b = b + np.linalg.solve(hessian, design.T @ (y - p) - b / prior_sd**2)
     return b, hessian
+
+
+def assert_errors(report, z, s, atol) -> None:
+    np.testing.assert_allclose(report.z, z, atol=atol)
+    np.testing.assert_allclose(report.s, s, atol=atol)
 
 
 class Regression:
@@ -152,101 +157,55 @@ def full_rank_fit(regression):
 class TestNormalPosterior:
     """Everything is exact where the posterior is normal."""
 
-    def test_the_optimum_has_no_errors(self, fit):
+    def test_a_mean_field_fit_is_measured_and_corrected(self, regression, fit):
+        """Correlations of 0.96 make the posterior three times as wide as the approximation.
+
+        The scales are measured against the best of the family, and the lower bound falls short
+        of the evidence by the divergence.
+        """
         ds, approx = fit
+        off, factor = np.array([2.0, -0.3, 0.0]), np.array([3.0, 1.0, 0.5])
+        sd = factor * regression.mean_field_sd
+        place(approx, regression.mean + off * regression.sd, sd)
         report = check_fit(approx, ds)
-        np.testing.assert_allclose(report.z, 0, atol=1e-8)
-        np.testing.assert_allclose(report.s, 0, atol=1e-8)
-        assert report.names == ("b[0]", "b[1]", "b[2]")
-        assert report.rows == 1_011
-
-    def test_means_are_measured_in_posterior_standard_deviations(self, regression, fit):
-        """Which correlations of 0.96 make three times those of the approximation."""
-        ds, approx = fit
-        off = np.array([2.0, -0.3, 0.0])
-        place(approx, regression.mean + off * regression.sd, regression.mean_field_sd)
-        np.testing.assert_allclose(check_fit(approx, ds).z, off, atol=1e-8)
-
-    def test_scales_are_measured_against_the_best_of_the_family(self, regression, fit):
-        ds, approx = fit
-        factor = np.array([3.0, 1.0, 0.5])
-        place(approx, regression.mean, factor * regression.mean_field_sd)
-        np.testing.assert_allclose(check_fit(approx, ds).s, 1 - factor**2, atol=1e-8)
-
-    def test_full_rank(self, regression, full_rank_fit):
-        ds, approx = full_rank_fit
-        report = check_fit(approx, ds)
-        np.testing.assert_allclose(report.z, 0, atol=1e-8)
-        np.testing.assert_allclose(report.s, 0, atol=1e-8)
-        off = np.array([1.0, 0.2, -1.0])
-        place(approx, regression.mean + off * regression.sd, 4 * regression.covariance)
-        report = check_fit(approx, ds)
-        np.testing.assert_allclose(report.z, off, atol=1e-8)
-        np.testing.assert_allclose(report.s, -3, atol=1e-8)
-
-    def test_the_elbo_of_the_exact_posterior_is_the_evidence(self, regression, full_rank_fit):
-        ds, approx = full_rank_fit
-        report = check_fit(approx, ds)
-        assert report.elbo == pytest.approx(regression.evidence, abs=1e-4)
-        assert report.elbo_error < 1e-6
-
-    def test_the_elbo_of_another_normal_falls_short_by_the_divergence(self, regression, fit):
-        ds, approx = fit
-        mean = regression.mean + regression.sd
-        covariance = np.diag(regression.mean_field_sd**2)
-        place(approx, mean, regression.mean_field_sd)
-        off = mean - regression.mean
+        assert_errors(report, off, 1 - factor**2, 1e-8)
+        assert (report.names, report.rows) == (("b[0]", "b[1]", "b[2]"), 1_011)
+        moved, ratio = off * regression.sd, regression.precision @ np.diag(sd**2)
         divergence = (
-            np.trace(regression.precision @ covariance)
-            + off @ regression.precision @ off
-            - 3
-            - np.linalg.slogdet(regression.precision @ covariance)[1]
+            np.trace(ratio) + moved @ regression.precision @ moved - 3 - np.linalg.slogdet(ratio)[1]
         ) / 2
-        report = check_fit(approx, ds)
         assert report.elbo == pytest.approx(regression.evidence - divergence, abs=1e-4)
-
-    def test_apply_leads_to_the_optimum(self, regression, fit):
-        ds, approx = fit
-        place(approx, regression.mean + 2 * regression.sd, 3 * regression.mean_field_sd)
-        check_fit(approx, ds).apply(approx)
+        report.apply(approx)
         mean, covariance = position(approx)
         np.testing.assert_allclose(mean, regression.mean, rtol=1e-8)
         np.testing.assert_allclose(covariance, np.diag(regression.mean_field_sd**2), rtol=1e-8)
 
-    def test_apply_leads_a_full_rank_fit_to_the_posterior(self, regression, full_rank_fit):
+    def test_a_full_rank_fit_is_measured_and_becomes_the_posterior(self, regression, full_rank_fit):
         ds, approx = full_rank_fit
-        place(approx, regression.mean + regression.sd, 2 * regression.covariance)
-        check_fit(approx, ds).apply(approx)
+        off = np.array([1.0, 0.2, -1.0])
+        place(approx, regression.mean + off * regression.sd, 4 * regression.covariance)
+        report = check_fit(approx, ds)
+        assert_errors(report, off, -3, 1e-8)
+        report.apply(approx)
         mean, covariance = position(approx)
         np.testing.assert_allclose(mean, regression.mean, rtol=1e-8)
         np.testing.assert_allclose(covariance, regression.covariance, rtol=1e-6)
+        report = check_fit(approx, ds)
+        assert_errors(report, 0, 0, 1e-8)
+        assert report.elbo == pytest.approx(regression.evidence, abs=1e-4)
+        assert report.elbo_error < 1e-6
 
-    @pytest.mark.parametrize("batch_size", [1, 17, 150, 1_011, 2_000])
-    def test_the_batch_size_changes_nothing(self, regression, fit, batch_size):
-        ds, approx = fit
-        place(approx, regression.mean + regression.sd, 2 * regression.mean_field_sd)
-        expected = check_fit(approx, ds)
-        ds = stream(regression.rows, batch_size)
-        with regression.model(ds):
-            other = pm.MeanField()
-        place(other, regression.mean + regression.sd, 2 * regression.mean_field_sd)
-        report = check_fit(other, ds)
-        assert report.rows == 1_011
-        np.testing.assert_allclose(report.z, expected.z, rtol=1e-8)
-        np.testing.assert_allclose(report.s, expected.s, rtol=1e-8)
-        assert report.elbo == pytest.approx(expected.elbo)
-
-    @pytest.mark.parametrize("n_columns", [1, 2, 64])
-    def test_models_of_any_size_up_to_64(self, n_columns):
+    @pytest.mark.parametrize("n_columns, batch_size", [(1, 17), (3, 1), (3, 2_000), (64, 150)])
+    def test_batches_of_any_size_and_models_of_up_to_64_parameters(self, n_columns, batch_size):
         regression = Regression(n_columns)
-        ds = stream(regression.rows)
+        ds = stream(regression.rows, batch_size)
         with regression.model(ds):
             approx = pm.MeanField()
         off = np.linspace(-1, 1, n_columns) + 0.1
         place(approx, regression.mean + off * regression.sd, 2 * regression.mean_field_sd)
         report = check_fit(approx, ds)
-        np.testing.assert_allclose(report.z, off, atol=1e-6)
-        np.testing.assert_allclose(report.s, -3, atol=1e-6)
+        assert_errors(report, off, -3, 1e-6)
+        assert report.rows == 1_011
 
     def test_float32(self, regression):
         with pytensor.config.change_flags(floatX="float32"):
@@ -282,11 +241,6 @@ def best_normal(log_density, start: tuple[float, float]) -> tuple[float, float]:
     return best[0], np.exp(best[1])
 
 
-def assert_errors(report, z, s, atol) -> None:
-    np.testing.assert_allclose(report.z, z, atol=atol)
-    np.testing.assert_allclose(report.s, s, atol=atol)
-
-
 class TestOtherPosteriors:
     """The best normal approximation is found by quadrature; draws see it within 0.01."""
 
@@ -308,41 +262,7 @@ class TestOtherPosteriors:
         place(approx, best[0] + 0.5 * best[1], 1.5 * best[1])
         report = check_fit(approx, ds)
         assert_errors(report, 0.5, -1.25, 0.05)
-        assert abs(report.z[0] - 0.5) < report.optimum.doubt < 0.2
-
-    def test_a_log_transformed_scale(self):
-        y = np.random.default_rng(3).normal(0, 3, 777)
-        ds = stream(y)
-        with pm.Model():
-            sigma = pm.HalfNormal("sigma", 2)
-            pm.Normal("y", 0, sigma, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
-            approx = pm.MeanField()
-        best = best_normal(
-            lambda u: u - len(y) * u - y @ y / 2 * np.exp(-2 * u) - np.exp(2 * u) / 8,
-            (1.0, 0.03),
-        )
-        place(approx, *best)
-        report = check_fit(approx, ds)
-        assert report.names == ("sigma_log__",)
-        assert_errors(report, 0, 0, 0.01)
-
-    def test_logistic_regression(self):
-        """Newton's mode differs from the mean by a few hundredths at 20,000 rows."""
-        rng = np.random.default_rng(4)
-        x = np.column_stack([np.ones(20_011), rng.normal(size=(20_011, 2))])
-        x[:, 2] = 0.8 * x[:, 1] + 0.6 * x[:, 2]
-        up = rng.random(len(x)) < expit(x @ [0.2, 1.0, -0.5])
-        mode, hessian = newton(x, up, 3.0)
-        ds = stream(np.column_stack([x, up]), 1_000)
-        with pm.Model():
-            b = pm.Normal("b", 0, 3, shape=3)
-            buf = ds.as_tensor()
-            pm.Bernoulli("up", logit_p=buf[:, :3] @ b, observed=buf[:, 3], total_size=ds.total_size)
-            approx = pm.MeanField()
-        off = np.array([1.0, -2.0, 0.0])
-        sd = np.sqrt(np.diag(np.linalg.inv(hessian)))
-        place(approx, mode + off * sd, np.diag(hessian) ** -0.5)
-        assert_errors(check_fit(approx, ds), off, 0, 0.05)
+        assert abs(report.z[0] - 0.5) < report.optimum.step_error < 0.2
 
 
 def hierarchical(y, group, **kwargs) -> pm.Model:
@@ -387,24 +307,18 @@ def brute_force(model, mean, sd, draws) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TestStreams:
-    def test_buffer_and_position_are_left_alone(self, fit):
+    def test_buffer_and_position_are_left_alone_and_do_not_matter(self, fit):
         ds, approx = fit
+        closed = check_fit(approx, ds)
         with ds:
             for _ in range(9):
                 ds.advance()
             before, state = ds.as_tensor().get_value(), ds.state_dict()
-            check_fit(approx, ds)
+            np.testing.assert_array_equal(check_fit(approx, ds).z, closed.z)
             np.testing.assert_array_equal(ds.as_tensor().get_value(), before)
             assert ds.state_dict() == state
             ds.advance()
             assert ds.rows_seen == 1_350
-
-    def test_the_batch_in_the_buffer_does_not_matter(self, fit):
-        ds, approx = fit
-        closed = check_fit(approx, ds)
-        with ds:
-            ds.advance()
-            np.testing.assert_array_equal(check_fit(approx, ds).z, closed.z)
 
     def test_other_data_and_potentials_beside_the_stream(self, regression):
         """Five more rows, and a prior's worth of precision, go into the exact posterior."""
@@ -439,51 +353,33 @@ class TestStreams:
         return streams, approx
 
     def test_several_streams(self, two):
+        """One that did not move shows, although the other did."""
         streams, approx = two
         report = check_fit(approx, streams)
         assert_errors(report, 0, 0, 1e-8)
         assert report.rows == 1_800
         assert report.verdict == "fine"
-
-    @pytest.mark.parametrize("is_open", [False, True])
-    def test_a_stream_that_is_left_out(self, two, is_open):
-        """Closed, its buffer holds NaN; open, one batch, which would count as all rows."""
-        (first, second), approx = two
-        with second:
-            if is_open:
-                second.advance()
-            with pytest.raises(
-                StreamError, match=r"'z_rows' depends on the stream 'z', .* pass all"
-            ):
-                check_fit(approx, first)
-
-    def test_a_stream_that_stood_still_while_the_other_went_on(self, two):
-        (first, second), approx = two
         place(approx, 9.0, 0.05)
-        with first, second:
-            first.advance()
-            first.advance()
-            assert check_fit(approx, [first, second]).verdict == "one batch"
+        with streams[0] as moved:
+            moved.advance()
+            moved.advance()
+            assert check_fit(approx, streams).verdict == "one batch"
 
-    def test_a_stream_of_counts_that_is_left_out(self):
-        """NaN becomes an integer, whose log density is -inf and has no gradient."""
-        first, counts = stream(np.zeros(50), 10), stream(np.full(60, 4.0), 10, name="counts")
-        with pm.Model():
-            mu = pm.Normal("mu")
-            pm.Normal("y", mu, observed=first.as_tensor()[:, 0], total_size=50)
-            rows = counts.as_tensor()[:, 0].astype("int64")
-            pm.Poisson("n", pm.math.exp(mu), observed=rows, total_size=60)
-            approx = pm.MeanField()
-        with pytest.raises(StreamError, match="'n' depends on the stream 'counts'"):
-            check_fit(approx, first)
+    def test_a_stream_that_is_left_out(self, two):
+        """Its buffer holds one batch, which would count as all rows.
 
-    def test_a_copy_of_a_stream_that_is_left_out(self, two):
-        """Transforming a model copies its shared variables."""
-        (first, _), approx = two
+        Transforming a model copies its shared variables.
+        """
+        (first, second), approx = two
         with pm.do(approx.model, {}):
             copied = pm.MeanField()
-        with pytest.raises(StreamError, match="'z_rows' depends on the stream 'z'"):
-            check_fit(copied, first)
+        with second:
+            second.advance()
+            for fitted in (approx, copied):
+                with pytest.raises(
+                    StreamError, match=r"'z_rows' depends on the stream 'z', .* pass"
+                ):
+                    check_fit(fitted, first)
 
     def test_minibatches_beside_the_stream(self, regression):
         ds = stream(regression.rows)
@@ -496,7 +392,7 @@ class TestStreams:
 
     @pytest.mark.parametrize(
         "n_columns, batch_size, n_rows",
-        [(1, 100, 8_100), (2**10, 100, 1_000), (2**12, 100, 200), (2**14, 100, 100)],
+        [(1, 100, 8_100), (2**12, 100, 200), (2**14, 100, 100)],
     )
     def test_blocks_are_whole_batches_of_at_most_a_million_values(
         self, n_columns, batch_size, n_rows
@@ -544,7 +440,7 @@ class TestStreams:
 
     def test_a_stream_of_another_model(self, regression, fit):
         other = stream(regression.rows, name="other")
-        with pytest.raises(StreamError, match=r"no observed variable .* depends on .*'other'"):
+        with pytest.raises(StreamError, match=r"'y' depends on the stream 'stream', .* not passed"):
             check_fit(fit[1], other)
 
     def test_a_potential_of_the_stream(self, regression):
@@ -554,15 +450,6 @@ class TestStreams:
             approx = pm.MeanField()
         with pytest.raises(StreamError, match=r"'p' depends on the stream .* but is not observed"):
             check_fit(approx, ds)
-
-    def test_a_flat_prior(self):
-        y = np.random.default_rng(9).normal(size=100)
-        ds = stream(y, 30)
-        with pm.Model():
-            pm.Normal("y", pm.Flat("mu"), 1, observed=ds.as_tensor()[:, 0], total_size=100)
-            approx = pm.MeanField()
-        place(approx, y.mean() + 0.3, 0.1)
-        assert_errors(check_fit(approx, ds), 3, 0, 1e-6)
 
     def test_a_stream_that_never_ends(self, regression):
         ds = StreamingDataset(
@@ -587,9 +474,6 @@ class TestStreams:
             check_fit("approx", ds)
         with pytest.raises(TypeError, match=r"ds=ndarray\(...\) is not a StreamingDataset"):
             check_fit(approx, regression.rows)
-
-    def test_particles(self, regression, fit):
-        ds, approx = fit
         with approx.model:
             particles = pm.Empirical(size=10)
         with pytest.raises(TypeError, match="neither a MeanField nor a FullRank"):
@@ -642,7 +526,6 @@ class TestVerdict:
                 "scales off",
                 r"scales off by up to a factor of 3\.\nRun longer, or use report.appl",
             ),
-            (0.2, 0.5, "scales off", "scales off by up to a factor of 2"),
             (1.0, 1.1, "last-iterate noise", "is 1 posterior sd off, .* EpochAverage"),
             (20.0, 1.1, "not converged", "is 20 posterior sd off, which is clear from each batch"),
             (1.0, 5.0, "not converged", "scales are up to 5 times too wide"),
@@ -658,28 +541,21 @@ class TestVerdict:
         assert re.search(text, str(report), re.DOTALL)
         assert "1,011 rows; ELBO" in str(report)
 
-    def test_a_stream_that_never_moved(self, regression, fit):
+    def test_a_stream_that_never_moved_or_was_made_anew(self, regression, fit):
         ds, approx = fit
         place(approx, regression.mean + regression.sd, regression.mean_field_sd)
         report = check_fit(approx, ds)
         assert report.verdict == "one batch"
         assert "never gone beyond its first batch" in str(report)
-
-    def test_a_stream_that_was_made_anew_is_told_where_it_was(self, regression, fit):
-        ds, approx = fit
-        place(approx, regression.mean + regression.sd, regression.mean_field_sd)
-        assert "another dataset, as\nbefore a restart, use ds.load_state" in str(
-            check_fit(approx, ds)
-        )
+        assert "another dataset, as\nbefore a restart, use ds.load_state" in str(report)
         with stream(regression.rows) as before:
             before.advance()
             before.advance()
             ds.load_state_dict(before.state_dict())
         assert check_fit(approx, ds).verdict != "one batch"
 
-    @pytest.mark.parametrize("factor, s", [(2, 0.5), (0.5, -1)])
-    def test_a_wrong_size_shows_in_the_rows_and_in_the_scales(self, regression, factor, s):
-        wrong = int(factor * regression.n_rows)
+    def test_a_wrong_size_shows_in_the_rows_and_in_the_scales(self, regression):
+        wrong = 2 * regression.n_rows
         ds = stream(regression.rows)
         with regression.model(ds, total_size=wrong):
             approx = pm.MeanField()
@@ -691,8 +567,7 @@ class TestVerdict:
         report = check_fit(approx, ds)
         assert report.verdict == "wrong size"
         assert f"total_size={wrong:,}, but the stream holds 1,011 rows" in str(report)
-        np.testing.assert_allclose(report.s, s, atol=0.05)
-        np.testing.assert_allclose(report.z, 0, atol=0.05)
+        assert_errors(report, 0, 0.5, 0.05)
 
     def test_no_total_size(self):
         with pytest.warns(StreamWarning, match="total_size=None"):
@@ -761,7 +636,7 @@ class TestVerdict:
         with pm.Model():
             pm.Normal("x")
             other = pm.MeanField()
-        with pytest.raises(StreamError, match="approx has other parameters than the report"):
+        with pytest.raises(StreamError, match="another fit, or has changed since"):
             report.apply(other)
         with regression.model(ds):
             other = pm.MeanField()
@@ -790,8 +665,8 @@ class TestVerdict:
 
     def test_the_progress_bar_counts_rows(self, fit, capsys):
         ds, approx = fit
-        streaming_check(approx, ds)
-        assert "100%" in capsys.readouterr().out
+        streaming.check_fit(approx, ds)
+        assert "100%" in "".join(capsys.readouterr())
 
 
 class OrderBook:
@@ -878,7 +753,9 @@ class TestFitsGoneWrong:
             (1_000, False, "not converged"),
         ],
     )
-    def test_order_and_haste_are_told_from_noise(self, drifting, n_steps, ordered, verdict):
+    def test_ordered_rows_and_too_few_steps_are_not_taken_for_noise(
+        self, drifting, n_steps, ordered, verdict
+    ):
         rows = drifting.rows
         if not ordered:
             rows = np.random.default_rng(1).permutation(rows)

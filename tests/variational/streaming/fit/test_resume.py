@@ -18,7 +18,6 @@ import re
 import subprocess
 import sys
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +43,7 @@ from pymc.variational.streaming import (
 
 ROOT = Path(__file__).parents[4]
 QUICK = {"mode": "FAST_COMPILE"}
+ADAM = pm.adam(learning_rate=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def rows(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def seven_steps(rows, tmp_path_factory) -> bytes:
-    """Return the checkpoint of a fit of seven steps with the defaults."""
+    """Return the checkpoint of a fit of seven steps."""
     path = tmp_path_factory.mktemp("fit") / "f"
     fit(rows, path, 7)
     return path.read_bytes()
@@ -91,12 +91,14 @@ def model_of(*datasets: StreamingDataset, prior_sd=1.0, likelihood=pm.Normal) ->
 
 
 def fit(rows: Path, path: Path, n: int, **kwargs) -> Approximation:
-    """Fit in a fresh model with fresh streams, as another process would."""
-    datasets = kwargs.pop("datasets", None) or [dataset(rows)]
-    inference = {"random_seed": kwargs.pop("seed", None)}
-    kwargs = {"every": 7, "progressbar": False, "compile_kwargs": QUICK, **kwargs}
-    with model_of(*datasets):
-        return resumable_fit(pm.ADVI(**inference), n, path=path, datasets=datasets, **kwargs)
+    """Fit in a new model with new streams, as another process would."""
+    datasets = kwargs.pop("datasets", None) or dataset(rows)
+    model = kwargs.pop("model", {})
+    make, seed = kwargs.pop("inference", pm.ADVI), kwargs.pop("seed", None)
+    options = {"every": 7, "progressbar": False, "compile_kwargs": QUICK, "obj_optimizer": ADAM}
+    with model_of(*(datasets if isinstance(datasets, list) else [datasets]), **model):
+        inference = make(random_seed=seed)
+        return resumable_fit(inference, n, path=path, datasets=datasets, **options | kwargs)
 
 
 def numbers(approx: Approximation) -> dict[str, np.ndarray]:
@@ -119,51 +121,60 @@ class Die:
             raise RuntimeError("killed")
 
 
+class Sum:
+    """Remember something of all steps."""
+
+    total = np.zeros(2)
+
+    def __call__(self, approx, losses, i):
+        self.total = self.total + approx.params[0].get_value()
+
+    def state_dict(self):
+        return {"total": self.total}
+
+    def load_state_dict(self, state):
+        self.total = state["total"]
+
+
 class TestSameNumbers:
     """Only the first piece has the seed of the whole fit: the others know no more than the file."""
 
     @pytest.mark.parametrize(
         "kwargs",
-        [{"obj_optimizer": pm.adam(learning_rate=0.05), "compile_kwargs": None}, {}],
+        [{"compile_kwargs": None}, {"obj_optimizer": pm.adagrad_window}],
         ids=["adam, default backend", "default optimizer"],
     )
     def test_a_fit_that_died_ends_as_if_it_had_not(self, rows, tmp_path, kwargs):
         """It died between checkpoints."""
-        expected = fit(rows, tmp_path / "whole", 100, seed=1, **kwargs)
+        expected = fit(rows, tmp_path / "whole", 60, seed=1, **kwargs)
         with pytest.raises(RuntimeError, match="killed"):
-            fit(rows, tmp_path / "pieces", 100, seed=1, callbacks=[Die(54)], **kwargs)
-        approx = fit(rows, tmp_path / "pieces", 100, **kwargs)
-        assert len(approx.hist) == 100
+            fit(rows, tmp_path / "pieces", 60, seed=1, callbacks=[Die(54)], **kwargs)
+        approx = fit(rows, tmp_path / "pieces", 60, **kwargs)
+        assert len(approx.hist) == 60
         assert_equal(approx, expected)
 
-    def test_a_learning_rate_that_a_callback_lowers_goes_on_falling(self, rows, tmp_path):
-        def go_on(path, *callbacks, **kwargs):
-            rate = pytensor.shared(0.1, name="rate")
-            kwargs["obj_optimizer"] = pm.adam(learning_rate=rate)
-            lower = lambda approx, losses, i: rate.set_value(0.1 / i)  # noqa: E731
-            return fit(rows, tmp_path / path, 30, callbacks=[lower, *callbacks], **kwargs)
+    def test_several_streams_and_what_callbacks_remember_go_on_too(self, rows, tmp_path):
+        """A rate goes on falling; 31 steps are an epoch, and the fit dies in the third."""
 
-        expected = go_on("whole", seed=1)
-        with pytest.raises(RuntimeError, match="killed"):
-            go_on("pieces", Die(17), seed=1)
-        assert_equal(go_on("pieces"), expected)
-
-    def test_several_streams_go_on_too(self, rows, tmp_path):
-        def go_on(path, *callbacks, **kwargs):
+        def go_on(path, *more, **kwargs):
             datasets = [dataset(rows, name="s"), dataset(rows, batch_size=50, seed=1, name="t")]
-            return fit(rows, tmp_path / path, 60, datasets=datasets, callbacks=callbacks, **kwargs)
+            rate = pytensor.shared(0.1, name="rate")
+            average, total = EpochAverage(datasets[0], burn_in=0.2), Sum()
+            lower = lambda approx, losses, i: rate.set_value(0.1 / i)  # noqa: E731
+            callbacks = [lower, average, total, *more]
+            optimizer = pm.adam(learning_rate=rate)
+            kwargs |= {"callbacks": callbacks, "datasets": datasets, "obj_optimizer": optimizer}
+            return fit(rows, tmp_path / path, 130, **kwargs), average, total
 
-        expected = go_on("whole", seed=1)
+        expected, whole, whole_total = go_on("whole", seed=1)
         with pytest.raises(RuntimeError, match="killed"):
-            go_on("pieces", Die(44), seed=1)
-        assert_equal(go_on("pieces"), expected)
-
-    def test_a_single_stream_need_not_be_in_a_list(self, rows, checkpoint):
-        ds = dataset(rows)
-        with model_of(ds):
-            options = {"datasets": ds, "progressbar": False, "compile_kwargs": QUICK}
-            approx = resumable_fit(pm.ADVI(), 9, path=checkpoint, **options)
-        assert len(approx.hist) == 9
+            go_on("pieces", Die(87), seed=1)
+        approx, resumed, total = go_on("pieces")
+        assert_equal(approx, expected)
+        np.testing.assert_array_equal(total.total, whole_total.total)
+        assert resumed.epochs == whole.epochs > 2
+        for name, state in whole.state_dict().items():
+            np.testing.assert_array_equal(resumed.state_dict()[name], state, err_msg=name)
 
     def test_steps_are_counted_from_the_beginning(self, rows, checkpoint):
         seen = []
@@ -175,53 +186,6 @@ class TestSameNumbers:
         with np.load(checkpoint) as saved:
             np.testing.assert_array_equal(approx.hist, saved["losses"])
 
-    def test_what_callbacks_remember_goes_on(self, rows, tmp_path):
-        class Sum:
-            total = np.zeros(2)
-
-            def __call__(self, approx, losses, i):
-                self.total = self.total + approx.params[0].get_value()
-
-            def state_dict(self):
-                return {"total": self.total}
-
-            def load_state_dict(self, state):
-                self.total = state["total"]
-
-        whole, after = Sum(), Sum()
-        fit(rows, tmp_path / "whole", 20, callbacks=[whole], seed=1)
-        with pytest.raises(RuntimeError, match="killed"):
-            fit(rows, tmp_path / "pieces", 20, callbacks=[Sum(), Die(17)], seed=1)
-        fit(rows, tmp_path / "pieces", 20, callbacks=[after])
-        np.testing.assert_array_equal(after.total, whole.total)
-
-    def test_an_average_goes_on_too(self, rows, tmp_path):
-        """31 steps are an epoch; the fit dies in the third."""
-
-        def go_on(path, *more, **kwargs):
-            ds = dataset(rows)
-            average = EpochAverage(ds, burn_in=0.2)
-            callbacks = [average, *more]
-            fit(rows, tmp_path / path, 160, callbacks=callbacks, datasets=[ds], **kwargs)
-            return average
-
-        whole = go_on("whole", seed=1)
-        with pytest.raises(RuntimeError, match="killed"):
-            go_on("pieces", Die(87), seed=1)
-        resumed = go_on("pieces")
-        assert resumed.epochs == whole.epochs > 2
-        assert resumed.state_dict().keys() == whole.state_dict().keys()
-        for name, expected in whole.state_dict().items():
-            np.testing.assert_array_equal(resumed.state_dict()[name], expected, err_msg=name)
-
-    def test_an_average_goes_on_from_the_first_epoch(self, rows, tmp_path):
-        ds = dataset(rows)
-        fit(rows, tmp_path / "f", 7, callbacks=[EpochAverage(ds)], datasets=[ds], seed=1)
-        ds = dataset(rows)
-        average = EpochAverage(ds, burn_in=0)
-        fit(rows, tmp_path / "f", 100, callbacks=[average], datasets=[ds])
-        assert average.epochs == 3
-
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -229,61 +193,41 @@ class TestRefusals:
         [
             ({"model": {"prior_sd": 2.0}}, "variable 'a' is .* where it was"),
             ({"model": {"likelihood": pm.Laplace}}, "digest of the log-probability is"),
+            (
+                {"obj_optimizer": pm.adam(learning_rate=0.02)},
+                r"the options is .*'obj_optimizer': adam.*0\.02.* where it was .*0\.05",
+            ),
             ({"obj_optimizer": pm.sgd}, "the options is .*'obj_optimizer': sgd.* where it was"),
             ({"obj_n_mc": 2}, "the options is .*'obj_n_mc': 2.* where it was"),
             ({"inference": pm.FullRankADVI}, "inference is FullRankADVI"),
             ({"data": {"columns": ("y", "x")}}, r"columns \('y', 'x'\)"),
-            ({"data": {"dtype": "float32"}}, "stream 'stream' is Matrix.float32"),
+            ({"data": {"dtype": "float32"}}, "stream 0 is 'stream', Matrix.float32"),
             ({"data": {"seed": 1}}, "seed=1 where the state was saved with 0"),
             ({"data": {"buffer_size": 301}}, "fingerprint=.* where the state"),
             ({"data": {"batch_size": 32}}, "batch_size=32 where the state was saved with 64"),
         ],
-        ids="prior likelihood optimizer draws approximation columns dtype seed buffer batch".split(),
+        ids=(
+            "prior likelihood rate optimizer draws approximation columns dtype seed buffer batch"
+        ).split(),
     )
     def test_another_fit_is_refused(self, rows, checkpoint, change, message):
         ds = dataset(rows, **change.pop("data", {}))
-        inference = change.pop("inference", pm.ADVI)
-        with model_of(ds, **change.pop("model", {})), pytest.raises(ValueError, match=message):
-            resumable_fit(
-                inference(), 9, path=checkpoint, datasets=[ds], compile_kwargs=QUICK, **change
-            )
-
-    @pytest.mark.parametrize(
-        "make",
-        [
-            lambda rate: pm.adam(learning_rate=np.float32(rate)),
-            lambda rate: pm.adam(learning_rate=np.array(rate)),
-            lambda rate: pm.adam(learning_rate=pt.constant(rate)),
-            lambda rate: lambda loss, params: pm.sgd(loss, params, learning_rate=rate),
-            lambda rate: partial(pm.sgd, learning_rate=rate),
-        ],
-        ids="scalar array constant closure partial".split(),
-    )
-    def test_another_learning_rate_is_refused(self, rows, tmp_path, make):
-        fit(rows, tmp_path / "f", 7, obj_optimizer=make(1e-4))
-        with pytest.raises(ValueError, match=r"the options is .* where it was"):
-            fit(rows, tmp_path / "f", 9, obj_optimizer=make(2e-4))
-        assert len(fit(rows, tmp_path / "f", 9, obj_optimizer=make(1e-4)).hist) == 9
+        with pytest.raises(ValueError, match=message):
+            fit(rows, checkpoint, 9, datasets=ds, **change)
 
     def test_another_scalar_of_the_model_is_refused(self, rows, tmp_path):
         """It would be set back to the one that was saved."""
 
         def fit_with(n, log_sd):
-            ds = dataset(rows)
-            with pm.Model():
-                sd = pm.math.exp(pytensor.shared(log_sd, name="log_sd"))
-                mu, y = pm.Normal("mu", 0, sd), ds.as_tensor()[:, 1]
-                pm.Normal("y", mu, 1, observed=y, total_size=ds.total_size)
-                options = {"datasets": ds, "progressbar": False, "compile_kwargs": QUICK}
-                return resumable_fit(pm.ADVI(), n, path=tmp_path / "f", **options)
+            sd = pm.math.exp(pytensor.shared(log_sd, name="log_sd"))
+            return fit(rows, tmp_path / "f", n, model={"prior_sd": sd})
 
         fit_with(7, -3.0)
         with pytest.raises(ValueError, match=r"first value of 'log_sd' is 2.0 where it was -3.0"):
             fit_with(9, 2.0)
         assert len(fit_with(9, -3.0).hist) == 9
 
-    @pytest.mark.parametrize("column, sums", [(1, pt.cumsum), (0, pt.cumprod)])
-    def test_another_column_or_operation_is_refused(self, rows, tmp_path, column, sums):
+    def test_another_column_or_operation_is_refused(self, rows, tmp_path):
         """Neither shows in the model's text or in the types of the graph."""
 
         def fit_to(n, column, sums):
@@ -297,15 +241,51 @@ class TestRefusals:
                 )
 
         fit_to(2, 0, pt.cumsum)
-        with pytest.raises(ValueError, match=r"digest of the log-probability is .* where it was"):
-            fit_to(3, column, sums)
+        for column, sums in ((1, pt.cumsum), (0, pt.cumprod)):
+            with pytest.raises(ValueError, match=r"digest of the log-probability is .* where it"):
+                fit_to(3, column, sums)
 
-    def test_other_rows_are_refused(self, rows, checkpoint, tmp_path):
-        other = tmp_path / "rows.parquet"
-        table = pq.read_table(rows).take(np.arange(2_000)[::-1])
-        pq.write_table(table, other, row_group_size=50)
-        with pytest.raises(ValueError, match="fingerprint="):
-            fit(other, checkpoint, 9)
+    @pytest.mark.parametrize("kind", ["array", "factory", "Parquet"])
+    def test_other_rows_are_refused(self, tmp_path, kind):
+        """A source without a fingerprint is known by the batch that follows the checkpoint."""
+
+        def make(mean):
+            rows = np.random.default_rng(0).normal(mean, 1, size=(1_000, 2))
+            if kind == "Parquet":
+                pq.write_table(pa.table(dict(zip("xy", rows.T))), tmp_path / "rows.parquet")
+                rows = parquet_source(tmp_path / "rows.parquet")
+            if kind == "factory":
+                blocks = rows.reshape(10, 100, 2)
+                rows = lambda: iter(blocks)  # noqa: E731
+            buffer = shuffle_buffer(rows, buffer_size=500, batch_size=50, seed=3)
+            return StreamingDataset(buffer, batch_size=50, order_check="off", total_size=1_000)
+
+        fit(tmp_path, tmp_path / "f", 7, datasets=make(0))
+        for n in (7, 9):
+            with pytest.raises(ValueError, match=r"fingerprint|next batch of stream 0"):
+                fit(tmp_path, tmp_path / "f", n, datasets=make(100))
+        assert len(fit(tmp_path, tmp_path / "f", 9, datasets=make(0)).hist) == 9
+
+    def test_streams_of_one_name_in_another_order_are_refused(self, tmp_path):
+        def fit_to(n, *means):
+            datasets = [
+                StreamingDataset(
+                    np.random.default_rng(0).normal(mean, 1, size=(100, 2)), batch_size=10
+                )
+                for mean in means
+            ]
+            with pm.Model():
+                mu = pm.Normal("mu")
+                for name, ds in zip("yz", datasets):
+                    rows = ds.as_tensor()[:, 0]
+                    pm.Normal(name, mu, observed=rows, total_size=ds.total_size)
+                return resumable_fit(
+                    pm.ADVI(), n, path=tmp_path / "f", datasets=datasets, compile_kwargs=QUICK
+                )
+
+        fit_to(7, 0, 5)
+        with pytest.raises(ValueError, match=r"fingerprint|next batch of stream 0"):
+            fit_to(9, 5, 0)
 
     def test_fewer_steps_than_were_made_are_refused(self, rows, checkpoint):
         with pytest.raises(ValueError, match=r"n=6 but .*f has 7 steps; pass at least as many"):
@@ -319,7 +299,7 @@ class TestRefusals:
     def test_a_method_without_a_loss_is_named(self, tmp_path):
         with pm.Model():
             pm.Normal("mu")
-            with pytest.raises(ValueError, match=r"SVGD has no loss, .* pass ADVI"):
+            with pytest.raises(ValueError, match=r"no loss, .* fit with ADVI"):
                 resumable_fit(pm.SVGD(n_particles=3), 9, path=tmp_path / "f", datasets=[])
 
     def test_callbacks_of_streams_are_left_to_it(self, rows, tmp_path):
@@ -350,7 +330,7 @@ class TestSameInference:
     @pytest.fixture
     def again(self, rows, tmp_path):
         ds = dataset(rows)
-        options = {"every": 7, "progressbar": False, "compile_kwargs": QUICK}
+        options = {"every": 7, "progressbar": False, "compile_kwargs": QUICK, "obj_optimizer": ADAM}
         with model_of(ds) as model:
             inference = pm.ADVI(random_seed=1)
 
@@ -368,16 +348,12 @@ class TestSameInference:
             go_on(30, Die(17))
         assert_equal(go_on(30), fit(rows, tmp_path / "whole", 30, seed=1))
 
-    @pytest.mark.parametrize("end", [RuntimeError, KeyboardInterrupt])
-    def test_without_a_checkpoint_it_is_refused(self, again, end):
-        def stop(approx, losses, i):
-            raise end
+    def test_without_a_checkpoint_it_is_refused(self, again):
+        def interrupt(approx, losses, i):
+            raise KeyboardInterrupt
 
         go_on, _ = again
-        try:
-            go_on(30, stop)
-        except RuntimeError:
-            pass
+        go_on(30, interrupt)
         with pytest.raises(ValueError, match="inference has been fitted before"):
             go_on(30)
 
@@ -428,30 +404,12 @@ class TestFile:
 
             def load_state_dict(self, state): ...
 
-        with pytest.raises(
-            TypeError, match=r"state_dict\(\)\['best'\] of the callback Best is a N"
-        ):
+        with pytest.raises(TypeError, match="'callback 0 best' holds objects"):
             fit(rows, tmp_path / "f", 9, callbacks=[Best(1)])
         assert not list(tmp_path.iterdir())
 
-    def test_a_checkpoint_that_fails_leaves_no_part_of_it(self, rows, tmp_path):
-        class Late:
-            best = 0.0
-
-            def __call__(self, approx, losses, i):
-                self.best = None
-
-            def state_dict(self):
-                return {"best": self.best}
-
-            def load_state_dict(self, state): ...
-
-        with pytest.raises(TypeError, match="of the callback Late is a NoneType"):
-            fit(rows, tmp_path / "f", 9, callbacks=[Late()])
-        assert not list(tmp_path.iterdir())
-
     def test_parameters_that_are_not_finite_are_not_saved(self, rows, checkpoint, seven_steps):
-        """The loss of the last step is finite: nothing else tells."""
+        """The loss of the last step is finite."""
 
         def spoil(approx, losses, i):
             if i == 9:
@@ -477,21 +435,10 @@ class TestFile:
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith("same numbers after 4 kills\n")
+        assert done.stdout.endswith("same numbers after 3 kills\n")
 
 
 class TestStreamState:
-    @pytest.mark.parametrize("change", [{"buffer_size": 200}, {"dtype": "float32"}])
-    def test_a_stream_made_in_another_way_is_refused(self, change):
-        def make(buffer_size=100, dtype="float64"):
-            buffer = shuffle_buffer(
-                np.zeros((500, 1)), buffer_size=buffer_size, batch_size=10, seed=0
-            )
-            return StreamingDataset(buffer, batch_size=10, dtype=dtype)
-
-        with pytest.raises(ValueError, match=r"where the state was saved with"):
-            make(**change).load_state_dict(make().state_dict())
-
     def test_resuming_reads_one_window_and_no_more(self, rows, monkeypatch):
         """Row groups before the window are skipped by their metadata; a read has 50 rows here."""
         monkeypatch.setattr("pymc.variational._streaming.sources.rows.PIECE_ROWS", 50)
@@ -516,7 +463,7 @@ class TestStreamState:
             np.testing.assert_array_equal(resumed.as_tensor().get_value(), expected)
         assert sum(read) <= 300 + 2 * 50
 
-    @pytest.mark.parametrize("stop", [1, 5, 31, 32, 63, 100])
+    @pytest.mark.parametrize("stop", [1, 32, 100])
     def test_resumed_streams_give_the_same_batches(self, rows, stop):
         def batches(ds, n):
             for _ in range(n):
@@ -539,9 +486,9 @@ def test_the_code_of_the_how_to_runs_and_goes_on(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     losses = []
-    for n in ("2_000", "2_010"):
+    for n in ("200", "210"):
         names: dict = {}
         exec(compile(code.replace(" 2_000,\n", f" {n},\n"), "resume.md", "exec"), names)
         losses.append(names["approx"].hist)
-    assert [len(loss) for loss in losses] == [2_000, 2_010]
-    np.testing.assert_array_equal(losses[1][:2_000], losses[0])
+    assert [len(loss) for loss in losses] == [200, 210]
+    np.testing.assert_array_equal(losses[1][:200], losses[0])

@@ -105,20 +105,20 @@ def fitted(ordered, shuffled):
             sample_shape=(4,),
             total_size="auto",
         )
-        told = pytest.warns(OrderWarning) if folder == ordered else contextlib.nullcontext()
+        warned = pytest.warns(OrderWarning) if folder == ordered else contextlib.nullcontext()
         with pm.Model():
             b = pm.Normal("b", 0.0, 3.0, shape=4)
             buf = ds.as_tensor()
             logit = b[0] + b[1] * buf[:, 0] + b[2] * buf[:, 1] + b[3] * buf[:, 2]
             pm.Bernoulli("up", logit_p=logit, observed=buf[:, 3], total_size=ds.total_size)
-            with told:
+            with warned:
                 callback = ds.fit_callback()
             return optimize([callback], backend)
 
     return {
-        (rows, backend): fit(folder, backend)
-        for rows, folder in (("ordered", ordered), ("shuffled", shuffled))
-        for backend in ("numba", "c")
+        ("ordered", "numba"): fit(ordered, "numba"),
+        ("shuffled", "numba"): fit(shuffled, "numba"),
+        ("shuffled", "c"): fit(shuffled, "c"),
     }
 
 
@@ -138,8 +138,8 @@ def optimize(callbacks: list, backend: str = "numba") -> tuple[np.ndarray, np.nd
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["numba", "c"])
 class TestOrderBook:
+    @pytest.mark.parametrize("backend", ["numba", "c"])
     def test_shuffled_rows_give_the_exact_posterior(self, fitted, exact, backend):
         """The averaged means came within 0.45 posterior sd at this seed."""
         mean, sd = exact
@@ -147,10 +147,10 @@ class TestOrderBook:
         assert np.max(np.abs(averaged - mean) / sd) < 1
         assert np.max(np.abs(last - mean) / sd) < 15
 
-    def test_ordered_rows_go_wrong_in_the_same_buffer(self, fitted, exact, backend):
+    def test_ordered_rows_go_wrong_in_the_same_buffer(self, fitted, exact):
         """If this fails, the test above has lost its teeth."""
         mean, sd = exact
-        last, _ = fitted["ordered", backend]
+        last, _ = fitted["ordered", "numba"]
         assert np.max(np.abs(last - mean) / sd) > 50
 
 
