@@ -16,6 +16,7 @@
 import contextlib
 import os
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from pymc.variational.streaming import (
     OrderError,
     StreamError,
     StreamingDataset,
+    StreamWarning,
     arrow_source,
     parquet_source,
     shuffle_buffer,
@@ -139,7 +141,7 @@ class TestOtherSources:
     )
     def test_blocks_are_alike(self, second):
         ds = StreamingDataset([numbered(2), second], batch_size=2, total_size=4)
-        with pytest.raises(StreamError, match=r"block 1 has rows of shape .* came before"):
+        with pytest.raises(StreamError, match=r"block 1: rows of shape .* came before"):
             list(ds)
 
     def test_a_null_that_a_dictionary_holds_is_refused(self):
@@ -233,7 +235,9 @@ class TestOtherSources:
         rows = pd.Series([*range(25), None, *range(10)], dtype="Int32").to_frame("x")["x"]
         source = shuffle_buffer(rows, buffer_size=20, batch_size=5, seed=0) if shuffled else rows
         ds = StreamingDataset(source, batch_size=5, order_check="off")
-        with pytest.raises(StreamError, match=r"rows 20 to 30 .*float64 where .*int32.*; fill"):
+        with pytest.raises(
+            StreamError, match=r"rows 20 to 30: .*float64 where .*int32 came before; fill"
+        ):
             list(ds)
 
     def test_columns_are_not_chosen_from_arrays(self):
@@ -311,6 +315,50 @@ class TestChunkedArrays:
         ds = StreamingDataset(buffer, batch_size=1_000, order_check="raise", prefetch=False)
         with pytest.raises(OrderError):
             ds.advance()
+
+
+class TestFingerprint:
+    """A position means nothing in other rows."""
+
+    def resume(self, first, second):
+        state = StreamingDataset(first, batch_size=5, total_size=100).state_dict()
+        StreamingDataset(second, batch_size=5, total_size=100).load_state_dict(state)
+
+    @pytest.mark.parametrize(
+        "other",
+        [numbered(100) + 1, numbered(100)[::-1], numbered(100).astype("int64"), [numbered(100)]],
+        ids=["values", "order", "dtype", "no array"],
+    )
+    @pytest.mark.parametrize("chunked", [True, False])
+    def test_a_stream_is_not_resumed_on_other_rows(self, other, chunked):
+        if chunked and isinstance(other, np.ndarray):
+            rows, other = Chunked(numbered(100), (30, 2)), Chunked(other, (30, 2))
+        else:
+            rows = numbered(100)
+        with pytest.raises(ValueError, match=r"fingerprint=.* make the dataset as it was then"):
+            self.resume(rows, other)
+
+    @pytest.mark.parametrize("shuffled", [True, False])
+    def test_a_longer_array_is_another_one(self, shuffled):
+        sources = [numbered(n) for n in (100, 101)]
+        if shuffled:
+            sources = [shuffle_buffer(s, buffer_size=20, batch_size=5, seed=0) for s in sources]
+        with pytest.raises(ValueError, match="fingerprint="), warnings.catch_warnings():
+            warnings.simplefilter("ignore", StreamWarning)  # of total_size
+            self.resume(*sources)
+
+    def test_the_same_rows_are_known_in_another_process(self, tmp_path):
+        np.save(tmp_path / "rows.npy", numbered(100))
+        self.resume(numbered(100), np.load(tmp_path / "rows.npy", mmap_mode="r"))
+        self.resume([numbered(100)], [numbered(100)])
+
+    @pytest.mark.parametrize("shape", [(1_000_000,), (3_000, 1_000), (20, 64, 64)], ids=str)
+    def test_few_chunks_and_values_are_read(self, shape):
+        array = Chunked(np.zeros(shape, "float32"), (10, *shape[1:]))
+        StreamingDataset(array, batch_size=1)
+        chunks = [(rows.start or 0) // 10 for rows in array.read]
+        assert chunks == [(rows.stop - 1) // 10 for rows in array.read]
+        assert len(set(chunks)) <= 4
 
 
 class TestArrowFiles:
