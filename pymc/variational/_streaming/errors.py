@@ -13,12 +13,11 @@
 #   limitations under the License.
 """What streaming raises and warns with."""
 
-import os
 import warnings
 
-__all__ = ["OrderError", "OrderWarning", "StreamError", "StreamWarning", "warn"]
+import pymc.variational
 
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+__all__ = ["OrderError", "OrderWarning", "StreamError", "StreamWarning", "warn"]
 
 
 class StreamError(RuntimeError):
@@ -39,4 +38,4 @@ class OrderWarning(StreamWarning):
 
 def warn(message: str, category: type[StreamWarning] = StreamWarning) -> None:
     """Warn at the line of the user's code that led here."""
-    warnings.warn(message, category, skip_file_prefixes=(_PACKAGE,))
+    warnings.warn(message, category, skip_file_prefixes=tuple(pymc.variational.__path__))

@@ -90,7 +90,7 @@ class ShuffleBuffer(Source):
     """See :func:`shuffle_buffer`."""
 
     def __init__(self, source: Source, buffer_size: int, batch_size: int, seed: int | None):
-        self._source = source
+        self.source = source
         self.buffer_size = positive_int("buffer_size", buffer_size)
         self.batch_size = positive_int("batch_size", batch_size)
         if self.buffer_size < self.batch_size:
@@ -106,21 +106,20 @@ class ShuffleBuffer(Source):
         window.begin(0, 0)
         window.insert(np.zeros((1, 1)))
 
-    source = property(lambda self: self._source)
-    n_rows = property(lambda self: self._source.n_rows)  # type: ignore[assignment]
-    columns = property(lambda self: self._source.columns)  # type: ignore[assignment]
-    sample_shape = property(lambda self: self._source.sample_shape)  # type: ignore[assignment]
-    integral = property(lambda self: self._source.integral)  # type: ignore[assignment]
+    n_rows = property(lambda self: self.source.n_rows)  # type: ignore[assignment]
+    columns = property(lambda self: self.source.columns)  # type: ignore[assignment]
+    sample_shape = property(lambda self: self.source.sample_shape)  # type: ignore[assignment]
+    integral = property(lambda self: self.source.integral)  # type: ignore[assignment]
 
     @property
     def fingerprint(self) -> str:  # type: ignore[override]
-        return digest(self._source.fingerprint, self.seed, self.buffer_size)
+        return digest(self.source.fingerprint, self.seed, self.buffer_size)
 
     def probe(self) -> None:
-        self._source.probe()
+        self.source.probe()
 
     def count(self) -> int:
-        return self._source.count()
+        return self.source.count()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         # Copies, since windows are overwritten and batches are the caller's.
@@ -133,7 +132,7 @@ class ShuffleBuffer(Source):
         number, skip = divmod(start, self.buffer_size)
         window = _Window(min(self.buffer_size, self.n_rows or self.buffer_size), self.seed)
         window.begin(epoch, number)
-        for rest in self._source.blocks(epoch, number * self.buffer_size):
+        for rest in self.source.blocks(epoch, number * self.buffer_size):
             while len(rest):
                 rest = window.insert(rest)
                 if window.is_full:

@@ -60,6 +60,7 @@ class TestOtherSources:
             iter([rows[:3], rows[3:]]),
             table(10),
             [table(10).slice(0, 3), table(10).slice(3)],
+            iter([table(10).slice(0, 3), table(10).slice(3)]),
             arrow_source(lambda: table(10).to_reader(max_chunksize=4)),
             arrow_source(lambda: table(10)),
             arrow_source(lambda: table(10).to_batches()),
@@ -75,38 +76,26 @@ class TestOtherSources:
                 ds.advance()
                 assert ds["twice"].eval().tolist() == list(range(0, 14, 2))
 
-    def test_a_one_shot_iterator_that_ran_out_is_an_error(self):
-        ds = StreamingDataset(iter([numbered(10)]), batch_size=4, total_size=10)
-        with ds:
-            assert ds.advance() and ds.advance()
-            with pytest.raises(StreamError, match="one-shot iterator and has been read"):
-                ds.advance()
-
-    def test_a_reader_is_a_one_shot_iterator(self):
-        reader = table(10).to_reader(max_chunksize=4)
-        with StreamingDataset(reader, batch_size=5, total_size=10) as ds:
+    @pytest.mark.parametrize(
+        "make",
+        [lambda: iter([numbered(10)]), lambda: table(10).to_reader(max_chunksize=4)],
+        ids=["iterator", "reader"],
+    )
+    def test_a_one_shot_iterator_is_read_once_and_never_counted(self, make):
+        with StreamingDataset(make(), batch_size=5, total_size=10) as ds:
             ds.advance()
-            assert ds["row"].eval().tolist() == [0, 1, 2, 3, 4]
+            assert ds.as_tensor().get_value()[:, 0].tolist() == [0, 1, 2, 3, 4]
             ds.advance()
             with pytest.raises(StreamError, match="one-shot iterator and has been read"):
                 ds.advance()
         with pytest.raises(ValueError, match=r'total_size="auto" cannot count a one-shot'):
-            StreamingDataset(table(10).to_reader(), batch_size=4)
-
-    def test_a_one_shot_iterator_of_tables_is_read_like_a_list_of_them(self):
-        blocks = iter([table(10).slice(0, 3), table(10).slice(3)])
-        ds = StreamingDataset(blocks, batch_size=5, total_size=10)
-        np.testing.assert_array_equal(np.concatenate(list(ds)), numbered(10))
+            StreamingDataset(make(), batch_size=4)
 
     @pytest.mark.parametrize("source", [numbered(30), table(30)], ids=["array", "table"])
-    def test_the_rows_of_a_reader_can_be_lent(self, source):
+    def test_the_rows_of_a_reader_can_be_put_in_the_buffer(self, source):
         ds = StreamingDataset(source, batch_size=5)
         with ds.rows(table(30).to_reader(max_chunksize=10)):
             np.testing.assert_array_equal(ds.as_tensor().get_value(), numbered(30))
-
-    def test_a_one_shot_iterator_cannot_be_counted(self):
-        with pytest.raises(ValueError, match=r'total_size="auto" cannot count a one-shot'):
-            StreamingDataset(iter([numbered(10)]), batch_size=4)
 
     def test_factories_are_counted_in_one_pass(self, caplog):
         with caplog.at_level("INFO", logger="pymc"):
