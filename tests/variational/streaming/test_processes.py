@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Forked and spawned processes, interrupts, and many datasets in a row."""
+"""Forked and spawned processes, interrupts, reads that block, and many datasets in a row."""
 
 import contextlib
 import gc
