@@ -103,7 +103,7 @@ class BatchReader:
         """Start reading at the position of the current batch, which comes next."""
         if self._thread is not None:
             self._thread.join()  # it may still be in a read that was interrupted
-        self._order.before()
+        self._order.check_sample()
         chunks = read_epochs(
             self._source,
             self._sample_shape,
@@ -142,7 +142,7 @@ class BatchReader:
 
     def conclude(self) -> None:
         """Warn of what is not known of the rows, as a fit has ended."""
-        self._order.conclude(self.position.rows_seen)
+        self._order.warn_if_incomplete(self.position.rows_seen)
 
     def stop(self) -> None:
         """End the thread, and close the files."""
@@ -162,7 +162,7 @@ class BatchReader:
             if isinstance(item, EpochEnd):
                 self._total_size.check_epoch(item.n_rows)
             else:
-                self._order.tell(item)
+                self._order.raise_or_warn(item)
         return None
 
 
