@@ -70,11 +70,8 @@ class RowFormat:
     ) -> "RowFormat":
         """Freeze the *columns* (default: all) of *schema*.
 
-        Raises
-        ------
-        ValueError
-            If a column is missing, ambiguous or not numeric, or is the index of a data frame and
-            *columns* does not name it; the message names *where*.
+        A ValueError that names *where* is raised for a column that is missing, ambiguous or not
+        numeric, and for the index of a data frame that *columns* does not name.
         """
         names = tuple(schema.names if columns is None else columns)
         index = [name for name in names if _PANDAS_INDEX.fullmatch(name)]
@@ -108,10 +105,8 @@ class RowFormat:
     def pieces(self, batch: "pyarrow.RecordBatch", where: str) -> Iterator[np.ndarray]:
         """Yield the rows of *batch* in bounded pieces.
 
-        Raises
-        ------
-        StreamError
-            If a value is null, NaN, infinite or not exact in ``dtype``; it names *where*.
+        A value that is null, NaN, infinite or not exact in ``dtype`` is a StreamError that names
+        *where*.
         """
         size = piece_rows(len(self.columns))
         for first in range(0, batch.num_rows, size):

@@ -98,10 +98,7 @@ def is_local(fs: "pyarrow.fs.FileSystem") -> bool:
 def inspect(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[ParquetInput, Any]:
     """Read the footer of *path*: what identifies the file, and its Parquet metadata.
 
-    Raises
-    ------
-    StreamError
-        If the footer cannot be read, or contradicts itself or the size of the file.
+    A footer that cannot be read, or contradicts itself or the size of the file, is a StreamError.
     """
     with _open(fs, path) as (_, footer, identity), _as_stream_error(path, _UNREADABLE):
         metadata = _parse(footer)
@@ -112,11 +109,9 @@ def inspect(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[ParquetInput, Any]:
 
 
 def column_ranges(metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[str]) -> np.ndarray:
-    """Return the least and the greatest value of flat columns, NaN where the footer has none.
+    """Return least and greatest value of flat columns, shape (n_row_groups, n_columns, 2).
 
-    Returns
-    -------
-    ndarray of float64, shape (n_row_groups, n_columns, 2)
+    They are NaN where the footer has none.
     """
     leaves = [metadata.schema.column(j) for j in range(metadata.num_columns)]
     # A flat column "s.x" and the field x of a struct s share the path "s.x", but not the name.
@@ -136,23 +131,14 @@ def read_batches(
     row_groups: Sequence[int] | None = None,
     batch_rows: int,
 ) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
-    """Read a file that must not have changed since *known* was taken, in bounded memory.
+    """Yield batches of at most *batch_rows* rows, and the first row of each, in bounded memory.
 
-    Reads are buffered and never ahead, so memory does not depend on the size of the file or
-    of its row groups; page checksums are verified where the file has them.
+    Rows are counted over the row groups that are read (see ``ParquetInput.place``), and columns
+    come in the order asked for.  Reads are buffered and never ahead, so memory does not depend on
+    the size of the file or of its row groups; page checksums are verified where there are some.
 
-    Yields
-    ------
-    first_row : int
-        First row of the batch, counted over the row groups that are read; see
-        ``ParquetInput.place``.
-    batch : pyarrow.RecordBatch
-        At most *batch_rows* rows, with the columns in the order asked for.
-
-    Raises
-    ------
-    StreamError
-        If the file changed, vanished, cannot be decoded, or is shorter than its footer says.
+    A file that changed since *known* was taken, vanished, cannot be decoded, or is shorter than
+    its footer says, is a StreamError.
     """
     groups = list(range(len(known.group_rows)) if row_groups is None else row_groups)
     options = {"row_groups": groups, "columns": columns, "use_threads": False}
@@ -161,7 +147,8 @@ def read_batches(
         _require_unchanged(known, identity)
         with import_pyarrow().parquet.ParquetFile(
             handle,
-            metadata=_parse(footer),
+            # On a disk, Arrow's own reading of the footer costs less than parsing these bytes.
+            metadata=None if is_local(fs) else _parse(footer),
             pre_buffer=False,
             buffer_size=_READ_BUFFER if is_local(fs) else _REMOTE_READ_BUFFER,
             page_checksum_verification=True,

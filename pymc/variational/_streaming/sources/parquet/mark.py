@@ -65,10 +65,7 @@ class PreshuffleMark:
 def read_mark(metadata: "pyarrow.parquet.FileMetaData") -> PreshuffleMark | None:
     """Read the mark in a file's footer; None if it has none, or has another file's.
 
-    Raises
-    ------
-    KeyError, TypeError, ValueError
-        If the mark is corrupt, or a newer version wrote it, in a form that this one does not know.
+    A mark that is corrupt or of a newer version is a KeyError, TypeError or ValueError.
     """
     entry = (metadata.metadata or {}).get(MARK_KEY)
     if entry is None:
@@ -83,16 +80,7 @@ def read_mark(metadata: "pyarrow.parquet.FileMetaData") -> PreshuffleMark | None
 
 
 def check_marks(marks: Mapping[str, PreshuffleMark | None]) -> PreshuffleMark | None:
-    """Check that marked files are one whole shuffle, and nothing else.
-
-    Parameters
-    ----------
-    marks : mapping of path to PreshuffleMark or None
-
-    Returns
-    -------
-    PreshuffleMark or None
-        The mark of the first file; None if no file is marked.
+    """Return the first mark of the files at these paths; None if no file is marked.
 
     Raises
     ------

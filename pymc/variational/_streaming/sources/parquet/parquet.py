@@ -159,7 +159,7 @@ class _ParquetSource(Source):
             try:
                 marks[path] = read_mark(metadata)
             except (KeyError, TypeError, ValueError) as err:
-                raise StreamError(f"{path}: its pre-shuffle mark is corrupt ({err})") from err
+                raise StreamError(f"{path}: its pre-shuffle mark cannot be read ({err})") from err
             ranges.append(column_ranges(metadata, frozen.columns))
             self._files.append(file)
         assert frozen is not None

@@ -52,14 +52,9 @@ _IPC = _Format("Arrow IPC file", (".arrow", ".feather", ".ipc"), "make_reader")
 
 
 def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", str]:
-    """Find the filesystem of *path*, and the path inside it, as the filesystem spells it.
+    """Return the filesystem of *path*, and the path inside it, as the filesystem spells it.
 
-    Parameters
-    ----------
-    path : str or PathLike
-        A local path, or a URI that pyarrow or fsspec understands (``s3://bucket/key``).
-    filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
-        Filesystem of *path*, if it is not a URI and not local.
+    Without *filesystem* (pyarrow's or fsspec's), the path is local or a URI (``s3://bucket/key``).
     """
     fs = import_pyarrow().fs
     inner = os.fspath(path)
@@ -85,11 +80,7 @@ def list_parquet(path: Paths, filesystem: Any = None) -> tuple["pyarrow.fs.FileS
 
     A directory is searched recursively for ``*.parquet``; names that start with ``_`` or
     ``.`` are skipped, in globs too unless they are spelled out.  A list keeps its own order.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no such file, or one comes twice.
+    A path without files, and a file that comes twice, are errors.
     """
     return _list(_PARQUET, path, filesystem)
 
@@ -112,9 +103,7 @@ def stands_for(fs: "pyarrow.fs.FileSystem", path: str, file: str) -> bool:
     return _selects(_pattern(path, found), file, _PARQUET.suffixes)
 
 
-def _list(
-    kind: _Format, path: Paths, filesystem: Any
-) -> tuple["pyarrow.fs.FileSystem", list[str]]:
+def _list(kind: _Format, path: Paths, filesystem: Any) -> tuple["pyarrow.fs.FileSystem", list[str]]:
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     if not paths:
         raise ValueError(f"{kind.argument}=[] names no file; pass at least one {kind.name}")
