@@ -132,19 +132,16 @@ class RowFormat:
         arrays = [_decode(batch.column(name)) for name in self.columns]
         values = [_to_numpy(array, kind) for array, kind in zip(arrays, self.types)]
         rows = _interleave(values, self.dtype)
-        inexact = {
-            j: mask
-            for j, column in enumerate(values)
-            if self._may_be_inexact(j, column)
-            and (mask := _exceeds(column, exact_limit(self.dtype))).any()
-        }
-        nulls = [j for j, array in enumerate(arrays) if array.null_count]
-        if not (inexact or nulls) and _all_finite(rows):
+        masks: dict[int, Any] = {}
+        for j, (array, column) in enumerate(zip(arrays, values)):
+            if array.null_count:
+                masks[j] = array.is_null().to_numpy(zero_copy_only=False)
+            if self._may_be_inexact(j, column):
+                masks[j] = masks.get(j, False) | _exceeds(column, exact_limit(self.dtype))
+        if not any(mask.any() for mask in masks.values()) and _all_finite(rows):
             return rows, None
         bad = ~np.isfinite(rows)
-        for j in nulls:
-            bad[:, j] |= arrays[j].is_null().to_numpy(zero_copy_only=False)
-        for j, mask in inexact.items():
+        for j, mask in masks.items():
             bad[:, j] |= mask
         return rows, bad if bad.any() else None
 

@@ -371,7 +371,7 @@ def test_an_invalid_value_is_named_in_a_table_that_is_read_in_pieces(tmp_path, v
 
 
 class TestLargeValues:
-    """A sum tells whether any value is infinite, unless it overflows itself."""
+    """A sum shows whether any value is infinite, unless it overflows itself."""
 
     def test_they_are_read_although_their_sum_overflows(self, tmp_path):
         for dtype in ("float32", "float64"):

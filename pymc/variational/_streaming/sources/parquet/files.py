@@ -48,6 +48,9 @@ _REMOTE_READ_BUFFER = 1 << 20
 """Bytes.  Each read from an object store is a request, which takes many milliseconds."""
 _UNREADABLE = "not a readable Parquet file"
 
+_Identity = tuple[int, int | None, str]
+"""Size of a file, time of its last modification, and digest of its footer."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParquetInput:
@@ -123,6 +126,14 @@ def column_ranges(metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[st
     return ranges
 
 
+def chunk_extent(chunk: Any) -> tuple[int, int]:
+    """Return first and last byte of a column chunk, by the rule that Arrow reads it with."""
+    start = chunk.data_page_offset
+    if 0 < (chunk.dictionary_page_offset or 0) < start:
+        start = chunk.dictionary_page_offset
+    return start, start + chunk.total_compressed_size
+
+
 def read_batches(
     fs: "pyarrow.fs.FileSystem",
     known: ParquetInput,
@@ -168,10 +179,6 @@ def read_batches(
             raise StreamError(f"{path}: changed while it was read; make the source anew")
 
 
-_Identity = tuple[int, int | None, str]
-"""Size, time of modification, and digest of the footer."""
-
-
 @contextmanager
 def _open(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[tuple[Any, bytes, _Identity]]:
     """Open a file to read, and read its footer, with the length and the magic bytes that end it."""
@@ -211,7 +218,9 @@ def _check_footer(metadata: "pyarrow.parquet.FileMetaData", *, data_end: int) ->
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     rows = [group.num_rows for group in groups]
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
-        raise OSError(f"its row groups have {rows} rows, all {metadata.num_rows}; corrupt")
+        raise OSError(
+            f"its footer has {metadata.num_rows} rows, its row groups {sum(rows)}; corrupt"
+        )
     extents = []
     for number, group in enumerate(groups):
         chunks = [group.column(j) for j in range(group.num_columns)]
@@ -238,14 +247,6 @@ def _agree(chunk: Any, leaf: Any, n_rows: int) -> bool:
     """Whether the metadata of a column chunk fit the schema and the number of rows."""
     types = chunk.path_in_schema == leaf.path and chunk.physical_type == leaf.physical_type
     return types and (leaf.max_repetition_level > 0 or chunk.num_values == n_rows)
-
-
-def chunk_extent(chunk: Any) -> tuple[int, int]:
-    """Return first and last byte of a column chunk, by the rule that Arrow reads it with."""
-    start = chunk.data_page_offset
-    if 0 < (chunk.dictionary_page_offset or 0) < start:
-        start = chunk.dictionary_page_offset
-    return start, start + chunk.total_compressed_size
 
 
 @contextmanager
