@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["PIECE_ROWS", "RowFormat", "exact_limit", "piece_rows"]
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
-_TILE = 1024
-"""Rows; many columns are interleaved in tiles that stay in the cache."""
-_FEW_COLUMNS = 8
-"""Columns up to which tiles do not help."""
+_TILE = 2048
+"""Rows; columns are interleaved in tiles that stay in the cache."""
 
 PIECE_ROWS = 1 << 18
 _PIECE_VALUES = 1 << 20
@@ -226,8 +224,7 @@ def _all_finite(rows: np.ndarray) -> bool:
 def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     """Return columns as the rows of a C-contiguous array."""
     rows = np.empty((len(values[0]), len(values)), dtype)
-    tile = _TILE if len(values) > _FEW_COLUMNS else max(len(rows), 1)
-    for start in range(0, len(rows), tile):
+    for start in range(0, len(rows), _TILE):
         for j, column in enumerate(values):
-            rows[start : start + tile, j] = column[start : start + tile]
+            rows[start : start + _TILE, j] = column[start : start + _TILE]
     return rows

@@ -237,9 +237,9 @@ class TestColumns:
             rows_of(parquet_source(path)), [[7, 0.48], [9, 0.52], [7, 1.0]]
         )
 
-    @pytest.mark.parametrize("width", [1, 8, 9, 65])
+    @pytest.mark.parametrize("width", [1, 3, 65])
     def test_columns_keep_their_places(self, tmp_path, width):
-        """More than eight columns are interleaved in tiles."""
+        """More rows than the tiles have in which columns are interleaved."""
         values = np.arange(3_000 * width, dtype="float32").reshape(3_000, width)
         path = self.write(tmp_path / "a.parquet", **{f"x{j}": values[:, j] for j in range(width)})
         np.testing.assert_array_equal(rows_of(parquet_source(path)), values)
