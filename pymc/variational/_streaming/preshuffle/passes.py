@@ -229,7 +229,6 @@ def _mark(plan: Plan, scattered: list[Scattered]) -> PreshuffleMark:
         source=plan.table.name,
         fingerprint=plan.table.fingerprint,
         n_rows=plan.table.n_rows,
-        checksum=f"{add_checksums(scattered):016x}",
         n_files=plan.n_files,
         index=0,
     )

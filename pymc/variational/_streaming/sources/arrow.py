@@ -52,7 +52,8 @@ def arrow_source(
     columns : sequence of str, optional
         The columns of a row, in this order. Default: all columns of the first batch.
     n_rows : int, optional
-        Rows of one pass, if you know them; checked in every pass. Files know theirs.
+        Number of rows of one pass, if you know it; it is checked in every pass. The number of
+        rows in files is known.
 
     Returns
     -------
@@ -63,7 +64,8 @@ def arrow_source(
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no file or one comes twice, or columns are missing or not numeric, or differ between files.
+        If there is no file or one comes twice, or columns are missing or not numeric, or differ
+        between files.
     StreamError
         While reading: if a value is null, NaN, infinite or an integer that the rows' dtype
         cannot hold exactly, a pass does not give *n_rows* rows, or a file changed since the
@@ -106,14 +108,17 @@ def arrow_source(
 
 @dataclass(frozen=True, slots=True)
 class _IpcFile:
-    """One Arrow IPC file as it was when it was first seen."""
+    """One Arrow IPC file as it was when it was first opened."""
 
     path: str
     size: int
+    """Size of the file in bytes."""
     mtime_ns: int
+    """Time of the last modification."""
     fields: tuple[int, ...]
-    """Places of the columns in this file."""
+    """Indices of the columns in this file."""
     batch_rows: tuple[int, ...]
+    """Number of rows of each record batch."""
 
     def require_unchanged(self, status: os.stat_result, when: str) -> None:
         if (self.size, self.mtime_ns) != (status.st_size, status.st_mtime_ns):
@@ -124,13 +129,23 @@ class _IpcSource(Source):
     concurrent = True
 
     def __init__(self, paths: Sequence[str], columns: Sequence[str] | None):
-        self._format = _freeze(paths, columns)
-        self.columns, self.integral = self._format.columns, self._format.integral
+        frozen: RowFormat | None = None
+        self._files = []
+        for path in paths:
+            with _reading(path) as (reader, _):
+                schema = reader.schema
+            if frozen is None:
+                frozen = RowFormat.from_schema(schema, columns, path)
+            frozen.require(schema, path, whole=columns is None)
+            fields = tuple(schema.get_field_index(name) for name in frozen.columns)
+            self._files.append(_inspect(path, fields))
+        assert frozen is not None
+        self._format = frozen
+        self.columns, self.integral = frozen.columns, frozen.integral
         self.sample_shape = (len(self.columns),)
-        self._files = [_inspect(path, self.columns) for path in paths]
-        self._rows = np.array([n for file in self._files for n in file.batch_rows], dtype="int64")
-        self._starts = np.cumsum(self._rows) - self._rows
-        self.n_rows = int(self._rows.sum())
+        rows = np.array([n for file in self._files for n in file.batch_rows], np.int64)
+        self._starts = np.cumsum(rows) - rows
+        self.n_rows = int(rows.sum())
         if not self.n_rows:
             raise ValueError(f"{paths[0]}: no rows to stream in {len(paths)} file(s)")
         parts = [self.columns, [(f.size, f.mtime_ns) for f in self._files]]
@@ -142,7 +157,7 @@ class _IpcSource(Source):
     def blocks(
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
-        first = max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
         return skip_rows(self._read_from(first), start - int(self._starts[first]))
 
     def _read_from(self, first: int) -> Iterator[np.ndarray]:
@@ -162,11 +177,18 @@ class _IpcSource(Source):
             file.require_unchanged(os.stat(file.path), "while it was read")
 
 
+def _inspect(path: str, fields: tuple[int, ...]) -> _IpcFile:
+    # A record batch must be read to learn its number of rows; one column is enough.
+    with _reading(path, fields[:1]) as (reader, status):
+        rows = tuple(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
+    return _IpcFile(path, status.st_size, status.st_mtime_ns, fields, rows)
+
+
 @contextmanager
 def _reading(path: str, fields: Sequence[int] = ()) -> Iterator[tuple[Any, os.stat_result]]:
     """Open an IPC file to read these fields, or all.
 
-    Not as a memory map, which would end the process if the file were truncated meanwhile.
+    The file is not mapped to memory: a map of a file that is truncated ends the process.
     """
     pa = import_pyarrow()
     options = pa.ipc.IpcReadOptions(included_fields=list(fields), use_threads=False)
@@ -178,24 +200,3 @@ def _reading(path: str, fields: Sequence[int] = ()) -> Iterator[tuple[Any, os.st
             f"{path}: not a readable Arrow IPC file ({str(err).partition(chr(10))[0]}); "
             "a stream without footer goes through a function that opens it"
         ) from err
-
-
-def _freeze(paths: Sequence[str], columns: Sequence[str] | None) -> RowFormat:
-    frozen: RowFormat | None = None
-    for path in paths:
-        with _reading(path) as (reader, _):
-            schema = reader.schema
-        if frozen is None:
-            frozen = RowFormat.from_schema(schema, columns, path)
-        frozen.require(schema, path, whole=columns is None)
-    assert frozen is not None
-    return frozen
-
-
-def _inspect(path: str, columns: Sequence[str]) -> _IpcFile:
-    with _reading(path) as (reader, _):
-        fields = tuple(reader.schema.get_field_index(name) for name in columns)
-    # Record batches tell their rows only when they are read; one column is enough.
-    with _reading(path, fields[:1]) as (reader, status):
-        rows = tuple(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
-    return _IpcFile(path, status.st_size, status.st_mtime_ns, fields, rows)

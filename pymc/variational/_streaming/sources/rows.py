@@ -28,11 +28,11 @@ from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["PIECE_ROWS", "Fault", "RowFormat", "column_ranges", "exact_limit", "piece_rows"]
+__all__ = ["PIECE_ROWS", "RowFormat", "exact_limit", "piece_rows"]
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
-_TILE = 1024
-"""Rows; many columns are interleaved in tiles that stay in the cache."""
+_TILE = 2048
+"""Rows; columns are interleaved in tiles that stay in the cache."""
 
 PIECE_ROWS = 1 << 18
 _PIECE_VALUES = 1 << 20
@@ -50,37 +50,13 @@ def piece_rows(n_columns: int) -> int:
     return max(1, min(_PIECE_VALUES // n_columns, PIECE_ROWS))
 
 
-def column_ranges(
-    row_group: "pyarrow.parquet.RowGroupMetaData", columns: Sequence[str]
-) -> list[tuple[float, float]]:
-    """Return least and greatest value of each column as a footer has them, NaN where it has not."""
-    found = dict.fromkeys(columns, (np.nan, np.nan))
-    for j in range(row_group.num_columns):
-        column = row_group.column(j)
-        if column.path_in_schema in found and column.is_stats_set and column.statistics.has_min_max:
-            bounds = column.statistics.min, column.statistics.max
-            if not any(isinstance(bound, bytes) for bound in bounds):  # undecoded half floats
-                found[column.path_in_schema] = float(bounds[0]), float(bounds[1])
-    return list(found.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A value that cannot be streamed."""
-
-    row: int
-    """Inside the batch."""
-    column: str
-    reason: str
-
-
 @dataclass(frozen=True, slots=True)
 class RowFormat:
     """The columns of a stream, frozen by name and type."""
 
     columns: tuple[str, ...]
     types: tuple["pyarrow.DataType", ...]
-    """Value types; a dictionary counts as its values."""
+    """Types of the values; a dictionary has the type of its values."""
     dtype: np.dtype
     """The smallest type that holds all columns exactly."""
     integral: tuple[bool, ...]
@@ -92,11 +68,8 @@ class RowFormat:
     ) -> "RowFormat":
         """Freeze the *columns* (default: all) of *schema*.
 
-        Raises
-        ------
-        ValueError
-            If a column is missing, ambiguous or not numeric, or the index of a data frame that
-            nobody asked for; the message names *where*.
+        A ValueError that names *where* is raised for a column that is missing, ambiguous or not
+        numeric, and for the index of a data frame that *columns* does not name.
         """
         names = tuple(schema.names if columns is None else columns)
         index = [name for name in names if _PANDAS_INDEX.fullmatch(name)]
@@ -108,10 +81,9 @@ class RowFormat:
         if not names:
             raise ValueError(f"{where}: no columns to stream; columns={columns!r}")
         types = tuple(_value_type(schema, name, where) for name in names)
-        dtypes = [_numpy_type(kind) for kind in types]
         if len(set(names)) < len(names):
             raise ValueError(f"{where}: columns={list(names)} names a column twice")
-        return cls(names, types, _common_type(dtypes), tuple(_is_integral(t) for t in types))
+        return cls(names, types, _common_dtype(types), tuple(_is_integral(t) for t in types))
 
     def require(self, schema: "pyarrow.Schema", where: str, *, whole: bool) -> None:
         """Raise ValueError unless *schema* holds these columns, and only them if *whole*."""
@@ -131,20 +103,18 @@ class RowFormat:
     def pieces(self, batch: "pyarrow.RecordBatch", where: str) -> Iterator[np.ndarray]:
         """Yield the rows of *batch* in bounded pieces.
 
-        Raises
-        ------
-        StreamError
-            If a value is null, NaN, infinite or not exact in ``dtype``; it names *where*.
+        A value that is null, NaN, infinite or not exact in ``dtype`` is a StreamError that names
+        *where*.
         """
         size = piece_rows(len(self.columns))
         for first in range(0, batch.num_rows, size):
             piece = batch.slice(first, size)
             rows, bad = self.to_rows(piece)
             if bad is not None:
-                fault = self.fault(piece, bad)
+                row, fault = self.fault(piece, bad)
                 raise StreamError(
-                    f"{where}: column {fault.column!r} {fault.reason} in row "
-                    f"{first + fault.row}; repair or filter the rows before they are streamed"
+                    f"{where}: {fault} in row {first + row}; "
+                    "repair or filter the rows before they are streamed"
                 )
             yield rows
 
@@ -160,32 +130,31 @@ class RowFormat:
         arrays = [_decode(batch.column(name)) for name in self.columns]
         values = [_to_numpy(array, kind) for array, kind in zip(arrays, self.types)]
         rows = _interleave(values, self.dtype)
-        limit = exact_limit(self.dtype)
-        lossy = [j for j, v in enumerate(values) if self._exceeds(j, v, limit)]
-        if not (lossy or any(a.null_count for a in arrays)) and _all_finite(rows):
+        masks: dict[int, Any] = {}
+        for j, (array, column) in enumerate(zip(arrays, values)):
+            if array.null_count:
+                masks[j] = array.is_null().to_numpy(zero_copy_only=False)
+            if self._may_be_inexact(j, column):
+                masks[j] = masks.get(j, False) | _exceeds(column, exact_limit(self.dtype))
+        if not any(mask.any() for mask in masks.values()) and _all_finite(rows):
             return rows, None
         bad = ~np.isfinite(rows)
-        for j, array in enumerate(arrays):
-            bad[:, j] |= array.is_null().to_numpy(zero_copy_only=False)
-        for j in lossy:
-            bad[:, j] |= _beyond(values[j], limit)
+        for j, mask in masks.items():
+            bad[:, j] |= mask
         return rows, bad if bad.any() else None
 
-    def _exceeds(self, j: int, values: np.ndarray, limit: float) -> bool:
-        may = self.integral[j] and values.itemsize == 8 and self.dtype.kind == "f"
-        return may and bool(_beyond(values, limit).any())
-
-    def fault(self, batch: "pyarrow.RecordBatch", bad: np.ndarray) -> Fault:
-        """Describe the first bad value of *batch*."""
+    def fault(self, batch: "pyarrow.RecordBatch", bad: np.ndarray) -> tuple[int, str]:
+        """Return the row of the first bad value of *batch*, and what is wrong with it."""
         row, j = (int(i) for i in np.argwhere(bad)[0])
         value = batch.column(self.columns[j])[row].as_py()
-        if value is None:
-            reason = "is null"
-        elif np.isfinite(float(value)):
-            reason = f"is {value}, which {self.dtype} cannot hold exactly"
-        else:
-            reason = f"is {value}"
-        return Fault(row, self.columns[j], reason)
+        problem = f"is {'null' if value is None else value}"
+        if value is not None and np.isfinite(float(value)):
+            problem += f", which {self.dtype} cannot hold exactly"
+        return row, f"column {self.columns[j]!r} {problem}"
+
+    def _may_be_inexact(self, j: int, column: np.ndarray) -> bool:
+        """Whether a column has integers of 64 bits (as decimals have) that become floats."""
+        return self.integral[j] and column.itemsize == 8 and self.dtype.kind == "f"
 
 
 def _value_type(schema: "pyarrow.Schema", name: str, where: str) -> "pyarrow.DataType":
@@ -206,20 +175,17 @@ def _value_type(schema: "pyarrow.Schema", name: str, where: str) -> "pyarrow.Dat
     return kind
 
 
-def _numpy_type(kind: "pyarrow.DataType") -> np.dtype:
-    is_decimal = import_pyarrow().types.is_decimal(kind)
-    return np.dtype("float64" if is_decimal else kind.to_pandas_dtype())
+def _common_dtype(types: Sequence["pyarrow.DataType"]) -> np.dtype:
+    """Return the smallest exact type; 64-bit integers beside floats are checked by value."""
+    is_decimal = import_pyarrow().types.is_decimal
+    dtypes = [np.float64 if is_decimal(kind) else kind.to_pandas_dtype() for kind in types]
+    common = np.result_type(*dtypes)
+    return np.dtype({"bool": "uint8", "float16": "float32"}.get(common.name, common))
 
 
 def _is_integral(kind: "pyarrow.DataType") -> bool:
     types = import_pyarrow().types
     return not types.is_floating(kind) and not (types.is_decimal(kind) and kind.scale > 0)
-
-
-def _common_type(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """Return the smallest exact type; 64-bit integers beside floats are checked by value."""
-    common = np.result_type(*dtypes)
-    return np.dtype({"bool": "uint8", "float16": "float32"}.get(common.name, common))
 
 
 def _decode(array: "pyarrow.Array") -> "pyarrow.Array":
@@ -229,20 +195,20 @@ def _decode(array: "pyarrow.Array") -> "pyarrow.Array":
 
 
 def _to_numpy(array: "pyarrow.Array", kind: "pyarrow.DataType") -> np.ndarray:
+    """Return the values of an array, and zeros for its nulls."""
     pa: Any = import_pyarrow()
-    if array.null_count:
-        is_decimal = pa.types.is_decimal(kind)  # whose precision may be too small for an int64
-        array = array.fill_null(
-            pa.scalar(Decimal(0), kind) if is_decimal else pa.scalar(0).cast(kind)
-        )
-    if pa.types.is_decimal(kind):
+    is_decimal = pa.types.is_decimal(kind)
+    if array.null_count:  # a decimal may have too few digits for the cast of an integer
+        zero = pa.scalar(Decimal(0), kind) if is_decimal else pa.scalar(0).cast(kind)
+        array = array.fill_null(zero)
+    if is_decimal:
         array = array.cast(pa.float64())
-    if pa.types.is_boolean(array.type) or array.null_count:
+    if pa.types.is_boolean(array.type):
         return array.to_numpy(zero_copy_only=False)
     return np.from_dlpack(array)
 
 
-def _beyond(values: np.ndarray, limit: float) -> np.ndarray:
+def _exceeds(values: np.ndarray, limit: float) -> np.ndarray:
     """Mark integers that a float with this limit cannot hold; decimals arrive as floats."""
     if values.dtype.kind == "f":
         return np.abs(values) >= limit
@@ -250,15 +216,15 @@ def _beyond(values: np.ndarray, limit: float) -> np.ndarray:
 
 
 def _all_finite(rows: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; in doubt, when large values add up to infinity, no."""
+    """Whether no value is NaN or infinite; False also where finite values sum to infinity."""
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(rows.sum()))
 
 
 def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """Return columns as the rows of a C-contiguous array."""
     rows = np.empty((len(values[0]), len(values)), dtype)
-    tile = _TILE if len(values) > 8 else max(len(rows), 1)
-    for start in range(0, len(rows), tile):
+    for start in range(0, len(rows), _TILE):
         for j, column in enumerate(values):
-            rows[start : start + tile, j] = column[start : start + tile]
+            rows[start : start + _TILE, j] = column[start : start + _TILE]
     return rows

@@ -258,7 +258,7 @@ def test_mixed_missing_doubled_and_unmarked_files_are_noticed(tmp_path, small_ta
     shuffle(source, tmp_path / "two", seed=2)
     one, two = read_marks(tmp_path / "one"), read_marks(tmp_path / "two")
     first = next(iter(one.values()))
-    for other in ({"checksum": "0" * 16}, {"n_rows": 1}):  # of new rows in files of the same sizes
+    for other in ({"shuffle": "0" * 16}, {"n_rows": 1}):
         mixed = dataclasses.replace(list(one.values())[1], **other)
         with pytest.raises(RuntimeError, match=r"belong to two shuffles"):
             check_marks({"first": first, "mixed": mixed})

@@ -63,6 +63,7 @@ def bucket(server, rows):
 @pytest.fixture
 def proxy(server, bucket, monkeypatch):
     """Stand before the server, at the endpoint that the environment names."""
+    monkeypatch.setattr(remote, "_WAITS", (0.05,) * 4)
     proxy = Proxy(server)
     with proxy.serve():
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.endpoint}")
@@ -168,7 +169,7 @@ def test_an_answer_that_stalls_is_given_up_and_asked_for_again(proxy, rows):
 def test_a_fault_that_stays_ends_the_epoch_with_the_name_of_the_file(
     proxy, rows, client, fault, monkeypatch
 ):
-    monkeypatch.setattr(remote, "_WAITS", (0.1,))
+    monkeypatch.setattr(remote, "_WAITS", (0.05,))
     source = client("in", proxy.endpoint)
     proxy.fail(fault, only="1.parquet", span=MIDDLE)
     blocks = []
@@ -179,7 +180,7 @@ def test_a_fault_that_stays_ends_the_epoch_with_the_name_of_the_file(
 
 
 def test_a_store_that_is_gone_when_an_epoch_begins_is_a_stream_error(proxy, monkeypatch):
-    monkeypatch.setattr(remote, "_WAITS", (0.1,))
+    monkeypatch.setattr(remote, "_WAITS", (0.05,))
     source = open_pyarrow("in", proxy.endpoint)
     proxy.fail("throttle")
     with pytest.raises(StreamError, match=r"in/0\.parquet: .*after 2 attempts"):

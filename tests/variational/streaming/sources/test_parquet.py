@@ -14,6 +14,7 @@
 """What Parquet files a source accepts, and how it names the place of what it refuses."""
 
 import gc
+import json
 import os
 import zipfile
 
@@ -24,10 +25,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pymc.variational._streaming.sources.parquet import remote
-from pymc.variational._streaming.sources.rows import RowFormat
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
+    arrow_source,
     parquet_source,
     preshuffle,
     shuffle_buffer,
@@ -213,21 +214,18 @@ class TestColumns:
         columns[-1][-1] = np.finfo("f8").max
         rng.shuffle(columns)
         batch = pa.record_batch([pa.array(column) for column in columns], names=list("abcdefgh"))
-        batch = batch.slice(7)
-        rows, bad = RowFormat.from_schema(batch.schema, None, "here").to_rows(batch)
-        assert bad is None
+        rows = rows_of(arrow_source(lambda: [batch.slice(7)]))
         assert rows.dtype == "float64"
         np.testing.assert_array_equal(rows, np.stack(columns, axis=1)[7:])
 
-    @pytest.mark.parametrize("row", [0, 255, 256, 999])
-    @pytest.mark.parametrize("column", [0, 1, 2])
+    @pytest.mark.parametrize("row, column", [(0, 0), (255, 1), (256, 2), (999, 1)])
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     def test_a_value_that_is_not_finite_is_found_wherever_it_is(self, row, column, value):
         columns = [np.zeros(1_000, dtype) for dtype in ("f8", "f4", "f8")]
         columns[column][row] = value
         batch = pa.record_batch([pa.array(values) for values in columns], names=list("abc"))
-        _, bad = RowFormat.from_schema(batch.schema, None, "here").to_rows(batch)
-        assert np.argwhere(bad).tolist() == [[row, column]]
+        with pytest.raises(StreamError, match=f"column '{'abc'[column]}' is {value} in row {row};"):
+            rows_of(arrow_source(lambda: [batch]))
 
     def test_dictionaries_and_decimals_are_read_as_their_values(self, tmp_path):
         path = self.write(
@@ -239,10 +237,11 @@ class TestColumns:
             rows_of(parquet_source(path)), [[7, 0.48], [9, 0.52], [7, 1.0]]
         )
 
-    def test_many_columns_keep_their_places(self, tmp_path):
-        """More than eight columns are interleaved in tiles."""
-        values = np.arange(3_000 * 20, dtype="float32").reshape(3_000, 20)
-        path = self.write(tmp_path / "a.parquet", **{f"x{j}": values[:, j] for j in range(20)})
+    @pytest.mark.parametrize("width", [1, 3, 65])
+    def test_columns_keep_their_places(self, tmp_path, width):
+        """More rows than the tiles have in which columns are interleaved."""
+        values = np.arange(3_000 * width, dtype="float32").reshape(3_000, width)
+        path = self.write(tmp_path / "a.parquet", **{f"x{j}": values[:, j] for j in range(width)})
         np.testing.assert_array_equal(rows_of(parquet_source(path)), values)
 
     def test_columns_are_chosen_by_name_and_order(self, tmp_path):
@@ -356,8 +355,23 @@ class TestInvalidValues:
             np.testing.assert_array_equal(rest, rows_of(source)[start:])
 
 
+@pytest.mark.parametrize("value", [None, np.nan])
+@pytest.mark.parametrize("row", [5_000, 262_145])
+def test_an_invalid_value_is_named_in_a_table_that_is_read_in_pieces(tmp_path, value, row):
+    values = np.arange(263_000, dtype="float64").astype(object)
+    values[row] = value
+    column = pa.table({"x": pa.array(values, "float64")})
+    pq.write_table(column, tmp_path / "x.parquet", row_group_size=200_000)
+    group, place = divmod(row, 200_000)
+    name = "null" if value is None else value
+    with pytest.raises(
+        StreamError, match=f"column 'x' is {name} in row {place} of row group {group};"
+    ):
+        rows_of(parquet_source(tmp_path))
+
+
 class TestLargeValues:
-    """A sum tells whether any value is infinite, unless it overflows itself."""
+    """A sum shows whether any value is infinite, unless it overflows itself."""
 
     def test_they_are_read_although_their_sum_overflows(self, tmp_path):
         for dtype in ("float32", "float64"):
@@ -431,6 +445,34 @@ class TestFilesThatChange:
 
 
 class TestReading:
+    @pytest.mark.parametrize(
+        "group_rows, expected",
+        [
+            (100_000, [200_000, 150_000]),
+            (300_000, [150_000, 150_000, 50_000]),
+            (1 << 15, [1 << 18, 9]),
+        ],
+    )
+    def test_reads_end_where_row_groups_do(self, tmp_path, group_rows, expected):
+        """A read of more would copy what it has; at most 2**18 rows are read at a time."""
+        rows = pa.table({"x": np.zeros(sum(expected), "int8")})
+        pq.write_table(rows, tmp_path / "x.parquet", row_group_size=group_rows)
+        assert [len(block) for block in parquet_source(tmp_path)] == expected
+
+    def test_a_source_reads_each_footer_once_when_it_is_made(self, tmp_path, monkeypatch):
+        memory = pytest.importorskip("fsspec").filesystem("memory")
+        reads = []
+        read = type(memory).cat_file
+        monkeypatch.setattr(
+            type(memory), "cat_file", lambda *a, **k: reads.append(a[1]) or read(*a, **k)
+        )
+        write_layout(tmp_path, [[5, 5]] * 3)
+        for path in sorted(tmp_path.iterdir()):
+            memory.pipe(f"/once/{path.name}", path.read_bytes())
+        source = parquet_source("/once", filesystem=memory)
+        np.testing.assert_array_equal(source.ranges(5, 25), [[5, 24], [10, 48]])
+        assert [os.path.basename(path) for path in reads] == [f"00{i}.parquet" for i in range(3)]
+
     def test_an_abandoned_iteration_leaves_no_open_file(self, tmp_path):
         write_layout(tmp_path, [[5, 5], [5]])
         blocks = iter(parquet_source(tmp_path))
@@ -478,11 +520,51 @@ class TestReading:
             parquet_source(tmp_path, invalid="skip")
 
 
-def test_preshuffled_rows_know_that_they_are(tmp_path):
-    (tmp_path / "ordered").mkdir()
-    write_layout(tmp_path / "ordered", [[50], [50]])
-    preshuffle(tmp_path / "ordered", tmp_path / "shuffled", seed=5, progressbar=False)
-    source = parquet_source(tmp_path / "shuffled")
-    assert source.shuffled and not parquet_source(tmp_path / "ordered").shuffled
-    assert (source.mark.seed, source.mark.source) == (5, str(tmp_path / "ordered"))
-    assert sorted(rows_of(source)[:, 0]) == list(range(100))
+class TestMarks:
+    def write(self, path, index, **values):
+        """Write one of two files with a mark, which names the byte where its column ends."""
+        rows = pa.table({"x": [1.0, 2.0]})
+        pq.write_table(rows, path)
+        chunk = pq.read_metadata(path).row_group(0).column(0)
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        mark = {"shuffle": "a1", "seed": 0, "source": "ticks", "fingerprint": "f", "n_rows": 4}
+        mark |= {"n_files": 2, "index": index, "data_end": start + chunk.total_compressed_size}
+        metadata = {"pymc.preshuffle": json.dumps(mark | {"version": 2} | values)}
+        pq.write_table(rows.replace_schema_metadata(metadata), path)
+
+    def test_preshuffled_rows_know_that_they_are(self, tmp_path):
+        (tmp_path / "ordered").mkdir()
+        write_layout(tmp_path / "ordered", [[50], [50]])
+        preshuffle(tmp_path / "ordered", tmp_path / "shuffled", seed=5, progressbar=False)
+        source = parquet_source(tmp_path / "shuffled")
+        assert source.shuffled and not parquet_source(tmp_path / "ordered").shuffled
+        assert (source.mark.seed, source.mark.source) == (5, str(tmp_path / "ordered"))
+        assert sorted(rows_of(source)[:, 0]) == list(range(100))
+
+    @pytest.mark.parametrize("version", [{}, {"version": 1, "checksum": "0f"}], ids=["2", "1"])
+    def test_marks_of_each_version_are_read(self, tmp_path, version):
+        for index in range(2):
+            self.write(tmp_path / f"{index}.parquet", index, **version)
+        source = parquet_source(tmp_path)
+        assert source.shuffled
+        assert (source.mark.seed, source.mark.source, source.mark.n_rows) == (0, "ticks", 4)
+
+    @pytest.mark.parametrize(
+        "other, message",
+        [
+            ({"seed": 7, "shuffle": "b2"}, "seeds 7 and 0"),
+            ({"shuffle": "b2"}, "identities b2 and a1"),
+            ({"version": 1, "checksum": "0f"}, "identities a10f and a1"),
+        ],
+        ids=["seed", "identity", "checksum of version 1"],
+    )
+    def test_files_of_two_shuffles_are_refused_by_what_differs(self, tmp_path, other, message):
+        self.write(tmp_path / "0.parquet", 0)
+        self.write(tmp_path / "1.parquet", 1, **other)
+        with pytest.raises(StreamError, match=rf"belong to two shuffles \({message}\)"):
+            parquet_source(tmp_path)
+
+    def test_a_mark_of_a_newer_version_is_refused_by_file(self, tmp_path):
+        self.write(tmp_path / "0.parquet", 0, version=3)
+        with pytest.raises(StreamError, match=r"0\.parquet: its .* \(version 3, .*; update PyMC"):
+            parquet_source(tmp_path)

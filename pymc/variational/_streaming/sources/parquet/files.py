@@ -16,12 +16,13 @@
 import hashlib
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.parquet.footer import MAGIC, check_footer, read_footer
 from pymc.variational._streaming.sources.parquet.remote import RemoteFile, fsspec_of, retried
 
 if TYPE_CHECKING:
@@ -30,34 +31,41 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ParquetInput",
+    "chunk_extent",
+    "column_ranges",
     "import_pyarrow",
     "inspect",
     "is_local",
     "read_batches",
-    "read_metadata",
 ]
 
-_UNREADABLE = "not a readable Parquet file"
+_MAGIC = b"PAR1"
+_TAIL = 1 << 16
+"""Bytes read at once; most footers are smaller, and each read of an object store takes long."""
 _READ_BUFFER = 1 << 16
 """Bytes.  Without a read buffer, reading one column chunk holds all of it."""
 _REMOTE_READ_BUFFER = 1 << 20
 """Bytes.  Each read from an object store is a request, which takes many milliseconds."""
+_UNREADABLE = "not a readable Parquet file"
+
+_Identity = tuple[int, int | None, str]
+"""Size of a file, time of its last modification, and digest of its footer."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetInput:
-    """One Parquet file as it was when it was first seen."""
+    """One Parquet file as it was when it was first opened."""
 
     path: str
     """Path inside the filesystem."""
     size: int
-    """Bytes."""
+    """Size of the file in bytes."""
     mtime_ns: int | None
     """Time of the last modification, where the filesystem knows it."""
     digest: str
     """Digest of the footer, which holds the schema, row counts and page offsets."""
     group_rows: tuple[int, ...]
-    """Rows of each row group."""
+    """Number of rows of each row group."""
 
     @property
     def n_rows(self) -> int:
@@ -93,24 +101,37 @@ def is_local(fs: "pyarrow.fs.FileSystem") -> bool:
 def inspect(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[ParquetInput, Any]:
     """Read the footer of *path*: what identifies the file, and its Parquet metadata.
 
-    Raises
-    ------
-    StreamError
-        If the footer cannot be read, or contradicts itself or the size of the file.
+    A footer that cannot be read, or contradicts itself or the size of the file, is a StreamError.
     """
-    with _open(fs, path) as opened, _blaming(path, _UNREADABLE):
-        metadata = opened.parse()
-        metadata.schema.to_arrow_schema()  # fails here, by name, or nowhere
-        group_rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
-        check_footer(opened.footer, opened.size - len(opened.footer))
-    return ParquetInput(path, *opened.identity, group_rows), metadata
+    with _open(fs, path) as (_, footer, identity), _as_stream_error(path, _UNREADABLE):
+        metadata = _parse(footer)
+        metadata.schema.to_arrow_schema()  # a type that Arrow cannot convert is refused here
+        _check_footer(metadata, data_end=identity[0] - len(footer))
+    group_rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+    return ParquetInput(path, *identity, tuple(group_rows)), metadata
 
 
-def read_metadata(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> Any:
-    """Read the Parquet metadata of a file that must not have changed since *known* was taken."""
-    with _open(fs, known.path) as opened:
-        _require_unchanged(known, opened)
-        return opened.parse()
+def column_ranges(metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[str]) -> np.ndarray:
+    """Return least and greatest value of flat columns, shape (n_row_groups, n_columns, 2).
+
+    They are NaN where the footer has none.
+    """
+    leaves = [metadata.schema.column(j) for j in range(metadata.num_columns)]
+    # A flat column "s.x" and the field x of a struct s share the path "s.x", but not the name.
+    index = {leaf.name: j for j, leaf in enumerate(leaves) if leaf.name == leaf.path}
+    ranges = np.full((metadata.num_row_groups, len(columns), 2), np.nan)
+    for group in range(metadata.num_row_groups):
+        chunks = metadata.row_group(group)
+        ranges[group] = [_bounds(chunks.column(index[name])) for name in columns]
+    return ranges
+
+
+def chunk_extent(chunk: Any) -> tuple[int, int]:
+    """Return first and last byte of a column chunk, by the rule that Arrow reads it with."""
+    start = chunk.data_page_offset
+    if 0 < (chunk.dictionary_page_offset or 0) < start:
+        start = chunk.dictionary_page_offset
+    return start, start + chunk.total_compressed_size
 
 
 def read_batches(
@@ -121,146 +142,149 @@ def read_batches(
     row_groups: Sequence[int] | None = None,
     batch_rows: int,
 ) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
-    """Read a file that must not have changed since *known* was taken, in bounded memory.
+    """Yield batches of at most *batch_rows* rows, and the first row of each, in bounded memory.
 
-    Reads are buffered and never ahead, so memory does not depend on the size of the file or
-    of its row groups; page checksums are verified where the file has them.
+    Rows are counted over the row groups that are read (see ``ParquetInput.place``), and columns
+    come in the order asked for.  Reads are buffered and never ahead, so memory does not depend on
+    the size of the file or of its row groups; page checksums are verified where there are some.
 
-    Yields
-    ------
-    first_row : int
-        Of the batch, counted over the row groups that are read; see ``ParquetInput.place``.
-    batch : pyarrow.RecordBatch
-        At most *batch_rows* rows, with the columns in the order asked for.
-
-    Raises
-    ------
-    StreamError
-        If the file changed, vanished, cannot be decoded, or is shorter than its footer says.
+    A file that changed since *known* was taken, vanished, cannot be decoded, or is shorter than
+    its footer says, is a StreamError.
     """
-    with _open(fs, known.path) as opened, _blaming(known.path, "reading failed"):
-        _require_unchanged(known, opened)
-        groups = range(len(known.group_rows)) if row_groups is None else row_groups
-        local = is_local(fs)
+    groups = list(range(len(known.group_rows)) if row_groups is None else row_groups)
+    options = {"row_groups": groups, "columns": columns, "use_threads": False}
+    row, path = 0, known.path
+    with _open(fs, path) as (handle, footer, identity), _as_stream_error(path, "reading failed"):
+        _require_unchanged(known, identity)
         with import_pyarrow().parquet.ParquetFile(
-            opened.handle,
-            # A second read is cheaper than a call more on a disk, and dearer on an object store.
-            metadata=None if local else opened.parse(),
+            handle,
+            # On a disk, Arrow's own reading of the footer costs less than parsing these bytes.
+            metadata=None if is_local(fs) else _parse(footer),
             pre_buffer=False,
-            buffer_size=_READ_BUFFER if local else _REMOTE_READ_BUFFER,
+            buffer_size=_READ_BUFFER if is_local(fs) else _REMOTE_READ_BUFFER,
             page_checksum_verification=True,
         ) as file:
-            yield from _read_row_groups(file, known, groups, columns, batch_rows)
-        last = _get_info(fs, known.path)
-        if (last.size, _mtime_ns(fs, last)) != (known.size, known.mtime_ns):
-            raise StreamError(f"{known.path}: changed while it was read; make the source anew")
-
-
-def _read_row_groups(
-    file: "pyarrow.parquet.ParquetFile",
-    known: ParquetInput,
-    groups: Sequence[int],
-    columns: Sequence[str] | None,
-    batch_rows: int,
-) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
-    row, promised = 0, sum(known.group_rows[group] for group in groups)
-    for batch in file.iter_batches(
-        batch_rows, row_groups=list(groups), columns=columns, use_threads=False
-    ):
-        first, row = row, row + batch.num_rows
-        if columns is not None and batch.schema.names != list(columns):
-            batch = batch.select(columns)
-        yield first, batch
-        del batch  # while the next one is read
-    if row != promised:
-        raise StreamError(
-            f"{known.path}: {len(groups)} row groups gave {row} rows, "
-            f"its footer promises {promised}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """An open file."""
-
-    handle: Any
-    size: int
-    mtime_ns: int | None
-    footer: bytes
-
-    @property
-    def identity(self) -> tuple[int, int | None, str]:
-        """Return size, time of modification, and digest."""
-        return self.size, self.mtime_ns, hashlib.blake2b(self.footer, digest_size=16).hexdigest()
-
-    def parse(self) -> Any:
-        """Return the Parquet metadata in the footer."""
-        pa = import_pyarrow()
-        return pa.parquet.read_metadata(pa.BufferReader(MAGIC + self.footer))
+            for batch in file.iter_batches(batch_rows, **options):
+                first, row = row, row + batch.num_rows
+                if columns is not None and batch.schema.names != list(columns):
+                    batch = batch.select(columns)
+                yield first, batch
+                del batch  # its memory is free while the next one is read
+        promised = sum(known.group_rows[group] for group in groups)
+        if row != promised:
+            raise StreamError(
+                f"{path}: {len(groups)} row groups gave {row} rows, its footer promises {promised}"
+            )
+        if _size_and_mtime(fs, path) != (known.size, known.mtime_ns):
+            raise StreamError(f"{path}: changed while it was read; make the source anew")
 
 
 @contextmanager
-def _open(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[_Opened]:
+def _open(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[tuple[Any, bytes, _Identity]]:
+    """Open a file to read, and read its footer, with the length and the magic bytes that end it."""
+    with _as_stream_error(path, _UNREADABLE):
+        size, mtime_ns = _size_and_mtime(fs, path)
+        if is_local(fs):
+            handle = fs.open_input_file(path)
+        else:
+            handle = import_pyarrow().PythonFile(RemoteFile(fs, path, size), mode="r")
+    with handle:
+        with _as_stream_error(path, _UNREADABLE):
+            footer = _read_footer(handle, size)
+        yield handle, footer, (size, mtime_ns, hashlib.blake2b(footer, digest_size=16).hexdigest())
+
+
+def _read_footer(handle: Any, size: int) -> bytes:
+    tail = handle.read_at(min(size, _TAIL), max(0, size - _TAIL))
+    if size < 12 or tail[-4:] != _MAGIC:
+        raise OSError("it does not end like a Parquet file; truncated, or another format")
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if length + len(_MAGIC) > size:
+        raise OSError("its footer is longer than the file; truncated, or corrupt")
+    return tail[-length:] if length <= len(tail) else handle.read_at(length, size - length)
+
+
+def _parse(footer: bytes) -> Any:
     pa = import_pyarrow()
-    with ExitStack() as stack:
-        with _blaming(path, _UNREADABLE):
-            info = _get_info(fs, path)
-            if is_local(fs):
-                handle = fs.open_input_file(path)
-                size = handle.size()
-            else:
-                handle = pa.PythonFile(RemoteFile(fs, path, info.size), mode="r")
-                size = info.size
-            stack.enter_context(handle)
-            footer = read_footer(handle, size)
-            mtime_ns = _mtime_ns(fs, info)
-        yield _Opened(handle, size, mtime_ns, footer)
+    return pa.parquet.read_metadata(pa.BufferReader(_MAGIC + footer))
+
+
+def _check_footer(metadata: "pyarrow.parquet.FileMetaData", *, data_end: int) -> None:
+    """Raise OSError if counts, types or offsets in a footer contradict each other.
+
+    A footer has no checksum, and Arrow trusts it: a flipped bit there could give other rows.
+    """
+    leaves = [metadata.schema.column(j) for j in range(metadata.num_columns)]
+    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+        raise OSError(
+            f"its footer has {metadata.num_rows} rows, its row groups {sum(rows)}; corrupt"
+        )
+    extents = []
+    for number, group in enumerate(groups):
+        chunks = [group.column(j) for j in range(group.num_columns)]
+        agree = (_agree(chunk, leaf, group.num_rows) for chunk, leaf in zip(chunks, leaves))
+        if len(chunks) != len(leaves) or not all(agree):
+            raise OSError(f"its footer describes row group {number} against its schema; corrupt")
+        if group.num_rows:  # the chunks of an empty row group need not have a place
+            extents += [chunk_extent(chunk) for chunk in chunks]
+    free = len(_MAGIC)
+    for start, end in sorted(extents):
+        if not free <= start <= end <= data_end:
+            raise OSError(f"its footer puts a column at bytes {start} to {end}; corrupt")
+        free = end
+
+
+def _bounds(chunk: Any) -> tuple[float, float]:
+    statistics = chunk.statistics
+    if statistics is None or not statistics.has_min_max or isinstance(statistics.min, bytes):
+        return np.nan, np.nan  # the bytes are half floats, which pyarrow does not decode
+    return float(statistics.min), float(statistics.max)
+
+
+def _agree(chunk: Any, leaf: Any, n_rows: int) -> bool:
+    """Whether the metadata of a column chunk fit the schema and the number of rows."""
+    types = chunk.path_in_schema == leaf.path and chunk.physical_type == leaf.physical_type
+    return types and (leaf.max_repetition_level > 0 or chunk.num_values == n_rows)
 
 
 @contextmanager
-def _blaming(path: str, problem: str) -> Iterator[None]:
-    """Turn what goes wrong with a file into an error that names it."""
+def _as_stream_error(path: str, problem: str) -> Iterator[None]:
+    """Turn an error of Arrow or of the filesystem into a StreamError that names the file."""
     kinds = OSError, UnicodeDecodeError, import_pyarrow().ArrowException
     try:
         yield
     except kinds as err:
-        raise StreamError(f"{path}: {problem} ({_first_line(err)})") from err
+        first_line = str(err).strip().partition("\n")[0] or type(err).__name__
+        raise StreamError(f"{path}: {problem} ({first_line})") from err
 
 
-def _get_info(fs: "pyarrow.fs.FileSystem", path: str) -> "pyarrow.fs.FileInfo":
-    """Ask the filesystem itself, not what fsspec remembers of it."""
+def _size_and_mtime(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[int, int | None]:
+    """Ask the filesystem for the size of a file and the time of its last modification."""
     if is_local(fs):
-        return fs.get_file_info(path)
+        info = fs.get_file_info(path)
+        return info.size, info.mtime_ns
     fsspec = fsspec_of(fs)
     if fsspec is not None:
         fsspec.invalidate_cache(path)
     info = retried(lambda: fs.get_file_info(path))
     if info.type != import_pyarrow().fs.FileType.File:
         raise FileNotFoundError(f"no such file: {path}")
-    return info
-
-
-def _mtime_ns(fs: "pyarrow.fs.FileSystem", info: "pyarrow.fs.FileInfo") -> int | None:
-    """Return the time of the last modification; fsspec has a method for it."""
-    fsspec = fsspec_of(fs)
     if fsspec is None or info.mtime_ns is not None:
-        return info.mtime_ns
-    try:
-        return int(1e9 * retried(lambda: fsspec.modified(info.path)).timestamp())
+        return info.size, info.mtime_ns
+    try:  # fsspec has a method of its own for the time
+        return info.size, int(1e9 * retried(lambda: fsspec.modified(path)).timestamp())
     except (NotImplementedError, OSError):
-        return None
+        return info.size, None
 
 
-def _require_unchanged(known: ParquetInput, opened: _Opened) -> None:
+def _require_unchanged(known: ParquetInput, identity: _Identity) -> None:
     names = ("size", "mtime", "footer")
-    pairs = zip(names, (known.size, known.mtime_ns, known.digest), opened.identity)
+    pairs = zip(names, (known.size, known.mtime_ns, known.digest), identity)
     changed = [name for name, before, now in pairs if before != now]
     if changed:
         raise StreamError(
             f"{known.path}: changed since the source was made ({', '.join(changed)}); "
             "make the source anew"
         )
-
-
-def _first_line(err: BaseException) -> str:
-    return str(err).strip().partition("\n")[0] or type(err).__name__

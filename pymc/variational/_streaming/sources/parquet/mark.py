@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The mark that tells a source that rows are shuffled: by which seed, and from what."""
+"""The mark in a file's footer which says that its rows are shuffled, and from what."""
 
 import dataclasses
 import json
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.sources.parquet.files import chunk_extent
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -28,73 +29,58 @@ if TYPE_CHECKING:
 __all__ = ["MARK_KEY", "PreshuffleMark", "check_marks", "read_mark"]
 
 MARK_KEY = b"pymc.preshuffle"
-_VERSION = 1
-_COMMON = "shuffle", "checksum", "n_rows"
-"""What all files of a shuffle agree on; footers, and so the identity, may not tell rows apart."""
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class PreshuffleMark:
-    """What a file that :func:`preshuffle` wrote knows of its shuffle."""
+    """Facts about a shuffle, in each of the files that :func:`preshuffle` wrote."""
 
     shuffle: str
     """Identity of the shuffle: the same for all its files."""
     seed: int
+    """Seed of the shuffle."""
     source: str
-    """What was shuffled, for the eye."""
+    """Path of the rows that were shuffled, for a person to read."""
     fingerprint: str
     """Digest of the sizes and footers of the files that were shuffled, and of the columns."""
     n_rows: int
-    """Of the whole shuffle."""
-    checksum: str
-    """Order-independent checksum of all rows, in hexadecimal."""
+    """Number of rows in all files of the shuffle."""
     n_files: int
+    """Number of files of the shuffle."""
     index: int
-    """Place of this file among the files of the shuffle, from 0."""
+    """Position of this file among the files of the shuffle, from 0."""
     data_end: int = 0
-    """Byte at which this file's last column ends.
+    """Byte at which the last column of this file ends.
 
-    Libraries copy metadata along when they rewrite rows; the place tells that they did.
+    Libraries copy metadata along when they rewrite rows; then the column ends elsewhere.
     """
     version: int = _VERSION
 
     def to_metadata(self) -> dict[bytes, bytes]:
-        """Return the entry for the Parquet footer."""
+        """Return the key and the value for the metadata of the Parquet footer."""
         return {MARK_KEY: json.dumps(dataclasses.asdict(self)).encode()}
 
 
 def read_mark(metadata: "pyarrow.parquet.FileMetaData") -> PreshuffleMark | None:
     """Read the mark in a file's footer; None if it has none, or has another file's.
 
-    Raises
-    ------
-    StreamError
-        If a newer version wrote the mark, in a form that this one does not know.
+    A mark that is corrupt or of a newer version is a KeyError, TypeError or ValueError.
     """
     entry = (metadata.metadata or {}).get(MARK_KEY)
     if entry is None:
         return None
     values = json.loads(entry)
     if values["version"] > _VERSION:
-        raise StreamError(
-            f"pre-shuffle mark has version {values['version']}, this PyMC knows {_VERSION}; "
-            "update PyMC"
-        )
+        raise ValueError(f"version {values['version']}, this PyMC knows {_VERSION}; update PyMC")
+    # Version 1 had a checksum of the rows, which also distinguishes shuffles.
+    values["shuffle"] += values.pop("checksum", "")
     mark = PreshuffleMark(**values)
     return mark if mark.data_end == _data_end(metadata) else None
 
 
 def check_marks(marks: Mapping[str, PreshuffleMark | None]) -> PreshuffleMark | None:
-    """Check that marked files are one whole shuffle, and nothing else.
-
-    Parameters
-    ----------
-    marks : mapping of path to PreshuffleMark or None
-
-    Returns
-    -------
-    PreshuffleMark or None
-        The mark of the first file; None if no file is marked.
+    """Return the first mark of the files at these paths; None if no file is marked.
 
     Raises
     ------
@@ -102,38 +88,43 @@ def check_marks(marks: Mapping[str, PreshuffleMark | None]) -> PreshuffleMark | 
         If files of two shuffles are mixed, a file of the shuffle is missing or there twice,
         or an unmarked file was added.
     """
-    seen: dict[int, str] = {}
-    first = next(((path, mark) for path, mark in marks.items() if mark is not None), None)
-    if first is None:
+    marked = [(path, mark) for path, mark in marks.items() if mark is not None]
+    if not marked:
         return None
-    for path, mark in marks.items():
-        _check_company(path, mark, *first)
-        other = seen.setdefault(mark.index, path)  # type: ignore[union-attr]
-        if other != path:
-            raise StreamError(f"{path} and {other} are the same file of a shuffle; remove one")
-    missing = first[1].n_files - len(seen)
+    first, expected = marked[0]
+    for path in marks.keys() - dict(marked).keys():
+        raise StreamError(
+            f"{path}: not shuffled with {first}, which is one of {expected.n_files} "
+            "pre-shuffled files; preshuffle all rows together, or remove it"
+        )
+    paths: dict[int, str] = {}
+    for path, mark in marked:
+        _require_same_shuffle(path, mark, first, expected)
+        if paths.setdefault(mark.index, path) != path:
+            raise StreamError(
+                f"{path} and {paths[mark.index]} are the same file of a shuffle; remove one"
+            )
+    missing = expected.n_files - len(paths)
     if missing:
         raise StreamError(
-            f"{first[0]}: {missing} of the {first[1].n_files} files of its shuffle are missing; "
-            "pass all of them, or run the same preshuffle(...) again to finish it"
+            f"{first}: {missing} of the {expected.n_files} files of its shuffle are missing; "
+            "pass all of them, or run preshuffle(...) again"
         )
-    return first[1]
+    return expected
 
 
-def _check_company(
-    path: str, mark: PreshuffleMark | None, first: str, expected: PreshuffleMark
+def _require_same_shuffle(
+    path: str, mark: PreshuffleMark, first: str, expected: PreshuffleMark
 ) -> None:
-    if mark is None:
-        raise StreamError(
-            f"{path}: not shuffled with {first}, which is one of {expected.n_files} pre-shuffled "
-            "files; preshuffle all rows together, or remove it"
-        )
-    if any(getattr(mark, name) != getattr(expected, name) for name in _COMMON):
-        raise StreamError(
-            f"{path} and {first} belong to two shuffles (seeds {mark.seed} and "
-            f"{expected.seed}); rows are exchangeable only within one; "
-            "preshuffle all rows together"
-        )
+    if (mark.shuffle, mark.n_rows) == (expected.shuffle, expected.n_rows):
+        return
+    names = f"seeds {mark.seed} and {expected.seed}"
+    if mark.seed == expected.seed:
+        names = f"identities {mark.shuffle} and {expected.shuffle}"
+    raise StreamError(
+        f"{path} and {first} belong to two shuffles ({names}); "
+        "rows are exchangeable only within one; preshuffle all rows together"
+    )
 
 
 def _data_end(metadata: "pyarrow.parquet.FileMetaData") -> int:
@@ -141,6 +132,4 @@ def _data_end(metadata: "pyarrow.parquet.FileMetaData") -> int:
     if not metadata.num_row_groups or not metadata.num_columns:
         return 4
     group = metadata.row_group(metadata.num_row_groups - 1)
-    column = group.column(metadata.num_columns - 1)
-    offsets = [column.data_page_offset, column.dictionary_page_offset or column.data_page_offset]
-    return min(offsets) + column.total_compressed_size
+    return chunk_extent(group.column(metadata.num_columns - 1))[1]

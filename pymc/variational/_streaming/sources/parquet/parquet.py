@@ -18,6 +18,7 @@ import math
 import os
 
 from collections.abc import Generator, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -31,15 +32,15 @@ from pymc.variational._streaming.sources.base import (
 )
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
+    column_ranges,
     import_pyarrow,
     inspect,
     read_batches,
-    read_metadata,
 )
-from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark, check_marks, read_mark
+from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
-from pymc.variational._streaming.sources.rows import RowFormat, column_ranges, piece_rows
+from pymc.variational._streaming.sources.rows import RowFormat, piece_rows
 
 if TYPE_CHECKING:
     import pyarrow
@@ -72,18 +73,18 @@ def parquet_source(
         the rows: it helps a :func:`shuffle_buffer` only if row groups are much smaller than
         the buffer.
     seed : int, optional
-        Of the row-group order. Default: drawn once, and shown as ``.seed``.
+        Seed of the order of the row groups. Default: drawn once, and shown as ``.seed``.
     invalid : {"raise", "drop"}, default "raise"
         What to do with a row that holds a null, a NaN, an infinity or an integer that the
         rows' dtype cannot hold exactly. "drop" reads the table once to count such rows, so
         that ``n_rows`` is right, and shows their number as ``.n_dropped``.
     filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
-        Where *path* lives. Default: the local one, or the one that a URI names.
+        Filesystem of *path*. Default: the local one, or the one that a URI names.
 
     Returns
     -------
     Source
-        Re-iterable; ``n_rows`` comes from the files' metadata, and ``mark`` tells the seed and
+        Re-iterable; ``n_rows`` comes from the files' metadata, and ``mark`` holds the seed and
         the source of files that :func:`preshuffle` wrote.
 
     Raises
@@ -129,126 +130,106 @@ def parquet_source(
 class _ParquetSource(Source):
     def __init__(self, fs, paths, columns, shuffle_row_groups, seed, invalid):
         self._fs = fs
-        self.concurrent = fsspec_of(fs) is None  # which need not be safe to share
-        self._files = []
-        self.mark: PreshuffleMark | None = None
-        self._format = self._open_all(paths, columns)
-        self.columns = self._format.columns
-        self.sample_shape = (len(self.columns),)
+        self.concurrent = fsspec_of(fs) is None  # fsspec's own need not be safe to share
+        self._open_all(paths, columns)
         self._piece_rows = piece_rows(len(self.columns))
-        self.integral = self._format.integral
         self.seed = draw_seed(seed) if shuffle_row_groups else None
         self._drop = invalid == "drop"
-        self._parts = [(f, g) for f in self._files for g in range(len(f.group_rows))]
-        self._part_rows = [f.group_rows[g] for f, g in self._parts]
-        self.n_dropped = 0
-        if self._drop:
-            self._count_valid_rows()
-        self.n_rows = sum(self._part_rows)
+        self._parts = [(f, group) for f in self._files for group in range(len(f.group_rows))]
+        self._part_rows = np.array([f.group_rows[group] for f, group in self._parts], np.int64)
+        self.n_dropped = self._count_invalid_rows() if self._drop else 0
+        self.n_rows = int(self._part_rows.sum())
         if not self.n_rows:
             raise ValueError(f"{paths[0]}: no rows to stream in {len(paths)} file(s)")
-        self.fingerprint = self._digest()
+        contents = [(file.size, file.digest) for file in self._files]
+        parts = [self.columns, self.seed, self._drop, contents]
+        self.fingerprint = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
-    def _open_all(self, paths: Sequence[str], columns: Sequence[str] | None) -> RowFormat:
+    def _open_all(self, paths: Sequence[str], columns: Sequence[str] | None) -> None:
+        """Read the footer of each file once, and keep what is needed of it."""
         frozen: RowFormat | None = None
-        marks = {}
+        marks, ranges = {}, []
+        self._files = []
         for path in paths:
-            known, metadata = inspect(self._fs, path)
+            file, metadata = inspect(self._fs, path)
             schema = metadata.schema.to_arrow_schema()
             if frozen is None:
                 frozen = RowFormat.from_schema(schema, columns, path)
             frozen.require(schema, path, whole=columns is None)
-            self._files.append(known)
             try:
                 marks[path] = read_mark(metadata)
             except (KeyError, TypeError, ValueError) as err:
-                raise StreamError(f"{path}: its pre-shuffle mark is corrupt ({err})") from err
+                raise StreamError(f"{path}: its pre-shuffle mark cannot be read ({err})") from err
+            ranges.append(column_ranges(metadata, frozen.columns))
+            self._files.append(file)
+        assert frozen is not None
+        self._format, self._part_ranges = frozen, np.concatenate(ranges)
+        self.columns, self.integral = frozen.columns, frozen.integral
+        self.sample_shape = (len(self.columns),)
         self.mark = check_marks(marks)
         self.shuffled = self.mark is not None
-        assert frozen is not None
-        return frozen
 
-    def _count_valid_rows(self) -> None:
-        """Learn how many rows of each row group are left when the invalid ones are dropped."""
-        total = sum(self._part_rows)
+    def _count_invalid_rows(self) -> int:
+        """Count the rows that are dropped, and set how many each row group has left."""
+        total = int(self._part_rows.sum())
         with progress_bar("Counting valid rows", total) as add:
             for part, (file, group) in enumerate(self._parts):
-                pieces = self._read(file, [group], self._piece_rows)
-                self._part_rows[part] = sum(len(piece) for piece in pieces)
+                blocks = self._read(file, [group], self._piece_rows)
+                self._part_rows[part] = sum(len(block) for block in blocks)
                 add(file.group_rows[group])
-        self.n_dropped = total - sum(self._part_rows)
-
-    def _digest(self) -> str:
-        parts = [self.columns, self.seed, self._drop, [(f.size, f.digest) for f in self._files]]
-        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        return total - int(self._part_rows.sum())
 
     def read_starts(self, rows: np.ndarray) -> np.ndarray:
-        starts = self._part_starts()
-        return starts[np.searchsorted(starts, rows, side="right") - 1]
+        starts, stops = self._part_bounds(self._order(0))
+        return starts[np.searchsorted(stops, rows, side="right")]
 
-    def ranges(self, start: int, stop: int) -> np.ndarray | None:
-        starts = self._part_starts()
-        first = int(np.searchsorted(starts, start, side="right")) - 1
-        last = int(np.searchsorted(starts, stop, side="left"))
-        bounds = []
-        for file, groups in self._runs(self._order(0)[first:last]):
-            metadata = read_metadata(self._fs, file)
-            bounds += [column_ranges(metadata.row_group(g), self._format.columns) for g in groups]
-        low, high = np.array(bounds).transpose(2, 0, 1)
+    def ranges(self, start: int, stop: int) -> np.ndarray:
+        order = self._order(0)
+        starts, stops = self._part_bounds(order)
+        inside = (starts < stop) & (stops > start) & (starts < stops)
+        low, high = self._part_ranges[order[inside]].transpose(2, 0, 1)
         return np.stack([low.min(axis=0), high.max(axis=0)], axis=1)
 
-    def _order(self, epoch: int) -> list[int]:
-        """Return the row groups in the order of an epoch."""
-        order = list(range(len(self._parts)))
-        if self.seed is not None:
-            sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
-            order = np.random.default_rng(sequence).permutation(len(order)).tolist()
-        return order
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the row groups of all files in the order of an epoch."""
+        if self.seed is None:
+            return np.arange(len(self._parts))
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
+        return np.random.default_rng(sequence).permutation(len(self._parts))
 
-    def _part_starts(self) -> np.ndarray:
-        """Return the first row of each row group in the order of epoch 0."""
-        rows = np.array(self._part_rows)[self._order(0)]
-        return np.cumsum(rows) - rows
+    def _part_bounds(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where each row group starts and stops, in rows, when they are read in *order*."""
+        rows = self._part_rows[order]
+        stops = np.cumsum(rows)
+        return stops - rows, stops
 
     def blocks(
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
-        rows = self._read_rows(self._order(epoch), start, block_rows or self._piece_rows)
-        if block_rows is None:
-            return rows
-        return _then_release(rows)
+        order = self._order(epoch)
+        first = int(np.searchsorted(self._part_bounds(order)[1], start, side="right"))
+        skipped = int(self._part_rows[order[:first]].sum())
+        blocks = self._read_parts(order[first:], block_rows or self._piece_rows)
+        try:
+            yield from skip_rows(blocks, start - skipped)
+        finally:
+            if block_rows is not None:  # Arrow keeps memory for a thread that may read no more
+                import_pyarrow().default_memory_pool().release_unused()
 
-    def _read_rows(self, order: list[int], start: int, size: int) -> Generator[np.ndarray]:
-        """Read on from row *start* of the row groups in *order*, at most *size* rows at a time."""
-        first = 0
-        while first < len(order) and start >= self._part_rows[order[first]]:
-            start -= self._part_rows[order[first]]
-            first += 1
-        return skip_rows(self._read_parts(order[first:], size), start)
-
-    def _read_parts(self, order: Sequence[int], size: int) -> Iterator[np.ndarray]:
-        for file, groups in self._runs(order):
-            yield from self._read(file, groups, size)
-
-    def _runs(self, order: Sequence[int]) -> list[tuple[ParquetInput, list[int]]]:
-        """Put neighbours of one file together, to be read in one go."""
-        runs: list[tuple[ParquetInput, list[int]]] = []
-        for part in order:
-            file, group = self._parts[part]
-            if runs and runs[-1][0] is file:
-                runs[-1][1].append(group)
-            else:
-                runs.append((file, [group]))
-        return runs
+    def _read_parts(self, order: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Read row groups; those of one file that follow each other are read in one go."""
+        for _, parts in groupby(order.tolist(), key=lambda part: self._parts[part][0].path):
+            files, groups = zip(*(self._parts[part] for part in parts))
+            yield from self._read(files[0], groups, size)
 
     def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
-        size = _even(max(file.group_rows[group] for group in groups), size)
+        size = _divide(max(file.group_rows[group] for group in groups), size)
         batches = read_batches(
             self._fs, file, columns=self.columns, row_groups=groups, batch_rows=size
         )
         for first, batch in batches:
             yield self._convert(batch, file, groups, first)
-            del batch  # while the next one is read
+            del batch  # its memory is free while the next one is read
 
     def _convert(
         self, batch: "pyarrow.RecordBatch", file: ParquetInput, groups: Sequence[int], first: int
@@ -259,27 +240,20 @@ class _ParquetSource(Source):
             return rows
         if self._drop:
             return rows[~bad.any(axis=1)]
-        fault = self._format.fault(batch, bad)
-        group, row = file.place(groups, first + fault.row)
+        row, fault = self._format.fault(batch, bad)
+        group, row = file.place(groups, first + row)
         raise StreamError(
-            f"{file.path}: column {fault.column!r} {fault.reason} in row {row} of row group "
-            f'{group}; repair the file or pass invalid="drop"'
+            f"{file.path}: {fault} in row {row} of row group {group}; "
+            'repair the file or pass invalid="drop"'
         )
 
 
-def _even(group_rows: int, most: int) -> int:
-    """Return how many rows, at most, to read at a time so that a read ends where a row group does.
+def _divide(group_rows: int, most: int) -> int:
+    """Return how many rows, at most *most*, to read at a time.
 
-    A read across that border would move what it has to a larger place.
+    A read that crosses the end of a row group costs a copy, so the reads divide a row group
+    evenly, or hold a whole number of them.
     """
-    if group_rows <= most:
-        return most // max(1, group_rows) * max(1, group_rows)
-    return math.ceil(group_rows / math.ceil(group_rows / most))
-
-
-def _then_release(rows: Generator[np.ndarray]) -> Generator[np.ndarray]:
-    """Give back what Arrow keeps for this thread, which may read no more."""
-    try:
-        yield from rows
-    finally:
-        import_pyarrow().default_memory_pool().release_unused()
+    if group_rows > most:
+        return math.ceil(group_rows / math.ceil(group_rows / most))
+    return most - most % max(1, group_rows)

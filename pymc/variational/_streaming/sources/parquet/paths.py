@@ -19,7 +19,8 @@ import os
 import re
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
@@ -33,31 +34,27 @@ Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 _WILDCARD = re.compile(r"[*?\[]")
 _HIDDEN = ("_", ".")
-"""Names that begin like this are of files that are not data, or not data yet."""
+"""Files and folders whose names begin like this are no data, or no data yet."""
 
 
-class _Kind(NamedTuple):
-    """Of files."""
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """A file format, and what messages call it."""
 
     name: str
     suffixes: tuple[str, ...]
     argument: str
-    """What the caller's caller knows the path as."""
+    """Name of the argument by which the user passes paths of such files."""
 
 
-_PARQUET = _Kind("Parquet file", (".parquet",), "path")
-_IPC = _Kind("Arrow IPC file", (".arrow", ".feather", ".ipc"), "make_reader")
+_PARQUET = _Format("Parquet file", (".parquet",), "path")
+_IPC = _Format("Arrow IPC file", (".arrow", ".feather", ".ipc"), "make_reader")
 
 
 def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", str]:
-    """Find the filesystem of *path*, and the path inside it, as the filesystem spells it.
+    """Return the filesystem of *path*, and the path inside it, as the filesystem spells it.
 
-    Parameters
-    ----------
-    path : str or PathLike
-        A local path, or a URI that pyarrow or fsspec understands (``s3://bucket/key``).
-    filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
-        Where *path* lives, if it is not a URI and not local.
+    Without *filesystem* (pyarrow's or fsspec's), the path is local or a URI (``s3://bucket/key``).
     """
     fs = import_pyarrow().fs
     inner = os.fspath(path)
@@ -83,11 +80,7 @@ def list_parquet(path: Paths, filesystem: Any = None) -> tuple["pyarrow.fs.FileS
 
     A directory is searched recursively for ``*.parquet``; names that start with ``_`` or
     ``.`` are skipped, in globs too unless they are spelled out.  A list keeps its own order.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no such file, or one comes twice.
+    A path without files, and a file that comes twice, are errors.
     """
     return _list(_PARQUET, path, filesystem)
 
@@ -107,10 +100,10 @@ def list_ipc(path: Paths) -> list[str]:
 def stands_for(fs: "pyarrow.fs.FileSystem", path: str, file: str) -> bool:
     """Whether a Parquet file, were it there, would be one of those that *path* stands for."""
     found = fs.get_file_info(path).type
-    return _chooses(_pattern(path, found), file, _PARQUET.suffixes)
+    return _selects(_pattern(path, found), file, _PARQUET.suffixes)
 
 
-def _list(kind: _Kind, path: Paths, filesystem: Any) -> tuple["pyarrow.fs.FileSystem", list[str]]:
+def _list(kind: _Format, path: Paths, filesystem: Any) -> tuple["pyarrow.fs.FileSystem", list[str]]:
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     if not paths:
         raise ValueError(f"{kind.argument}=[] names no file; pass at least one {kind.name}")
@@ -121,11 +114,20 @@ def _list(kind: _Kind, path: Paths, filesystem: Any) -> tuple["pyarrow.fs.FileSy
             f"{kind.argument}=[...] names more than one filesystem; pass one source for each"
         )
     files = [file for _, inner in resolved for file in _find(kind, fs, inner)]
-    _refuse_doubles(kind, fs, files)
+    known: dict[str, str] = {}
+    for file in files:
+        real = os.path.realpath(file) if is_local(fs) else file
+        if real in known:
+            raise ValueError(
+                f"{kind.argument} names {real} more than once, as {known[real]!r} and "
+                f"{file!r}; its rows would be used as often"
+            )
+        known[real] = file
     return fs, files
 
 
-def _find(kind: _Kind, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
+def _find(kind: _Format, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
+    """Return the files of one path, sorted."""
     types = import_pyarrow().fs.FileType
     found = fs.get_file_info(path).type
     if found == types.File:
@@ -135,33 +137,33 @@ def _find(kind: _Kind, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
     pattern = _pattern(path, found)
     fixed = path if found == types.Directory else _WILDCARD.split(path)[0].rpartition("/")[0]
     walk = _walk_local if is_local(fs) else _walk_remote
-    below = walk(fs, fixed or "/", pattern)
-    files = sorted(file for file in below if _chooses(pattern, file, kind.suffixes))
-    if not files:
+    files = walk(fs, fixed or "/", pattern)
+    selected = sorted(file for file in files if _selects(pattern, file, kind.suffixes))
+    if not selected:
         expected = " or ".join(f"*{suffix}" for suffix in kind.suffixes)
         raise ValueError(f"{kind.argument}={path!r} holds no {kind.name}; expected {expected}")
-    return files
+    return selected
 
 
 def _pattern(path: str, found: "pyarrow.fs.FileType") -> list[str]:
-    """Return the names in a path; what is there is no pattern, whatever its name."""
-    return _names(path if found == import_pyarrow().fs.FileType.NotFound else glob.escape(path))
+    """Return the parts of a path; a path that exists is no pattern, whatever its name."""
+    return _parts(path if found == import_pyarrow().fs.FileType.NotFound else glob.escape(path))
 
 
-def _names(path: str) -> list[str]:
+def _parts(path: str) -> list[str]:
     return path.strip("/").split("/")
 
 
 def _walk_local(fs: "pyarrow.fs.FileSystem", folder: str, pattern: list[str]) -> Iterator[str]:
-    """Yield all files, and links that lead nowhere: those that a path chooses are missing data."""
+    """Yield all files, and links to nowhere: a link that the path selects is missing data."""
 
-    def tell(err: OSError) -> None:
+    def raise_unless_gone(err: OSError) -> None:
         if not isinstance(err, FileNotFoundError):
             raise err
 
-    for root, folders, files in os.walk(folder, onerror=tell, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=raise_unless_gone, followlinks=True):
         root = root.replace(os.sep, "/").rstrip("/")
-        folders[:] = [name for name in folders if _leads_on(_names(f"{root}/{name}"), pattern)]
+        folders[:] = [name for name in folders if _may_hold(_parts(f"{root}/{name}"), pattern)]
         yield from (f"{root}/{name}" for name in files)
 
 
@@ -171,54 +173,45 @@ def _walk_remote(fs: "pyarrow.fs.FileSystem", folder: str, pattern: list[str]) -
     return (info.path for info in fs.get_file_info(selector) if info.type == pafs.FileType.File)
 
 
-def _leads_on(names: list[str], pattern: list[str]) -> bool:
-    """Whether there can be files to choose in a folder."""
-    for name, part in zip(names, pattern):
+def _may_hold(folder: list[str], pattern: list[str]) -> bool:
+    """Whether a folder can hold files that a pattern selects."""
+    for name, part in zip(folder, pattern):
         if part == "**":
             return True
-        if not _fits(name, part):
+        if not _matches_part(name, part):
             return False
-    return not any(name.startswith(_HIDDEN) for name in names[len(pattern) :])
+    return not _any_hidden(folder[len(pattern) :])
 
 
-def _chooses(pattern: list[str], file: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a pattern fits a file, or a folder that it is in."""
-    names = _names(file)
+def _selects(pattern: list[str], file: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a pattern matches a file, or a folder that the file is in."""
+    names = _parts(file)
     return _matches(names, pattern) or (
         file.endswith(suffixes)
         and any(
-            _matches(names[:depth], pattern)
-            and not any(name.startswith(_HIDDEN) for name in names[depth:])
+            _matches(names[:depth], pattern) and not _any_hidden(names[depth:])
             for depth in range(1, len(names))
         )
     )
 
 
 def _matches(names: list[str], pattern: list[str]) -> bool:
-    """Whether names fit a glob, ``**`` standing for any number of them."""
+    """Whether names match a glob, in which ``**`` stands for any number of them."""
     if not pattern or not names:
         return not names and all(part == "**" for part in pattern)
     if pattern[0] == "**":
-        swallowed = not names[0].startswith(_HIDDEN) and _matches(names[1:], pattern)
-        return swallowed or _matches(names, pattern[1:])
-    return _fits(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+        longer = not _any_hidden(names[:1]) and _matches(names[1:], pattern)
+        return longer or _matches(names, pattern[1:])
+    return _matches_part(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
 
 
-def _fits(name: str, part: str) -> bool:
-    spelled_out = not name.startswith(_HIDDEN) or part.startswith(name[0])
+def _matches_part(name: str, part: str) -> bool:
+    spelled_out = not _any_hidden([name]) or part.startswith(name[0])
     return spelled_out and fnmatch.fnmatchcase(name, part)
 
 
-def _refuse_doubles(kind: _Kind, fs: "pyarrow.fs.FileSystem", files: list[str]) -> None:
-    known: dict[str, str] = {}
-    for file in files:
-        place = os.path.realpath(file) if is_local(fs) else file
-        if place in known:
-            raise ValueError(
-                f"{kind.argument} names {place} more than once, as {known[place]!r} and "
-                f"{file!r}; its rows would be used as often"
-            )
-        known[place] = file
+def _any_hidden(names: list[str]) -> bool:
+    return any(name.startswith(_HIDDEN) for name in names)
 
 
 def _resolve_with_fsspec(uri: str) -> tuple["pyarrow.fs.FileSystem", str]:
