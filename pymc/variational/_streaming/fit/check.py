@@ -258,7 +258,7 @@ def _refuse_random(v: Variable, factor: Variable) -> None:
 def _refuse_streams(v: Variable, factor: Variable) -> None:
     """Refuse a factor of a stream that was not passed, whose buffer holds one batch or none."""
     for a in ancestors([factor]):
-        if getattr(a.tag, "is_stream", False):
+        if hasattr(a.tag, "fit_callback"):
             raise StreamError(
                 f"{v.name!r} depends on the stream {a.name!r}, which was not passed; pass all "
                 "streams that the model uses"
