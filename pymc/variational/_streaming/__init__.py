@@ -11,9 +11,9 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The rooms behind :mod:`pymc.variational.streaming`, one idea each.
+"""The parts of :mod:`pymc.variational.streaming`, in the order in which the data meet them.
 
-Data flow one way: sources know nothing of shuffles, shuffles nothing of models; what reads or
-checks models (``guards``, ``gaussian``, ``fit_check``, ``checkpoint``, ``identity``) and
-:class:`StreamingDataset` know PyTensor.
+Rows come from ``sources``, are mixed and cut in ``batches`` and watched by ``order``; ``reader``
+keeps the place, and ``dataset`` puts each batch into a variable of a model that ``guards`` has
+checked. ``fit`` looks at the result, and ``preshuffle`` orders rows at random on disk before all.
 """

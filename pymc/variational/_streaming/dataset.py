@@ -14,7 +14,6 @@
 """Minibatches from a stream, in a shared variable that a model can observe."""
 
 import warnings
-import weakref
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,21 +27,16 @@ from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.tensor.variable import TensorVariable
 
 from pymc.model.core import Model
-from pymc.variational._streaming.batches.rebatch import Batch, cast, read_epochs, rebatch
+from pymc.variational._streaming.batches.rebatch import Batch, Chunk, cast, read_epochs, rebatch
 from pymc.variational._streaming.batches.window import ShuffleBuffer
+from pymc.variational._streaming.callback import FitCallback, Offer
 from pymc.variational._streaming.errors import StreamError, StreamWarning
-from pymc.variational._streaming.given import given_rows
-from pymc.variational._streaming.guards import (
-    WITHOUT_LOSS,
-    blank,
-    check_model,
-    check_other_streams,
-)
 from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.reader import BatchReader, Position, TotalSize
 from pymc.variational._streaming.sources.arrays import as_source
-from pymc.variational._streaming.sources.base import Source, positive_int
-from pymc.variational.approximations import Empirical
+from pymc.variational._streaming.sources.arrow import arrow_source
+from pymc.variational._streaming.sources.base import Source, is_arrow, positive_int
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational.callbacks import Callback
 
 __all__ = ["StreamingDataset"]
@@ -54,65 +48,55 @@ class StreamingDataset:
     Parameters
     ----------
     source : Source, ndarray, callable or iterable
-        Where the rows come from: :func:`parquet_source`, :func:`arrow_source`, a
-        :func:`shuffle_buffer` over one of them, an array or memory map, or a re-iterable, a
-        factory or a one-shot iterator of blocks, each an array of shape
-        ``(rows, *sample_shape)`` or an Arrow record batch.
+        A :func:`parquet_source`, an :func:`arrow_source`, a :func:`shuffle_buffer` over one of
+        them, an array, or an iterable, a factory or an iterator of blocks, which are arrays of
+        shape ``(rows, *sample_shape)`` or Arrow record batches.
     batch_size : int
         Rows of a minibatch.
     sample_shape : tuple of int, optional
         Shape of one row, e.g. ``(4,)`` for four columns. Default: learned from the source.
     total_size : int, "auto" or None, default "auto"
-        Rows of the whole data set, which scale the likelihood. "auto" asks the source, or
-        counts in one pass. An int is checked against the rows that are seen. None leaves the
-        likelihood unscaled.
+        Rows of the whole data set, which scale the likelihood. "auto" asks the source, or counts
+        in one pass. An int is checked against the rows that are seen. None scales nothing.
     dtype : dtype, optional
-        Of the minibatch. Default: ``pytensor.config.floatX``.
+        Type of the values of a minibatch. Default: ``pytensor.config.floatX``.
     cycle : bool, default True
         Start another epoch when the source ends. If False, the fit stops there.
     order_check : {"warn", "raise", "off"}, default "warn"
         What to do when windows of the stream differ more than random ones would, so that the
-        posterior would be wrong: warn with an :class:`OrderWarning`, once, or raise an
-        :class:`OrderError`. A sample of the source is checked before the first step, and
-        the rows while they stream; see :func:`check_order`.
+        posterior would be wrong: warn once with an :class:`OrderWarning`, or raise an
+        :class:`OrderError`. A sample is checked before the first step, and the rows while they
+        stream; see :func:`check_order`.
     prefetch : bool, default True
         Read ahead in a thread; the batches are the same either way. While such a stream is open,
         all threads of the process are switched every 0.1 ms (``sys.setswitchinterval``).
     name : str, default "stream"
-        Of the shared variable.
+        Name of the shared variable.
 
     Raises
     ------
     ValueError, TypeError
         If an argument does not fit the source.
     StreamError
-        While streaming: if a value is NaN, infinite or not exact in *dtype*, the data
-        changed, or a one-shot source ran out; the message names the place.
-    OrderError
-        While streaming, with ``order_check="raise"``.
+        While streaming: if a value is NaN, infinite or not exact in *dtype*, the data changed,
+        or a one-shot source ran out. With ``order_check="raise"`` also an :class:`OrderError`.
 
     Notes
     -----
-    *Guarantees.* Every epoch uses every row exactly once: rows that do not fill its last
-    batch open the first batch of the next epoch. The same source, seed and parameters give
-    the same batches, with or without prefetch.
+    Every epoch uses every row exactly once: rows that do not fill its last batch open the first
+    batch of the next epoch. The same source, seed and parameters give the same batches.
 
-    *Memory* does not grow with the number of rows: two windows of a shuffle buffer in the source's
+    Memory does not grow with the number of rows: two windows of a shuffle buffer in the source's
     own dtype, two blocks of the source, and one batch in *dtype*.
 
-    Until :meth:`fit_callback` or :meth:`advance` puts the first batch in, and again after
-    the stream has been closed, the buffer holds NaN, so that a fit without the callback
-    fails at once (integer buffers hold their type's smallest number instead, or the largest where
-    there is no sign; and PyMC casts the observations of a discrete variable to integers, which
-    have no NaN).
+    While the stream is closed, as it is at first, the buffer has no rows. A likelihood with a
+    ``total_size`` is NaN then, so that a fit without the callback fails at its first step.
 
     Examples
     --------
     >>> import numpy as np
     >>> import pymc as pm
-    >>> rng = np.random.default_rng(0)
-    >>> rows = rng.normal(size=(10_000, 1))
-    >>> ds = StreamingDataset(rows, batch_size=500)
+    >>> ds = StreamingDataset(np.random.normal(size=(10_000, 1)), batch_size=500)
     >>> with pm.Model():
     ...     mu = pm.Normal("mu")
     ...     y = pm.Normal("y", mu, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
@@ -140,7 +124,9 @@ class StreamingDataset:
                 f"batch_size={self._source.batch_size}; pass the same to both"
             )
         self._sample_shape = _match_shape(self._source, sample_shape)
-        self._dtype = _numeric_dtype(dtype)
+        self._dtype = np.dtype(pytensor.config.floatX if dtype is None else dtype)
+        if self._dtype.kind not in "iuf":
+            raise TypeError(f"dtype={dtype!r} is not a number; pass an integer or float dtype")
         self._total_size = TotalSize(total_size, self._source)
         self._reader = BatchReader(
             self._source,
@@ -152,11 +138,12 @@ class StreamingDataset:
             cycle=cycle,
             prefetch=prefetch,
         )
-        self._buffer = pytensor.shared(self._blank(), name=name)
-        self._buffer.tag.is_stream = True  # for who meets it in a model
+        self._buffer = pytensor.shared(self._no_rows(), name, shape=(None, *self._sample_shape))
+        self._buffer.tag.fit_callback = Offer(name, self)
         self._owner: object = None
-        self._withheld: np.ndarray | None = None
-        """What the buffer will hold when other rows leave it."""
+        """Token of the callback that drives the stream; None if none does."""
+        self._replaced: np.ndarray | None = None
+        """What the buffer holds again after ``rows()``."""
 
     @property
     def batch_size(self) -> int:
@@ -186,11 +173,7 @@ class StreamingDataset:
 
     @property
     def epoch(self) -> int:
-        """Epoch that the first row of the current batch belongs to, from 0.
-
-        Where the source has ended with no row left over, there is no such batch, and this is the
-        number of whole epochs.
-        """
+        """Epoch of the first row of the current batch, from 0; at the end, the number of epochs."""
         return self._reader.position.epoch + self._reader.ended
 
     @property
@@ -214,10 +197,7 @@ class StreamingDataset:
         return self._buffer[:, columns.index(column)]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield the batches of one epoch, the last as short as it comes.
-
-        The model's buffer and the state of the stream are left alone.
-        """
+        """Yield the batches of one epoch, the last as short as it comes; the buffer stays."""
         chunks = read_epochs(self._source, self._sample_shape, self._dtype, cycle=False)
         items = rebatch(chunks, self._batch_size)
         return (cast(item.rows, self._dtype) for item in items if isinstance(item, Batch))
@@ -229,24 +209,22 @@ class StreamingDataset:
         -------
         Callback
             For ``pm.fit(callbacks=[...])``, as the last one, so that the others see the batch
-            that the step used. It also serves :meth:`Inference.refine`; after an interrupt that
-            came while a fit waited for the next batch, that begins with the last one once more.
-            A newer callback takes the stream over, as :meth:`advance` does, and calling the older
-            one is an error. When the callback is no longer referenced, which is when
-            :func:`pymc.fit` returns or fails, the stream is closed; the next callback goes on with
-            the batch that no step has used yet.
+            that the step used. It also serves :meth:`Inference.refine`, which repeats a batch if
+            an interrupt came while the fit waited for the next one. A newer callback takes the
+            stream over, as :meth:`advance` does, and calling the older one is an error. When the
+            callback is no longer referenced, as after :func:`pymc.fit`, the stream is closed; the
+            next callback goes on with the batch that no step has used.
 
         Raises
         ------
         StreamError
             If the model in whose context this is called uses the stream wrongly: no observed
             variable depends on it, or one has another ``total_size``, or its log-likelihood is
-            not one independent term per row. Without a context, this is found after the first
-            step.
+            not one independent term per row. Without a context, the first step finds it.
         """
         self._require_own_rows()
-        self._owner = object()
-        callback = _FitCallback(self, self._owner)
+        callback = FitCallback(self)
+        self._owner = callback.token
         try:
             if not self._reader.is_open:
                 self._open()
@@ -261,39 +239,27 @@ class StreamingDataset:
     def advance(self) -> bool:
         """Put the next batch into the buffer, for loops of your own.
 
-        Returns
-        -------
-        bool
-            False if the source has ended, which happens only with ``cycle=False``; the buffer
-            then holds NaN.
+        A batch that a callback has put in, and that no step has used, counts as the next one.
+        False means that the source has ended (``cycle=False``), and that the buffer has no rows.
         """
         self._require_own_rows()
+        is_unused = self._owner is not None and self._reader.is_open
         self._owner = None
-        return self._advance()
+        return is_unused or self._advance()
 
     def rows(self, rows: Any) -> AbstractContextManager[None]:
         """Put rows of your own into the buffer for the length of a ``with`` block.
 
-        For what follows a fit: predictions and log-likelihoods of rows of your choice.
+        This serves predictions and log-likelihoods after a fit. The stream does not move
+        meanwhile, so that :meth:`advance` and :meth:`fit_callback` are refused, and afterwards
+        the buffer holds what it held before.
 
         Parameters
         ----------
         rows : ndarray, Source or Arrow table
-            Any number *n* of rows, all of which are held in memory: an array of shape
-            ``(n, *sample_shape)``, or a table or data frame that speaks Arrow, which is read
-            by the names of the stream's columns.
-
-        Returns
-        -------
-        context manager
-            Afterwards, also after an error, the buffer holds what it held before. The stream
-            does not move meanwhile: :meth:`advance` and :meth:`fit_callback` are refused.
-
-        Raises
-        ------
-        StreamError, ValueError, TypeError
-            If the rows are not of the stream's shape and columns, or hold a value that would
-            be refused in a batch.
+            Any number *n* of rows, which are held in memory: an array of shape
+            ``(n, *sample_shape)``, or a table or data frame, which is read by the names of the
+            stream's columns. They are checked as those of a batch are.
 
         Notes
         -----
@@ -309,8 +275,10 @@ class StreamingDataset:
         array([0., 0., 0.])
         """
         self._require_own_rows()
-        given = given_rows(rows, self.columns, self._sample_shape, self._dtype)
-        return self._lend(given)
+        source = _with_columns(rows, self.columns)
+        items = read_epochs(source, self._sample_shape, self._dtype, cycle=False)
+        blocks = [cast(item.rows, self._dtype) for item in items if isinstance(item, Chunk)]
+        return self._replace(np.concatenate(blocks))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the current batch, as plain JSON."""
@@ -323,20 +291,9 @@ class StreamingDataset:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position that :meth:`state_dict` gave.
+        """Go to a position that :meth:`state_dict` of a dataset of the same making gave.
 
-        The next :meth:`fit_callback` or :meth:`advance` puts the batch in that was current
-        then, since no step may have used it yet.
-
-        Parameters
-        ----------
-        state : dict
-            Of a dataset that was made in the same way.
-
-        Raises
-        ------
-        ValueError
-            If the source, its seed or the batch size differ.
+        The batch that was current then comes next, since no step may have used it yet.
         """
         for key, mine in self.state_dict().items():
             if key not in Position._fields and state[key] != mine:
@@ -348,23 +305,21 @@ class StreamingDataset:
         self._reader.go_to(Position(*(state[key] for key in Position._fields)))
 
     def close(self) -> None:
-        """End the thread, close the files, and put NaN in the buffer.
-
-        The position is kept: :meth:`fit_callback` or :meth:`advance` go on from there.
-        """
-        if self._withheld is not None:
-            self._withheld = self._blank()
+        """End the thread, close the files, and leave no rows in the buffer, but keep the place."""
+        if self._replaced is not None:
+            self._replaced = self._no_rows()
         else:
-            self._buffer.set_value(self._blank(), borrow=True)
+            self._buffer.set_value(self._no_rows(), borrow=True)
         self._reader.stop()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the thread and the open files behind; a copy goes on from the same batch."""
-        return {**self.__dict__, "_owner": None, "_withheld": None}
+        return {**self.__dict__, "_owner": None, "_replaced": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._buffer.set_value(self._blank(), borrow=True)
+        self._buffer.tag.fit_callback.bind(self)
+        self._buffer.set_value(self._no_rows(), borrow=True)
 
     def __copy__(self) -> "StreamingDataset":
         raise TypeError("a shallow copy would share the buffer; use copy.deepcopy")
@@ -375,25 +330,23 @@ class StreamingDataset:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _blank(self) -> np.ndarray:
-        shape = (self._batch_size, *self._sample_shape)
-        return np.full(shape, blank(self._dtype), self._dtype)
+    def _no_rows(self) -> np.ndarray:
+        return np.empty((0, *self._sample_shape), self._dtype)
 
     @contextmanager
-    def _lend(self, rows: np.ndarray) -> Iterator[None]:
+    def _replace(self, rows: np.ndarray) -> Iterator[None]:
         self._require_own_rows()
-        batch = self._buffer.get_value(borrow=True)
         try:
-            self._withheld = batch
+            self._replaced = self._buffer.get_value(borrow=True)
             self._buffer.set_value(rows, borrow=True)
             yield
         finally:
-            if self._withheld is not None:
-                self._buffer.set_value(self._withheld, borrow=True)
-                self._withheld = None
+            if self._replaced is not None:
+                self._buffer.set_value(self._replaced, borrow=True)
+                self._replaced = None
 
     def _require_own_rows(self) -> None:
-        if self._withheld is not None:
+        if self._replaced is not None:
             raise StreamError("the buffer holds other rows; leave the `with ds.rows(...)` first")
 
     def _open(self) -> None:
@@ -418,7 +371,7 @@ class StreamingDataset:
         try:
             batch = self._reader.next(used=used)
             if batch is not None and len(batch.rows) == self._batch_size:
-                # As set_value does, which takes microseconds to check a type that is known here.
+                # set_value would take microseconds to check a type that is known here.
                 self._buffer.container.storage[0] = cast(batch.rows, self._dtype)
                 return True
         except KeyboardInterrupt:
@@ -438,53 +391,26 @@ class StreamingDataset:
         return False
 
     def _pause(self) -> None:
-        """Stop where PyMC takes a fit for complete: ``Inference.refine`` steps before it calls."""
+        """Stop, but keep the batch for a callback: ``Inference.refine`` steps before it calls."""
         if self._owner is None:
             self.close()
         else:
             self._reader.stop()
 
 
-class _FitCallback(Callback):
-    """Put the next batch in after each step."""
-
-    is_of_stream = True  # for who is handed it among others
-
-    def __init__(self, dataset: StreamingDataset, token: object):
-        self._dataset = dataset
-        self._token = token
-        self._checked: tuple[Any, ...] = ()
-        self._approx: Any = None
-        weakref.finalize(self, _release, weakref.ref(dataset), token)
-
-    def check(self, model: Model) -> None:
-        factors = (model, *model.basic_RVs, *model.potentials)
-        if factors != self._checked:
-            check_model(model, self._dataset.as_tensor(), self._dataset.total_size)
-            self._checked = factors
-
-    def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
-        if losses is None and not isinstance(approx, Empirical):
-            raise StreamError(WITHOUT_LOSS)
-        if self._dataset._owner is not self._token:
-            raise StreamError(
-                "advance() or a newer fit_callback() of this dataset has taken the stream over; "
-                "use the newest callback, or a dataset for each fit"
-            )
-        if approx is not self._approx:
-            self.check(approx.model)
-            check_other_streams(approx.model, self._dataset.as_tensor())
-            self._approx = approx
-        if not self._dataset._advance():
-            raise StopIteration(f"the stream ended at step {i}")
-
-
-def _release(dataset: "weakref.ref[StreamingDataset]", token: object) -> None:
-    """Close the stream of a callback that is gone, unless a newer one owns it."""
-    owned = dataset()
-    if owned is not None and owned._owner is token:
-        owned.close()
-        owned._reader.conclude()
+def _with_columns(rows: Any, columns: tuple[str, ...] | None) -> Source:
+    """Return a source of *rows* that has the *columns* of a stream."""
+    if is_arrow(rows) and columns is not None:
+        table = import_pyarrow().table(rows)  # a reader gives its rows only once
+        rows = arrow_source(lambda: table, columns=columns)
+    source = as_source(rows)
+    source.probe()
+    if columns is not None and source.columns not in (None, columns):
+        raise ValueError(
+            f"rows has columns {source.columns} where the stream has {columns}; "
+            "pass columns=[...] to the source"
+        )
+    return source
 
 
 def _match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -501,10 +427,3 @@ def _match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[
             + (f", columns {list(source.columns)}" if source.columns else "")
         )
     return shape
-
-
-def _numeric_dtype(dtype: Any) -> np.dtype:
-    chosen = np.dtype(pytensor.config.floatX if dtype is None else dtype)
-    if chosen.kind not in "iuf":
-        raise TypeError(f"dtype={dtype!r} is not a number; pass an integer or float dtype")
-    return chosen

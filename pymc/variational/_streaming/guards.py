@@ -37,7 +37,6 @@ from pymc.variational.minibatch_rv import MinibatchRandomVariable
 
 __all__ = [
     "WITHOUT_LOSS",
-    "blank",
     "check_model",
     "check_other_streams",
     "depends_on",
@@ -47,18 +46,19 @@ __all__ = [
 _UNCOMPILED = Mode(linker="py", optimizer="minimum_compile")
 
 _UNCHECKED = _UNCOMPILED.register((in2out(local_remove_check_parameter), 0))
-"""Parameters are checked for all rows at once, which one row may fail that others do not."""
+"""Parameters are checked for all rows at once, and some of the rows tried here may fail."""
 
 _JITTERS = (0.1, 0.1, 0.1, 0.01, 0.01, 0.001)
 """How far from the initial point to look for one where the log-likelihood is finite."""
 
 _FAR = 1e6
-"""Beyond the numbers that stand for missing values, such as -999 and 99999."""
+"""A value beyond the numbers that stand for missing values, such as -999 and 99999."""
 
 _MAX_TRIES = 16
+"""How many sets of columns may hold extreme values, one set after the other."""
 
 _Terms = Callable[[np.ndarray], list[np.ndarray]]
-"""From a batch to the log-likelihood of each row, for each likelihood."""
+"""Function from a batch to the log-likelihood of each row, for each likelihood."""
 
 WITHOUT_LOSS = (
     "the fit has no loss, because of score=False or a method without one, such as ASVGD: PyMC "
@@ -71,20 +71,9 @@ WITHOUT_LOSS = (
 def check_model(model: Model, buffer: SharedVariable, total_size: int | None) -> None:
     """Refuse a model whose posterior would be wrong with minibatches in *buffer*.
 
-    Parameters
-    ----------
-    model : Model
-    buffer : SharedVariable
-        Holds a batch of the stream, which the checks use; it is left as it is.
-    total_size : int or None
-        Rows of the whole stream.
-
-    Raises
-    ------
-    StreamError
-        If the model does not depend on the stream, if an observed variable that does has no
-        or another ``total_size``, if its log-likelihood is not one term per row of the batch,
-        or if an unobserved variable depends on the stream.
+    The checks use the batch that is there. They raise a StreamError if the model does not depend
+    on the stream, if an unobserved variable does, or if an observed one that does has no or
+    another *total_size*, or a log-likelihood that is not one term per row.
     """
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     potentials = [p for p in model.potentials if depends_on(model, p, buffer)]
@@ -114,31 +103,19 @@ def check_model(model: Model, buffer: SharedVariable, total_size: int | None) ->
         )
 
 
-def check_other_streams(model: Model, buffer: SharedVariable) -> None:
-    """Refuse a model that uses another stream than that of *buffer*, which holds no rows.
+def check_other_streams(model: Model) -> None:
+    """Refuse a model that uses a stream without rows, beside one whose callback was called.
 
-    Where its values are counts, PyMC takes them for impossible ones, and fits the rest.
+    PyMC computes a loss without them where no total_size scales them, as in a Potential.
     """
     for a in ancestors([*model.basic_RVs, *model.rvs_to_values.values(), *model.potentials]):
-        if not isinstance(a, SharedVariable) or a.container is buffer.container:
+        if not isinstance(a, SharedVariable) or not hasattr(a.tag, "fit_callback"):
             continue
-        if getattr(a.tag, "is_stream", False) and _is_blank(a.get_value(borrow=True)):
+        if not len(a.get_value(borrow=True)):
             raise StreamError(
                 f"the model also uses the stream {a.name!r}, which has no rows yet; "
                 "pass its fit_callback() to the fit, too"
             )
-
-
-def _is_blank(batch: np.ndarray) -> bool:
-    return np.array_equal(batch, np.full_like(batch, blank(batch.dtype)), equal_nan=True)
-
-
-def blank(dtype: np.dtype) -> float | int:
-    """Return what a stream's buffer holds everywhere while it holds no rows."""
-    if dtype.kind == "f":
-        return np.nan
-    limits = np.iinfo(dtype)
-    return limits.min or limits.max
 
 
 def depends_on(model: Model, var: Variable, buffer: SharedVariable) -> bool:
@@ -153,8 +130,7 @@ def depends_on(model: Model, var: Variable, buffer: SharedVariable) -> bool:
 
 def _check_total_size(rv: Variable, total_size: int | None) -> None:
     found = total_size_of(rv)
-    expected = [] if total_size is None else [total_size]
-    if found == expected:
+    if found == ([] if total_size is None else [total_size]):
         return
     if not found:
         problem = "has no total_size, so its likelihood counts one batch instead of all rows"
@@ -190,7 +166,8 @@ def _check_rows(model: Model, likelihoods: Sequence[Variable], buffer: SharedVar
     for rv, term in zip(likelihoods, terms):
         _check_shape(rv, term, len(batch))
     for rv, term, rolled in zip(likelihoods, terms, logps(np.roll(batch, 1, axis=0))):
-        if not _same_but_for_rounding(rolled, np.roll(term, 1, axis=0)):
+        # At another place in the batch, products of matrices may round a row differently.
+        if not _same(rolled, np.roll(term, 1, axis=0), rtol=1e-9, atol=1e-8):
             raise _tied(rv)
     for kept, others in _with_other_rows(batch, logps):
         for rv, term, other in zip(likelihoods, terms, others):
@@ -217,18 +194,20 @@ def _tied(rv: Variable) -> StreamError:
 
 def _with_other_rows(batch: np.ndarray, logps: _Terms) -> Iterator[tuple[slice, list[np.ndarray]]]:
     """Yield slices of the rows that are kept, and the terms where the others are replaced."""
+    # First, other rows of the batch: a row's term must not change when its neighbours do.
     for first in (0, 1):
         replaced, kept = slice(first, None, 2), slice(1 - first, None, 2)
         other = batch.copy()
         other[replaced] = np.resize(batch[kept], batch[replaced].shape)
         yield kept, logps(other)
-    for row in _strange_rows(batch):
-        for terms in _with_strange_row(batch, row, logps):
+    # Then values that this batch may not have: a model can filter on them or divide by them.
+    for row in _extreme_rows(batch):
+        for terms in _with_extreme_row(batch, row, logps):
             yield slice(1, None, 2), terms
 
 
-def _strange_rows(batch: np.ndarray) -> list[np.ndarray]:
-    """Return rows whose values no batch may have had yet, of the kind that models filter out."""
+def _extreme_rows(batch: np.ndarray) -> list[np.ndarray]:
+    """Return a row of zeros, and rows of numbers far below and above all of the batch."""
     limits = np.iinfo(batch.dtype) if batch.dtype.kind in "iu" else np.finfo(batch.dtype)
     far = _FAR + 10 * np.abs(batch.astype("float64")).max(axis=0)
     return [
@@ -237,12 +216,13 @@ def _strange_rows(batch: np.ndarray) -> list[np.ndarray]:
     ]
 
 
-def _with_strange_row(
+def _with_extreme_row(
     batch: np.ndarray, row: np.ndarray, logps: _Terms
 ) -> Iterator[list[np.ndarray]]:
-    """Yield the terms with *row* in every other place.
+    """Yield the terms where *row* replaces every other row.
 
-    Where the model refuses it, as it does an index that is out of range, fewer columns are tried.
+    Where the model fails, as it does for an index that is out of range, the columns are halved,
+    and each half is tried, until a single column is left out.
     """
     columns = [np.arange(row.size)]
     for _ in range(_MAX_TRIES):
@@ -288,7 +268,7 @@ def _finite_point(
 ) -> list[np.ndarray]:
     """Return a random point near *start*, where most terms are finite if there is any such."""
     rng = np.random.default_rng(0)
-    found: dict[float, list[np.ndarray]] = {}
+    found: dict[float, list[np.ndarray]] = {}  # by the share of finite terms
     for size in _JITTERS:
         point = [_jitter(value, size, rng) for value in start]
         finite = min(np.isfinite(term).sum() / max(1, term.size) for term in terms(point))
@@ -317,12 +297,6 @@ def _jitter(value: np.ndarray, size: float, rng: np.random.Generator) -> np.ndar
     return (value + rng.uniform(-size, size, value.shape)).astype(value.dtype)
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether terms of the same rows at the same places are the same."""
-    rtol = 1e-5 if a.dtype == np.float32 else 1e-12
-    return np.allclose(a, b, rtol=rtol, atol=0, equal_nan=True)
-
-
-def _same_but_for_rounding(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether terms of rows at other places, where products of matrices may round, are the same."""
-    return np.allclose(a, b, rtol=1e-5 if a.dtype == np.float32 else 1e-9, equal_nan=True)
+def _same(a: np.ndarray, b: np.ndarray, *, rtol: float = 1e-12, atol: float = 0) -> bool:
+    rtol = 1e-5 if a.dtype == np.float32 else rtol
+    return np.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)

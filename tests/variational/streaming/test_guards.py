@@ -281,7 +281,7 @@ def test_wrong_models_are_refused_before_the_first_step(ds, build, message):
         build(ds.as_tensor(), ds.total_size)
         with pytest.raises(StreamError, match=message):
             ds.fit_callback()
-    assert np.isnan(ds.as_tensor().get_value()).all()
+    assert ds.as_tensor().get_value().shape == (0, 6)
 
 
 @pytest.mark.parametrize("build", ACCEPTED.values(), ids=ACCEPTED)
@@ -333,7 +333,7 @@ def test_what_is_added_after_the_callback_is_checked_at_its_first_call(ds):
 def test_a_model_that_has_not_changed_is_checked_once(ds, monkeypatch):
     checked = []
     monkeypatch.setattr(
-        "pymc.variational._streaming.dataset.check_model", lambda *args: checked.append(args)
+        "pymc.variational._streaming.callback.check_model", lambda *args: checked.append(args)
     )
     with pm.Model():
         pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 0], total_size=60)

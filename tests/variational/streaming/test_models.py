@@ -87,7 +87,7 @@ class TestGroups:
         ds = StreamingDataset(exact, batch_size=2, dtype=dtype)
         with ds:
             ds.advance()
-            index = ds.as_tensor()[:, 0].astype("int64").eval()
+            index = ds.as_tensor()[:, 0].astype("int64").eval(mode=QUICK)
             assert index.tolist() == [limit - 1, limit]
         with pytest.raises(StreamError, match=f"holds {limit + 1} .* cannot hold exactly"):
             ds.rows(exact + 1)
@@ -117,8 +117,7 @@ class TestAfterTheFit:
     def test_pictures_show_the_model(self, page):
         assert "mean --> y" in page["picture"]
         graphviz = pytest.importorskip("graphviz")
-        with page["ds"].rows(page["held_out"]):
-            assert isinstance(page["named"].to_graphviz(), graphviz.Digraph)
+        assert isinstance(page["named"].to_graphviz(), graphviz.Digraph)
 
 
 class TestOtherDataBesideStreams:
@@ -184,13 +183,13 @@ class TestRowsInThePlaceOfABatch:
             raise ZeroDivisionError
         np.testing.assert_array_equal(self.buffer(ds), batch)
 
-    def test_a_stream_that_is_closed_meanwhile_leaves_nan(self, ds):
+    def test_a_stream_that_is_closed_meanwhile_leaves_no_rows(self, ds):
         """As when the callback of a fit is collected: the old batch would be a stale one."""
         ds.advance()
         with ds.rows(np.zeros((3, 2))):
             ds.close()
             assert self.buffer(ds).tolist() == [[0, 0]] * 3
-        assert np.isnan(self.buffer(ds)).all()
+        assert self.buffer(ds).shape == (0, 2)
         ds.advance()
         assert self.buffer(ds)[0, 0] == 0
 

@@ -264,7 +264,7 @@ def _refuse_missing_rows(
                 "needs all rows of every likelihood; observe them through a StreamingDataset, "
                 "which takes arrays too"
             )
-        if getattr(a.tag, "is_stream", False) and getattr(a, "container", None) not in passed:
+        if hasattr(a.tag, "fit_callback") and getattr(a, "container", None) not in passed:
             raise StreamError(
                 f"{v.name!r} depends on the stream {a.name!r}, which was not passed; pass all "
                 "streams that the model uses"

@@ -180,7 +180,7 @@ def resumable_fit(
 
 
 def _refuse_step() -> None:
-    """Take the place of the step, which would spoil the parameters without rows."""
+    """Take the place of the step, which has no rows once the streams are closed."""
     raise StreamError(
         "the streams of this resumable_fit are closed; to go on, call resumable_fit again with "
         "more steps and the same path"

@@ -67,6 +67,8 @@ def epoch_of_step(n_steps: int) -> np.ndarray:
 
 def walk(average, approx, ds, means, *, last: bool = False, first_step: int = 1) -> None:
     """Take a step to each of the means, with `average` before or after the fit callback."""
+    if not len(ds.as_tensor().get_value()):
+        ds.advance()
     for i, mean in enumerate(means, first_step):
         approx.groups[0].shared_params["mu"].set_value(mean)
         if last:
