@@ -30,7 +30,7 @@ import pytest
 
 import pymc as pm
 
-from pymc.variational._streaming.preshuffle.tasks import _peak_memory
+from pymc.variational._streaming.preshuffle.passes import peak_memory
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
@@ -43,7 +43,7 @@ from tests.variational.streaming.strategies import numbered, write_layout
 
 TIMEOUT = 60
 ROOT = Path(__file__).parents[3]
-PEAK = f"import tests; from {_peak_memory.__module__} import _peak_memory; print(_peak_memory())"
+PEAK = f"import tests; from {peak_memory.__module__} import peak_memory; print(peak_memory())"
 PEAK_OF_A_LARGE_PARENTS_CHILD = f"""
 import subprocess, sys
 held = b"x" * 2**30

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["MARK_KEY", "PreshuffleMark", "check_marks", "read_mark"]
 
 MARK_KEY = b"pymc.preshuffle"
-_VERSION = 1
-_COMMON = "shuffle", "checksum", "n_rows"
-"""What all files of a shuffle agree on; footers, and so the identity, may not tell rows apart."""
+_VERSION = 2
+_COMMON = "shuffle", "n_rows"
+"""What all files of a shuffle agree on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,6 @@ class PreshuffleMark:
     """Digest of the sizes and footers of the files that were shuffled, and of the columns."""
     n_rows: int
     """Of the whole shuffle."""
-    checksum: str
-    """Order-independent checksum of all rows, in hexadecimal."""
     n_files: int
     index: int
     """Place of this file among the files of the shuffle, from 0."""
