@@ -23,9 +23,10 @@ import contextlib
 import os
 import time
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,9 +37,9 @@ from rich.text import Text
 
 from pymc.progress_bar import CustomProgress
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.preshuffle.passes import Gathered, Scattered, gather, scatter
+from pymc.variational._streaming.preshuffle.passes import Done, gather, scatter
 from pymc.variational._streaming.preshuffle.plan import Plan, cut_table, make_plan, parse_bytes
-from pymc.variational._streaming.preshuffle.publish import Workspace, open_workspace, publish
+from pymc.variational._streaming.preshuffle.publish import open_workspace, publish
 from pymc.variational._streaming.preshuffle.table import Table, is_unchanged, open_table
 from pymc.variational._streaming.preshuffle.types import add_dictionaries
 from pymc.variational._streaming.sources.base import positive_int
@@ -189,80 +190,92 @@ def preshuffle(
         _own_or(executor, plan) as pool,
         _progress(table.n_rows, progressbar) as advance,
     ):
-        run = _Run(plan, work, pool, advance)
-        scattered = run.scatter_all(table)
-        gathered = run.gather_all(scattered)
-        _require_all_rows(table, scattered, gathered)
+        pieces = enumerate(cut_table(table, plan.task_rows))
+        scattered = _run(scatter, pool, [(plan, work, *piece) for piece in pieces], advance)
+        shared = len(scattered.paths), _require_small(scattered.dictionaries, plan)
+        parts = range(plan.mark.n_files)
+        gathered = _run(gather, pool, [(plan, work, part, *shared) for part in parts], advance)
+        if not table.n_rows == scattered.rows == gathered.rows:
+            raise StreamError(
+                f"the source has {table.n_rows} rows, {scattered.rows} were read, "
+                f"{gathered.rows} are in the result; nothing was published; "
+                "check the disk and run preshuffle again"
+            )
         if not is_unchanged(table, source, filesystem):
             raise StreamError(
                 f"source={table.name!r} changed while it was being shuffled; "
                 "nothing was published; run preshuffle again when it is at rest"
             )
-        publish(work, [result.path for result in gathered])
-    between = sum(result.bytes for result in scattered)
+        publish(work, gathered.paths)
     return PreshuffleReport(
         rows=table.n_rows,
         piles=plan.n_partitions,
-        bytes_read=sum(file.size for file in table.files) + between,
-        bytes_written=between + sum(result.bytes for result in gathered),
+        bytes_read=sum(file.size for file in table.files) + scattered.bytes,
+        bytes_written=scattered.bytes + gathered.bytes,
         seconds=time.monotonic() - start,
-        peak_memory=max(result.peak for result in (*scattered, *gathered)),
+        peak_memory=max(scattered.peak, gathered.peak),
         destination=path,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """The two passes of one plan."""
+@dataclass(slots=True)
+class _Pass:
+    """What the tasks of a pass left behind, in the order of the tasks."""
 
-    plan: Plan
-    work: Workspace
-    pool: Executor
-    advance: Callable[[int], None]
-    """Tell the progress bar that a pass over so many rows is done."""
+    rows: int = 0
+    bytes: int = 0
+    peak: int = 0
+    paths: list[str] = field(default_factory=list)
+    dictionaries: dict[str, "pyarrow.Array"] = field(default_factory=dict)
 
-    def scatter_all(self, table: Table) -> list[Scattered]:
-        pieces = cut_table(table, self.plan.task_rows)
-        return self._map(scatter, [(index, piece) for index, piece in enumerate(pieces)])
+    def add(self, done: Done) -> None:
+        self.rows += done.rows
+        self.bytes += done.bytes
+        self.peak = max(self.peak, done.peak)
+        self.paths.append(done.path)
+        add_dictionaries(self.dictionaries, done.dictionaries)
 
-    def gather_all(self, scattered: list[Scattered]) -> list[Gathered]:
-        plan = self.plan
-        totals = sum(result.totals for result in scattered)
-        dictionaries: dict[str, pyarrow.Array] = {}
-        for result in scattered:
-            add_dictionaries(dictionaries, result.dictionaries)
-        size = sum(values.nbytes for values in dictionaries.values())
-        if size > plan.block_bytes:
-            raise StreamError(
-                f"dictionary columns {list(dictionaries)} have {size} bytes of distinct values, "
-                f"memory_limit leaves {plan.block_bytes}; raise it, or decode them"
-            )
-        firsts = range(0, plan.n_partitions, plan.partitions_per_file)
-        parts = [totals[first : first + plan.partitions_per_file] for first in firsts]
-        return self._map(
-            gather, [(index, len(scattered), part, dictionaries) for index, part in enumerate(parts)]
+
+def _run(
+    function: Callable[..., Done],
+    pool: Executor,
+    tasks: list[tuple],
+    advance: Callable[[int], None],
+) -> _Pass:
+    """Run all tasks of a pass; if one fails, those that have not started never do."""
+    result, futures = _Pass(), deque[Future]()
+    try:
+        for task in tasks:
+            futures.append(pool.submit(function, *task))
+        while futures:
+            done = futures[0].result()
+            futures.popleft()
+            result.add(done)
+            advance(done.rows)
+        return result
+    except BaseException as err:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        if isinstance(err, StreamError) or not isinstance(err, Exception):
+            raise
+        text = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
+        raise StreamError(
+            f"preshuffle stopped ({text}); nothing was published; remove the cause and run it again"
+        ) from err
+
+
+def _require_small(
+    dictionaries: dict[str, "pyarrow.Array"], plan: Plan
+) -> dict[str, "pyarrow.Array"]:
+    """Return dictionaries that each task can hold."""
+    size = sum(values.nbytes for values in dictionaries.values())
+    if size > plan.block_bytes:
+        raise StreamError(
+            f"dictionary columns {list(dictionaries)} have {size} bytes of distinct values, "
+            f"memory_limit leaves {plan.block_bytes}; raise it, or decode them"
         )
-
-    def _map(self, function: Callable, arguments: list[tuple]) -> list:
-        """Run a task for each of *arguments*; if one fails, none of the others starts."""
-        futures: list[Future] = []
-        try:
-            for each in arguments:
-                futures.append(self.pool.submit(function, self.plan, self.work, *each))
-            for future in as_completed(futures):
-                self.advance(future.result().rows)
-            return [future.result() for future in futures]
-        except BaseException as err:
-            for future in futures:
-                future.cancel()
-            wait(futures)
-            if isinstance(err, StreamError) or not isinstance(err, Exception):
-                raise
-            text = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
-            raise StreamError(
-                f"preshuffle stopped ({text}); nothing was published; "
-                "remove the cause and run it again"
-            ) from err
+    return dictionaries
 
 
 def _check_arguments(
@@ -312,17 +325,6 @@ def _sees(fs: "pyarrow.fs.FileSystem", table: Table) -> bool:
 
 def _is_inside(path: str, folder: str) -> bool:
     return f"{path.strip('/')}/".startswith(f"{folder.strip('/')}/")
-
-
-def _require_all_rows(
-    table: Table, scattered: list[Scattered], gathered: list[Gathered]
-) -> None:
-    read, written = (sum(result.rows for result in results) for results in (scattered, gathered))
-    if not table.n_rows == read == written:
-        raise StreamError(
-            f"the source has {table.n_rows} rows, {read} were read, {written} are in the result; "
-            "nothing was published; check the disk and run preshuffle again"
-        )
 
 
 @contextlib.contextmanager

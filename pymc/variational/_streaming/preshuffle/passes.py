@@ -39,7 +39,7 @@ import uuid
 import zlib
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +66,11 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
 
-__all__ = ["Gathered", "Scattered", "gather", "peak_memory", "scatter"]
+__all__ = ["Done", "gather", "peak_memory", "scatter"]
 
 _LABELS, _ORDER, _SUBLABELS = range(3)
 """What random numbers are for: the first word of each spawn key."""
-_MESSAGE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc", "<u8")])
+_MESSAGE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("rows", "<i8"), ("crc", "<i8")])
 _SAMPLED_ROWS = 1 << 14
 _REPEATS = 8
 """Values of a column of numbers must occur so often, on average, to be written as a dictionary."""
@@ -81,31 +81,20 @@ _entrance = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class Scattered:
-    """What a task of the first pass leaves behind."""
-
-    rows: int
-    bytes: int
-    """Size of the scratch file."""
-    totals: np.ndarray
-    """Bytes and rows of each partition, shape (n_partitions, 2)."""
-    dictionaries: dict[str, "pyarrow.Array"]
-    """Values of the dictionary columns, in order of appearance."""
-    peak: int
-    """Largest resident size of the process so far, in bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gathered:
-    """What a task of the second pass leaves behind."""
+class Done:
+    """What a task leaves behind."""
 
     rows: int
     path: str
     bytes: int
+    """Size of the file at *path*."""
     peak: int
+    """Largest resident size of the process so far, in bytes."""
+    dictionaries: dict[str, "pyarrow.Array"] = field(default_factory=dict)
+    """Values of the dictionary columns that a task of the first pass read, as they appeared."""
 
 
-def scatter(plan: Plan, work: Workspace, index: int, pieces: Sequence[Piece]) -> Scattered:
+def scatter(plan: Plan, work: Workspace, index: int, pieces: Sequence[Piece]) -> Done:
     """Read row groups, and write each row to a random partition of a scratch file."""
     dictionaries: dict[str, pyarrow.Array] = {}
 
@@ -124,11 +113,10 @@ def scatter(plan: Plan, work: Workspace, index: int, pieces: Sequence[Piece]) ->
     with _memory_for_a_task(plan.at_once):
         path = _scratch_path(work, index)
         labels = _generator(plan.seed, _LABELS, index)
-        totals, size = _scatter_rows(
+        rows, size = _scatter_rows(
             work.scratch_fs, path, read(), plan.n_partitions, labels, plan.block_bytes
         )
-        rows = int(totals[:, 1].sum())
-        return Scattered(rows, size, totals, dictionaries, peak_memory())
+        return Done(rows, path, size, peak_memory(), dictionaries)
 
 
 def gather(
@@ -136,19 +124,15 @@ def gather(
     work: Workspace,
     index: int,
     n_scattered: int,
-    totals: np.ndarray,
     dictionaries: Mapping[str, "pyarrow.Array"],
-) -> Gathered:
-    """Write some partitions, each in random order, as file *index* of the result.
-
-    *totals* are the bytes and rows of each of these partitions, in *n_scattered* scratch files.
-    """
+) -> Done:
+    """Write some partitions of *n_scattered* scratch files, each in random order, to a file."""
     paths = [_scratch_path(work, task) for task in range(n_scattered)]
-    first = index * plan.partitions_per_file
+    partitions = range(plan.n_partitions)[index * plan.partitions_per_file :]
     batches = (
         restore(batch, plan.schema, dictionaries)
-        for partition, (size, rows) in enumerate(totals.tolist(), first)
-        for batch in _shuffle(plan, work, paths, (partition,), size, rows)
+        for partition in partitions[: plan.partitions_per_file]
+        for batch in _shuffle(plan, work, paths, (partition,))
     )
     with _memory_for_a_task(plan.at_once):
         path = f"{work.parts}/{uuid.uuid4().hex}.parquet"
@@ -156,7 +140,7 @@ def gather(
         if is_local(work.parts_fs):
             flush(path)
         written, _ = inspect(work.parts_fs, path)
-        return Gathered(written.n_rows, path, written.size, peak_memory())
+        return Done(written.n_rows, path, written.size, peak_memory())
 
 
 def peak_memory() -> int:
@@ -208,31 +192,22 @@ def _scatter_rows(
     n_partitions: int,
     rng: np.random.Generator,
     block_bytes: int,
-) -> tuple[np.ndarray, int]:
-    """Write a scratch file, holding about *block_bytes* of rows twice.
-
-    Returns
-    -------
-    totals : ndarray, shape (n_partitions, 2)
-        Bytes and rows of each partition.
-    size : int
-        Bytes of the file.
-    """
-    index = []
-    totals = np.zeros((n_partitions, 2), np.int64)
+) -> tuple[int, int]:
+    """Write a scratch file, holding about *block_bytes* of rows twice; return its rows and size."""
+    index, rows = [], 0
     with fs.open_output_stream(path) as sink:
         for block in _join(batches, block_bytes):
             labels = rng.integers(0, n_partitions, block.num_rows, dtype=np.uint16)
             counts = np.bincount(labels, minlength=n_partitions)
             block = _take(block, np.argsort(labels, kind="stable"))
             index.append(_write_block(sink, block, counts))
-            totals += np.column_stack([index[-1]["size"], counts])
+            rows += block.num_rows
         start = sink.tell()
         # For each partition, the messages of all blocks, so that a reader finds them together.
         by_partition = np.array(index, _MESSAGE).reshape(len(index), n_partitions).T
         sink.write(np.ascontiguousarray(by_partition).tobytes())
         sink.write(np.array([start, len(index)], "<i8").tobytes())
-        return totals, sink.tell()
+        return rows, sink.tell()
 
 
 def _join(
@@ -257,55 +232,60 @@ def _write_block(sink: Any, block: "pyarrow.RecordBatch", counts: np.ndarray) ->
     for partition in np.flatnonzero(counts):
         rows = int(counts[partition])
         data = block.slice(first, rows).serialize()
-        messages[partition] = sink.tell(), data.size, zlib.crc32(data)
+        messages[partition] = sink.tell(), data.size, rows, zlib.crc32(data)
         sink.write(data)
         first += rows
     return messages
 
 
-def _read_partition(
-    fs: "pyarrow.fs.FileSystem", paths: Sequence[str], partition: int, schema: "pyarrow.Schema"
-) -> Iterator["pyarrow.RecordBatch"]:
-    """Yield the rows of one partition in the order in which they were scattered."""
-    ipc = import_pyarrow().ipc
+def _find_messages(
+    fs: "pyarrow.fs.FileSystem", paths: Sequence[str], partition: int
+) -> list[tuple[str, np.ndarray]]:
+    """Return where the rows of one partition are in each scratch file."""
+    found = []
     for path in paths:
         with fs.open_input_file(path) as file:
             start, n_blocks = np.frombuffer(file.read_at(16, file.size() - 16), "<i8").tolist()
             length = n_blocks * _MESSAGE.itemsize
             index = np.frombuffer(file.read_at(length, start + partition * length), _MESSAGE)
-            for offset, size, crc in index[index["size"] > 0].tolist():
+            found.append((path, index[index["size"] > 0]))
+    return found
+
+
+def _read_messages(
+    fs: "pyarrow.fs.FileSystem", found: list[tuple[str, np.ndarray]], schema: "pyarrow.Schema"
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield the rows of messages in the order in which they were scattered."""
+    for path, messages in found:
+        with fs.open_input_file(path) as file:
+            for offset, size, _, crc in messages.tolist():
                 data = file.read_at(size, offset)
                 if zlib.crc32(data) != crc:
                     raise StreamError(
                         f"{path}: rows between the two passes are not those that were written; "
                         "nothing was published; check the disk, or pass another scratch=..."
                     )
-                yield ipc.read_record_batch(data, schema)
+                yield import_pyarrow().ipc.read_record_batch(data, schema)
 
 
 def _shuffle(
-    plan: Plan,
-    work: Workspace,
-    paths: Sequence[str],
-    place: tuple[int, ...],
-    size: int,
-    n_rows: int,
+    plan: Plan, work: Workspace, paths: Sequence[str], place: tuple[int, ...]
 ) -> Iterator["pyarrow.RecordBatch"]:
     """Yield the rows of a partition in random order, at most those of a row group at a time.
 
     A partition that memory cannot hold is scattered again, into partitions of its own; *place*
-    are the numbers of the partition and of those that it is a part of.
+    are the numbers of the partitions that it is a part of, and its own.
     """
-    batches = _read_partition(work.scratch_fs, paths, place[-1], plan.plain)
+    found = _find_messages(work.scratch_fs, paths, place[-1])
+    size, n_rows = (sum(int(m[name].sum()) for _, m in found) for name in ("size", "rows"))
+    batches = _read_messages(work.scratch_fs, found, plan.plain)
     if size > plan.block_bytes and n_rows > 1:
         path = f"{work.scratch}/{uuid.uuid4().hex}.rows"
         n_partitions = min(math.ceil(1.5 * size / plan.block_bytes), n_rows, MAX_PARTITIONS)
         labels = _generator(plan.seed, _SUBLABELS, *place)
-        totals, _ = _scatter_rows(
-            work.scratch_fs, path, batches, n_partitions, labels, plan.block_bytes
-        )
-        for part, (size, n_rows) in enumerate(totals.tolist()):
-            yield from _shuffle(plan, work, [path], (*place, part), size, n_rows)
+        _scatter_rows(work.scratch_fs, path, batches, n_partitions, labels, plan.block_bytes)
+        for partition in range(n_partitions):
+            yield from _shuffle(plan, work, [path], (*place, partition))
         work.scratch_fs.delete_file(path)
     elif n_rows:
         rows = _concatenate(list(batches))

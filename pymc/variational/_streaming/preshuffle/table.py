@@ -205,5 +205,4 @@ def _sample(table: Table) -> Iterator["pyarrow.RecordBatch"]:
         batches = read_batches(
             table.fs, file, columns=table.columns, row_groups=[group], batch_rows=n_rows
         )
-        yield next(batches)[1]
-        batches.close()
+        yield next(iter(batches))[1]

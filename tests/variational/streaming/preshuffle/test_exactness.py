@@ -67,16 +67,15 @@ def shuffle_five(seed: int, n_partitions: int, block_bytes: int) -> tuple[int, .
     fs.create_dir("scratch")
     work = SimpleNamespace(scratch_fs=fs, scratch="scratch")
     plan = SimpleNamespace(seed=seed, plain=SCHEMA, block_bytes=block_bytes, row_group_rows=2)
-    paths, totals = [], 0
+    paths = []
     for task, rows in enumerate(([0, 1], [2, 3, 4])):
         paths.append(f"{task}")
         labels = passes._generator(seed, passes._LABELS, task)
         batches = [pa.record_batch([pa.array([row])], SCHEMA) for row in rows]
-        found, _ = passes._scatter_rows(fs, paths[-1], batches, n_partitions, labels, 1 << 10)
-        totals = totals + found
+        passes._scatter_rows(fs, paths[-1], batches, n_partitions, labels, 1 << 10)
     shuffled = []
-    for partition, (size, n_rows) in enumerate(totals.tolist()):
-        for batch in passes._shuffle(plan, work, paths, (partition,), size, n_rows):
+    for partition in range(n_partitions):
+        for batch in passes._shuffle(plan, work, paths, (partition,)):
             shuffled += batch["row"].to_pylist()
     return tuple(shuffled)
 

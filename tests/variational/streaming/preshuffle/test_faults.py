@@ -249,7 +249,9 @@ def test_rows_that_scratch_loses_are_missed(source, tmp_path, scratch):
         data[start:-16] = bytes(len(data) - start - 16)
         file.write_bytes(data)
 
-    with pytest.raises(StreamError, match=r"has 20000 rows, 20000 were read, \d+ are in the result"):
+    with pytest.raises(
+        StreamError, match=r"has 20000 rows, 20000 were read, \d+ are in the result"
+    ):
         shuffle(source, executor=at(16, lose), scratch=scratch)
     assert os.listdir(tmp_path) == ["in"]
 
@@ -285,9 +287,7 @@ def test_a_second_run_is_refused(source, tmp_path):
     require_whole(tmp_path)
 
 
-def test_an_unfinished_upload_is_refused_by_a_source_and_replaced_by_the_next_run(
-    source, tmp_path
-):
+def test_an_unfinished_upload_is_refused_by_a_source_and_replaced_by_the_next_run(source, tmp_path):
     shuffle(source)
     min((tmp_path / "out").iterdir()).unlink()
     (tmp_path / "out" / "_unfinished").touch()

@@ -438,9 +438,7 @@ def test_an_interrupt_of_the_command_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "preshuffle", interrupted)
     assert cli.main(["preshuffle", "in", "out", "--seed", "0"]) == 130
-    assert capsys.readouterr().err == (
-        "interrupted; nothing unfinished was published\n"
-    )
+    assert capsys.readouterr().err == ("interrupted; nothing unfinished was published\n")
 
 
 def test_what_is_at_the_destination_is_replaced_only_if_asked(tmp_path):
