@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {message}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from the tasks that are done\n")
+        sys.stderr.write("interrupted; nothing unfinished was published\n")
         return 130
     sys.stdout.write(f"{report}\n")
     return 0
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add("source", nargs="+", metavar="SRC", help="file, directory, glob or URI")
     add("destination", metavar="DST", help="directory or URI for the result")
-    add("--seed", type=int, required=True, help="of the permutation")
+    add("--seed", type=int, required=True, help="seed of the permutation")
     add("--columns", type=_names, metavar="A,B", help="columns to keep; default: all")
     add("--memory-limit", default="512MB", metavar="SIZE", help="default: %(default)s")
     add("--scratch", metavar="DIR", help="for rows between the passes; default: beside DST")

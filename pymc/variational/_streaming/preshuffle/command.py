@@ -23,9 +23,10 @@ import contextlib
 import os
 import time
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,21 +37,17 @@ from rich.text import Text
 
 from pymc.progress_bar import CustomProgress
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.preshuffle.passes import Passes, add_checksums
-from pymc.variational._streaming.preshuffle.plan import (
-    Plan,
-    Table,
-    make_plan,
-    open_table,
-    parse_bytes,
-)
-from pymc.variational._streaming.preshuffle.staging import Staging, open_staging
-from pymc.variational._streaming.preshuffle.tasks import Gathered, Scattered
+from pymc.variational._streaming.preshuffle.passes import Done, gather, scatter
+from pymc.variational._streaming.preshuffle.plan import Plan, cut_table, make_plan, parse_bytes
+from pymc.variational._streaming.preshuffle.publish import open_workspace, publish
+from pymc.variational._streaming.preshuffle.table import Table, is_unchanged, open_table
+from pymc.variational._streaming.preshuffle.types import add_dictionaries
 from pymc.variational._streaming.sources.base import positive_int
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
 from pymc.variational._streaming.sources.parquet.paths import Paths, resolve, stands_for
 
 if TYPE_CHECKING:
+    import pyarrow
     import pyarrow.fs
 
 __all__ = ["PreshuffleReport", "preshuffle"]
@@ -64,19 +61,19 @@ class PreshuffleReport:
 
     rows: int
     piles: int
-    """Parts that were each permuted in memory by itself; a file of the result holds some of them."""
+    """Partitions that were each permuted by itself; a file of the result holds some of them."""
     bytes_read: int
     """From source and scratch."""
     bytes_written: int
     """To scratch and destination."""
     seconds: float
     peak_memory: int
-    """Bytes: largest resident size of any process that took part, with all that was in it."""
+    """Largest resident size of any process that took part, in bytes, with all that was in it."""
     destination: str
 
     def __str__(self) -> str:
         return (
-            f"{self.destination}: {self.rows:,} rows shuffled in {self.piles} piles, "
+            f"{self.destination}: {self.rows:,} rows shuffled in {self.piles} partitions, "
             f"{self.bytes_read / 1e9:.2f} GB read, {self.bytes_written / 1e9:.2f} GB written, "
             f"{self.seconds:.1f} s ({self.rows / self.seconds:,.0f} rows/s), "
             f"peak memory {self.peak_memory / 1e9:.2f} GB"
@@ -107,27 +104,30 @@ def preshuffle(
     destination : path_like
         A directory for the result; local or a URI. It appears when all is done, at once.
     seed : int
-        Of the permutation. The same source, seed and memory limit give the same files.
+        Seed of the permutation. The same source, seed and memory limit give the same files.
     columns : sequence of str, optional
         The columns to keep. Default: all.
     memory_limit : int or str, default "512MB"
         By how much the memory of each process may grow, in bytes or as "512MB" or "2GiB".
     scratch : path_like, optional
-        A directory or URI for rows between the two passes, which takes as much room as the
-        rows uncompressed. All workers must reach it. Default: beside the destination.
+        A directory or URI for rows between the two passes, which take as much space as
+        uncompressed rows in memory; all workers must reach it. If *destination* is on an object
+        store, the result is built here, too. Default: beside a local *destination*, else the
+        directory for temporary files.
     executor : concurrent.futures.Executor, optional
         Runs the tasks: threads, processes, or a cluster, such as Dask's
         ``client.get_executor()``. Default: a thread per core, at most four.
     filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
-        Where *source* and *destination* live, if they are not local and no URIs.
+        Where *source* and *destination* are, if they are not local and no URIs.
     compression : str, default "lz4"
         Codec of the result. lz4 costs the least when the rows are streamed.
     row_group_size : int, optional
-        Rows. Default: at most 8 MB of them, and 262,144, what a source reads at a time.
+        Largest number of rows in a row group. Default: at most 8 MB of them, and 262,144, what a
+        source reads at a time.
     overwrite : bool, default False
-        Replace what is at *destination*, after the new rows are verified; on filesystems other
-        than local ones, the old files are deleted before the work.
+        Replace what is at *destination*, when the new rows are complete.
     progressbar : bool, default True
+        Show the rows that are done, and how many are done per second.
 
     Returns
     -------
@@ -142,19 +142,19 @@ def preshuffle(
         small; the message says how much is enough.
     StreamError
         If a source file changes meanwhile or cannot be read, another run writes to
-        *destination*, the disk is full, or the rows that were written are not those that were
-        read. Finished tasks are kept: the same call goes on from there.
+        *destination*, the disk is full, or rows between the passes were damaged. Nothing is
+        published then, and nothing is left: the same call starts over.
 
     Notes
     -----
-    Every row gets an independent random pile in a first pass over the source; a second pass
-    permutes each pile in memory. All permutations are equally likely. All columns keep their
+    Every row gets an independent random partition in a first pass over the source; a second pass
+    permutes each partition in memory. All permutations are equally likely. All columns keep their
     types, except that the indices of dictionary columns are at least int32, and the schema its
     metadata.
 
-    The number of rows and an order-independent checksum over all their values, as they were
-    read from the source and as they were handed to the writers of the result, are compared
-    before the result appears. The pages of its files carry checksums of their own, which
+    Before the result appears, the number of rows in its files is compared with that of the
+    source, and the source with what it was at the beginning. Rows between the passes carry
+    checksums that are verified when they are read; so do the pages of the result, which
     :func:`parquet_source` verifies.
 
     References
@@ -184,20 +184,98 @@ def preshuffle(
         compression=compression,
         row_group_size=row_group_size,
     )
-    room = None if scratch is None else os.fspath(scratch)
+    scratch = None if scratch is None else os.fspath(scratch)
     with (
-        open_staging(fs, path, overwrite=overwrite) as staging,
-        _progress(plan, progressbar) as advance,
+        open_workspace(fs, path, scratch=scratch, overwrite=overwrite) as work,
         _own_or(executor, plan) as pool,
+        _progress(table.n_rows, progressbar) as advance,
     ):
-        staging.resume(plan.shuffle + table.identity, room)
-        passes = Passes(plan, staging, pool, advance, *staging.scratch(room))
-        scattered, gathered = passes.run()
-        _verify(plan, scattered, gathered, staging)
-        _check_unchanged(table, source, columns, filesystem)
-        staging.clear_scratch(room)
-        staging.publish({passes.place(i)[0]: result.size for i, result in gathered.items()})
-    return _report(plan, scattered, gathered, time.monotonic() - start, path)
+        pieces = enumerate(cut_table(table, plan.task_rows))
+        scattered = _run(scatter, pool, [(plan, work, *piece) for piece in pieces], advance)
+        shared = len(scattered.paths), _require_small(scattered.dictionaries, plan)
+        parts = range(plan.mark.n_files)
+        gathered = _run(gather, pool, [(plan, work, part, *shared) for part in parts], advance)
+        if not table.n_rows == scattered.rows == gathered.rows:
+            raise StreamError(
+                f"the source has {table.n_rows} rows, {scattered.rows} were read, "
+                f"{gathered.rows} are in the result; nothing was published; "
+                "check the disk and run preshuffle again"
+            )
+        if not is_unchanged(table, source, filesystem):
+            raise StreamError(
+                f"source={table.name!r} changed while it was being shuffled; "
+                "nothing was published; run preshuffle again when it is at rest"
+            )
+        publish(work, gathered.paths)
+    return PreshuffleReport(
+        rows=table.n_rows,
+        piles=plan.n_partitions,
+        bytes_read=sum(file.size for file in table.files) + scattered.bytes,
+        bytes_written=scattered.bytes + gathered.bytes,
+        seconds=time.monotonic() - start,
+        peak_memory=max(scattered.peak, gathered.peak),
+        destination=path,
+    )
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What the tasks of a pass left behind, in the order of the tasks."""
+
+    rows: int = 0
+    bytes: int = 0
+    peak: int = 0
+    paths: list[str] = field(default_factory=list)
+    dictionaries: dict[str, "pyarrow.Array"] = field(default_factory=dict)
+
+    def add(self, done: Done) -> None:
+        self.rows += done.rows
+        self.bytes += done.bytes
+        self.peak = max(self.peak, done.peak)
+        self.paths.append(done.path)
+        add_dictionaries(self.dictionaries, done.dictionaries)
+
+
+def _run(
+    function: Callable[..., Done],
+    pool: Executor,
+    tasks: list[tuple],
+    advance: Callable[[int], None],
+) -> _Pass:
+    """Run all tasks of a pass; if one fails, those that have not started never do."""
+    result, futures = _Pass(), deque[Future]()
+    try:
+        for task in tasks:
+            futures.append(pool.submit(function, *task))
+        while futures:
+            done = futures[0].result()
+            futures.popleft()
+            result.add(done)
+            advance(done.rows)
+        return result
+    except BaseException as err:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        if isinstance(err, StreamError) or not isinstance(err, Exception):
+            raise
+        text = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
+        raise StreamError(
+            f"preshuffle stopped ({text}); nothing was published; remove the cause and run it again"
+        ) from err
+
+
+def _require_small(
+    dictionaries: dict[str, "pyarrow.Array"], plan: Plan
+) -> dict[str, "pyarrow.Array"]:
+    """Return dictionaries that each task can hold."""
+    size = sum(values.nbytes for values in dictionaries.values())
+    if size > plan.block_bytes:
+        raise StreamError(
+            f"dictionary columns {list(dictionaries)} have {size} bytes of distinct values, "
+            f"memory_limit leaves {plan.block_bytes}; raise it, or decode them"
+        )
+    return dictionaries
 
 
 def _check_arguments(
@@ -228,7 +306,7 @@ def _check_overlap(
         for root in roots
         if _is_inside(place, root) or stands_for(fs, root, f"{place}/part.parquet")
     ]
-    below = [file for file in table.paths if _is_inside(real(file), place)]
+    below = [file.path for file in table.files if _is_inside(real(file.path), place)]
     if inside or below:
         raise ValueError(
             f"destination={path!r} overlaps with source={(inside + below)[0]!r}; "
@@ -249,56 +327,6 @@ def _is_inside(path: str, folder: str) -> bool:
     return f"{path.strip('/')}/".startswith(f"{folder.strip('/')}/")
 
 
-def _verify(
-    plan: Plan,
-    scattered: dict[int, Scattered],
-    gathered: dict[int, Gathered],
-    staging: Staging,
-) -> None:
-    """Check that the rows that were written are those that were read."""
-    rows = sum(result.rows for result in gathered.values())
-    read, written = add_checksums(scattered.values()), add_checksums(gathered.values())
-    if rows != plan.table.n_rows or read != written:
-        staging.discard()
-        raise StreamError(
-            f"{rows} rows with checksum {written:016x} were written, {plan.table.n_rows} with "
-            f"{read:016x} were read; scratch or destination is not reliable, "
-            "nothing was published; check the disk and run preshuffle again"
-        )
-
-
-def _check_unchanged(
-    table: Table, source: Paths, columns: Sequence[str] | None, filesystem: Any
-) -> None:
-    """Check that the source still is what was shuffled."""
-    if open_table(source, columns, filesystem).identity != table.identity:
-        raise StreamError(
-            f"source={table.name!r} changed while it was being shuffled; "
-            "nothing was published; run preshuffle again when it is at rest"
-        )
-
-
-def _report(
-    plan: Plan,
-    scattered: dict[int, Scattered],
-    gathered: dict[int, Gathered],
-    seconds: float,
-    destination: str,
-) -> PreshuffleReport:
-    between = sum(result.piles.size for result in scattered.values())
-    written = sum(result.size for result in gathered.values())
-    peaks = [r.peak for r in scattered.values()] + [r.peak for r in gathered.values()]
-    return PreshuffleReport(
-        rows=plan.table.n_rows,
-        piles=plan.n_piles,
-        bytes_read=sum(file.size for file in plan.table.files) + between,
-        bytes_written=between + written,
-        seconds=seconds,
-        peak_memory=max(peaks),
-        destination=destination,
-    )
-
-
 @contextlib.contextmanager
 def _own_or(executor: Executor | None, plan: Plan) -> Iterator[Executor]:
     """Use the caller's executor, or threads of our own."""
@@ -310,7 +338,7 @@ def _own_or(executor: Executor | None, plan: Plan) -> Iterator[Executor]:
 
 
 @contextlib.contextmanager
-def _progress(plan: Plan, progressbar: bool) -> Iterator[Callable[[int], None]]:
+def _progress(n_rows: int, progressbar: bool) -> Iterator[Callable[[int], None]]:
     """Show how many rows are through both passes, how fast, and how long it will take."""
     bar = CustomProgress(
         "[progress.description]{task.description}",
@@ -322,7 +350,7 @@ def _progress(plan: Plan, progressbar: bool) -> Iterator[Callable[[int], None]]:
         disable=not progressbar,
     )
     with bar:
-        task = bar.add_task("Shuffling", total=plan.table.n_rows)
+        task = bar.add_task("Shuffling", total=n_rows)
         yield lambda rows: bar.advance(task, rows / 2)
 
 

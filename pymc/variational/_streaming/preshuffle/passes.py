@@ -11,224 +11,337 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The two passes of a shuffle on disk: which tasks are left to do, and who runs them."""
+"""The two passes of an exact shuffle on disk, as tasks that any executor can run.
+
+Giving every row a random partition, independently, and then permuting each partition, puts the
+partitions one after the other in a uniformly random permutation of all rows [1]_, [2]_.
+Partitions of a fixed size would not: two neighbours would be kept apart too often.
+
+A scratch file is a sequence of blocks, each sorted by partition: an Arrow IPC message for every
+partition that has rows in the block.  An index at the end tells where the messages are, so that
+those of one partition can be read without the others, and which checksums they must have.
+
+References
+----------
+.. [1] Rao, C. R. (1961). Generation of random permutations of given number of elements using
+   random sampling numbers. Sankhya A, 23, 305-307.
+.. [2] Sandelius, M. (1962). A simple randomization procedure. Journal of the Royal Statistical
+   Society B, 24, 472-481.
+"""
 
 import contextlib
 import dataclasses
+import itertools
+import math
+import sys
+import threading
 import uuid
+import zlib
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future, as_completed, wait
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.preshuffle.dictionaries import (
-    read_dictionaries,
-    write_dictionaries,
+from pymc.variational._streaming.preshuffle.plan import MAX_AT_ONCE, MAX_PARTITIONS, Piece, Plan
+from pymc.variational._streaming.preshuffle.publish import Workspace, flush
+from pymc.variational._streaming.preshuffle.types import (
+    add_dictionaries,
+    dictionaries_of,
+    dictionary_columns,
+    restore,
+    to_plain,
 )
-from pymc.variational._streaming.preshuffle.piles import PileFile, write_catalog
-from pymc.variational._streaming.preshuffle.plan import Plan
-from pymc.variational._streaming.preshuffle.staging import Staging
-from pymc.variational._streaming.preshuffle.tasks import (
-    Gathered,
-    GatherTask,
-    Scattered,
-    ScatterTask,
-    Scratch,
-    gather,
-    scatter,
+from pymc.variational._streaming.sources.parquet.files import (
+    import_pyarrow,
+    inspect,
+    is_local,
+    read_batches,
 )
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
-from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
 
 if TYPE_CHECKING:
+    import pyarrow
     import pyarrow.fs
 
-__all__ = ["Passes", "add_checksums"]
+__all__ = ["Done", "gather", "peak_memory", "scatter"]
+
+_LABELS, _ORDER, _SUBLABELS = range(3)
+"""What random numbers are for: the first word of each spawn key."""
+_MESSAGE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("rows", "<i8"), ("crc", "<i8")])
+_SAMPLED_ROWS = 1 << 14
+_REPEATS = 8
+"""Values of a column of numbers must occur so often, on average, to be written as a dictionary."""
+
+_slots = threading.Semaphore(MAX_AT_ONCE)
+_entrance = threading.Lock()
+"""An executor may have more threads than tasks that fit in the process's memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Passes:
-    """The tasks of one plan, those of earlier runs included."""
+class Done:
+    """What a task leaves behind."""
 
-    plan: Plan
-    staging: Staging
-    pool: Executor
-    advance: Callable[[int], None]
-    scratch_fs: "pyarrow.fs.FileSystem"
-    folder: str
+    rows: int
+    path: str
+    bytes: int
+    """Size of the file at *path*."""
+    peak: int
+    """Largest resident size of the process so far, in bytes."""
+    dictionaries: dict[str, "pyarrow.Array"] = field(default_factory=dict)
+    """Values of the dictionary columns that a task of the first pass read, as they appeared."""
 
-    @property
-    def scratch(self) -> Scratch:
-        plan = self.plan
-        return Scratch(
-            fs=self.scratch_fs,
-            folder=self.folder,
-            schema=plan.plain,
-            at_once=plan.at_once,
-            block_bytes=plan.block_bytes,
-            batch_rows=plan.batch_rows,
-            seed=plan.seed,
+
+def scatter(plan: Plan, work: Workspace, index: int, pieces: Sequence[Piece]) -> Done:
+    """Read row groups, and write each row to a random partition of a scratch file."""
+    dictionaries: dict[str, pyarrow.Array] = {}
+
+    def read() -> Iterator["pyarrow.RecordBatch"]:
+        for file, groups in pieces:
+            for _, batch in read_batches(
+                plan.fs,
+                file,
+                columns=plan.columns,
+                row_groups=groups,
+                batch_rows=plan.batch_rows,
+            ):
+                add_dictionaries(dictionaries, dictionaries_of(batch))
+                yield to_plain(batch, plan.plain)
+
+    with _memory_for_a_task(plan.at_once):
+        path = _scratch_path(work, index)
+        labels = _generator(plan.seed, _LABELS, index)
+        rows, size = _scatter_rows(
+            work.scratch_fs, path, read(), plan.n_partitions, labels, plan.block_bytes
         )
-
-    def place(self, index: int) -> tuple[str, str | None]:
-        """Return where a file belongs, and where to draft it."""
-        return self.staging.place(f"part-{index:05}-of-{self.plan.n_files:05}.parquet", index)
-
-    def run(self) -> tuple[dict[int, Scattered], dict[int, Gathered]]:
-        """Run all tasks that no earlier run has done, and return the results of all."""
-        recorded = {i: Gathered(**r) for i, r in self.staging.results("gather").items()}
-        infos = self.staging.fs.get_file_info([self.place(i)[0] for i in recorded])
-        there = zip(recorded.items(), infos)
-        gathered = {i: r for (i, r), info in there if info.size == r.size}
-        self._count(gathered)
-        scattered = self._scatter_all(files_needed=len(gathered) < self.plan.n_files)
-        return scattered, gathered | self._gather_rest(scattered, gathered)
-
-    def _scatter_all(self, *, files_needed: bool) -> dict[int, Scattered]:
-        """Run what is left of the first pass; redo tasks whose files are gone but needed."""
-        done = {i: _scattered(r) for i, r in self.staging.results("scatter").items()}
-        if files_needed:
-            infos = self.scratch_fs.get_file_info([result.piles.path for result in done.values()])
-            there = zip(done.items(), infos)
-            done = {i: r for (i, r), info in there if info.size == r.piles.size}
-            self._delete_all_but(done)
-        self._count(done)
-        table = self.plan.table
-        return done | self._run(
-            "scatter",
-            scatter,
-            {
-                index: ScatterTask(
-                    index, table.fs, pieces, table.columns, self.plan.n_piles, self.scratch
-                )
-                for index, pieces in enumerate(self.plan.scatter)
-                if index not in done
-            },
-        )
-
-    def _delete_all_but(self, done: dict[int, Scattered]) -> None:
-        """Delete scatter files that a killed run left unfinished."""
-        known = {path for r in done.values() for path in (r.piles.path, r.dictionaries) if path}
-        names = {path.rpartition("/")[2] for path in known}
-        selector = import_pyarrow().fs.FileSelector(self.folder)
-        for info in self.scratch_fs.get_file_info(selector):
-            if info.base_name not in names:
-                self.scratch_fs.delete_file(info.path)
-
-    def _gather_rest(
-        self, scattered: dict[int, Scattered], done: dict[int, Gathered]
-    ) -> dict[int, Gathered]:
-        """Run what is left of the second pass."""
-        left = [index for index in range(self.plan.n_files) if index not in done]
-        if not left:
-            return {}
-        catalog = f"{self.folder}/{uuid.uuid4().hex}.catalog"
-        in_order = [scattered[index] for index in sorted(scattered)]
-        write_catalog(self.scratch_fs, catalog, [result.piles for result in in_order])
-        task = GatherTask(
-            index=0,
-            piles=range(0),
-            catalog=catalog,
-            dictionaries=self._merge_dictionaries(in_order),
-            scratch=self.scratch,
-            fs=self.staging.fs,
-            path="",
-            draft=None,
-            schema=self.plan.table.schema,
-            compression=self.plan.compression,
-            row_group_rows=self.plan.row_group_rows,
-            mark=_mark(self.plan, in_order),
-        )
-        tasks = {}
-        piles, step = range(self.plan.n_piles), self.plan.piles_per_file
-        for index in left:
-            path, draft = self.place(index)
-            tasks[index] = dataclasses.replace(
-                task,
-                index=index,
-                piles=piles[index * step : (index + 1) * step],
-                path=path,
-                draft=draft,
-            )
-        return self._run("gather", gather, tasks)
-
-    def _merge_dictionaries(self, scattered: list[Scattered]) -> str | None:
-        """Join the dictionaries of all files; they must fit in memory."""
-        paths = [result.dictionaries for result in scattered if result.dictionaries]
-        if not paths:
-            return None
-        merged = read_dictionaries(self.scratch_fs, paths)
-        if merged.nbytes > self.plan.block_bytes:
-            raise StreamError(
-                f"dictionary columns {list(merged.values)} have {merged.nbytes} bytes of distinct "
-                f"values, memory_limit leaves {self.plan.block_bytes}; raise it, or decode them"
-            )
-        path = f"{self.folder}/{uuid.uuid4().hex}.dictionaries"
-        write_dictionaries(self.scratch_fs, path, merged.values)
-        return path
-
-    def _run(self, kind: str, function: Callable, tasks: dict[int, Any]) -> dict[int, Any]:
-        """Run tasks, and record each that is done; if one fails, none of the others starts."""
-        futures: dict[Future, int] = {}
-        results: dict[int, Any] = {}
-        try:
-            for index, task in tasks.items():
-                futures[self.pool.submit(function, task)] = index
-            for future in as_completed(futures):
-                index = futures[future]
-                results[index] = future.result()
-                self._record(kind, index, results[index])
-        except BaseException as err:
-            self._stop(kind, {f: index for f, index in futures.items() if index not in results})
-            if isinstance(err, StreamError) or not isinstance(err, Exception):
-                raise
-            raise StreamError(
-                f"preshuffle stopped ({_first_line(err)}); nothing was published; finished tasks "
-                f"are kept in {self.staging.work}: remove the cause and run the same call again"
-            ) from err
-        return results
-
-    def _stop(self, kind: str, futures: dict[Future, int]) -> None:
-        """Let no more tasks start, and record those that come to a good end."""
-        for future in futures:
-            future.cancel()
-        wait(futures)
-        self.staging.check_owner()
-        with contextlib.suppress(OSError):
-            for future, index in futures.items():
-                if not future.cancelled() and future.exception() is None:
-                    self._record(kind, index, future.result())
-
-    def _record(self, kind: str, index: int, result: Scattered | Gathered) -> None:
-        self.staging.record(kind, index, dataclasses.asdict(result))
-        self.advance(result.rows)
-
-    def _count(self, done: dict[int, Any]) -> None:
-        self.advance(sum(result.rows for result in done.values()))
+        return Done(rows, path, size, peak_memory(), dictionaries)
 
 
-def add_checksums(results: Iterable[Scattered | Gathered]) -> int:
-    """Return the checksum of the rows of all tasks together."""
-    return sum(result.checksum for result in results) % (1 << 64)
-
-
-def _first_line(err: Exception) -> str:
-    return f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
-
-
-def _scattered(values: dict[str, Any]) -> Scattered:
-    return Scattered(**{**values, "piles": PileFile(**values["piles"])})
-
-
-def _mark(plan: Plan, scattered: list[Scattered]) -> PreshuffleMark:
-    return PreshuffleMark(
-        shuffle=plan.shuffle,
-        seed=plan.seed,
-        source=plan.table.name,
-        fingerprint=plan.table.fingerprint,
-        n_rows=plan.table.n_rows,
-        n_files=plan.n_files,
-        index=0,
+def gather(
+    plan: Plan,
+    work: Workspace,
+    index: int,
+    n_scattered: int,
+    dictionaries: Mapping[str, "pyarrow.Array"],
+) -> Done:
+    """Write some partitions of *n_scattered* scratch files, each in random order, to a file."""
+    paths = [_scratch_path(work, task) for task in range(n_scattered)]
+    partitions = range(plan.n_partitions)[index * plan.partitions_per_file :]
+    batches = (
+        restore(batch, plan.schema, dictionaries)
+        for partition in partitions[: plan.partitions_per_file]
+        for batch in _shuffle(plan, work, paths, (partition,))
     )
+    with _memory_for_a_task(plan.at_once):
+        path = f"{work.parts}/{uuid.uuid4().hex}.parquet"
+        _write_part(plan, work.parts_fs, path, index, batches)
+        if is_local(work.parts_fs):
+            flush(path)
+        written, _ = inspect(work.parts_fs, path)
+        return Done(written.n_rows, path, written.size, peak_memory())
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes; 0 where unknown.
+
+    ``ru_maxrss`` of a process that was started by another begins at the size of that one.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1 << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _scratch_path(work: Workspace, index: int) -> str:
+    return f"{work.scratch}/{index:06}.rows"
+
+
+def _generator(seed: int, *key: int) -> np.random.Generator:
+    """Make the generator for one purpose and task, whoever runs it."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+@contextlib.contextmanager
+def _memory_for_a_task(at_once: int) -> Iterator[None]:
+    """Wait until fewer than *at_once* tasks run in this process."""
+    share = MAX_AT_ONCE // at_once
+    with _entrance:
+        for _ in range(share):
+            _slots.acquire()
+    try:
+        yield
+    finally:
+        if share > 1:
+            # Memory is tight, and an allocator keeps what each thread of the executor had.
+            import_pyarrow().default_memory_pool().release_unused()
+        _slots.release(share)
+
+
+def _scatter_rows(
+    fs: "pyarrow.fs.FileSystem",
+    path: str,
+    batches: Iterable["pyarrow.RecordBatch"],
+    n_partitions: int,
+    rng: np.random.Generator,
+    block_bytes: int,
+) -> tuple[int, int]:
+    """Write a scratch file, holding about *block_bytes* of rows twice; return its rows and size."""
+    index, rows = [], 0
+    with fs.open_output_stream(path) as sink:
+        for block in _join(batches, block_bytes):
+            labels = rng.integers(0, n_partitions, block.num_rows, dtype=np.uint16)
+            counts = np.bincount(labels, minlength=n_partitions)
+            block = _take(block, np.argsort(labels, kind="stable"))
+            index.append(_write_block(sink, block, counts))
+            rows += block.num_rows
+        start = sink.tell()
+        # For each partition, the messages of all blocks, so that a reader finds them together.
+        by_partition = np.array(index, _MESSAGE).reshape(len(index), n_partitions).T
+        sink.write(np.ascontiguousarray(by_partition).tobytes())
+        sink.write(np.array([start, len(index)], "<i8").tobytes())
+        return rows, sink.tell()
+
+
+def _join(
+    batches: Iterable["pyarrow.RecordBatch"], block_bytes: int
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Join batches to blocks of at least *block_bytes*; the last one may be smaller."""
+    held, size = [], 0
+    for batch in batches:
+        held.append(batch)
+        size += batch.nbytes
+        if size >= block_bytes:
+            yield _concatenate(held)
+            size = 0
+    if held:
+        yield _concatenate(held)
+
+
+def _write_block(sink: Any, block: "pyarrow.RecordBatch", counts: np.ndarray) -> np.ndarray:
+    """Write a message for each partition that has some of the sorted rows of *block*."""
+    messages = np.zeros(len(counts), _MESSAGE)
+    first = 0
+    for partition in np.flatnonzero(counts):
+        rows = int(counts[partition])
+        data = block.slice(first, rows).serialize()
+        messages[partition] = sink.tell(), data.size, rows, zlib.crc32(data)
+        sink.write(data)
+        first += rows
+    return messages
+
+
+def _find_messages(
+    fs: "pyarrow.fs.FileSystem", paths: Sequence[str], partition: int
+) -> list[tuple[str, np.ndarray]]:
+    """Return where the rows of one partition are in each scratch file."""
+    found = []
+    for path in paths:
+        with fs.open_input_file(path) as file:
+            start, n_blocks = np.frombuffer(file.read_at(16, file.size() - 16), "<i8").tolist()
+            length = n_blocks * _MESSAGE.itemsize
+            index = np.frombuffer(file.read_at(length, start + partition * length), _MESSAGE)
+            found.append((path, index[index["size"] > 0]))
+    return found
+
+
+def _read_messages(
+    fs: "pyarrow.fs.FileSystem", found: list[tuple[str, np.ndarray]], schema: "pyarrow.Schema"
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield the rows of messages in the order in which they were scattered."""
+    for path, messages in found:
+        with fs.open_input_file(path) as file:
+            for offset, size, _, crc in messages.tolist():
+                data = file.read_at(size, offset)
+                if zlib.crc32(data) != crc:
+                    raise StreamError(
+                        f"{path}: rows between the two passes are not those that were written; "
+                        "nothing was published; check the disk, or pass another scratch=..."
+                    )
+                yield import_pyarrow().ipc.read_record_batch(data, schema)
+
+
+def _shuffle(
+    plan: Plan, work: Workspace, paths: Sequence[str], place: tuple[int, ...]
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield the rows of a partition in random order, at most those of a row group at a time.
+
+    A partition that memory cannot hold is scattered again, into partitions of its own; *place*
+    are the numbers of the partitions that it is a part of, and its own.
+    """
+    found = _find_messages(work.scratch_fs, paths, place[-1])
+    size, n_rows = (sum(int(m[name].sum()) for _, m in found) for name in ("size", "rows"))
+    batches = _read_messages(work.scratch_fs, found, plan.plain)
+    if size > plan.block_bytes and n_rows > 1:
+        path = f"{work.scratch}/{uuid.uuid4().hex}.rows"
+        n_partitions = min(math.ceil(1.5 * size / plan.block_bytes), n_rows, MAX_PARTITIONS)
+        labels = _generator(plan.seed, _SUBLABELS, *place)
+        _scatter_rows(work.scratch_fs, path, batches, n_partitions, labels, plan.block_bytes)
+        for partition in range(n_partitions):
+            yield from _shuffle(plan, work, [path], (*place, partition))
+        work.scratch_fs.delete_file(path)
+    elif n_rows:
+        rows = _concatenate(list(batches))
+        order = _generator(plan.seed, _ORDER, *place).permutation(rows.num_rows)
+        for chosen in np.array_split(order, math.ceil(len(order) / plan.row_group_rows)):
+            yield _take(rows, chosen)
+
+
+def _concatenate(batches: list["pyarrow.RecordBatch"]) -> "pyarrow.RecordBatch":
+    """Join batches into one, and release them."""
+    joined = import_pyarrow().Table.from_batches(batches).combine_chunks()
+    batches.clear()
+    return joined.to_batches()[0]
+
+
+def _take(batch: "pyarrow.RecordBatch", order: np.ndarray) -> "pyarrow.RecordBatch":
+    pa = import_pyarrow()
+    places = pa.array(order)
+    columns = [pa.compute.take(column, places, boundscheck=False) for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+
+
+def _write_part(
+    plan: Plan,
+    fs: "pyarrow.fs.FileSystem",
+    path: str,
+    index: int,
+    batches: Iterator["pyarrow.RecordBatch"],
+) -> None:
+    """Write a Parquet file of the result, with a row group for each batch."""
+    first = next(batches, None)
+    dictionaries = {*dictionary_columns(plan.schema), *_repetitive_columns(first)}
+    with (
+        fs.open_output_stream(path) as sink,
+        import_pyarrow().parquet.ParquetWriter(
+            sink,
+            plan.schema,
+            compression=plan.compression,
+            use_dictionary=sorted(dictionaries) or False,
+            write_statistics=False,
+            write_page_checksum=True,
+        ) as writer,
+    ):
+        for batch in itertools.chain([] if first is None else [first], batches):
+            writer.write_batch(batch, batch.num_rows)
+        mark = dataclasses.replace(plan.mark, index=index, data_end=sink.tell())
+        writer.add_key_value_metadata(mark.to_metadata())
+
+
+def _repetitive_columns(batch: "pyarrow.RecordBatch | None") -> list[str]:
+    """Return the names of columns whose pages are smaller, and faster to read, as dictionaries."""
+    if batch is None:
+        return []
+    pa = import_pyarrow()
+    sample = batch.slice(0, _SAMPLED_ROWS)
+    is_, schema = pa.types, sample.schema
+    numbers = [f.name for f in schema if is_.is_integer(f.type) or is_.is_floating(f.type)]
+    distinct = {name: pa.compute.count_distinct(sample[name]).as_py() for name in numbers}
+    return [name for name, n in distinct.items() if n * _REPEATS <= sample.num_rows]

@@ -13,12 +13,14 @@
 #   limitations under the License.
 """Kill a shuffle at every moment, run it again, and check what is there in between and after.
 
-``python -m tests.variational.streaming.preshuffle.killed FOLDER KIND EVERY`` kills at every EVERY-th line of Python
-that the main thread executes, each time in a child process.  KIND is "local", or "remote" for a
-filesystem that cannot rename folders.
+``python -m tests.variational.streaming.preshuffle.killed FOLDER KIND EVERY`` kills at every
+EVERY-th line of ``TRACED`` that the main thread executes, each time in a child process.  KIND is
+"local", "remote" for a filesystem that cannot rename folders, or "overwrite" where there are other
+rows before.
 """
 
 import os
+import shutil
 import signal
 import sys
 
@@ -30,14 +32,11 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.preshuffle.command import preshuffle
-from pymc.variational._streaming.sources.parquet.files import inspect
-from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
-from pymc.variational._streaming.sources.parquet.paths import list_parquet
+from pymc.variational.streaming import StreamError, parquet_source, preshuffle
 from tests.variational.streaming.preshuffle.preshuffled import cut_small, digests
 
 N_ROWS = 2000
+TRACED = "preshuffle/command.py", "preshuffle/publish.py"
 
 
 def main(folder: str, kind: str, every: str) -> None:
@@ -51,22 +50,40 @@ def main(folder: str, kind: str, every: str) -> None:
     if kind == "remote":
         filesystem = pa.fs.SubTreeFileSystem("/", filesystem)
 
-    def shuffle() -> None:
-        preshuffle(root / "in", root / "out", seed=0, filesystem=filesystem, progressbar=False)
+    def shuffle(seed: int = 0) -> None:
+        preshuffle(
+            root / "in",
+            root / "out",
+            seed=seed,
+            filesystem=filesystem,
+            scratch=root / "scratch",
+            overwrite=kind == "overwrite",
+            progressbar=False,
+        )
 
+    (root / "scratch").mkdir()
+    before: dict[str, str] = {}
+    if kind == "overwrite":
+        assert in_child(lambda: shuffle(seed=1)) == 0
+        before = digests(root / "out")
+        shutil.copytree(root / "out", root.parent / "before")
     assert in_child(shuffle) == 0
     expected = digests(root / "out")
     moment, kills, finished = 0, 0, 0
     while True:
         empty(root)
+        if kind == "overwrite":
+            shutil.copytree(root.parent / "before", root / "out")
         if in_child(lambda: shuffle_until(shuffle, moment)) == 0:
             break
-        finished += check_between(root, filesystem, expected)
+        finished += check_between(root, filesystem, (expected, before))
         in_child(lambda: again(shuffle))
         assert digests(root / "out") == expected, f"other bytes after a kill at line {moment}"
-        assert sorted(os.listdir(root)) == ["in", "out"], f"litter after a kill at line {moment}"
+        left = sorted(path.name for path in root.iterdir())
+        assert left == ["in", "out", "scratch"], f"litter after a kill at line {moment}"
+        assert not os.listdir(root / "scratch"), f"litter after a kill at line {moment}"
         moment, kills = moment + int(every), kills + 1
-    sys.stdout.write(f"{kills} kills, {finished} of them after the result was published\n")
+    sys.stdout.write(f"{kills} kills, {finished} of them with a whole table\n")
 
 
 def in_child(function: Callable[[], None]) -> int:
@@ -96,7 +113,7 @@ def shuffle_until(shuffle: Callable[[], None], moment: int) -> None:
         return on_line
 
     def on_call(frame, event, arg):
-        return on_line if "_streaming" in frame.f_code.co_filename else None
+        return on_line if frame.f_code.co_filename.endswith(TRACED) else None
 
     sys.settrace(on_call)
     shuffle()
@@ -111,24 +128,20 @@ def again(shuffle: Callable[[], None]) -> None:
         pass
 
 
-def check_between(root: Path, filesystem, expected: dict[str, str]) -> bool:
+def check_between(root: Path, filesystem, whole: tuple[dict[str, str], ...]) -> bool:
     """Check that a source takes what is there for all or nothing; return whether for all."""
     try:
-        fs, paths = list_parquet(root / "out", filesystem)
-    except (FileNotFoundError, ValueError):
-        return False
-    try:
-        check_marks({path: read_mark(inspect(fs, path)[1]) for path in paths})
-    except StreamError:
+        parquet_source(root / "out", columns=["row"], filesystem=filesystem)
+    except (FileNotFoundError, ValueError, StreamError):
         return False
     parts = {name: digest for name, digest in digests(root / "out").items() if name[0] == "p"}
-    assert parts == expected, "an unfinished result was accepted"
+    assert parts in whole, "an unfinished result was accepted"
     return True
 
 
 def empty(root: Path) -> None:
     for path in root.iterdir():
-        if path.name != "in":
+        if path.name not in ("in", "scratch"):
             for file in sorted(path.rglob("*"), reverse=True):
                 file.rmdir() if file.is_dir() else file.unlink()
             path.rmdir()

@@ -11,12 +11,14 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Tables for the tests of `preshuffle`, and what came of them."""
+"""Tables, small tasks and an executor for the tests of `preshuffle`, and what came of them."""
 
 import datetime
 import decimal
 import hashlib
 
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pymc.variational._streaming.preshuffle import plan
+
+
+class Inline(Executor):
+    """Runs each task where it is submitted, after a call of *before* with the task's number."""
+
+    def __init__(self, before: Callable[[int], None]):
+        self._before = before
+        self._n_tasks = 0
+
+    def submit(self, function, *args):
+        future: Future = Future()
+        try:
+            self._before(self._n_tasks)
+            self._n_tasks += 1
+            future.set_result(function(*args))
+        except Exception as err:
+            future.set_exception(err)
+        return future
 
 
 def cut_small(

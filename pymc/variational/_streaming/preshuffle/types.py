@@ -13,8 +13,8 @@
 #   limitations under the License.
 """Arrow types that can be taken apart and put together again by rows.
 
-Dictionaries differ from batch to batch and Arrow cannot take rows of views, so both travel
-through the shuffle as plain values, and become what they were when they are written.
+Dictionaries differ from batch to batch, and Arrow cannot take rows of views.  So columns of both
+are shuffled as plain values, and become what they were when the result is written.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,14 @@ from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["plain_schema", "restore", "to_plain"]
+__all__ = [
+    "add_dictionaries",
+    "dictionaries_of",
+    "dictionary_columns",
+    "plain_schema",
+    "restore",
+    "to_plain",
+]
 
 
 def plain_schema(schema: "pyarrow.Schema") -> "pyarrow.Schema":
@@ -61,23 +68,44 @@ def restore(
     columns = []
     for column, field in zip(batch.columns, schema):
         if field.name in dictionaries:
-            column = _encode(column, field.type, dictionaries[field.name])
+            values = dictionaries[field.name]
+            indices = pa.compute.index_in(column, value_set=values).cast(field.type.index_type)
+            column = pa.DictionaryArray.from_arrays(
+                indices, values.cast(field.type.value_type), ordered=field.type.ordered
+            )
         columns.append(_cast(column, field.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
+def dictionary_columns(schema: "pyarrow.Schema") -> list[str]:
+    """Return the names of the columns that are dictionaries themselves."""
+    is_dictionary = import_pyarrow().types.is_dictionary
+    return [field.name for field in schema if is_dictionary(field.type)]
+
+
+def dictionaries_of(batch: "pyarrow.RecordBatch") -> dict[str, "pyarrow.Array"]:
+    """Return the values of each dictionary column."""
+    return {name: batch[name].dictionary for name in dictionary_columns(batch.schema)}
+
+
+def add_dictionaries(
+    known: dict[str, "pyarrow.Array"], found: Mapping[str, "pyarrow.Array"]
+) -> None:
+    """Append to each dictionary of *known* the values that only *found* has.
+
+    A partition meets values in random order, but the order of categories has a meaning: it is
+    that of their first appearance in the source.
+    """
+    pa = import_pyarrow()
+    for name, values in found.items():
+        before = known.setdefault(name, values)
+        if not values.equals(before):
+            new = values.filter(pa.compute.invert(pa.compute.is_in(values, value_set=before)))
+            known[name] = pa.concat_arrays([before, new]) if len(new) else before
+
+
 def _cast(array: "pyarrow.Array", target: "pyarrow.DataType") -> "pyarrow.Array":
     return array if array.type.equals(target) else array.cast(target)
-
-
-def _encode(
-    values: "pyarrow.Array", target: "pyarrow.DictionaryType", dictionary: "pyarrow.Array"
-) -> "pyarrow.DictionaryArray":
-    pa = import_pyarrow()
-    indices = pa.compute.index_in(values, value_set=dictionary).cast(target.index_type)
-    return pa.DictionaryArray.from_arrays(
-        indices, dictionary.cast(target.value_type), ordered=target.ordered
-    )
 
 
 def _plain(kind: "pyarrow.DataType", *, top: bool = False) -> "pyarrow.DataType":
@@ -93,12 +121,6 @@ def _plain(kind: "pyarrow.DataType", *, top: bool = False) -> "pyarrow.DataType"
         return pa.large_binary()
     if is_.is_list_view(kind) or is_.is_large_list_view(kind) or is_.is_union(kind):
         raise ValueError(f"has type {kind}, which cannot be shuffled; cast it to list first")
-    return _plain_nested(kind)
-
-
-def _plain_nested(kind: "pyarrow.DataType") -> "pyarrow.DataType":
-    pa = import_pyarrow()
-    is_ = pa.types
     if is_.is_map(kind):
         return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field))
     if is_.is_struct(kind):
