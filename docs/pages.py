@@ -101,7 +101,9 @@ def _fill(page: Path) -> None:
 
 
 def _wrapped(printed: str) -> str:
-    return "\n".join(textwrap.fill(line, WIDTH) for line in printed.splitlines())
+    return "\n".join(
+        textwrap.fill(line, WIDTH, break_on_hyphens=False) for line in printed.splitlines()
+    )
 
 
 def main() -> None:
