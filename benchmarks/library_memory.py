@@ -13,7 +13,7 @@
 #   limitations under the License.
 """How much memory libraries take that hand rows to a stream, beside what the stream takes.
 
-    python -m benchmarks.library_memory --page docs/source/sources.md
+    python -m benchmarks.library_memory --page docs/source/speed.md
 
 The peak of the resident memory of a process of its own, from before the first row to the end of an
 epoch through a shuffle buffer of 100,000 rows.  Libraries that are not installed are left out.

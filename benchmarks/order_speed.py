@@ -13,7 +13,7 @@
 #   limitations under the License.
 """What the order check costs, before a fit and while the rows stream.
 
-    python -m benchmarks.order_speed --page docs/source/order.md
+    python -m benchmarks.order_speed --page docs/source/speed.md
 
 The table is that of the order books, in order of time.
 """
@@ -53,7 +53,7 @@ def main() -> None:
     sys.stdout.write(text)
     if chosen.page is not None:
         page = chosen.page.read_text()
-        chosen.page.write_text(filled(page, "speed", COMMAND, text))
+        chosen.page.write_text(filled(page, "order", COMMAND, text))
 
 
 def measure(folder: Path, n_rows: int) -> tuple[int, float, float]:

@@ -13,7 +13,7 @@
 #   limitations under the License.
 """How fast ``preshuffle`` is, beside DuckDB's random order and a plain copy of the same files.
 
-    python -m benchmarks.preshuffle_speed --page docs/source/preshuffle.md
+    python -m benchmarks.preshuffle_speed --page docs/source/speed.md
 
 The table is that of the order books, in order of time.  The three take turns, so that whatever
 else the machine does meets all of them.  DuckDB gets the same memory limit and as many threads
@@ -62,7 +62,7 @@ def main() -> None:
     sys.stdout.write(text)
     if chosen.page is not None:
         page = chosen.page.read_text()
-        chosen.page.write_text(filled(page, "speed", COMMAND, text))
+        chosen.page.write_text(filled(page, "shuffling", COMMAND, text))
 
 
 def compare(folder: Path, repeats: int, memory_limit: str) -> dict[str, list[float]]:

@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Draw the figures of docs/source/why_order_matters.md, from rows and fits of its own.
+"""Draw the figures of docs/source/streaming/why_order_matters.md, from rows and fits of its own.
 
     python -m docs.figures
 
@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 import pymc as pm
 
-from docs.pages import RESULTS
+from docs.pages import FIGURES
 from pymc.variational.streaming import OrderWarning, StreamingDataset, shuffle_buffer
 
 __all__ = ["last_errors", "preshuffled_by_hand", "rows_in_time", "slope_of"]
@@ -221,27 +221,29 @@ def _band(ax, places: list, found: list[list[float]], color: str, label: str) ->
     ax.fill_between(places, low, high, color=color, alpha=0.2, lw=0)
 
 
-def preshuffled_by_hand(n: int, n_piles: int, rng: np.random.Generator) -> list[list[np.ndarray]]:
-    """Return rows 0 to n - 1 in the piles of the first pass, and of the second."""
-    pile = rng.integers(0, n_piles, n)
-    scattered = [np.flatnonzero(pile == k) for k in range(n_piles)]
+def preshuffled_by_hand(
+    n: int, n_partitions: int, rng: np.random.Generator
+) -> list[list[np.ndarray]]:
+    """Return rows 0 to n - 1 in the partitions of the first pass, and of the second."""
+    partition = rng.integers(0, n_partitions, n)
+    scattered = [np.flatnonzero(partition == k) for k in range(n_partitions)]
     return [scattered, [rng.permutation(rows) for rows in scattered]]
 
 
 def draw_preshuffle() -> Figure:
     """Draw the two passes of a shuffle on disk on a few dozen rows."""
-    n, n_piles, gap = 60, 4, 2
-    stages = preshuffled_by_hand(n, n_piles, np.random.default_rng(3))
+    n, n_partitions, gap = 60, 4, 2
+    stages = preshuffled_by_hand(n, n_partitions, np.random.default_rng(3))
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     ax = figure.subplots()
-    spread = gap * (n_piles - 1)
+    spread = gap * (n_partitions - 1)
     everything = [(np.arange(n), spread / 2)]
-    rows_of = [everything, *(_with_gaps(piles, gap) for piles in stages)]
+    rows_of = [everything, *(_with_gaps(partitions, gap) for partitions in stages)]
     rows_of.append([(np.concatenate(stages[1]), spread / 2)])
     labels = [
         "the table, sorted by time",
-        "pass 1: each row to a random pile",
-        "pass 2: each pile permuted, in memory",
+        "pass 1: each row to a random partition",
+        "pass 2: each partition permuted, in memory",
         "the result, read from end to end",
     ]
     for level, (parts, label) in enumerate(zip(rows_of, labels)):
@@ -254,10 +256,10 @@ def draw_preshuffle() -> Figure:
     return figure
 
 
-def _with_gaps(piles: list[np.ndarray], gap: int) -> list[tuple[np.ndarray, float]]:
-    """Give each pile the place where it is drawn."""
-    ends = np.cumsum([0, *(len(rows) + gap for rows in piles)])
-    return [(rows, float(left)) for rows, left in zip(piles, ends)]
+def _with_gaps(partitions: list[np.ndarray], gap: int) -> list[tuple[np.ndarray, float]]:
+    """Give each partition the place where it is drawn."""
+    ends = np.cumsum([0, *(len(rows) + gap for rows in partitions)])
+    return [(rows, float(left)) for rows, left in zip(partitions, ends)]
 
 
 def main() -> None:
@@ -272,7 +274,7 @@ def main() -> None:
         ("sizes", draw_sizes()),
         ("preshuffle", draw_preshuffle()),
     ):
-        figure.savefig(RESULTS / f"why_{name}.png", dpi=120)
+        figure.savefig(FIGURES / f"why_{name}.png", dpi=120)
 
 
 if __name__ == "__main__":

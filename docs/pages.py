@@ -16,7 +16,7 @@
     python -m docs.pages getting_started.md
 
 A page's code blocks are one script. What a block prints goes between the markers of its output,
-and a figure that it draws to ``results/<page>_<number>.png``, counted from 1.
+and a figure that it draws to ``figures/<page>_<number>.png``, counted from 1.
 """
 
 import argparse
@@ -32,13 +32,10 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.pages import filled
+__all__ = ["FIGURES", "PAGES", "Ran", "code_blocks", "run", "shown"]
 
-__all__ = ["Ran", "code_blocks", "run", "shown"]
-
-SOURCE = Path(__file__).parent / "source"
-RESULTS = SOURCE / "results"
-COMMAND = "python -m docs.pages"
+PAGES = Path(__file__).parent / "source" / "streaming"
+FIGURES = PAGES / "figures"
 WIDTH = 84
 
 
@@ -72,12 +69,13 @@ def run(page: Path) -> Iterator[Ran]:
 
 def shown(page: Path, number: int) -> str | None:
     """Return the output that a page shows for one of its blocks, if it shows any."""
-    found = re.search(
-        rf"<!-- output {number}: written by `{COMMAND}` -->\n```text\n(.*?)\n```\n",
-        page.read_text(),
-        flags=re.DOTALL,
-    )
+    found = re.search(_output(number), page.read_text(), flags=re.DOTALL)
     return found and found[1]
+
+
+def _output(number: int) -> str:
+    """Return the pattern of what a page shows for one of its blocks."""
+    return rf"<!-- output {number} -->\n```text\n(.*?)\n```\n<!-- end of output {number} -->"
 
 
 def _recorder(lines: list[str]) -> Callable[..., None]:
@@ -94,11 +92,11 @@ def _fill(page: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         for number, block in enumerate(run(page), 1):
             if block.printed:
-                output = f"```text\n{_wrapped(block.printed)}\n```\n"
-                text = filled(text, f"output {number}", COMMAND, output)
+                (old,) = re.finditer(_output(number), text, flags=re.DOTALL)
+                text = text[: old.start(1)] + _wrapped(block.printed) + text[old.end(1) :]
             for figure in block.figures:
                 drawn += 1
-                figure.savefig(RESULTS / f"{page.stem}_{drawn}.png", dpi=120, bbox_inches="tight")
+                figure.savefig(FIGURES / f"{page.stem}_{drawn}.png", dpi=120, bbox_inches="tight")
     page.write_text(text)
 
 
@@ -110,9 +108,9 @@ def _wrapped(printed: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pages", nargs="+", help="names of pages in docs/source")
+    parser.add_argument("pages", nargs="+", help="names of pages in docs/source/streaming")
     for name in parser.parse_args().pages:
-        _fill(SOURCE / name)
+        _fill(PAGES / name)
 
 
 if __name__ == "__main__":

@@ -30,16 +30,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from docs.pages import PAGES as FOLDER
 from docs.pages import Ran, code_blocks, run, shown
 from pymc.variational import streaming
 from tests.variational.streaming.sources.libraries import HOW_TOS
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs" / "source"
-PAGES = sorted(SOURCE.glob("*.md"))
+UPSTREAM = sorted(FOLDER.glob("*.md"))
+"""Pages that PyMC gets as they stand."""
+PAGES = [*UPSTREAM, *sorted(SOURCE.glob("*.md"))]
 PROSE = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 CLAIMS = [*PAGES, ROOT / "README.md"]
 """Where each name of a program or test is that of one; CONTRIBUTING.md has examples of names."""
+OF_THIS_REPOSITORY = re.compile(
+    r"\bmake [a-z]+\b(?=`)|^make [a-z]|python -m (?!pymc\.)|\bbenchmarks\b|\btests/|\btest_\w+"
+    r"|\bupstream\b|\bwheel\b|this repository|PyMC 6\.4 and|\.\./",
+    re.MULTILINE,
+)
 
 RUN_HERE = {
     "averaging.md",
@@ -85,15 +93,15 @@ class TestCode:
             assert page in (ROOT / test).read_text()
 
     def test_all_code_of_pages_that_are_run_in_parts_is_run(self):
-        sections = (SOURCE / "sources.md").read_text().split("\n## ")[1:]
+        sections = (FOLDER / "sources.md").read_text().split("\n## ")[1:]
         with_code = {section.split("\n")[0] for section in sections if "```python" in section}
         assert with_code == set(HOW_TOS)
-        assert len(code_blocks(SOURCE / "preshuffle.md")) == 2
+        assert len(code_blocks(FOLDER / "preshuffle.md")) == 2
 
     @pytest.mark.slow
     @quietly
     def test_getting_started_gives_what_it_shows(self):
-        page = SOURCE / "getting_started.md"
+        page = FOLDER / "getting_started.md"
         blocks = run_as_shown(page)
         assert sum(len(block.figures) for block in blocks) == 2
         names = blocks[-1].names
@@ -103,26 +111,26 @@ class TestCode:
 
     @pytest.mark.parametrize("name", ["averaging.md", "fit_check.md"])
     def test_a_how_to_comes_close_to_the_exact_posterior(self, name):
-        *_, last = run_as_shown(SOURCE / name)
+        *_, last = run_as_shown(FOLDER / name)
         rows, approx = last.names["rows"], last.names["approx"]
         assert np.abs(approx.mean.eval() - rows.mean()) < 0.5 * 2 / np.sqrt(len(rows))
 
     def test_the_order_of_the_page_is_seen(self):
-        seen, repaired = run_as_shown(SOURCE / "order.md")
+        seen, repaired = run_as_shown(FOLDER / "order.md")
         assert seen.names["report"].ordered
         assert seen.figures
         assert repaired.printed.startswith("No order found")
 
     def test_coming_from_elsewhere_is_coming_to_the_same(self):
         """Within what Adam's last step leaves, ten posterior standard deviations."""
-        *_, last = run(SOURCE / "coming_from.md")
+        *_, last = run(FOLDER / "coming_from.md")
         fits = [last.names[name].mean.eval() for name in ("in_memory", "streamed")]
         np.testing.assert_allclose(fits, 0.5, atol=0.05)
 
     def test_the_first_page_runs(self):
         x = np.random.default_rng(0).normal(size=20_000)
         write_rows("shuffled", x=x, y=0.5 * x)
-        (block,) = run_shorter(SOURCE / "index.md")
+        (block,) = run_shorter(FOLDER / "index.md")
         assert len(block.names["approx"].hist) == 500
 
     @pytest.mark.parametrize("name", streaming.__all__)
@@ -149,8 +157,34 @@ def run_as_shown(page: Path) -> list[Ran]:
 def run_shorter(page: Path) -> list[Ran]:
     """Run a page with fewer steps than it asks for."""
     copy = Path(page.name)
-    copy.write_text(page.read_text().replace("pm.fit(20_000,", "pm.fit(500,"))
+    copy.write_text(re.sub(r"\b20_000,", "500,", page.read_text()))
     return list(run(copy))
+
+
+class TestUpstream:
+    """PyMC gets docs/source/streaming as it stands, and has no other file of this repository."""
+
+    @pytest.mark.parametrize("page", UPSTREAM, ids=lambda page: page.name)
+    def test_a_page_names_nothing_that_only_this_repository_has(self, page):
+        assert not OF_THIS_REPOSITORY.findall(page.read_text())
+
+    @pytest.mark.parametrize("page", UPSTREAM, ids=lambda page: page.name)
+    def test_a_page_links_to_pages_and_figures_of_its_folder_without_anchors(self, page):
+        """PyMC's settings give headings no anchors."""
+        for target in re.findall(r"\]\(([^)\s]*)\)", page.read_text()):
+            assert target.startswith("https://") or (FOLDER / target).is_file(), target
+
+    def test_every_page_is_in_the_table_of_contents_and_every_figure_on_a_page(self):
+        contents = (FOLDER / "index.md").read_text().split("{toctree}")[1]
+        named = re.findall(r"^(?:[^<:`\n]+<)?(\w+)>?$", contents, re.MULTILINE)
+        assert sorted(named) == sorted(p.stem for p in FOLDER.glob("*.*") if p.stem != "index")
+        text = "".join(page.read_text() for page in UPSTREAM)
+        assert all(f"(figures/{figure.name})" in text for figure in FOLDER.glob("figures/*"))
+
+    def test_headings_differ_between_pages(self):
+        """PyMC's settings make a label of each."""
+        headings = [h for p in UPSTREAM for h in re.findall(r"^#+ (.*)$", prose(p), re.MULTILINE)]
+        assert len(set(headings)) == len(headings)
 
 
 class TestCommands:
@@ -197,6 +231,11 @@ class TestCommands:
                 assert anchor[1:] in {slug(heading) for heading in headings}, anchor
 
 
+def prose(page: Path) -> str:
+    """Return a page without its code."""
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
 def accepted(spec) -> set[str]:
     """Return the options in the code of a module, which for the command line is another one."""
     files = [Path(spec.origin), Path(streaming.main.__code__.co_filename)]
@@ -210,7 +249,7 @@ def slug(heading: str) -> str:
 
 class TestReference:
     def test_every_public_name_is_in_it(self):
-        page = (SOURCE / "api" / "streaming.rst").read_text()
+        page = (FOLDER / "api.rst").read_text()
         documented = re.findall(
             r"^\.\. auto(?:class|function|exception):: (\w+)", page, re.MULTILINE
         )
@@ -227,7 +266,7 @@ class TestNumbers:
     def test_the_table_of_power_is_that_of_the_results(self):
         results = json.loads((SOURCE / "results" / "order_power.json").read_text())
         by_effect = {point["design_effect"]: point for point in results["power"]}
-        table = (SOURCE / "order.md").read_text().split("| seen by the stream |\n")[1]
+        table = (SOURCE / "reliability.md").read_text().split("| found by the stream |\n")[1]
         lines = table.split("\n\n")[0].splitlines()[1:]
         assert lines
         for line in lines:
@@ -256,4 +295,4 @@ def test_the_figures_of_why_order_matters_show_what_it_says():
     assert figures.slope_of(last) < 0.3
     scattered, permuted = figures.preshuffled_by_hand(60, 4, rng)
     assert sorted(np.concatenate(permuted)) == list(range(60))
-    assert all((np.diff(pile) > 0).all() for pile in scattered)
+    assert all((np.diff(partition) > 0).all() for partition in scattered)

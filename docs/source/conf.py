@@ -11,7 +11,10 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Settings of Sphinx, as in PyMC's own documentation; they need no network."""
+"""Settings of Sphinx, as in PyMC's own documentation; they need no network.
+
+As there, headings get no anchors from MyST, so that pages link to pages, not to parts of them.
+"""
 
 from importlib.metadata import version as version_of
 
@@ -38,7 +41,6 @@ toc_object_entries_show_parents = "hide"
 numpydoc_show_class_members = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]
-myst_heading_anchors = 3
 
 # PyMC's own names, which its documentation has; a link to them would need the network.
 nitpick_ignore_regex = [

@@ -14,12 +14,16 @@
 """The experiment on tables that take seconds, for tests that kill it.
 
 python -m tests.orderbook.small_reproduce WORK STEPS
+
+All stages run in this process, so that PyMC is imported and a model compiled once.
 """
 
 import sys
 
 from pathlib import Path
+from unittest.mock import patch
 
+from benchmarks.orderbook import reproduce
 from benchmarks.orderbook.reproduce import Settings, plan
 from benchmarks.orderbook.stages import run_stages
 from benchmarks.orderbook.tables import publish
@@ -29,7 +33,11 @@ SETTINGS = {"sizes": (), "billion": 20_000, "messages": 8_000, "buffer_size": 5_
 
 def run(work: Path, steps: int) -> None:
     settings = Settings(**SETTINGS, steps=steps)
-    publish(run_stages(plan(settings, work / "tables"), work / "records"), work / "results", None)
+    with patch.object(
+        reproduce, "in_process", lambda run, /, *args, **options: run(*args, **options)
+    ):
+        records = run_stages(plan(settings, work / "tables"), work / "records")
+    publish(records, work / "results", None)
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ class BookMachine(RuleBasedStateMachine):
         assert self.book.waiting == labels.count(None)
 
 
-BookMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+BookMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestBookAgainstDictionary = BookMachine.TestCase
 
 

@@ -13,7 +13,7 @@
 #   limitations under the License.
 """Models that use streams in more than the simplest way, and rows in the place of a batch.
 
-The script of docs/source/models.md is run once; its models are compared with the same in memory.
+The script of docs/source/streaming/models.md is run once; its models are compared with the same in memory.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Numba will use object mode:UserW
 @pytest.fixture(scope="module")
 def page() -> dict:
     """Return what the script of the page defines."""
-    text = (ROOT / "docs/source/models.md").read_text()
+    text = (ROOT / "docs/source/streaming/models.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict = {}
     exec(compile("\n".join(blocks), "models.md", "exec"), names)

@@ -482,7 +482,7 @@ class TestStreamState:
 
 
 def test_the_code_of_the_how_to_runs_and_goes_on(tmp_path, monkeypatch):
-    page = (ROOT / "docs/source/resume.md").read_text()
+    page = (ROOT / "docs/source/streaming/resume.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     losses = []

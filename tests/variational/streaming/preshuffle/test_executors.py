@@ -31,7 +31,7 @@ from tests.variational.streaming.preshuffle.preshuffled import digests, every_ty
 from tests.variational.streaming.sources.object_store import s3_server
 
 ROOT = Path(__file__).parents[4]
-PAGE = ROOT / "docs" / "source" / "preshuffle.md"
+PAGE = ROOT / "docs" / "source" / "streaming" / "preshuffle.md"
 N_ROWS = 200_000
 LOAD = {"initializer": importlib.import_module, "initargs": ("tests",)}
 """Worker processes look for the code under test where this process does."""

@@ -38,7 +38,7 @@ from tests.variational.streaming.preshuffle.preshuffled import (
     rows_in_order,
 )
 
-PAGE = Path(__file__).parents[4] / "docs" / "source" / "preshuffle.md"
+PAGE = Path(__file__).parents[4] / "docs" / "source" / "streaming" / "preshuffle.md"
 
 
 @pytest.fixture

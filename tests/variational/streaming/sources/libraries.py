@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The how-tos of docs/source/sources.md, and the data that they read.
+"""The how-tos of docs/source/streaming/sources.md, and the data that they read.
 
 Run as a program, with a heading and folders, it streams each folder's rows and prints the peaks
 of resident memory in MB: all of it, and what is not file pages.
@@ -40,7 +40,7 @@ COLUMNS = ("mid", "spread", "imbalance", "up")
 
 def code(page: str, heading: str) -> str:
     """Return the Python code below a heading of a page of the docs."""
-    section = (ROOT / "docs/source" / page).read_text().split(f"## {heading}\n")[1]
+    section = (ROOT / "docs/source/streaming" / page).read_text().split(f"## {heading}\n")[1]
     blocks = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], flags=re.DOTALL)
     return "\n".join(blocks)
 

@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The how-tos of docs/source/sources.md run as they stand, with the real libraries."""
+"""The how-tos of docs/source/streaming/sources.md run as they stand, with the real libraries."""
 
 import gc
 import subprocess

@@ -233,7 +233,7 @@ def test_the_code_on_the_page_runs(proxy, bucket, rows, monkeypatch):
     write(bucket, "bucket/shuffled/0.parquet", rows)
     nearby = partial(pa.fs.S3FileSystem, endpoint_override=proxy.endpoint, scheme="http")
     monkeypatch.setattr(pa.fs, "S3FileSystem", nearby)
-    page = ROOT / "docs" / "source" / "object_stores.md"
+    page = ROOT / "docs" / "source" / "streaming" / "object_stores.md"
     names: dict = {}
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
         exec(compile(code, page.name, "exec"), names)
