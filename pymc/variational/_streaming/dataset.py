@@ -27,7 +27,8 @@ from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.tensor.variable import TensorVariable
 
 from pymc.model.core import Model
-from pymc.variational._streaming.batches.rebatch import Batch, Chunk, cast, read_epochs, rebatch
+from pymc.variational._streaming.batches.prefetch import read_epochs
+from pymc.variational._streaming.batches.rebatch import Batch, Chunk, cast, rebatch
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.callback import FitCallback, Offer
 from pymc.variational._streaming.errors import StreamError, StreamWarning
@@ -35,8 +36,9 @@ from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.reader import BatchReader, Position, TotalSize
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.arrow import arrow_source
-from pymc.variational._streaming.sources.base import Source, is_arrow, positive_int
+from pymc.variational._streaming.sources.base import Source, is_arrow
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.utils import positive_int
 from pymc.variational.callbacks import Callback
 
 __all__ = ["StreamingDataset"]

@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pymc.variational._streaming.batches.prefetch import Prefetcher
-from pymc.variational._streaming.batches.rebatch import Batch, EpochEnd, read_epochs, rebatch
+from pymc.variational._streaming.batches.prefetch import Prefetcher, read_epochs
+from pymc.variational._streaming.batches.rebatch import Batch, EpochEnd, rebatch
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.sources.base import Source

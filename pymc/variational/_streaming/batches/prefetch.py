@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Read ahead in a thread."""
+"""Read a source epoch after epoch, ahead of its consumer in a thread."""
 
 import os
 import sys
@@ -20,18 +20,52 @@ import weakref
 
 from collections.abc import Generator, Iterator
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
-from pymc.variational._streaming.batches.rebatch import Chunk
+import numpy as np
+
+from pymc.variational._streaming.batches.rebatch import (
+    Chunk,
+    EpochEnd,
+    require_exact,
+    require_shape,
+)
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.sources.base import Source
 
-__all__ = ["Prefetcher"]
+__all__ = ["Prefetcher", "read_epochs"]
 
 _SWITCH_INTERVAL = 1e-4
 """Seconds.  A compiled step holds the interpreter lock, and by default a thread that waits asks for
 it every 5 ms only: many steps, during which nothing would be read."""
-_CLOSING = 0.5
+_CLOSING = 0.8
 """Seconds that closing waits for a read that has begun.  One that takes longer ends by itself."""
+
+
+def read_epochs(
+    source: Source,
+    sample_shape: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    epoch: int = 0,
+    start: int = 0,
+    cycle: bool = True,
+) -> Generator[Chunk | EpochEnd]:
+    """Read a source epoch after epoch, and refuse values that *dtype* cannot hold."""
+    while True:
+        offset = start
+        for rows in source.blocks(epoch, start):
+            require_shape(rows, sample_shape)
+            require_exact(rows, dtype, source, offset)
+            yield Chunk(epoch, offset, rows)
+            offset += len(rows)
+            del rows  # while the next ones are read
+        yield EpochEnd(epoch, offset)
+        if offset == 0:
+            raise StreamError(f"source gave no rows in epoch {epoch}")
+        if not cycle:
+            return
+        epoch, start = epoch + 1, 0
 
 
 class Prefetcher:
@@ -46,17 +80,17 @@ class Prefetcher:
     def __init__(self, items: Generator[Any]):
         self._queue: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self._permits: SimpleQueue[None] = SimpleQueue()  # a semaphore, but each call is one in C
-        stop, ended = threading.Event(), threading.Event()
+        state = _State(threading.Event(), threading.Event(), threading.Event())
         # The thread must not refer to self, or self would never be collected.
         self.thread = threading.Thread(
             target=_run,
-            args=(items, self._queue, self._permits, stop, ended),
+            args=(items, self._queue, self._permits, state),
             name="pymc-streaming-prefetch",
             daemon=True,
         )
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(
-            self, _close, self.thread, self._permits, stop, ended, self._pid
+            self, _close, self.thread, self._permits, state, self._pid
         )
         _switch_interval.shorten(self.thread)
         try:
@@ -90,10 +124,21 @@ class Prefetcher:
     def close(self) -> None:
         """End the thread, which closes *items*.
 
-        A read that blocks is waited for no longer than half a second: when it returns, its thread
-        closes *items* and ends.
+        A read that blocks is waited for less than a second: when it returns, its thread closes
+        *items* and ends.
         """
         self._finalizer()
+
+
+class _State(NamedTuple):
+    """What a thread and whoever closes it know of each other."""
+
+    stop: threading.Event
+    """Whether the thread must end."""
+    idle: threading.Event
+    """Whether the thread waits for a permit, and so is not in a read."""
+    ended: threading.Event
+    """Whether the thread has closed its items."""
 
 
 class _SwitchInterval:
@@ -133,8 +178,7 @@ def _run(
     items: Generator[Any],
     queue: SimpleQueue,
     permits: SimpleQueue,
-    stop: threading.Event,
-    ended: threading.Event,
+    state: _State,
 ) -> None:
     err: BaseException | None = None
     try:
@@ -144,29 +188,26 @@ def _run(
             # consumer has done with when it takes this one.  Items without rows need no permit.
             if _has_rows(item):
                 del item  # or its memory would stay while the next one is read
+                state.idle.set()
                 permits.get()
-            if stop.is_set():
+                state.idle.clear()  # before looking at stop, so that _close can trust it
+            if state.stop.is_set():
                 break
     except BaseException as raised:
         err = raised
     finally:
         items.close()
         queue.put((None, err))
-        ended.set()
+        state.ended.set()
 
 
-def _close(
-    thread: threading.Thread,
-    permits: SimpleQueue,
-    stop: threading.Event,
-    ended: threading.Event,
-    pid: int,
-) -> None:
+def _close(thread: threading.Thread, permits: SimpleQueue, state: _State, pid: int) -> None:
     if os.getpid() != pid:
         return  # the thread may have held these locks when the process was forked
-    stop.set()
+    state.stop.set()
     permits.put(None)
     _switch_interval.restore(thread)
     # The garbage collector can run this in the thread itself.
-    if threading.current_thread() is not thread and ended.wait(_CLOSING):
-        thread.join()
+    if threading.current_thread() is not thread:
+        if state.idle.is_set() or state.ended.wait(_CLOSING):
+            thread.join()

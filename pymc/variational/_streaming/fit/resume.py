@@ -45,7 +45,7 @@ from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError, StreamWarning
 from pymc.variational._streaming.fit.streams import as_streams
 from pymc.variational._streaming.guards import WITHOUT_LOSS
-from pymc.variational._streaming.sources.base import positive_int
+from pymc.variational._streaming.utils import positive_int
 from pymc.variational.callbacks import Callback
 from pymc.variational.inference import Inference
 from pymc.variational.opvi import Approximation

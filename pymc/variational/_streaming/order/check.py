@@ -29,7 +29,8 @@ from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
 from pymc.variational._streaming.order.report import OrderReport, Stream, report_one_window
 from pymc.variational._streaming.sources.arrays import as_source
-from pymc.variational._streaming.sources.base import Source, draw_seed, positive_int
+from pymc.variational._streaming.sources.base import Source
+from pymc.variational._streaming.utils import draw_seed, positive_int
 
 __all__ = ["OrderCheck", "OrderReport", "check_order"]
 

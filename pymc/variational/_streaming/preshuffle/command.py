@@ -42,9 +42,9 @@ from pymc.variational._streaming.preshuffle.plan import Plan, cut_table, make_pl
 from pymc.variational._streaming.preshuffle.publish import open_workspace, publish
 from pymc.variational._streaming.preshuffle.table import Table, is_unchanged, open_table
 from pymc.variational._streaming.preshuffle.types import add_dictionaries
-from pymc.variational._streaming.sources.base import positive_int
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
 from pymc.variational._streaming.sources.parquet.paths import Paths, resolve, stands_for
+from pymc.variational._streaming.utils import positive_int
 
 if TYPE_CHECKING:
     import pyarrow

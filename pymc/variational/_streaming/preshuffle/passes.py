@@ -55,12 +55,8 @@ from pymc.variational._streaming.preshuffle.types import (
     restore,
     to_plain,
 )
-from pymc.variational._streaming.sources.parquet.files import (
-    import_pyarrow,
-    inspect,
-    is_local,
-    read_batches,
-)
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow, inspect, is_local
+from pymc.variational._streaming.sources.parquet.parquet import read_batches
 
 if TYPE_CHECKING:
     import pyarrow

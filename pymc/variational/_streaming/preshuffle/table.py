@@ -25,9 +25,9 @@ from pymc.variational._streaming.sources.parquet.files import (
     import_pyarrow,
     inspect,
     is_local,
-    read_batches,
 )
 from pymc.variational._streaming.sources.parquet.mark import MARK_KEY
+from pymc.variational._streaming.sources.parquet.parquet import read_batches
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.base import Source, is_arrow, skip_rows
+from pymc.variational._streaming.sources.base import Source, is_arrow, require_finite, skip_rows
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.rows import RowFormat
 from pymc.variational._streaming.utils import digest
@@ -90,6 +90,7 @@ class _ArraySource(Source):
             begin = max(first, start)
             block = _as_rows(np.asanyarray(self._array[begin : first + step]))
             _require_kind(block, self._kind, f"rows {begin} to {begin + len(block)}")
+            require_finite(block, begin)
             if len(block):
                 yield block
 
@@ -151,6 +152,7 @@ class IterableSource(Source):
             )
 
     def _convert(self, blocks: Iterable[Any]) -> Iterator[np.ndarray]:
+        n_rows = 0
         for number, block in enumerate(blocks):
             where = f"block {number}"
             arrow = is_arrow(block)
@@ -165,6 +167,8 @@ class IterableSource(Source):
                 self._kind = self._kind or _kind(rows)
                 self.sample_shape = self._kind[0]
                 _require_kind(rows, self._kind, where)
+                require_finite(rows, n_rows)
+                n_rows += len(rows)
                 yield rows
 
     def _arrow_rows(self, batch: Any, where: str) -> Iterator[np.ndarray]:

@@ -13,7 +13,6 @@
 #   limitations under the License.
 """Rows from Arrow readers, and from Arrow IPC (Feather) files."""
 
-import hashlib
 import os
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -25,10 +24,11 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import IterableSource
-from pymc.variational._streaming.sources.base import Source, positive_int, skip_rows
+from pymc.variational._streaming.sources.base import Source, skip_rows
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_ipc
 from pymc.variational._streaming.sources.rows import RowFormat
+from pymc.variational._streaming.utils import digest, positive_int
 
 __all__ = ["arrow_source"]
 
@@ -148,8 +148,7 @@ class _IpcSource(Source):
         self.n_rows = int(rows.sum())
         if not self.n_rows:
             raise ValueError(f"{paths[0]}: no rows to stream in {len(paths)} file(s)")
-        parts = [self.columns, [(f.size, f.mtime_ns) for f in self._files]]
-        self.fingerprint = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        self.fingerprint = digest(self.columns, [(f.size, f.mtime_ns) for f in self._files])
 
     def read_starts(self, rows: np.ndarray) -> np.ndarray:
         return self._starts[np.searchsorted(self._starts, rows, side="right") - 1]

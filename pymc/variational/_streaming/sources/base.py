@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from pymc.variational._streaming.utils import draw_seed, positive_int, progress_bar
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.utils import progress_bar
 
-__all__ = ["Source", "draw_seed", "is_arrow", "positive_int", "progress_bar", "skip_rows"]
+__all__ = ["Source", "describe_value", "is_arrow", "require_finite", "skip_rows"]
 
 
 class Source(ABC):
@@ -66,8 +67,8 @@ class Source(ABC):
         Yields
         ------
         ndarray, shape (n, *sample_shape)
-            Its values stay until the next block but one is asked for.  A block without rows only
-            tells that reading takes a while.
+            Its values are finite, and stay until the next block but one is asked for.  A block
+            without rows only tells that reading takes a while.
         """
 
     def probe(self) -> None:
@@ -103,6 +104,26 @@ class Source(ABC):
 def is_arrow(block: Any) -> bool:
     """Whether *block* can be read through Arrow's C interface."""
     return hasattr(block, "__arrow_c_array__") or hasattr(block, "__arrow_c_stream__")
+
+
+def require_finite(rows: np.ndarray, offset: int) -> None:
+    """Raise StreamError if a value is NaN or infinite; *offset* is the position of the first row."""
+    with np.errstate(all="ignore"):
+        # A value that is not finite shows in the sum; one that is, hardly ever.
+        if rows.dtype.kind != "f" or np.isfinite(rows.sum()):
+            return
+    places = np.argwhere(~np.isfinite(rows))
+    if len(places):
+        raise StreamError(f"{describe_value(rows, places[0], offset, None)}; repair the data")
+
+
+def describe_value(
+    rows: np.ndarray, place: np.ndarray, offset: int, columns: tuple[str, ...] | None
+) -> str:
+    """Say which value there is at *place* of *rows*, the first of which is at *offset*."""
+    row, *column = (int(i) for i in place)
+    name = repr(columns[column[0]]) if columns else tuple(column)
+    return f"row {offset + row} of the stream holds {rows[tuple(place)]} in column {name}"
 
 
 def skip_rows(blocks: Iterator[np.ndarray], n: int) -> Generator[np.ndarray]:

@@ -32,7 +32,8 @@ __all__ = ["PIECE_ROWS", "RowFormat", "exact_limit", "piece_rows"]
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 _TILE = 2048
-"""Rows; columns are interleaved in tiles that stay in the cache."""
+"""Rows; many columns are interleaved in tiles that stay in the cache, few at once: each call gives
+up the interpreter lock."""
 
 PIECE_ROWS = 1 << 18
 _PIECE_VALUES = 1 << 20
@@ -224,7 +225,8 @@ def _all_finite(rows: np.ndarray) -> bool:
 def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     """Return columns as the rows of a C-contiguous array."""
     rows = np.empty((len(values[0]), len(values)), dtype)
-    for start in range(0, len(rows), _TILE):
+    tile = _TILE if len(values) > 8 else max(len(rows), 1)
+    for start in range(0, len(rows), tile):
         for j, column in enumerate(values):
-            rows[start : start + _TILE, j] = column[start : start + _TILE]
+            rows[start : start + tile, j] = column[start : start + tile]
     return rows

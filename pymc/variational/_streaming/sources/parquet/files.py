@@ -13,8 +13,6 @@
 #   limitations under the License.
 """Parquet files on any filesystem, and whether they are still the same."""
 
-import hashlib
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.parquet.remote import RemoteFile, fsspec_of, retried
+from pymc.variational._streaming.utils import digest
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -36,7 +35,7 @@ __all__ = [
     "import_pyarrow",
     "inspect",
     "is_local",
-    "read_batches",
+    "open_parquet",
 ]
 
 _MAGIC = b"PAR1"
@@ -134,26 +133,17 @@ def chunk_extent(chunk: Any) -> tuple[int, int]:
     return start, start + chunk.total_compressed_size
 
 
-def read_batches(
-    fs: "pyarrow.fs.FileSystem",
-    known: ParquetInput,
-    *,
-    columns: Sequence[str] | None = None,
-    row_groups: Sequence[int] | None = None,
-    batch_rows: int,
-) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
-    """Yield batches of at most *batch_rows* rows, and the first row of each, in bounded memory.
+@contextmanager
+def open_parquet(
+    fs: "pyarrow.fs.FileSystem", known: ParquetInput
+) -> Iterator["pyarrow.parquet.ParquetFile"]:
+    """Open a file that must not change from when *known* was taken until it is closed.
 
-    Rows are counted over the row groups that are read (see ``ParquetInput.place``), and columns
-    come in the order asked for.  Reads are buffered and never ahead, so memory does not depend on
-    the size of the file or of its row groups; page checksums are verified where there are some.
-
-    A file that changed since *known* was taken, vanished, cannot be decoded, or is shorter than
-    its footer says, is a StreamError.
+    Reads are buffered and never ahead, so memory does not depend on the size of the file or of its
+    row groups; page checksums are verified where there are some.  A file that changed, vanished or
+    cannot be decoded is a StreamError.
     """
-    groups = list(range(len(known.group_rows)) if row_groups is None else row_groups)
-    options = {"row_groups": groups, "columns": columns, "use_threads": False}
-    row, path = 0, known.path
+    path = known.path
     with _open(fs, path) as (handle, footer, identity), _as_stream_error(path, "reading failed"):
         _require_unchanged(known, identity)
         with import_pyarrow().parquet.ParquetFile(
@@ -164,17 +154,7 @@ def read_batches(
             buffer_size=_READ_BUFFER if is_local(fs) else _REMOTE_READ_BUFFER,
             page_checksum_verification=True,
         ) as file:
-            for batch in file.iter_batches(batch_rows, **options):
-                first, row = row, row + batch.num_rows
-                if columns is not None and batch.schema.names != list(columns):
-                    batch = batch.select(columns)
-                yield first, batch
-                del batch  # its memory is free while the next one is read
-        promised = sum(known.group_rows[group] for group in groups)
-        if row != promised:
-            raise StreamError(
-                f"{path}: {len(groups)} row groups gave {row} rows, its footer promises {promised}"
-            )
+            yield file
         if _size_and_mtime(fs, path) != (known.size, known.mtime_ns):
             raise StreamError(f"{path}: changed while it was read; make the source anew")
 
@@ -191,7 +171,7 @@ def _open(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[tuple[Any, bytes, 
     with handle:
         with _as_stream_error(path, _UNREADABLE):
             footer = _read_footer(handle, size)
-        yield handle, footer, (size, mtime_ns, hashlib.blake2b(footer, digest_size=16).hexdigest())
+        yield handle, footer, (size, mtime_ns, digest(footer))
 
 
 def _read_footer(handle: Any, size: int) -> bytes:

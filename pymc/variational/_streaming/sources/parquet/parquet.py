@@ -13,7 +13,6 @@
 #   limitations under the License.
 """Rows from Parquet files."""
 
-import hashlib
 import math
 import os
 
@@ -24,28 +23,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.base import (
-    Source,
-    draw_seed,
-    progress_bar,
-    skip_rows,
-)
+from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
     column_ranges,
     import_pyarrow,
     inspect,
-    read_batches,
+    open_parquet,
 )
 from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
 from pymc.variational._streaming.sources.rows import RowFormat, piece_rows
+from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["parquet_source"]
+__all__ = ["parquet_source", "read_batches"]
 
 
 def parquet_source(
@@ -142,8 +137,7 @@ class _ParquetSource(Source):
         if not self.n_rows:
             raise ValueError(f"{paths[0]}: no rows to stream in {len(paths)} file(s)")
         contents = [(file.size, file.digest) for file in self._files]
-        parts = [self.columns, self.seed, self._drop, contents]
-        self.fingerprint = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        self.fingerprint = digest(self.columns, self.seed, self._drop, contents)
 
     def _open_all(self, paths: Sequence[str], columns: Sequence[str] | None) -> None:
         """Read the footer of each file once, and keep what is needed of it."""
@@ -208,19 +202,20 @@ class _ParquetSource(Source):
     ) -> Generator[np.ndarray]:
         order = self._order(epoch)
         first = int(np.searchsorted(self._part_bounds(order)[1], start, side="right"))
-        skipped = int(self._part_rows[order[:first]].sum())
-        blocks = self._read_parts(order[first:], block_rows or self._piece_rows)
+        skipped = start - int(self._part_rows[order[:first]].sum())
         try:
-            yield from skip_rows(blocks, start - skipped)
+            # Row groups of one file that follow each other are read in one go.
+            rest = order[first:].tolist()
+            for _, parts in groupby(rest, key=lambda part: self._parts[part][0].path):
+                files, groups = zip(*(self._parts[part] for part in parts))
+                for rows in self._read(files[0], groups, block_rows or self._piece_rows):
+                    if skipped < len(rows):
+                        yield rows[skipped:]
+                    skipped = max(0, skipped - len(rows))
+                    del rows  # its memory is free while the next ones are read
         finally:
             if block_rows is not None:  # Arrow keeps memory for a thread that may read no more
                 import_pyarrow().default_memory_pool().release_unused()
-
-    def _read_parts(self, order: np.ndarray, size: int) -> Iterator[np.ndarray]:
-        """Read row groups; those of one file that follow each other are read in one go."""
-        for _, parts in groupby(order.tolist(), key=lambda part: self._parts[part][0].path):
-            files, groups = zip(*(self._parts[part] for part in parts))
-            yield from self._read(files[0], groups, size)
 
     def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
         size = _divide(max(file.group_rows[group] for group in groups), size)
@@ -246,6 +241,37 @@ class _ParquetSource(Source):
             f"{file.path}: {fault} in row {row} of row group {group}; "
             'repair the file or pass invalid="drop"'
         )
+
+
+def read_batches(
+    fs: Any,
+    file: ParquetInput,
+    *,
+    columns: Sequence[str] | None,
+    row_groups: Sequence[int],
+    batch_rows: int,
+) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
+    """Yield batches of at most *batch_rows* rows of some row groups, and the first row of each.
+
+    Rows are counted over the row groups that are read (see ``ParquetInput.place``), and columns
+    come in the order asked for.
+    """
+    row, groups = 0, list(row_groups)
+    with open_parquet(fs, file) as opened:
+        for batch in opened.iter_batches(
+            batch_rows, row_groups=groups, columns=columns, use_threads=False
+        ):
+            first, row = row, row + batch.num_rows
+            if columns is not None and batch.schema.names != list(columns):
+                batch = batch.select(columns)
+            yield first, batch
+            del batch  # its memory is free while the next one is read
+        promised = sum(file.group_rows[group] for group in groups)
+        if row != promised:
+            raise StreamError(
+                f"{file.path}: {len(groups)} row groups gave {row} rows, "
+                f"its footer promises {promised}"
+            )
 
 
 def _divide(group_rows: int, most: int) -> int:
