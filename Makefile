@@ -61,8 +61,8 @@ bench: $(BENCH_INSTALLED)  ## Run the ASV suites on the built wheel (BENCH_ARGS)
 	test -e ~/.asv-machine.json || ($(ASV) machine --yes > /dev/null)
 	$(ASV) run --python=same --show-stderr $(BENCH_ARGS)
 
-pymc: $(INSTALLED)  ## Put streaming into PyMC's own source in build/upstream, and test it there (PYMC_ARGS=--quick, PYTEST_ARGS)
-	$(RUN) upstream.check --venv "$(VENV)-pymc" $(PYMC_ARGS) -- $(PYTEST_ARGS)
+pymc: $(INSTALLED)  ## Put streaming into PyMC's own source, commit by commit, and run PyMC's gates (PYMC_ARGS="--quick --checkout DIR", PYTEST_ARGS)
+	$(RUN) upstream.check $(PYMC_ARGS) -- $(PYTEST_ARGS)
 
 wheel: $(WHEEL)  ## Build the wheel
 

@@ -11,179 +11,112 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Put streaming into PyMC's source tree.
+"""Make a branch of PyMC with streaming in it, one commit for each step of the review.
 
-    python -m upstream.assemble                      # into the released source distribution
-    python -m upstream.assemble --checkout ../pymc   # as commits on a new branch
+    python -m upstream.assemble                      # of the released source distribution
+    python -m upstream.assemble --checkout ../pymc   # of a git checkout
 
-The first downloads the source distribution of the release that the edits were written for, checks
-its hash, and leaves ``build/upstream/pymc-6.4.0`` and ``build/upstream/streaming.diff``.  The
-source distribution lacks some of the files that are edited; those edits are reported as left out.
+The first downloads the release that the edits were written for, and makes a repository of it in
+``build/upstream``.  It lacks some of the files that are edited; those edits are left out.
 """
 
 import argparse
-import difflib
 import hashlib
 import shutil
 import subprocess
 import sys
 import tarfile
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from upstream.commits import COMMITS, LEFT_OUT, PACKAGE, Commit, changes, ours
-from upstream.edits import Edit, list_tests
-from upstream.patches import PATCHES
+from upstream.commits import COMMITS, changes
+from upstream.edits import list_tests
 
-__all__ = ["assemble_tree", "diff", "make_branch", "read_edited", "verified"]
+__all__ = ["git", "make_branch", "missing", "released", "sign"]
 
 VERSION = "6.4.0"
-SDIST = f"pymc-{VERSION}.tar.gz"
 SHA256 = "319348878ec698b6cc406320456b2bc00d80bea9bfb72b6ab02b2ce6b179e3b5"
 OUTPUT = Path(__file__).parents[1] / "build" / "upstream"
-
-STAND_INS = {
-    "tests/__init__.py": "",
-    "tests/conftest.py": """\
-import numpy
-import pytest
+PACKAGES = ("tests/__init__.py", "tests/variational/__init__.py")
+"""Files that the source distribution lacks."""
 
 
-@pytest.fixture
-def seeded_test():
-    numpy.random.seed(0)
-
-
-@pytest.fixture
-def strict_float32():
-    pass  # nothing to watch in float64
-""",
-}
-"""What PyMC's tests need and the source distribution lacks."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Put streaming into PyMC's source tree.")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="default: build/upstream")
-    parser.add_argument("--checkout", type=Path, help="git checkout of PyMC to make a branch in")
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a branch of PyMC with streaming in it.")
+    parser.add_argument("--checkout", type=Path, help="git checkout of PyMC; default: the release")
     parser.add_argument("--branch", default="streaming", help="its name; default: streaming")
-    parser.add_argument(
-        "--patch", action="append", default=[], choices=list(PATCHES), help="optional change to add"
-    )
-    chosen = parser.parse_args(arguments)
-    commits = [*COMMITS, *(PATCHES[name] for name in chosen.patch)]
-    try:
-        if chosen.checkout is not None:
-            left_out = make_branch(chosen.checkout, chosen.branch, commits)
-        else:
-            left_out = assemble_tree(verified(chosen.output / SDIST), chosen.output, commits)
-    except (ValueError, OSError, subprocess.CalledProcessError) as err:
-        sys.stderr.write(f"{err}\n")
-        return 1
-    for path in left_out:
+    chosen = parser.parse_args()
+    checkout = chosen.checkout or released()
+    make_branch(checkout, chosen.branch)
+    sys.stdout.write(f"made the branch {chosen.branch!r} in {checkout}\n")
+    for path in missing(checkout):
         sys.stdout.write(f"left out: edits of {path}, which is not there\n")
-    for paths, why in LEFT_OUT.items():
-        sys.stdout.write(f"not laid in: {paths} ({why})\n")
-    return 0
 
 
-def verified(sdist: Path) -> Path:
-    """Return the path of the source distribution, downloaded if need be, after a check."""
+def released(output: Path = OUTPUT) -> Path:
+    """Return a new git repository of the released source distribution."""
+    sdist, checkout = output / f"pymc-{VERSION}.tar.gz", output / f"pymc-{VERSION}"
     if not sdist.exists():
         command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
         command += ["download", "--no-deps", "--no-binary", "pymc", f"pymc=={VERSION}"]
-        subprocess.run([*command, "--dest", str(sdist.parent)], check=True)
-    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    if found != SHA256:
+        subprocess.run([*command, "--dest", str(output)], check=True)
+    if (found := hashlib.sha256(sdist.read_bytes()).hexdigest()) != SHA256:
         raise ValueError(f"{sdist} has the SHA-256 {found}, not {SHA256}; delete it")
-    return sdist
-
-
-def assemble_tree(sdist: Path, output: Path, commits: Sequence[Commit] = COMMITS) -> list[str]:
-    """Unpack a source distribution below *output*, and put everything in.
-
-    Returns
-    -------
-    list of str
-        Files with edits that are not there.
-    """
-    tree = output / f"pymc-{VERSION}"
-    if tree.exists():
-        shutil.rmtree(tree)
+    shutil.rmtree(checkout, ignore_errors=True)
     with tarfile.open(sdist) as archive:
         archive.extractall(output, filter="data")
-    before, left_out = read_edited(tree, commits)
-    after = changes(commits, before)
-    _write(tree, after)
-    _write(tree, {path: text.encode() for path, text in STAND_INS.items()})
-    (output / "streaming.diff").write_text("".join(diff(before, after)))
-    return left_out
+    _write(checkout, dict.fromkeys(PACKAGES, b""))
+    git(checkout, "init", "--quiet", "--initial-branch=main")
+    sign(checkout)
+    git(checkout, "add", ".")
+    git(checkout, "commit", "--quiet", f"--message=PyMC {VERSION}")
+    return checkout
 
 
-def make_branch(checkout: Path, branch: str, commits: Sequence[Commit] = COMMITS) -> list[str]:
-    """Make a branch with one commit for each of *commits*, and leave it checked out.
-
-    Returns
-    -------
-    list of str
-        Files with edits that are not there.
-    """
-    if _git(checkout, "status", "--porcelain"):
+def make_branch(checkout: Path, branch: str = "streaming") -> None:
+    """Make a branch with one commit for each of `COMMITS`, and leave it checked out."""
+    if git(checkout, "status", "--porcelain"):
         raise ValueError(f"{checkout} has changes; commit or stash them first")
-    if _git(checkout, "branch", "--list", branch):
-        raise ValueError(f"{checkout} has a branch {branch!r}; delete it, or name another one")
-    before, left_out = read_edited(checkout, commits)
-    states = [changes(commits[: k + 1], before) for k in range(len(commits))]
-    _git(checkout, "switch", "--quiet", "--create", branch)
-    for commit, files in zip(commits, states):
-        _write(checkout, files)
-        _git(checkout, "add", "--", *files)
-        _git(checkout, "commit", "--quiet", "--message", commit.message)
-    return left_out
+    git(checkout, "switch", "--quiet", "--create", branch)
+    try:
+        for number, commit in enumerate(COMMITS):
+            files = changes(number, checkout)
+            _write(checkout, files)
+            git(checkout, "add", "--force", "--", *files)
+            git(checkout, "commit", "--quiet", "--message", commit.message)
+    except ValueError:
+        git(checkout, "checkout", "--quiet", "-")
+        git(checkout, "branch", "--quiet", "-D", branch)
+        raise
 
 
-def read_edited(root: Path, commits: Sequence[Commit]) -> tuple[dict[str, str], list[str]]:
-    """Return PyMC's own files that *commits* edit, text by path, and those that are not there."""
-    edits: list[Edit] = [edit for commit in commits for edit in commit.edits]
-    paths = dict.fromkeys(edit.path for edit in [*edits, list_tests([])])
-    there = {path: (root / path).read_text() for path in paths if (root / path).exists()}
-    new = ours(commits).keys() - {PACKAGE}
-    if taken := sorted(path for path in new if (root / path).exists()):
-        raise ValueError(f"PyMC in {root} has {taken} already; start from the release")
-    return there, [path for path in paths if path not in there.keys() | new]
+def sign(checkout: Path) -> None:
+    """Name an author of commits in a repository that is nobody's."""
+    git(checkout, "config", "user.name", "PyMC streaming")
+    git(checkout, "config", "user.email", "streaming@localhost")
 
 
-def diff(before: dict[str, str], after: dict[str, bytes]) -> Iterable[str]:
-    """Yield a unified diff; of files that are no text, only the name."""
-    for path, new in after.items():
-        old = before.get(path)
-        try:
-            lines = new.decode().splitlines(keepends=True)
-        except UnicodeDecodeError:
-            yield f"Binary file b/{path} is new\n"
-            continue
-        start = "/dev/null" if old is None else f"a/{path}"
-        yield from difflib.unified_diff(
-            (old or "").splitlines(keepends=True), lines, start, f"b/{path}"
-        )
+def missing(checkout: Path) -> list[str]:
+    """Return the paths of PyMC's own files that are edited and not there."""
+    edits = [edit for commit in COMMITS for edit in commit.edits] + list_tests(["any"])
+    paths = dict.fromkeys(edit.path for edit in edits)
+    return [path for path in paths if not (checkout / path).exists()]
 
 
-def _write(tree: Path, files: dict[str, bytes]) -> None:
-    for path, content in files.items():
-        if path == PACKAGE and (tree / path).exists():
-            continue
-        (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        (tree / path).write_bytes(content)
-
-
-def _git(checkout: Path, *arguments: str) -> str:
+def git(checkout: Path, *arguments: str) -> str:
+    """Run git in a folder and return what it prints."""
     command = ["git", "-C", str(checkout), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"{' '.join(command[:4])}: {done.stderr.strip()}")
+        raise OSError(f"git {' '.join(arguments[:2])}: {done.stderr.strip()}")
     return done.stdout
 
 
+def _write(checkout: Path, files: dict[str, bytes]) -> None:
+    for path, content in files.items():
+        (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / path).write_bytes(content)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

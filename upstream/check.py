@@ -11,93 +11,179 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Install PyMC with streaming beside what is installed here, and test it there.
+"""Run PyMC's own gates on every commit of the branch that ``upstream.assemble`` makes.
 
-    python -m upstream.check --venv .venv-pymc -- -n auto
+    python -m upstream.check -- -n auto               # of the release
+    python -m upstream.check --checkout ../pymc       # of a copy of a git checkout
 
-Arguments after ``--`` go to pytest for the tests of streaming.  The new environment sees the
-packages of this one but has a PyMC of its own, which hides the one here and the wheel beside it.
+Arguments after ``--`` go to pytest.  The source distribution lacks PyMC's scripts, workflow and
+pages; the gates that need one of them run where it is there.
 """
 
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from upstream.assemble import COMMITS, OUTPUT, SDIST, VERSION, assemble_tree, verified
+from upstream.assemble import OUTPUT, git, make_branch, missing, released, sign
+from upstream.commits import COMMITS
 
-__all__ = ["changed_files", "make_environment"]
+RUFF, MYPY = "0.11.13", "1.19.1"
+"""Versions that PyMC pins, for where its own settings are not there."""
+PAGES = "jupyter-sphinx myst-nb numpydoc pymc-sphinx-theme sphinx-copybutton sphinx-design "
+PAGES += "sphinx-notfound-page sphinx-remove-toctrees sphinx-sitemap sphinxext-rediraffe ipython"
+BIN = OUTPUT / "venv" / "bin"
 
-OWN_TESTS = (
-    "tests/test_data.py",
-    "tests/test_initial_point.py",
-    "tests/test_math.py",
-    "tests/test_model_graph.py",
-    "tests/test_printing.py",
-    "tests/test_pytensorf.py",
-    "tests/test_root_namespace.py",
-    "tests/test_util.py",
+BARE = """
+import sys, pytest
+from importlib.machinery import PathFinder
+
+OPTIONAL = "dask distributed fsspec hypothesis matplotlib psutil pyarrow".split()
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] in OPTIONAL
+        return None if hidden else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+sys.exit(pytest.main(["-q", "--disable-plugin-autoload", *sys.argv[1:]]))
+"""
+"""A run of pytest in which some libraries are not there."""
+
+OURS = (
+    "tests/variational/test_random_steps.py",
+    "tests/variational/test_stream_callbacks.py",
+    "tests/variational/streaming/test_hook.py",
 )
-"""PyMC's tests that its source distribution holds; test_testing.py needs one that is not there,
-test_func_utils.py is about nothing that is touched and takes minutes."""
-
-NOT_OFFLINE = "test_get_data"
-QUICK_OWN = ("tests/test_initial_point.py", "tests/test_root_namespace.py")
-QUICK = tuple(
-    f"tests/variational/test_{name}.py"
-    for name in ("average", "checkpoint", "guards", "hook", "streaming")
-)
-"""What depends on the hook; `make test` runs the others on stock PyMC."""
-
-USER_CODE = Path(__file__).with_name("user_code.py")
+"""Tests of what depends on PyMC's own files; `make test` runs the others beside PyMC."""
+NEAR = "initial_point math model_graph printing pytensorf root_namespace util".split()
+"""PyMC's tests near to what changes."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Install and test PyMC with streaming.")
-    parser.add_argument("--venv", type=Path, required=True, help="environment to make")
+    parser = argparse.ArgumentParser(description="Run PyMC's gates on the branch.")
+    parser.add_argument("--checkout", type=Path, help="git checkout of PyMC; default: the release")
     parser.add_argument("--quick", action="store_true", help="leave most tests out")
     parser.add_argument("pytest", nargs="*", help="arguments for the tests of streaming")
     chosen = parser.parse_args()
-    assemble_tree(verified(OUTPUT / SDIST), OUTPUT, COMMITS)
-    own, tests = (QUICK_OWN, QUICK) if chosen.quick else (OWN_TESTS, ["tests/variational"])
-    tree = OUTPUT / f"pymc-{VERSION}"
-    files = changed_files(OUTPUT / "streaming.diff")
-    run(tree, sys.executable, "-m", "ruff", "check", "--no-cache", *files)
-    run(tree, sys.executable, "-m", "ruff", "format", "--check", "--no-cache", *files)
-    python = make_environment(chosen.venv.absolute())
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    run(tree, *pip, "--python", python, "install", "--no-compile", f"{tree}[streaming]")
-    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-q"]
-    run(OUTPUT, *pytest, "-W", "error", "-c", os.devnull, str(USER_CODE))
-    run(tree, *pytest, "-k", f"not {NOT_OFFLINE}", *own)
-    run(tree, *pytest, "-W", "error", *chosen.pytest, *tests)
+    tree = released() if chosen.checkout is None else copy(chosen.checkout)
+    make_branch(tree)
+    for path in missing(tree):
+        say(f"left out: edits of {path}, which is not there")
+    make_environment(tree)
+    for number, commit in enumerate(COMMITS, 1):
+        say(f"\n{number}. {commit.message.splitlines()[0]}")
+        git(tree, "switch", "--quiet", "--detach", f"streaming~{len(COMMITS) - number}")
+        check_commit(tree, chosen.quick, chosen.pytest)
+    say("\nThe whole branch")
+    if chosen.quick:
+        check_types(tree)
+        run(tree, "python", "-m", "pytest", "-q", "--collect-only", "tests/variational", quiet=True)
+        run_tests(tree, OURS, *chosen.pytest)
+    near = [f"tests/test_{name}.py" for name in (NEAR[:1] if chosen.quick else NEAR)]
+    run(tree, "python", "-c", BARE, *near, "tests/variational")
+    check_pages(tree)
 
 
-def changed_files(diff: Path) -> list[str]:
-    return re.findall(r"^\+\+\+ b/(.*\.py)$", diff.read_text(), flags=re.MULTILINE)
+def copy(checkout: Path) -> Path:
+    """Return a clone of somebody's checkout, which is left alone."""
+    clone = OUTPUT / "checkout"
+    shutil.rmtree(clone, ignore_errors=True)
+    git(checkout, "clone", "--quiet", ".", str(clone))
+    sign(clone)
+    return clone
 
 
-def make_environment(venv: Path) -> str:
-    """Make an environment that sees the packages of this one, and return its interpreter."""
-    command = [sys.executable, "-m", "venv", "--clear", "--without-pip", str(venv)]
-    subprocess.run(command, check=True)
-    python = str(venv / "bin" / "python")
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    own = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True)
-    Path(own.stdout.strip(), "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return python
+def make_environment(tree: Path) -> None:
+    """Make an environment that has PyMC's tools and sees the packages of this one."""
+    run(OUTPUT, sys.executable, "-m", "venv", "--clear", "--without-pip", str(BIN.parent))
+    (site,) = BIN.parent.glob("lib/python*/site-packages")
+    (site / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    ruff = pinned(tree / ".pre-commit-config.yaml", r"ruff-pre-commit\n\s+rev: v(\S+)") or RUFF
+    mypy = pinned(tree / "conda-envs/environment-dev.yml", r"- mypy=(\S+)") or MYPY
+    tools = [f"ruff=={ruff}", f"mypy=={mypy}", "types-cachetools", "pyyaml"]
+    if (tree / "docs/source/conf.py").exists():
+        tools += PAGES.split()
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    run(OUTPUT, *pip, "--python", str(BIN / "python"), "install", *tools)
 
 
-def run(folder: Path, *command: str) -> None:
-    sys.stdout.write(f"{' '.join(command)[:200]}\n")
+def pinned(settings: Path, pattern: str) -> str | None:
+    """Return the version that a file of PyMC's pins, if it is there."""
+    found = re.search(pattern, settings.read_text()) if settings.exists() else None
+    return found[1] if found else None
+
+
+def check_commit(tree: Path, quick: bool, arguments: list[str]) -> None:
+    files = git(tree, "diff", "--name-only", "--diff-filter=d", "HEAD~1").split()
+    code = [path for path in files if path.endswith(".py")]
+    tests = [path for path in code if "/test_" in path]
+    if code:
+        run(tree, "ruff", "check", "--no-cache", "--quiet", *code)
+        run(tree, "ruff", "format", "--check", "--no-cache", "--quiet", *code)
+    if (tree / "scripts/check_all_tests_are_covered.py").exists():
+        run(tree, "python", "scripts/check_all_tests_are_covered.py", quiet=True)
+        conda = "conda-envs/environment-dev.yml"
+        run(tree, "python", "scripts/generate_pip_deps_from_conda.py", conda)
+        run(tree, "git", "diff", "--exit-code")
+    if not quick:
+        check_types(tree)
+        run_tests(tree, tests, *arguments)
+
+
+def check_types(tree: Path) -> None:
+    """Run mypy as PyMC does, and complain of files of ours; others depend on what is installed."""
+    there = (tree / "scripts/run_mypy.py").exists()
+    command = ("python", "scripts/run_mypy.py") if there else ("mypy", "pymc/variational")
+    found = run(tree, *command, quiet=True, worst=1)
+    if faults := re.findall(r"^pymc/variational/_?stream.*:.*", found, flags=re.MULTILINE):
+        sys.exit("\n".join(faults))
+
+
+def check_pages(tree: Path) -> None:
+    """Build our pages with PyMC's settings; those of others, and links to other sites, are left."""
+    if (tree / "docs/source/conf.py").exists():
+        log = OUTPUT / "sphinx.log"
+        sphinx = ("python", "-m", "sphinx", "--quiet", "--warning-file", str(log))
+        only = ("-D", "exclude_patterns=contributing,guides,learn,api/[!v]*")
+        # Redirects to pages that are left out end in 1.
+        run(tree, *sphinx, *only, "docs/source", str(OUTPUT / "pages"), quiet=True, worst=1)
+        ours = [line for line in log.read_text().splitlines() if "streaming" in line]
+        if faults := [line for line in ours if "'python:" not in line]:
+            sys.exit("\n".join(faults))
+
+
+def run_tests(tree: Path, tests: Iterable[str], *arguments: str) -> None:
+    if there := [path for path in tests if (tree / path).exists()]:
+        run(tree, "python", "-m", "pytest", "-q", "-W", "error", *arguments, *there)
+
+
+def run(folder: Path, *command: str, quiet: bool = False, worst: int = 0) -> str:
+    """Run a command with PyMC's tree before the PyMC that is installed, and return its output.
+
+    Without *quiet* the output is shown instead.  A code above *worst* ends the run.
+    """
+    say(f"$ {' '.join(command).splitlines()[0]}"[:100])
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder)}
+    program = shutil.which(command[0], path=path) or command[0]
+    command = (program, *command[1:])
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=quiet, text=True)
+    if not 0 <= done.returncode <= worst:
+        sys.exit(f"{done.stdout or ''}{done.stderr or ''}failed with {done.returncode}")
+    return done.stdout or ""
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": ""})
-    if done.returncode:
-        sys.exit(done.returncode)
 
 
 if __name__ == "__main__":

@@ -11,58 +11,47 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Our files at the paths they have in PyMC, in commits that can be reviewed one after another.
+"""The commits of the branch: whole files of one subpackage, with their tests and pages.
 
-A commit names the modules that it is about, and brings all that they import.  A test comes with
-the first commit that has what it needs, and ``pymc/variational/streaming.py``, the door, grows
-with the rooms behind it.
+Only two files depend on the commit: the façade imports the names whose modules are there, and the
+list of test files in PyMC's workflow grows.
 """
 
-import ast
 import re
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from upstream.door import (
-    DOOR,
-    ROOMS,
-    names_from,
-    open_door,
-    rooms_imported_by,
-    rooms_of_dataset,
-    without_functions,
-)
-from upstream.edits import DOCS, HOOK, PACKAGING, Edit, edited, list_tests
+from upstream.edits import DOCS, HOOK, PACKAGING, RANDOM_STEPS, Edit, edited, list_tests
 
-__all__ = ["COMMITS", "LEFT_OUT", "PACKAGE", "Commit", "changes", "ours"]
+__all__ = [
+    "COMMITS",
+    "FACADE",
+    "FOLDERS",
+    "Commit",
+    "changes",
+    "place_files",
+    "read",
+    "trim_facade",
+]
 
 ROOT = Path(__file__).parents[1]
-ADDED = ROOT / "upstream" / "files"
-"""Files that only the merged tree has."""
-PATCHED = ROOT / "upstream" / "patched"
-"""Files that optional changes bring."""
-PAGES = "docs/source"
-STREAMING = "tests/variational/test_streaming.py"
-PACKAGE = "tests/variational/__init__.py"
-"""PyMC may have it."""
-
-LEFT_OUT = {
-    "tests/__init__.py, tests/conftest.py": "they test a checkout that lies beside PyMC",
-    "tests/orderbook, tests/upstream, tests/test_*.py": "they test what is not merged",
-    "benchmarks": "of this repository; memory.py, which tests import, is laid in",
-    "docs/source/conf.py, docs/source/_static": "PyMC has its own",
-    "three tests in test_streaming.py": "of fits without a callback, which work in PyMC",
-}
-"""What stays outside PyMC's tree, and why."""
-
-WITHOUT_HOOK = (
-    "test_a_fit_without_the_callback_fails_at_once",
-    "test_another_stream_whose_callback_is_missing",
-    "test_a_second_fit_without_the_callback_fails_too",
+FOLDERS = (ROOT / "upstream" / "files", ROOT)
+"""Where files are looked for; those of the first exist only in PyMC's tree."""
+FACADE = "pymc/variational/streaming.py"
+MODULES = "pymc/variational/_streaming"
+TESTS = "tests/variational/streaming"
+PAGES = "docs/source/streaming"
+IMPORT = re.compile(
+    r"^ *from (?P<module>(?:pymc\.variational|tests|benchmarks)\b[\w.]*) import "
+    r"(?P<names>\([^)]*\)|.*)\n",
+    flags=re.MULTILINE,
 )
+
+MERGED = ("pymc/**/*.py", "tests/variational/**/*.py", f"{PAGES}/**/*")
+NOT_MERGED = ("tests/variational/__init__.py",)
+"""Files among these that PyMC has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,145 +59,171 @@ class Commit:
     """One step of the review."""
 
     message: str
-    about: tuple[str, ...] = ()
-    """Modules of ``_streaming``."""
-    dataset: bool = False
-    """Whether it brings ``StreamingDataset`` itself, and the modules that it uses."""
+    files: tuple[str, ...]
+    """Paths here, and patterns of paths; a path goes before a pattern of another commit."""
     edits: tuple[Edit, ...] = ()
-    files: tuple[str, ...] = ()
-    """Of ``upstream/patched``."""
+
+
+def _subpackage(name: str, *pages: str) -> tuple[str, ...]:
+    code = (f"{MODULES}/{name}/**/*.py", f"{TESTS}/{name}/**/*.py")
+    return code + tuple(f"{PAGES}/{page}.md" for page in pages)
 
 
 COMMITS = (
     Commit(
-        "Stream rows from Parquet, Arrow and arrays through a bounded shuffle",
-        about=("arrow", "parquet", "shuffle"),
-        edits=tuple(PACKAGING),
+        "Let shared variables of a model offer callbacks to Inference.fit",
+        ("pymc/variational/stream_callbacks.py", "tests/variational/test_stream_callbacks.py"),
+        HOOK,
     ),
-    Commit("Check whether the windows of a stream are exchangeable", about=("order",)),
+    Commit(
+        "Draw anew in every step of a fit without the loss\n\n"
+        "compile() looked for random generators in the outputs alone. With score=False the step\n"
+        "function has none, so that each step repeated one draw: a ~ Normal(3, 2) got an sd of 22.",
+        ("tests/variational/test_random_steps.py",),
+        RANDOM_STEPS,
+    ),
+    Commit(
+        "Read rows of arrays, Arrow and Parquet in blocks",
+        (
+            FACADE,
+            f"{MODULES}/__init__.py",
+            f"{MODULES}/errors.py",
+            f"{TESTS}/__init__.py",
+            f"{TESTS}/strategies.py",
+            "benchmarks/memory.py",
+            *_subpackage("sources", "sources", "object_stores"),
+        ),
+        PACKAGING,
+    ),
+    Commit("Shuffle rows in a bounded window, and read ahead of it", _subpackage("batches")),
+    Commit("Check whether the windows of a stream are exchangeable", _subpackage("order", "order")),
     Commit(
         "Feed minibatches from a stream to pm.fit, and refuse models that would go wrong",
-        dataset=True,
+        (f"{MODULES}/*.py", f"{TESTS}/*.py", f"{PAGES}/models.md"),
     ),
-    Commit("Shuffle tables on disk, exactly and in bounded memory", about=("preshuffle", "cli")),
     Commit(
         "Check fits against all rows, and average them over whole epochs",
-        about=("average", "fit_check", "fit_report"),
+        _subpackage("fit", "averaging", "fit_check"),
     ),
-    Commit("Save fits on streams, so that they survive a kill", about=("checkpoint",)),
     Commit(
-        "Attach the callbacks of streams in Inference.fit, and document streaming",
-        about=("hook",),
-        edits=(*HOOK, *DOCS),
+        "Shuffle tables on disk, exactly and in bounded memory",
+        _subpackage("preshuffle", "preshuffle"),
     ),
+    Commit(
+        "Save fits on streams, so that they survive a kill",
+        (
+            f"{MODULES}/fit/resume.py",
+            f"{TESTS}/fit/test_resume.py",
+            f"{TESTS}/fit/killed_fit.py",
+            f"{PAGES}/resume.md",
+        ),
+    ),
+    Commit("Document streaming", (f"{PAGES}/**/*",), DOCS),
 )
 
 
-def changes(commits: Sequence[Commit], files: dict[str, str]) -> dict[str, bytes]:
-    """Return all files that differ after *commits*, by path.
+def place_files(commits: Sequence[Commit] = COMMITS) -> dict[str, int]:
+    """Return the number of the commit that brings a file, by its path here.
 
-    Parameters
-    ----------
-    commits : sequence of Commit
-        From the first on.
-    files : dict of str
-        PyMC's own files that edits are for, text by path.
-    """
-    laid_in = ours(commits)
-    tests = [path for path in laid_in if re.search(r"/test_\w+\.py$", path)]
-    edits = [edit for commit in commits for edit in commit.edits]
-    own = {edit.path: laid_in[edit.path].decode() for edit in edits if edit.path in laid_in}
-    text = edited([*edits, list_tests(tests)], files | own)
-    return laid_in | {path: new.encode() for path, new in text.items()}
-
-
-def ours(commits: Sequence[Commit]) -> dict[str, bytes]:
-    """Return our files after *commits*, before any edit, by path in PyMC.
+    A test comes later than its commit says if something that it imports does.
 
     Raises
     ------
     ValueError
-        If all commits together leave a module out.
+        If no commit brings a file that is to be merged, or a module imports a later one.
     """
-    dataset = any(commit.dataset for commit in commits)
-    about = {name for commit in commits for name in commit.about}
-    rooms = _closure(about | rooms_of_dataset(_read(DOOR)) if dataset else about)
-    door = open_door(_read(DOOR), rooms, dataset=dataset)
-    offered = rooms | names_from(door)
-    files = {f"{ROOMS}/{name}.py": _read(f"{ROOMS}/{name}.py") for name in rooms}
-    files[f"{ROOMS}/__init__.py"] = _read(f"{ROOMS}/__init__.py")
-    files[DOOR] = door
-    for path in _paths("tests/variational/*.py"):
-        if _needs(path) <= offered:
-            files[path] = _move_pages(_read(path))
-    files["benchmarks/memory.py"] = _read("benchmarks/memory.py")
-    if "hook" in rooms:
-        files[STREAMING] = without_functions(files[STREAMING], WITHOUT_HOOK)
-    everything = set(COMMITS) <= set(commits)
-    if everything and (forgotten := set(_rooms()) - rooms):
-        raise ValueError(f"no commit is about {sorted(forgotten)} or needs it; add it to one")
-    named = set(re.findall(r"\w+\.md", "".join(files.values())))
-    pages = {path: b for path, b in _pages().items() if everything or Path(path).name in named}
-    files |= {path: (PATCHED / path).read_text() for commit in commits for path in commit.files}
-    return {path: text.encode() for path, text in sorted(files.items())} | pages
+    placed: dict[str, int] = {}
+    for pattern in (True, False):
+        for number, commit in enumerate(commits):
+            paths = [path for path in commit.files if ("*" in path) is pattern]
+            placed |= dict.fromkeys(_find(paths), number)
+    if forgotten := _find(MERGED) - _find(NOT_MERGED) - placed.keys():
+        raise ValueError(f"no commit brings {sorted(forgotten)}; add them to one")
+    placed = {path: placed[path] for path in placed.keys() - _find(NOT_MERGED)}
+    needs = {path: _needs(path, placed) for path in placed}
+    for _ in commits:  # A helper of a helper may be moved, too.
+        for path in placed:
+            latest = max((placed[need] for need in needs[path]), default=0)
+            if latest > placed[path] and path.startswith("pymc/") and path != FACADE:
+                late = sorted(need for need in needs[path] if placed[need] > placed[path])
+                raise ValueError(f"{path} imports {late}, which come with later commits")
+            if path.startswith("tests/"):
+                placed[path] = max(placed[path], latest)
+    return placed
 
 
-def _closure(names: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += rooms_imported_by(_read(f"{ROOMS}/{name}.py"))
-    return found
+def changes(number: int, checkout: Path) -> dict[str, bytes]:
+    """Return the content of the files that a commit changes, by path.
+
+    Parameters
+    ----------
+    number : int
+        Index of the commit.
+    checkout : Path
+        Folder of PyMC as the commits before left it; edits of files that are not there are left
+        out.
+    """
+    placed = place_files()
+    there = [path for path in placed if placed[path] <= number]
+    new = [path for path in there if placed[path] == number]
+    files = {path: read(path) for path in new}
+    if taken := sorted(path for path in files if (checkout / path).exists()):
+        raise ValueError(f"PyMC in {checkout} has {taken} already; start from the release")
+    if FACADE in there:
+        files[FACADE] = trim_facade(read(FACADE).decode(), there).encode()
+    edits = [*COMMITS[number].edits, *list_tests(path for path in new if "/test_" in path)]
+    for path in {edit.path for edit in edits}:
+        if (checkout / path).exists():
+            text = (checkout / path).read_text()
+            files[path] = edited(text, [edit for edit in edits if edit.path == path]).encode()
+    return files
 
 
-@cache
-def _needs(path: str) -> frozenset[str]:
-    """Return the modules of ``_streaming`` and the names of the door that a test needs."""
-    text = _read(path)
-    needs = rooms_imported_by(text) | {
-        alias.name
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.ImportFrom) and node.module == "pymc.variational.streaming"
-        for alias in node.names
-    }
-    # Child processes are started by name, so imports alone do not tell.
-    helpers = set(re.findall(r"tests\.variational\.(\w+)", text))
-    helpers |= set(re.findall(r"from tests\.variational import (\w+)", text))
-    helpers -= {Path(path).stem}
-    return frozenset(needs).union(*(_needs(f"tests/variational/{name}.py") for name in helpers))
+def trim_facade(text: str, there: Iterable[str]) -> str:
+    """Return the façade with names of those modules alone that are *there*, by path."""
+    modules = {path.removesuffix(".py").replace("/", ".") for path in there}
+    text = IMPORT.sub(lambda line: line[0] if line["module"] in modules else "", text)
+    names = {name for line in IMPORT.finditer(text) for name in _words(line["names"])}
+    text = re.sub(r' {4}"(\w+)",\n', lambda item: item[0] if item[1] in names else "", text)
+    if "main" not in names:
+        text = text.partition("\nif __name__")[0].replace("import sys\n\n", "")
+    return text
 
 
-def _rooms() -> list[str]:
-    return [Path(path).stem for path in _paths(f"{ROOMS}/*.py") if "__init__" not in path]
+def read(path: str) -> bytes:
+    """Return the content of a file of ours."""
+    return next(base / path for base in FOLDERS if (base / path).exists()).read_bytes()
 
 
-def _pages() -> dict[str, bytes]:
-    """Return the documentation, in a folder of its own, with the numbers that it links."""
-    pages = [path for path in sorted((ROOT / PAGES).rglob("*")) if path.is_file()]
-    text = "".join(path.read_text() for path in pages if path.suffix == ".md")
-    pages = [path for path in pages if path.suffix != ".json" or f"/{path.name})" in text]
-    return {
-        f"{PAGES}/streaming/{path.relative_to(ROOT / PAGES)}": path.read_bytes()
-        for path in pages
-        if path.name != "conf.py" and "_static" not in path.parts
-    }
+def _find(patterns: Iterable[str]) -> set[str]:
+    found = (base.glob(pattern) for base in FOLDERS for pattern in patterns)
+    paths = (path for paths in found for path in paths if path.is_file())
+    return {str(path.relative_to(_base(path))) for path in paths if "__pycache__" not in path.parts}
 
 
-def _move_pages(test: str) -> str:
-    """Let a test of code in a page find the page."""
-    return test.replace(PAGES, f"{PAGES}/streaming").replace(
-        '"docs" / "source"', '"docs" / "source" / "streaming"'
-    )
+def _base(path: Path) -> Path:
+    return next(base for base in FOLDERS if path.is_relative_to(base))
 
 
-def _paths(pattern: str) -> list[str]:
-    found = {p.relative_to(base) for base in (ROOT, ADDED) for p in base.glob(pattern)}
-    return sorted(str(path) for path in found)
+def _needs(path: str, known: Iterable[str]) -> set[str]:
+    """Return the files among the *known* ones that a file imports, or starts by name."""
+    if not path.endswith(".py"):
+        return set()
+    text = read(path).decode()
+    names = set(re.findall(r"\btests\.variational[\w.]*", text))
+    for line in IMPORT.finditer(text):
+        names |= {line["module"], *(f"{line['module']}.{n}" for n in _words(line["names"]))}
+    paths = {PUBLIC.get(name, name).replace(".", "/") + ".py" for name in names}
+    return paths & set(known) - {path, FACADE}
 
 
-@cache
-def _read(path: str) -> str:
-    return next(base / path for base in (ADDED, ROOT) if (base / path).exists()).read_text()
+def _words(names: str) -> list[str]:
+    return re.findall(r"\w+", names)
+
+
+PUBLIC = {
+    f"pymc.variational.streaming.{name}": line["module"]
+    for line in IMPORT.finditer(read(FACADE).decode())
+    for name in _words(line["names"])
+}
+"""Module of each name of the façade."""

@@ -21,7 +21,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DOCS", "HOOK", "PACKAGING", "AnchorError", "Edit", "edited", "list_tests"]
+__all__ = [
+    "DOCS",
+    "HOOK",
+    "PACKAGING",
+    "RANDOM_STEPS",
+    "AnchorError",
+    "Edit",
+    "edited",
+    "list_tests",
+]
 
 
 class AnchorError(ValueError):
@@ -34,136 +43,107 @@ class Edit:
 
     path: str
     anchor: str
-    """What occurs exactly once in the file."""
+    """Text that occurs exactly once in the file."""
     text: str
     where: Literal["after", "before"] = "after"
 
 
-def edited(edits: Iterable[Edit], files: dict[str, str]) -> dict[str, str]:
-    """Return the *files*, text by path, that edits change, as they are afterwards.
+def edited(text: str, edits: Iterable[Edit]) -> str:
+    """Return the *text* of a file after *edits* of it.
 
     Raises
     ------
     AnchorError
         If an anchor does not occur exactly once.
     """
-    changed: dict[str, str] = {}
     for edit in edits:
-        if edit.path in files:
-            changed[edit.path] = _apply(edit, changed.get(edit.path, files[edit.path]))
-    return changed
+        if (found := text.count(edit.anchor)) != 1:
+            raise AnchorError(
+                f"{edit.path}: the anchor {edit.anchor!r} occurs {found} times, it must occur "
+                "once; look at what changed in PyMC and adapt the edit"
+            )
+        start, end = text.split(edit.anchor)
+        parts = [edit.anchor, edit.text] if edit.where == "after" else [edit.text, edit.anchor]
+        text = "".join([start, *parts, end])
+    return text
 
 
-def list_tests(tests: Iterable[str]) -> Edit:
-    """Return the edit that gives test files a job of their own.
+def list_tests(tests: Iterable[str]) -> list[Edit]:
+    """Return the edit, if any, that puts test files into a job of PyMC's workflow.
 
-    ``scripts/check_all_tests_are_covered.py`` wants each in the list of a job, once.
+    The first test file begins a new job, and the others follow it.
     """
+    first = "tests/variational/test_stream_callbacks.py"
     lines = "".join(f"            {path}\n" for path in sorted(tests))
-    return Edit(
-        ".github/workflows/tests.yml",
-        "            tests/logprob/test_utils.py\n",
-        f"\n          - |\n{lines}",
-    )
+    new_job = first in lines
+    anchor = "tests/logprob/test_utils.py" if new_job else first
+    text = f"\n          - |\n{lines}" if new_job else lines
+    return [Edit(".github/workflows/tests.yml", f"            {anchor}\n", text)] if lines else []
 
 
-def _apply(edit: Edit, text: str) -> str:
-    found = text.count(edit.anchor)
-    if found != 1:
-        raise AnchorError(
-            f"{edit.path}: the anchor {edit.anchor!r} occurs {found} times, it must occur once; "
-            "look at what changed in PyMC and adapt the edit"
-        )
-    parts = [edit.anchor, edit.text]
-    return text.replace(edit.anchor, "".join(parts if edit.where == "after" else parts[::-1]))
-
-
-_DATASET = "pymc/variational/streaming.py"
 _INFERENCE = "pymc/variational/inference.py"
-_PACKAGE = "pymc/variational/__init__.py"
 
-HOOK = [
-    Edit(
-        _DATASET,
-        "from pymc.variational._streaming.order import",
-        "from pymc.variational._streaming.hook import register\n",
-        "before",
-    ),
-    Edit(
-        _DATASET,
-        "        self._buffer = pytensor.shared(self._blank(), name=name)\n",
-        "        register(self)\n",
-    ),
-    Edit(_DATASET, "        self.__dict__.update(state)\n", "        register(self)\n"),
+HOOK = (
     Edit(
         _INFERENCE,
-        "from pymc.variational.approximations import Empirical, FullRank, MeanField\n",
-        "from pymc.variational._streaming.hook import with_streams\n",
-        "before",
+        "from pymc.variational.operators import KL, KSD\n",
+        "from pymc.variational.stream_callbacks import add_stream_callbacks\n",
     ),
     Edit(
         _INFERENCE,
         "        callbacks : list[function: (Approximation, losses, i) -> None]\n"
         "            calls provided functions after each iteration step\n",
-        "            (and, last, those of the streams that the model depends on)\n",
+        "            (and, last, those that shared variables of the model offer)\n",
     ),
     Edit(
         _INFERENCE,
         "            callbacks = []\n",
-        "        callbacks = with_streams(self.approx.model, callbacks)\n",
+        "        callbacks = add_stream_callbacks(\n"
+        '            callbacks, self.approx.model, kwargs.get("more_replacements")\n'
+        "        )\n",
     ),
-    Edit(  # so that the test starts without a callback
-        "tests/variational/test_processes.py",
-        '        inference.fit(0, progressbar=False, compile_kwargs={"mode": "FAST_COMPILE"})\n',
-        "        inference.state = inference.state._replace(callbacks=[])\n",
-    ),
-    Edit(_PACKAGE, '"""Variational Monte Carlo."""\n', "\nimport importlib\n"),
+)
+
+RANDOM_STEPS = (
     Edit(
-        _PACKAGE,
-        '    "total_norm_constraint",\n)\n',
-        """
-
-def __getattr__(name: str):
-    # On first use: it loads scipy.stats, which `import pymc` must not
-    if name == "streaming":
-        return importlib.import_module("pymc.variational.streaming")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-""",
+        "pymc/pytensorf.py",
+        "out.variable if isinstance(out, pytensor.Out) else out for out in makeiter(outputs)\n"
+        "        ]",
+        '\n        + list(kwargs.get("updates", {}).values())',
     ),
-]
+)
 
-DOCS = [
-    Edit(
-        "docs/source/api/vi.rst",
-        "Operators\n---------\n",
-        "Streaming\n---------\n\n.. toctree::\n   :maxdepth: 1\n\n   ../streaming/index\n\n",
-        "before",
-    ),
-]
+_LIBRARIES = (("- pytensor>=", "- pyarrow>=18.0\n"), ("- ipython>=", "- hypothesis>=6.110\n"))
 
-PACKAGING = [
+PACKAGING = (
     Edit(
         "pyproject.toml",
         "\n\n[project.urls]\n",
         '\nstreaming = [\n    "pyarrow>=18.0",\n]',
         "before",
     ),
-    *(
-        Edit(f"conda-envs/{name}.yml", anchor, text, "before")
-        for name in (
-            "environment-dev",
-            "environment-test",
-            "windows-environment-dev",
-            "windows-environment-test",
-        )
-        for anchor, text in (
-            ("- pytensor>=", "- pyarrow>=18.0\n"),
-            ("- ipython>=", "- hypothesis>=6.110\n"),
-        )
-    ),
     Edit(
         "pyproject.toml",
         'addopts = ["--color=yes"]\n',
         "markers = [\"slow: takes more than about ten seconds; deselect with -m 'not slow'\"]\n",
     ),
-]
+    Edit(".gitignore", "*.pyc\n", "*.nbc\n*.nbi\n"),
+    *(
+        Edit(f"conda-envs/{system}environment-{use}.yml", anchor, text, "before")
+        for system in ("", "windows-")
+        for use in ("dev", "test")
+        for anchor, text in _LIBRARIES
+    ),
+    # scripts/generate_pip_deps_from_conda.py writes the same lines.
+    Edit("requirements-dev.txt", "ipython>=", "hypothesis>=6.110\n", "before"),
+    Edit("requirements-dev.txt", "pymc-sphinx-theme", "pyarrow>=18.0\n", "before"),
+)
+
+DOCS = (
+    Edit(
+        "docs/source/api/vi.rst",
+        "Operators\n---------\n",
+        "Streaming\n---------\n\n.. toctree::\n   :maxdepth: 1\n\n   ../streaming/index\n\n",
+        "before",
+    ),
+)

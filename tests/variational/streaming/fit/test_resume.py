@@ -371,7 +371,6 @@ class TestFile:
     def test_a_checkpoint_that_fails_leaves_the_last_one(
         self, rows, checkpoint, seven_steps, monkeypatch
     ):
-
         def fail(file, **arrays):
             file.write(b"half")
             raise OSError("no space left")

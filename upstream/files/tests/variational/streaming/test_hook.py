@@ -167,7 +167,6 @@ def test_fits_without_a_stream_import_nothing():
         "    pm.Normal('x')\n"
         "    pm.fit(1, progressbar=False, compile_kwargs={'mode': 'FAST_COMPILE'})\n"
         "assert 'pymc.variational.streaming' not in sys.modules\n"
-        "pm.variational.streaming.StreamingDataset\n"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

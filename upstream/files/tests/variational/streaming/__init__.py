@@ -11,7 +11,10 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-import hypothesis
+import pytest
+
+pytest.importorskip("pyarrow", exc_type=ImportError)
+hypothesis = pytest.importorskip("hypothesis", exc_type=ImportError)
 
 # The first example compiles a model, so there is no deadline.
 hypothesis.settings.register_profile("streaming", deadline=None, print_blob=True, derandomize=True)
