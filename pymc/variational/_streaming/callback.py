@@ -15,29 +15,31 @@
 
 import weakref
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pymc.model.core import Model
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.guards import WITHOUT_LOSS, check_model, check_other_streams
+from pymc.variational._streaming.reader import Position
 from pymc.variational.approximations import Empirical
 from pymc.variational.callbacks import Callback
-
-if TYPE_CHECKING:
-    from pymc.variational._streaming.dataset import StreamingDataset
-    from pymc.variational._streaming.reader import Position
 
 __all__ = ["FitCallback", "Offer"]
 
 
 class FitCallback(Callback):
-    """Put the next batch in after each step, as long as no other callback drives the stream."""
+    """Put the next batch in after each step, as long as no other callback drives the stream.
+
+    Parameters
+    ----------
+    dataset : StreamingDataset
+    """
 
     is_of_stream = True
 
-    def __init__(self, dataset: "StreamingDataset"):
+    def __init__(self, dataset: Any):
         self.dataset = dataset
         self._checked: tuple[Any, ...] = ()
         self._approx: Any = None
@@ -67,7 +69,7 @@ class FitCallback(Callback):
             raise StopIteration(f"the stream ended at step {i}")
 
 
-def _release(dataset: "weakref.ref[StreamingDataset]", token: object) -> None:
+def _release(dataset: weakref.ref, token: object) -> None:
     """Close the stream of a callback that is gone, unless another one drives it."""
     driven = dataset()
     if driven is not None and driven._owner is token:
@@ -83,11 +85,11 @@ class Offer:
     called by the copy of the dataset, if that came with it.
     """
 
-    def __init__(self, name: str, dataset: "StreamingDataset | None" = None):
+    def __init__(self, name: str, dataset: Any = None):
         self._name = name
         self._dataset = None if dataset is None else weakref.ref(dataset)
 
-    def bind(self, dataset: "StreamingDataset") -> None:
+    def bind(self, dataset: Any) -> None:
         self._dataset = weakref.ref(dataset)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -121,7 +123,7 @@ class _OfferedCallback(Callback):
     wrapped in another one, or a loop that calls ``advance()`` between the steps, changes it.
     """
 
-    def __init__(self, callback: FitCallback, used: "Position | None"):
+    def __init__(self, callback: FitCallback, used: Position | None):
         self._callback = callback
         self._used = used
         """Position of the batch that the step before may have used, too."""

@@ -39,7 +39,6 @@ from pymc.variational._streaming.sources.arrow import arrow_source
 from pymc.variational._streaming.sources.base import Source, is_arrow
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.utils import positive_int
-from pymc.variational.callbacks import Callback
 
 __all__ = ["StreamingDataset"]
 
@@ -204,12 +203,12 @@ class StreamingDataset:
         items = rebatch(chunks, self._batch_size)
         return (cast(item.rows, self._dtype) for item in items if isinstance(item, Batch))
 
-    def fit_callback(self) -> Callback:
+    def fit_callback(self) -> FitCallback:
         """Put the first batch in, and return the callback that puts in the next ones.
 
         Returns
         -------
-        Callback
+        callable
             For ``pm.fit(callbacks=[...])``, as the last one, so that the others see the batch
             that the step used. It also serves :meth:`Inference.refine`, which repeats a batch if
             an interrupt came while the fit waited for the next one. A newer callback takes the
@@ -231,7 +230,7 @@ class StreamingDataset:
             if not self._reader.is_open:
                 self._open()
             model = Model.get_context(error_if_none=False)
-            if model is not None and (model.observed_RVs or model.potentials):
+            if isinstance(model, Model) and (model.observed_RVs or model.potentials):
                 callback.check(model)
         except BaseException:
             self.close()

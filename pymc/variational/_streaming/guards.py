@@ -108,12 +108,12 @@ def check_other_streams(model: Model) -> None:
 
     PyMC computes a loss without them where no total_size scales them, as in a Potential.
     """
-    for a in ancestors([*model.basic_RVs, *model.rvs_to_values.values(), *model.potentials]):
-        if not isinstance(a, SharedVariable) or not hasattr(a.tag, "fit_callback"):
-            continue
-        if not len(a.get_value(borrow=True)):
+    roots = [*model.basic_RVs, *model.rvs_to_values.values(), *model.potentials]
+    shared = [a for a in ancestors(roots) if isinstance(a, SharedVariable)]
+    for buffer in shared:
+        if hasattr(buffer.tag, "fit_callback") and not len(buffer.get_value(borrow=True)):
             raise StreamError(
-                f"the model also uses the stream {a.name!r}, which has no rows yet; "
+                f"the model also uses the stream {buffer.name!r}, which has no rows yet; "
                 "pass its fit_callback() to the fit, too"
             )
 
@@ -241,7 +241,7 @@ def _with_extreme_row(
 
 def _row_logps(model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable) -> _Terms:
     """Compile the log-likelihood terms as a function of the batch, at a random point."""
-    graphs = model.logp(list(likelihoods), sum=False)
+    graphs = list(model.logp(list(likelihoods), sum=False))
     batch = buffer.type(name="batch")
     roots = list(explicit_graph_inputs(graphs))
     copies = [v for v in ancestors(graphs) if getattr(v, "container", None) is buffer.container]

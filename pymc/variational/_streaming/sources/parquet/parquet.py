@@ -123,11 +123,19 @@ def parquet_source(
 
 
 class _ParquetSource(Source):
-    def __init__(self, fs, paths, columns, shuffle_row_groups, seed, invalid):
+    def __init__(
+        self,
+        fs: Any,
+        paths: Sequence[str],
+        columns: Sequence[str] | None,
+        shuffle_row_groups: bool,
+        seed: int | None,
+        invalid: Literal["raise", "drop"],
+    ):
         self._fs = fs
         self.concurrent = fsspec_of(fs) is None  # fsspec's own need not be safe to share
         self._open_all(paths, columns)
-        self._piece_rows = piece_rows(len(self.columns))
+        self._piece_rows = piece_rows(len(self._format.columns))
         self.seed = draw_seed(seed) if shuffle_row_groups else None
         self._drop = invalid == "drop"
         self._parts = [(f, group) for f in self._files for group in range(len(f.group_rows))]
