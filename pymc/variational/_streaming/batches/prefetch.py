@@ -19,7 +19,7 @@ import threading
 import weakref
 
 from collections.abc import Generator, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,8 @@ __all__ = ["Prefetcher", "read_epochs"]
 _SWITCH_INTERVAL = 1e-4
 """Seconds.  A compiled step holds the interpreter lock, and by default a thread that waits asks for
 it every 5 ms only: many steps, during which nothing would be read."""
+_WAIT = 0.1
+"""Seconds.  A signal between two bytecodes does not end a wait that begins just after it."""
 _CLOSING = 0.8
 """Seconds that closing waits for a read that has begun.  One that takes longer ends by itself."""
 
@@ -111,7 +113,7 @@ class Prefetcher:
                 "in this process; the dataset is closed here now: open it anew with "
                 "fit_callback() or advance(), or spawn processes instead"
             )
-        item, err = self._queue.get()
+        item, err = self._wait()
         if item is not None:
             if _has_rows(item):
                 self._permits.put(None)
@@ -120,6 +122,14 @@ class Prefetcher:
         if err is None:
             raise StopIteration
         raise err
+
+    def _wait(self) -> tuple[Any, BaseException | None]:
+        """Return the next item; an interrupt that just misses the wait ends it a little later."""
+        while True:
+            try:
+                return self._queue.get(timeout=_WAIT)
+            except Empty:
+                continue
 
     def close(self) -> None:
         """End the thread, which closes *items*.
