@@ -19,6 +19,8 @@ PACKAGE := pymc/variational
 SOURCES := pyproject.toml $(wildcard $(PACKAGE)/*.py) $(PACKAGE)/_streaming \
     $(shell find $(PACKAGE)/_streaming -name "*.py")
 
+# Everything runs on the installed wheel, also what imports the tests, which else add the checkout.
+export TEST_INSTALLED := 1
 RUN := $(VENV)/bin/python -m
 PIP := $(RUN) pip --quiet --disable-pip-version-check
 ASV := cd benchmarks && ASV_PYTHONPATH="$(CURDIR)" "$(abspath $(VENV))/bin/python" -m asv
@@ -40,7 +42,7 @@ reproduce: $(INSTALLED)  ## The experiment at 121.8 million and a billion rows, 
 	    $(if $(DATA),--captures "$(DATA)")
 
 test: $(INSTALLED)  ## Run the test suite on the built wheel (PYTEST_ARGS, PYTHON)
-	TEST_INSTALLED=1 $(RUN) pytest $(PYTEST_ARGS)
+	$(RUN) pytest $(PYTEST_ARGS)
 
 matrix:  ## Run the tests on each Python that is here, with the oldest and the newest pyarrow (PYTEST_ARGS)
 	scripts/matrix.sh $(if $(filter command% environment%,$(origin PYTEST_ARGS)),$(PYTEST_ARGS))

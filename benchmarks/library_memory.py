@@ -32,8 +32,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import forget_peak, peak_mb
 from benchmarks.pages import filled
+from tests.variational.streaming.memory import forget_peak, peak_mb
 
 COMMAND = "python -m benchmarks.library_memory"
 SIZES = 500_000, 10_000_000, 30_000_000

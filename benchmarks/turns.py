@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from benchmarks.memory import peak_mb
+from tests.variational.streaming.memory import peak_mb
 
 __all__ = ["Lane", "Runner", "Turn", "race", "ratio", "taking_turns"]
 

@@ -13,110 +13,166 @@
 #   limitations under the License.
 """Make a branch of PyMC with streaming in it, one commit for each step of the review.
 
-    python -m upstream.assemble                      # of the released source distribution
-    python -m upstream.assemble --checkout ../pymc   # of a git checkout
+    python -m upstream.assemble             # of the released source distribution
+    python -m upstream.assemble ../pymc     # of a clone of a git checkout
 
-The first downloads the release that the edits were written for, and makes a repository of it in
-``build/upstream``.  It lacks some of the files that are edited; those edits are left out.
+The branch is called ``streaming``, and its repository is ``build/upstream/pymc``.
 """
 
-import argparse
-import hashlib
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from upstream.commits import COMMITS, changes
-from upstream.edits import list_tests
+from upstream.commits import COMMITS, FACADE, FIRST_TEST, WORKFLOW, Edit
 
-__all__ = ["git", "make_branch", "missing", "released", "sign"]
+__all__ = ["OUTPUT", "ROOT", "edited", "git", "imported", "make_branch", "place_files", "read"]
 
-VERSION = "6.4.0"
-SHA256 = "319348878ec698b6cc406320456b2bc00d80bea9bfb72b6ab02b2ce6b179e3b5"
-OUTPUT = Path(__file__).parents[1] / "build" / "upstream"
-PACKAGES = ("tests/__init__.py", "tests/variational/__init__.py")
-"""Files that the source distribution lacks."""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a branch of PyMC with streaming in it.")
-    parser.add_argument("--checkout", type=Path, help="git checkout of PyMC; default: the release")
-    parser.add_argument("--branch", default="streaming", help="its name; default: streaming")
-    chosen = parser.parse_args()
-    checkout = chosen.checkout or released()
-    make_branch(checkout, chosen.branch)
-    sys.stdout.write(f"made the branch {chosen.branch!r} in {checkout}\n")
-    for path in missing(checkout):
-        sys.stdout.write(f"left out: edits of {path}, which is not there\n")
+ROOT = Path(__file__).parents[1]
+OUTPUT = ROOT / "build" / "upstream"
+FOLDERS = (ROOT / "upstream" / "files", ROOT)
+"""Folders of the files; those in the first exist only in PyMC's tree."""
+RELEASE = "pymc-6.4.0"
+IMPORT = re.compile(r"^ *from (?P<module>[\w.]+) import (?P<names>\([^)]*\)|.*)\n", re.MULTILINE)
 
 
-def released(output: Path = OUTPUT) -> Path:
-    """Return a new git repository of the released source distribution."""
-    sdist, checkout = output / f"pymc-{VERSION}.tar.gz", output / f"pymc-{VERSION}"
-    if not sdist.exists():
-        command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        command += ["download", "--no-deps", "--no-binary", "pymc", f"pymc=={VERSION}"]
-        subprocess.run([*command, "--dest", str(output)], check=True)
-    if (found := hashlib.sha256(sdist.read_bytes()).hexdigest()) != SHA256:
-        raise ValueError(f"{sdist} has the SHA-256 {found}, not {SHA256}; delete it")
-    shutil.rmtree(checkout, ignore_errors=True)
-    with tarfile.open(sdist) as archive:
-        archive.extractall(output, filter="data")
-    _write(checkout, dict.fromkeys(PACKAGES, b""))
-    git(checkout, "init", "--quiet", "--initial-branch=main")
-    sign(checkout)
-    git(checkout, "add", ".")
-    git(checkout, "commit", "--quiet", f"--message=PyMC {VERSION}")
-    return checkout
+def make_branch(checkout: Path | None = None, output: Path = OUTPUT) -> Path:
+    """Return a new repository in which the branch is checked out."""
+    tree = output / "pymc"
+    shutil.rmtree(tree, ignore_errors=True)
+    if checkout is None:
+        _unpack_release(tree)
+    else:
+        git(checkout, "clone", "--quiet", ".", str(tree))
+    git(tree, "switch", "--quiet", "--create", "streaming")
+    placed = place_files()
+    for number, commit in enumerate(COMMITS):
+        new = sorted(path for path, place in placed.items() if place == number)
+        for path in new:
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            with (tree / path).open("xb") as file:  # It is an error if PyMC has this file.
+                file.write(read(path))
+        if (tree / FACADE).exists():
+            (tree / FACADE).write_text(_facade(path for path in placed if placed[path] <= number))
+        for edit in (*commit.edits, _list_tests(new)):
+            # The source distribution lacks some files; a checkout has to have all of them.
+            if checkout is not None or (tree / edit.path).exists():
+                (tree / edit.path).write_text(edited((tree / edit.path).read_text(), edit))
+        git(tree, "add", "--all", "--force")
+        git(tree, "commit", "--quiet", "--message", commit.message)
+    return tree
 
 
-def make_branch(checkout: Path, branch: str = "streaming") -> None:
-    """Make a branch with one commit for each of `COMMITS`, and leave it checked out."""
-    if git(checkout, "status", "--porcelain"):
-        raise ValueError(f"{checkout} has changes; commit or stash them first")
-    git(checkout, "switch", "--quiet", "--create", branch)
-    try:
-        for number, commit in enumerate(COMMITS):
-            files = changes(number, checkout)
-            _write(checkout, files)
-            git(checkout, "add", "--force", "--", *files)
-            git(checkout, "commit", "--quiet", "--message", commit.message)
-    except ValueError:
-        git(checkout, "checkout", "--quiet", "-")
-        git(checkout, "branch", "--quiet", "-D", branch)
-        raise
+def edited(text: str, edit: Edit) -> str:
+    """Return the *text* of a file after an edit; the anchor has to occur exactly once."""
+    if (found := text.count(edit.anchor)) != 1:
+        raise ValueError(
+            f"the anchor {edit.anchor!r} occurs {found} times in {edit.path}, not once"
+        )
+    after = edit.where == "after"
+    return text.replace(edit.anchor, edit.anchor + edit.text if after else edit.text + edit.anchor)
 
 
-def sign(checkout: Path) -> None:
-    """Name an author of commits in a repository that is nobody's."""
-    git(checkout, "config", "user.name", "PyMC streaming")
-    git(checkout, "config", "user.email", "streaming@localhost")
+def place_files() -> dict[str, int]:
+    """Return the number of the commit that brings a file, by the file's path.
+
+    A test that imports something of a later commit comes with that commit.
+    """
+    patterns = [(one, number) for number, commit in enumerate(COMMITS) for one in commit.files]
+    placed: dict[str, int] = {}
+    for pattern, number in sorted(patterns, key=lambda pair: len(pair[0])):
+        placed |= dict.fromkeys(_find(pattern), number)
+    tests = {path: imported(path, placed) for path in placed if path.startswith("tests/")}
+    for _ in COMMITS:  # What a test imports may itself come later than its pattern says.
+        for path, needs in tests.items():
+            placed[path] = max(placed[path], *(placed[need] for need in needs), 0)
+    return placed
 
 
-def missing(checkout: Path) -> list[str]:
-    """Return the paths of PyMC's own files that are edited and not there."""
-    edits = [edit for commit in COMMITS for edit in commit.edits] + list_tests(["any"])
-    paths = dict.fromkeys(edit.path for edit in edits)
-    return [path for path in paths if not (checkout / path).exists()]
+def imported(path: str, paths: Iterable[str]) -> set[str]:
+    """Return those of *paths* that a file imports, or runs by their names."""
+    text = read(path).decode()
+    names = set(re.findall(r"\btests\.variational[\w.]*", text))
+    for line in IMPORT.finditer(text):
+        names |= {line["module"], *(f"{line['module']}.{name}" for name in _words(line["names"]))}
+    modules = {PUBLIC.get(name, name) for name in names}
+    return {other for other in paths if _module(other) in modules} - {FACADE, path}
 
 
-def git(checkout: Path, *arguments: str) -> str:
+def read(path: str) -> bytes:
+    """Return the content of a file of ours."""
+    return next(base / path for base in FOLDERS if (base / path).exists()).read_bytes()
+
+
+def git(folder: Path, *arguments: str) -> str:
     """Run git in a folder and return what it prints."""
-    command = ["git", "-C", str(checkout), *arguments]
+    command = ["git", "-C", str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"git {' '.join(arguments[:2])}: {done.stderr.strip()}")
     return done.stdout
 
 
-def _write(checkout: Path, files: dict[str, bytes]) -> None:
-    for path, content in files.items():
-        (checkout / path).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / path).write_bytes(content)
+def _unpack_release(tree: Path) -> None:
+    """Download the release that the edits were written for, and make a repository of it."""
+    download = f"pip --quiet download --no-deps --no-binary pymc {RELEASE.replace('-', '==')}"
+    if not (archive := tree.parent / f"{RELEASE}.tar.gz").exists():
+        command = [sys.executable, "-m", *download.split(), "--dest", str(tree.parent)]
+        subprocess.run(command, check=True)
+    with tarfile.open(archive) as files:
+        files.extractall(tree.parent, filter="data")
+    (tree.parent / RELEASE).rename(tree)
+    for folder in ("tests", "tests/variational"):
+        (tree / folder).mkdir(exist_ok=True)
+        (tree / folder / "__init__.py").touch()
+    git(tree, "init", "--quiet", "--initial-branch=main")
+    git(tree, "config", "user.name", "PyMC")
+    git(tree, "config", "user.email", "pymc@localhost")
+    git(tree, "add", ".")
+    git(tree, "commit", "--quiet", f"--message={RELEASE}")
 
+
+def _facade(there: Iterable[str]) -> str:
+    """Return the façade with the names of those modules alone whose files are there."""
+    modules = {"sys", *map(_module, there)}
+    text = IMPORT.sub(lambda line: line[0] if line["module"] in modules else "", FACADE_TEXT)
+    names = {name for line in IMPORT.finditer(text) for name in _words(line["names"])}
+    text = re.sub(r' {4}"(\w+)",\n', lambda item: item[0] if item[1] in names else "", text)
+    if "main" not in names:
+        text = text.partition("\nif __name__")[0].replace("import sys\n\n", "")
+    return text
+
+
+def _list_tests(paths: list[str]) -> Edit:
+    """Return the edit that adds the test files among *paths* to PyMC's workflow."""
+    lines = [f"{' ' * 12}{path}\n" for path in paths if "/test_" in path]
+    return Edit(WORKFLOW, FIRST_TEST, "".join(line for line in lines if line != FIRST_TEST))
+
+
+def _find(pattern: str) -> set[str]:
+    found = {path: base for base in FOLDERS for path in base.glob(pattern) if path.is_file()}
+    return {str(path.relative_to(base)) for path, base in found.items()}
+
+
+def _module(path: str) -> str:
+    return path.removesuffix(".py").replace("/", ".")
+
+
+def _words(names: str) -> list[str]:
+    return re.findall(r"\w+", names)
+
+
+FACADE_TEXT = read(FACADE).decode()
+PUBLIC = {
+    f"{_module(FACADE)}.{name}": line["module"]
+    for line in IMPORT.finditer(FACADE_TEXT)
+    for name in _words(line["names"])
+}
 
 if __name__ == "__main__":
-    main()
+    checkout = Path(sys.argv[1]) if sys.argv[1:] else None
+    sys.stdout.write(f"the branch is in {make_branch(checkout)}\n")

@@ -11,47 +11,36 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The commits of the branch: whole files of one subpackage, with their tests and pages.
+"""The commits of the branch, in the order of the review.
 
-Only two files depend on the commit: the façade imports the names whose modules are there, and the
-list of test files in PyMC's workflow grows.
+A commit brings whole files, which lie here where they will lie in PyMC, and makes small edits of
+PyMC's own files.  These are described by anchors, so that no more of PyMC's text is kept here.
 """
 
-import re
-
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
-from upstream.edits import DOCS, HOOK, PACKAGING, RANDOM_STEPS, Edit, edited, list_tests
+__all__ = ["COMMITS", "FACADE", "FIRST_TEST", "WORKFLOW", "Edit"]
 
-__all__ = [
-    "COMMITS",
-    "FACADE",
-    "FOLDERS",
-    "Commit",
-    "changes",
-    "place_files",
-    "read",
-    "trim_facade",
-]
-
-ROOT = Path(__file__).parents[1]
-FOLDERS = (ROOT / "upstream" / "files", ROOT)
-"""Where files are looked for; those of the first exist only in PyMC's tree."""
 FACADE = "pymc/variational/streaming.py"
 MODULES = "pymc/variational/_streaming"
 TESTS = "tests/variational/streaming"
 PAGES = "docs/source/streaming"
-IMPORT = re.compile(
-    r"^ *from (?P<module>(?:pymc\.variational|tests|benchmarks)\b[\w.]*) import "
-    r"(?P<names>\([^)]*\)|.*)\n",
-    flags=re.MULTILINE,
-)
+INFERENCE = "pymc/variational/inference.py"
+WORKFLOW = ".github/workflows/tests.yml"
+FIRST_TEST = "            tests/variational/test_stream_callbacks.py\n"
+"""First line of the job of PyMC's workflow that runs the tests of the branch."""
 
-MERGED = ("pymc/**/*.py", "tests/variational/**/*.py", f"{PAGES}/**/*")
-NOT_MERGED = ("tests/variational/__init__.py",)
-"""Files among these that PyMC has."""
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Text for one place of one file."""
+
+    path: str
+    anchor: str
+    """Text that occurs exactly once in the file."""
+    text: str
+    where: Literal["after", "before"] = "after"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +49,7 @@ class Commit:
 
     message: str
     files: tuple[str, ...]
-    """Paths here, and patterns of paths; a path goes before a pattern of another commit."""
+    """Patterns of paths; the longest pattern that fits a file decides which commit brings it."""
     edits: tuple[Edit, ...] = ()
 
 
@@ -68,6 +57,64 @@ def _subpackage(name: str, *pages: str) -> tuple[str, ...]:
     code = (f"{MODULES}/{name}/**/*.py", f"{TESTS}/{name}/**/*.py")
     return code + tuple(f"{PAGES}/{page}.md" for page in pages)
 
+
+HOOK = (
+    Edit(
+        INFERENCE,
+        "from pymc.variational.operators import KL, KSD\n",
+        "from pymc.variational.stream_callbacks import add_stream_callbacks\n",
+    ),
+    Edit(
+        INFERENCE,
+        "        callbacks : list[function: (Approximation, losses, i) -> None]\n"
+        "            calls provided functions after each iteration step\n",
+        "            (and, last, those that shared variables of the model offer)\n",
+    ),
+    Edit(
+        INFERENCE,
+        "            callbacks = []\n",
+        "        callbacks = add_stream_callbacks(\n"
+        '            callbacks, self.approx.model, kwargs.get("more_replacements")\n'
+        "        )\n",
+    ),
+    Edit(WORKFLOW, "            tests/logprob/test_utils.py\n", f"\n          - |\n{FIRST_TEST}"),
+)
+RANDOM_STEPS = (
+    Edit(
+        "pymc/pytensorf.py",
+        "out.variable if isinstance(out, pytensor.Out) else out for out in makeiter(outputs)\n"
+        "        ]",
+        '\n        + list(kwargs.get("updates", {}).values())',
+    ),
+)
+PYARROW, HYPOTHESIS = "- pyarrow>=18.0\n", "- hypothesis>=6.110\n"
+EXTRA = '\nstreaming = [\n    "pyarrow>=18.0",\n]'
+PACKAGING = (
+    Edit("pyproject.toml", "\n\n[project.urls]\n", EXTRA, "before"),
+    Edit(
+        "pyproject.toml",
+        'addopts = ["--color=yes"]\n',
+        "markers = [\"slow: takes more than about ten seconds; deselect with -m 'not slow'\"]\n",
+    ),
+    Edit(".gitignore", "*.pyc\n", "*.nbc\n*.nbi\n"),
+    *(
+        Edit(f"conda-envs/{environment}.yml", anchor, line, "before")
+        for system in ("", "windows-")
+        for environment in (f"{system}environment-dev", f"{system}environment-test")
+        for anchor, line in (("- pytensor>=", PYARROW), ("- ipython>=", HYPOTHESIS))
+    ),
+    # PyMC's scripts/generate_pip_deps_from_conda.py writes the same lines.
+    Edit("requirements-dev.txt", "ipython>=", HYPOTHESIS[2:], "before"),
+    Edit("requirements-dev.txt", "pymc-sphinx-theme", PYARROW[2:], "before"),
+)
+DOCS = (
+    Edit(
+        "docs/source/api/vi.rst",
+        "Operators\n---------\n",
+        "Streaming\n---------\n\n.. toctree::\n   :maxdepth: 1\n\n   ../streaming/index\n\n",
+        "before",
+    ),
+)
 
 COMMITS = (
     Commit(
@@ -86,11 +133,8 @@ COMMITS = (
         "Read rows of arrays, Arrow and Parquet in blocks",
         (
             FACADE,
-            f"{MODULES}/__init__.py",
-            f"{MODULES}/errors.py",
-            f"{TESTS}/__init__.py",
-            f"{TESTS}/strategies.py",
-            "benchmarks/memory.py",
+            *(f"{MODULES}/{name}.py" for name in ("__init__", "errors", "utils")),
+            f"{TESTS}/*.py",
             *_subpackage("sources", "sources", "object_stores"),
         ),
         PACKAGING,
@@ -99,131 +143,19 @@ COMMITS = (
     Commit("Check whether the windows of a stream are exchangeable", _subpackage("order", "order")),
     Commit(
         "Feed minibatches from a stream to pm.fit, and refuse models that would go wrong",
-        (f"{MODULES}/*.py", f"{TESTS}/*.py", f"{PAGES}/models.md"),
-    ),
-    Commit(
-        "Check fits against all rows, and average them over whole epochs",
-        _subpackage("fit", "averaging", "fit_check"),
+        (f"{MODULES}/*.py", f"{PAGES}/models.md"),
     ),
     Commit(
         "Shuffle tables on disk, exactly and in bounded memory",
         _subpackage("preshuffle", "preshuffle"),
     ),
     Commit(
+        "Check fits against all rows, and average them over whole epochs",
+        _subpackage("fit", "averaging", "fit_check"),
+    ),
+    Commit(
         "Save fits on streams, so that they survive a kill",
-        (
-            f"{MODULES}/fit/resume.py",
-            f"{TESTS}/fit/test_resume.py",
-            f"{TESTS}/fit/killed_fit.py",
-            f"{PAGES}/resume.md",
-        ),
+        (f"{MODULES}/fit/resume.py", f"{PAGES}/resume.md"),
     ),
     Commit("Document streaming", (f"{PAGES}/**/*",), DOCS),
 )
-
-
-def place_files(commits: Sequence[Commit] = COMMITS) -> dict[str, int]:
-    """Return the number of the commit that brings a file, by its path here.
-
-    A test comes later than its commit says if something that it imports does.
-
-    Raises
-    ------
-    ValueError
-        If no commit brings a file that is to be merged, or a module imports a later one.
-    """
-    placed: dict[str, int] = {}
-    for pattern in (True, False):
-        for number, commit in enumerate(commits):
-            paths = [path for path in commit.files if ("*" in path) is pattern]
-            placed |= dict.fromkeys(_find(paths), number)
-    if forgotten := _find(MERGED) - _find(NOT_MERGED) - placed.keys():
-        raise ValueError(f"no commit brings {sorted(forgotten)}; add them to one")
-    placed = {path: placed[path] for path in placed.keys() - _find(NOT_MERGED)}
-    needs = {path: _needs(path, placed) for path in placed}
-    for _ in commits:  # A helper of a helper may be moved, too.
-        for path in placed:
-            latest = max((placed[need] for need in needs[path]), default=0)
-            if latest > placed[path] and path.startswith("pymc/") and path != FACADE:
-                late = sorted(need for need in needs[path] if placed[need] > placed[path])
-                raise ValueError(f"{path} imports {late}, which come with later commits")
-            if path.startswith("tests/"):
-                placed[path] = max(placed[path], latest)
-    return placed
-
-
-def changes(number: int, checkout: Path) -> dict[str, bytes]:
-    """Return the content of the files that a commit changes, by path.
-
-    Parameters
-    ----------
-    number : int
-        Index of the commit.
-    checkout : Path
-        Folder of PyMC as the commits before left it; edits of files that are not there are left
-        out.
-    """
-    placed = place_files()
-    there = [path for path in placed if placed[path] <= number]
-    new = [path for path in there if placed[path] == number]
-    files = {path: read(path) for path in new}
-    if taken := sorted(path for path in files if (checkout / path).exists()):
-        raise ValueError(f"PyMC in {checkout} has {taken} already; start from the release")
-    if FACADE in there:
-        files[FACADE] = trim_facade(read(FACADE).decode(), there).encode()
-    edits = [*COMMITS[number].edits, *list_tests(path for path in new if "/test_" in path)]
-    for path in {edit.path for edit in edits}:
-        if (checkout / path).exists():
-            text = (checkout / path).read_text()
-            files[path] = edited(text, [edit for edit in edits if edit.path == path]).encode()
-    return files
-
-
-def trim_facade(text: str, there: Iterable[str]) -> str:
-    """Return the façade with names of those modules alone that are *there*, by path."""
-    modules = {path.removesuffix(".py").replace("/", ".") for path in there}
-    text = IMPORT.sub(lambda line: line[0] if line["module"] in modules else "", text)
-    names = {name for line in IMPORT.finditer(text) for name in _words(line["names"])}
-    text = re.sub(r' {4}"(\w+)",\n', lambda item: item[0] if item[1] in names else "", text)
-    if "main" not in names:
-        text = text.partition("\nif __name__")[0].replace("import sys\n\n", "")
-    return text
-
-
-def read(path: str) -> bytes:
-    """Return the content of a file of ours."""
-    return next(base / path for base in FOLDERS if (base / path).exists()).read_bytes()
-
-
-def _find(patterns: Iterable[str]) -> set[str]:
-    found = (base.glob(pattern) for base in FOLDERS for pattern in patterns)
-    paths = (path for paths in found for path in paths if path.is_file())
-    return {str(path.relative_to(_base(path))) for path in paths if "__pycache__" not in path.parts}
-
-
-def _base(path: Path) -> Path:
-    return next(base for base in FOLDERS if path.is_relative_to(base))
-
-
-def _needs(path: str, known: Iterable[str]) -> set[str]:
-    """Return the files among the *known* ones that a file imports, or starts by name."""
-    if not path.endswith(".py"):
-        return set()
-    text = read(path).decode()
-    names = set(re.findall(r"\btests\.variational[\w.]*", text))
-    for line in IMPORT.finditer(text):
-        names |= {line["module"], *(f"{line['module']}.{n}" for n in _words(line["names"]))}
-    paths = {PUBLIC.get(name, name).replace(".", "/") + ".py" for name in names}
-    return paths & set(known) - {path, FACADE}
-
-
-def _words(names: str) -> list[str]:
-    return re.findall(r"\w+", names)
-
-
-PUBLIC = {
-    f"pymc.variational.streaming.{name}": line["module"]
-    for line in IMPORT.finditer(read(FACADE).decode())
-    for name in _words(line["names"])
-}
-"""Module of each name of the façade."""

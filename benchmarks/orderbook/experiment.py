@@ -41,7 +41,7 @@ import numba
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.memory import peak_mb
+from tests.variational.streaming.memory import peak_mb
 
 __all__ = [
     "BATCH_SIZE",

@@ -41,7 +41,6 @@ import pyarrow.parquet as pq
 
 from rich.console import Console
 
-from benchmarks.memory import peak_mb
 from benchmarks.orderbook.experiment import (
     BATCH_SIZE,
     exact_posterior,
@@ -66,6 +65,7 @@ from benchmarks.orderbook.tables import (
     case_name,
     publish,
 )
+from tests.variational.streaming.memory import peak_mb
 
 __all__ = ["Settings", "main", "plan"]
 

@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 
 from benchmarks.data import Data
 from benchmarks.fits import Case
-from benchmarks.memory import forget_peak, peak_mb
 from benchmarks.orderbook.experiment import BATCH_SIZE, in_process, parquet_files
 from benchmarks.peers import fetch_dataloader
 from benchmarks.turns import Runner
 from pymc.variational.streaming import parquet_source, shuffle_buffer
+from tests.variational.streaming.memory import forget_peak, peak_mb
 
 __all__ = [
     "BUFFER_SIZE",

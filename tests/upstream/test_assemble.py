@@ -11,151 +11,137 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The branch goes into PyMC as it is meant to, or says loudly why not."""
+"""The branch goes into PyMC as it is meant to, or says why not, and the pull request is true."""
 
 import ast
 import os
 import re
 
+import numpy as np
 import pytest
 
-from upstream.assemble import git, make_branch, missing, released
-from upstream.commits import COMMITS, FACADE, FOLDERS, ROOT, place_files, trim_facade
-from upstream.edits import AnchorError, Edit, edited
+from upstream.assemble import FOLDERS, ROOT, edited, git, imported, make_branch, place_files, read
+from upstream.commits import COMMITS, FACADE, WORKFLOW, Edit
 
-WORKFLOW = ".github/workflows/tests.yml"
 EDITS = [edit for commit in COMMITS for edit in commit.edits]
-STAND_INS = {
-    WORKFLOW: "          - |\n            tests/logprob/test_utils.py\n\n      fail-fast: false\n",
-    "tests/variational/__init__.py": "# PyMC's\n",
-    **{
-        path: "\n".join(f"# {edit.anchor}" for edit in EDITS if edit.path == path)
-        for path in {edit.path for edit in EDITS}
-    },
-}
-"""Files of PyMC, as far as edits look at them."""
+OWNED = "tests/variational/__init__.py"
+"""File that lies here, and that PyMC has."""
+REQUEST = (ROOT / "upstream" / "PULL_REQUEST.md").read_text()
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
+    """Return a repository with files of PyMC, as far as edits look at them."""
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     for role in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{role}_NAME", "A. Nyone")
         monkeypatch.setenv(f"GIT_{role}_EMAIL", "any@example.org")
-    for path, text in STAND_INS.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    git(tmp_path, "init", "--quiet", "--initial-branch=main")
-    git(tmp_path, "add", "--force", ".")
-    git(tmp_path, "commit", "--quiet", "--message=PyMC")
-    return tmp_path
+    files = dict.fromkeys((OWNED, *(edit.path for edit in EDITS)), "")
+    for edit in EDITS:
+        files[edit.path] += f"# {edit.anchor}\n"
+    for path, text in files.items():
+        (tmp_path / "theirs" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "theirs" / path).write_text(text)
+    git(tmp_path, "init", "--quiet", "--initial-branch=main", "theirs")
+    git(tmp_path / "theirs", "add", "--force", ".")
+    git(tmp_path / "theirs", "commit", "--quiet", "--message=PyMC")
+    return tmp_path / "theirs"
 
 
-class TestEdits:
-    @pytest.mark.parametrize("where, expected", [("after", "ab+c"), ("before", "a+bc")])
-    def test_text_goes_where_the_anchor_is(self, where, expected):
-        assert edited("abc", [Edit("f", "b", "+", where)]) == expected
-
-    @pytest.mark.parametrize("text, times", [("ac", 0), ("abcb", 2)])
-    def test_an_anchor_that_is_not_there_once_is_an_error(self, text, times):
-        with pytest.raises(AnchorError, match=rf"f: the anchor 'b' occurs {times} times"):
-            edited(text, [Edit("f", "b", "+")])
-
-    def test_no_more_of_pymc_than_the_anchors_is_kept(self):
-        for edit in EDITS:
-            assert edit.anchor.count("\n") <= 3
-            assert edit.anchor not in edit.text
+@pytest.mark.parametrize("where, expected", [("after", "ab+c"), ("before", "a+bc")])
+def test_text_goes_where_the_anchor_is(where, expected):
+    assert edited("abc", Edit("f", "b", "+", where)) == expected
 
 
-class TestCommits:
-    def test_every_file_is_brought_and_none_that_does_not_exist(self):
-        placed = place_files()
-        assert FACADE in placed
-        for path in placed:
-            assert any((folder / path).is_file() for folder in FOLDERS)
-
-    def test_a_file_that_no_commit_brings_is_an_error(self):
-        without_order = [commit for commit in COMMITS if "exchangeable" not in commit.message]
-        with pytest.raises(ValueError, match=r"no commit brings \[.*order/check.py"):
-            place_files(without_order)
-
-    def test_a_module_that_imports_a_later_one_is_an_error(self):
-        with pytest.raises(ValueError, match=r"imports \[.*\], which come with later commits"):
-            place_files(COMMITS[::-1])
-
-    def test_the_facade_names_what_is_there_and_nothing_else(self):
-        placed, text = place_files(), (ROOT / FACADE).read_text()
-        for number in range(placed[FACADE], len(COMMITS)):
-            there = {path for path in placed if placed[path] <= number}
-            tree = ast.parse(trim_facade(text, there))
-            imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-            modules = {node.module.replace(".", "/") + ".py" for node in imports}
-            names = {alias.name for node in imports for alias in node.names}
-            (listed,) = (node.value for node in tree.body if isinstance(node, ast.Assign))
-            assert modules <= there
-            assert set(ast.literal_eval(listed)) == names - {"main"}
-            used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-            assert ("main" in used) == ("main" in names)
-
-    def test_the_facade_is_whole_in_the_end(self):
-        text = (ROOT / FACADE).read_text()
-        assert trim_facade(text, place_files()) == text
+@pytest.mark.parametrize("text, times", [("ac", 0), ("abcb", 2)])
+def test_an_anchor_that_is_not_there_once_is_an_error(text, times):
+    with pytest.raises(ValueError, match=rf"the anchor 'b' occurs {times} times in f, not once"):
+        edited(text, Edit("f", "b", "+"))
 
 
-class TestBranch:
-    def test_each_commit_brings_its_files_as_they_are(self, checkout):
-        make_branch(checkout)
-        assert missing(checkout) == []
-        messages = git(checkout, "log", "--format=%s", "--reverse", "main..streaming")
-        assert messages.splitlines() == [commit.message.splitlines()[0] for commit in COMMITS]
-        assert git(checkout, "status", "--porcelain") == ""
-        for path, number in place_files().items():
-            source = next(folder / path for folder in FOLDERS if (folder / path).exists())
-            assert (checkout / path).read_bytes() == source.read_bytes()
-            state = f"streaming~{len(COMMITS) - 1 - number}"
-            assert path in git(checkout, "show", "--format=", "--name-only", state).splitlines()
+def test_some_commit_brings_every_file():
+    patterns = ("pymc/**/*.py", "tests/variational/**/*.py", "docs/source/streaming/**/*.*")
+    found = {path: base for base in FOLDERS for glob in patterns for path in base.glob(glob)}
+    ours = {str(path.relative_to(base)) for path, base in found.items()}
+    assert place_files().keys() == ours - {OWNED}
 
-    def test_only_the_first_two_commits_change_code_of_pymc(self, checkout):
-        make_branch(checkout)
-        changed = ("log", "--diff-filter=M", "--format=", "--name-only")
-        code = git(checkout, *changed, "main..streaming", "--", "pymc", f":!{FACADE}").split()
-        assert code == ["pymc/pytensorf.py", "pymc/variational/inference.py"]
-        assert (checkout / "tests/variational/__init__.py").read_text() == "# PyMC's\n"
 
-    def test_every_test_file_is_in_the_list_of_a_job_once(self, checkout):
-        make_branch(checkout)
-        listed = (checkout / WORKFLOW).read_text().split()
-        tests = [path for path in place_files() if re.search(r"/test_\w+\.py$", path)]
-        assert len(tests) > 10
-        assert [listed.count(path) for path in tests] == [1] * len(tests)
+def test_no_file_imports_one_of_a_later_commit_and_subpackages_stay_whole():
+    placed = place_files()
+    for path in placed.keys() - {FACADE}:
+        if path.endswith(".py"):
+            assert all(placed[need] <= placed[path] for need in imported(path, placed)), path
+    del placed["pymc/variational/_streaming/fit/resume.py"]
+    for name in ("sources", "batches", "order", "fit", "preshuffle"):
+        folder = f"pymc/variational/_streaming/{name}/"
+        assert len({placed[path] for path in placed if path.startswith(folder)}) == 1
 
-    def test_files_that_are_missing_are_reported(self, checkout):
-        git(checkout, "rm", "--quiet", WORKFLOW)
-        git(checkout, "commit", "--quiet", "--message=Remove it")
-        make_branch(checkout)
-        assert missing(checkout) == [WORKFLOW]
 
-    def test_an_anchor_that_is_gone_leaves_the_checkout_as_it_was(self, checkout):
-        (checkout / "pyproject.toml").write_text("")
-        git(checkout, "commit", "--quiet", "--all", "--message=Rewrite")
-        with pytest.raises(AnchorError, match=r"pyproject\.toml: the anchor .* occurs 0 times"):
-            make_branch(checkout)
-        assert git(checkout, "branch", "--format=%(refname:short)").split() == ["main"]
-        assert git(checkout, "status", "--porcelain") == ""
+def test_each_commit_brings_its_files_as_they_are_and_lists_its_tests(checkout, tmp_path):
+    tree = make_branch(checkout, tmp_path)
+    messages = git(tree, "log", "--format=%s", "--reverse", "main..streaming")
+    assert messages.splitlines() == [commit.message.splitlines()[0] for commit in COMMITS]
+    assert git(tree, "status", "--porcelain") == ""
+    placed = place_files()
+    for path, number in placed.items():
+        assert (tree / path).read_bytes() == read(path)
+        state = f"streaming~{len(COMMITS) - 1 - number}"
+        assert path in git(tree, "show", "--format=", "--name-only", state).splitlines()
+    changed = git(tree, "diff", "--diff-filter=M", "--name-only", "main").split()
+    assert set(changed) == {edit.path for edit in EDITS}
+    listed = (tree / WORKFLOW).read_text().split()
+    tests = [path for path in placed if "/test_" in path]
+    assert len(tests) > 10
+    assert [listed.count(path) for path in tests] == [1] * len(tests)
 
-    def test_changes_of_somebody_are_not_touched(self, checkout):
-        (checkout / "mine.py").touch()
-        with pytest.raises(ValueError, match="has changes; commit or stash them first"):
-            make_branch(checkout)
 
-    def test_a_pymc_that_has_streaming_is_refused(self, checkout):
-        make_branch(checkout)
-        with pytest.raises(OSError, match="a branch named 'streaming' already exists"):
-            make_branch(checkout)
-        with pytest.raises(ValueError, match=r"has .* already; start from the release"):
-            make_branch(checkout, "again")
+def test_the_facade_names_what_is_there_and_nothing_else(checkout, tmp_path):
+    tree = make_branch(checkout, tmp_path)
+    for number in range(place_files()[FACADE], len(COMMITS)):
+        git(tree, "switch", "--quiet", "--detach", f"streaming~{len(COMMITS) - 1 - number}")
+        module = ast.parse((tree / FACADE).read_text())
+        imports = [node for node in module.body if isinstance(node, ast.ImportFrom)]
+        assert all((tree / f"{node.module.replace('.', '/')}.py").exists() for node in imports)
+        names = {alias.name for node in imports for alias in node.names}
+        (listed,) = (node.value for node in module.body if isinstance(node, ast.Assign))
+        assert set(ast.literal_eval(listed)) == names - {"main"}
+        used = {node.id for node in ast.walk(module) if isinstance(node, ast.Name)}
+        assert ("main" in used) == ("main" in names)
 
-    def test_another_source_distribution_is_refused(self, tmp_path):
-        (tmp_path / "pymc-6.4.0.tar.gz").touch()
-        with pytest.raises(ValueError, match=r"has the SHA-256 \w+, not \w+; delete it"):
-            released(tmp_path)
+
+def test_a_checkout_that_lacks_a_file_or_has_streaming_is_refused(checkout, tmp_path):
+    git(checkout, "rm", "--quiet", WORKFLOW)
+    git(checkout, "commit", "--quiet", "--message=Remove it")
+    with pytest.raises(FileNotFoundError, match=WORKFLOW):
+        make_branch(checkout, tmp_path)
+    (checkout / "pymc/variational/stream_callbacks.py").touch()
+    git(checkout, "add", ".")
+    git(checkout, "commit", "--quiet", "--message=Stream")
+    with pytest.raises(FileExistsError, match=r"stream_callbacks\.py"):
+        make_branch(checkout, tmp_path)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    lines = (line.strip("|").split("|") for line in text.splitlines() if line.startswith("|"))
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_the_tables_of_the_request_have_the_numbers_of_the_pages():
+    pages = [(ROOT / "docs/source" / name).read_text() for name in ("evidence.md", "speed.md")]
+    there = [set(row) for page in pages for row in rows_of(page)]
+    rows = rows_of(REQUEST)
+    assert len(rows) > 10
+    assert [row for row in rows if not any(set(row) <= cells for cells in there)] == []
+
+
+def test_the_size_in_the_request_is_that_of_the_branch_within_a_tenth():
+    stated = r"(\d+) commits with ([\d,]+) lines of code, ([\d,]+) of tests and ([\d,]+) of pages"
+    n_commits, *sizes = re.search(stated, REQUEST).groups()
+    lines = {path: read(path).count(b"\n") for path in place_files() if not path.endswith(".png")}
+    actual = [
+        sum(count for path, count in lines.items() if path.startswith(folder))
+        for folder in ("pymc/", "tests/", "docs/")
+    ]
+    assert int(n_commits) == len(COMMITS)
+    stated = [int(size.replace(",", "")) for size in sizes]
+    np.testing.assert_allclose(stated, actual, rtol=0.1)

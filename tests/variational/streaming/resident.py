@@ -16,8 +16,8 @@
 import sys
 import time
 
-from benchmarks.memory import forget_peak, peak_mb
 from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
+from tests.variational.streaming.memory import forget_peak, peak_mb
 
 BATCH_SIZE = 4096
 _SLOW_STEPS = 40

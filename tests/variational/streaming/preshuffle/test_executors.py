@@ -139,7 +139,7 @@ def read_all(fs, folder):
 
 MEMORY = """
 import sys
-from benchmarks.memory import forget_peak, peak_mb
+from tests.variational.streaming.memory import forget_peak, peak_mb
 from pymc.variational.streaming import preshuffle
 forget_peak()
 before = peak_mb()

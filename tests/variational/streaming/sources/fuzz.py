@@ -44,8 +44,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.memory import forget_peak, peak_mb
 from pymc.variational.streaming import StreamError, parquet_source
+from tests.variational.streaming.memory import forget_peak, peak_mb
 from tests.variational.streaming.sources.fuzz_files import Case, damage, make_case, regions
 
 __all__ = ["FAULTS", "main", "pyarrow_aborts", "run"]

@@ -30,8 +30,8 @@ import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet as pq
 
-from benchmarks.memory import forget_peak, peak_mb
 from pymc.variational.streaming import StreamingDataset, shuffle_buffer
+from tests.variational.streaming.memory import forget_peak, peak_mb
 
 ROOT = Path(__file__).parents[4]
 BATCH_SIZE = 4096
