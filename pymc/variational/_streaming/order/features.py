@@ -28,9 +28,7 @@ from pymc.variational._streaming.order.anova import PILOT_ROWS, PowerSums
 __all__ = ["Features"]
 
 _CLIP = 5.0
-_CLIP_RARE = 3.0
-"""Limit in typical values of a column that is mostly one value, as amounts of rare events are: high
-enough to see amounts drift, and so low that each of the events counts."""
+"""Limit of scaled values, so that heavy tails do not hide a drift."""
 _ALL_PRODUCTS = 8
 """With more columns than this, products are squares and those with the last column."""
 _TILE = 256
@@ -86,16 +84,8 @@ class Features:
         """Sum up the features of some rows of each window of a stream.
 
         *rows* follow each other from position *offset* on; the sorted *picks* are the positions
-        within a window that are used.
-
-        Returns
-        -------
-        total : PowerSums
-            Sums over all rows that are used.
-        sums : ndarray, shape (n_windows, n_features)
-            Sums over each window from that of the first row to that of the last one.
-        sizes : ndarray of int, shape (n_windows,)
-            Number of rows in these sums.
+        within a window that are used.  Returned are sums over all used rows, sums over each
+        window from that of the first row to that of the last, and the numbers of rows in these.
         """
         powers, sums, sizes = _sum_features(_flat(rows), offset, window, picks, self.scaling)
         return PowerSums(int(sizes.sum()), powers), sums, sizes
@@ -118,9 +108,8 @@ def _standardise(column: np.ndarray) -> tuple[float, float, float, bool]:
     centre = float(np.median(column))
     deviations = np.abs(column - centre)
     scale = 1.4826 * float(np.median(deviations))
-    if scale:
-        return centre, scale, _CLIP, True
-    return centre, float(np.median(deviations[deviations > 0])), _CLIP_RARE, True
+    # A column that is mostly one value, as amounts of rare events are, has no such scale.
+    return centre, scale or float(np.median(deviations[deviations > 0])), _CLIP, True
 
 
 def _pairs(squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

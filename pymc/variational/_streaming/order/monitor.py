@@ -155,7 +155,6 @@ class Monitor:
         used = np.flatnonzero(self._group_rows)
         sizes = self._group_rows[used, None]
         means = (self._groups[used] / sizes - total.mean) / np.sqrt(variance)
-        middles = (used + 0.5) * self._per_group * self._stream.window
         comparison = Comparison(
             names=names,
             p_value=found.p_value,
@@ -165,7 +164,7 @@ class Monitor:
             n_groups=n_groups,
             n_units=total.n,
             rows_read=total.n,
-            positions=np.minimum(middles / n_rows, 1.0),
+            middles=(used + 0.5) * self._per_group * self._stream.window,
             means=means,
             noise=np.broadcast_to(1 / np.sqrt(sizes), means.shape),
         )

@@ -11,7 +11,10 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Compare windows of a table before it is streamed, on a thin sample."""
+"""Compare windows of a table before it is streamed, on a thin sample.
+
+Windows are given by their first rows and their ends, shape (k, 2).
+"""
 
 from contextlib import closing
 from typing import cast
@@ -72,20 +75,19 @@ def preflight(stream: Stream, seed: int) -> OrderReport | None:
         starts = starts[:-1]
     if len(starts) < 2:
         return report_one_window(stream)
-    if min(window, n_rows - starts[-1]) < _MIN_BLOCKS:
+    windows = np.stack([starts, np.minimum(starts + window, n_rows)], axis=1)
+    if np.diff(windows).min() < _MIN_BLOCKS:
         return None
     rng = np.random.default_rng(seed)
-    return _compare_footers(stream, starts, rng) or _compare_sample(stream, starts, rng)
+    return _compare_footers(stream, windows, rng) or _compare_sample(stream, windows, rng)
 
 
 def _compare_footers(
-    stream: Stream, starts: np.ndarray, rng: np.random.Generator
+    stream: Stream, windows: np.ndarray, rng: np.random.Generator
 ) -> OrderReport | None:
     """Report a column whose values in some windows all lie below those in others."""
-    n_rows = cast(int, stream.n_rows)
-    chosen = starts[_stratified(len(starts), _DESIGNS[0][0], rng)]
-    stops = np.minimum(chosen + stream.window, n_rows)
-    bounds = [stream.source.ranges(int(a), int(b)) for a, b in zip(chosen, stops)]
+    chosen = _stratified(windows, _DESIGNS[0][0], rng)
+    bounds = [stream.source.ranges(int(start), int(stop)) for start, stop in chosen]
     if bounds[0] is None:
         return None
     low, high = np.array(bounds, dtype=float).transpose(2, 0, 1)
@@ -96,7 +98,7 @@ def _compare_footers(
     above = (low[None] > high[:, None]).mean(axis=1)
     correlation = 2 * np.sqrt((below * above).max(axis=0))
     # The probability that all rows of one of two random windows lie below those of the other.
-    rows = int((stops - chosen).min())
+    rows = int(np.diff(chosen).min())
     log_p = np.log(2 * k**2 * d) + 2 * gammaln(rows + 1) - gammaln(2 * rows + 1)
     middle = (low + high) / 2
     found = Comparison(
@@ -108,7 +110,7 @@ def _compare_footers(
         n_groups=k,
         n_units=k * rows,
         rows_read=0,
-        positions=(chosen + stops) / (2 * n_rows),
+        middles=chosen.mean(axis=1),
         means=(middle - middle.mean(axis=0)) / np.maximum(middle.std(axis=0), 1e-300),
         noise=np.zeros((k, d)),
         note="The footers alone show it: all its values in some windows lie below all in others.",
@@ -118,15 +120,13 @@ def _compare_footers(
 
 
 def _compare_sample(
-    stream: Stream, starts: np.ndarray, rng: np.random.Generator
+    stream: Stream, windows: np.ndarray, rng: np.random.Generator
 ) -> OrderReport | None:
     """Compare windows by blocks of their rows, if those are cheap enough to read."""
-    n_rows = cast(int, stream.n_rows)
     width = max(1, int(np.prod(stream.source.sample_shape or (1,))))
     for k, n_blocks in _DESIGNS:
-        chosen = starts[_stratified(len(starts), k, rng)]
-        stops = np.minimum(chosen + stream.window, n_rows)
-        places, block = _draw_blocks(chosen, stops, n_blocks, _WINDOW_VALUES // width, rng)
+        chosen = _stratified(windows, k, rng)
+        places, block = _draw_blocks(chosen, n_blocks, _WINDOW_VALUES // width, rng)
         reads, cost = _plan_reads(stream.source, places.ravel(), block, width)
         if cost <= _BUDGET:
             break
@@ -135,27 +135,27 @@ def _compare_sample(
     rows = np.concatenate([_read_blocks(stream.source, *planned, block) for planned in reads])
     if not np.isfinite(rows).all():
         return None
-    positions = (chosen + stops) / (2 * n_rows)
     with np.errstate(all="ignore"):  # of values that are too large to be squared
-        return make_report(stream, _compare_blocks(stream, rows, block, positions))
+        return make_report(stream, _compare_blocks(stream, chosen, rows, block))
 
 
-def _stratified(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw *k* of *n*, one from each stratum, or all if they are fewer."""
-    k = min(n, k)
-    edges = np.arange(k + 1) * n // k
-    return rng.integers(edges[:-1], edges[1:])
+def _stratified(windows: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw *k* windows, one from each stratum of the table, or all if they are fewer."""
+    k = min(len(windows), k)
+    edges = np.arange(k + 1) * len(windows) // k
+    return windows[rng.integers(edges[:-1], edges[1:])]
 
 
 def _draw_blocks(
-    starts: np.ndarray, stops: np.ndarray, n_blocks: int, sampled: int, rng: np.random.Generator
+    windows: np.ndarray, n_blocks: int, sampled: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, int]:
     """Draw blocks from strata of the windows: first rows, shape (k, n_blocks), and length."""
-    n_blocks = min(n_blocks, int((stops - starts).min()))
-    stratum = (stops - starts)[:, None] // n_blocks
+    sizes = np.diff(windows)
+    n_blocks = min(n_blocks, int(sizes.min()))
+    stratum = sizes // n_blocks
     block = max(1, min(sampled // n_blocks, int(stratum.min())))
-    shift = rng.integers(0, stratum - block + 1, (len(starts), n_blocks))
-    return starts[:, None] + np.arange(n_blocks) * stratum + shift, block
+    shift = rng.integers(0, stratum - block + 1, (len(windows), n_blocks))
+    return windows[:, :1] + np.arange(n_blocks) * stratum + shift, block
 
 
 def _plan_reads(
@@ -188,14 +188,14 @@ def _read_blocks(source: Source, start: int, places: np.ndarray, n: int) -> np.n
 
 
 def _compare_blocks(
-    stream: Stream, rows: np.ndarray, block: int, positions: np.ndarray
+    stream: Stream, windows: np.ndarray, rows: np.ndarray, block: int
 ) -> Comparison:
-    """Compare windows at these *positions* by the means of blocks of *block* rows."""
+    """Compare *windows* by the means of blocks of *block* rows each, which are *rows*."""
     from pymc.variational._streaming.order.features import Features
 
     features = Features.fit(rows, stream.source.columns)
     single, sums, _ = features.sums(rows, 0, block, np.arange(block))
-    blocks = (sums / block).reshape(len(positions), -1, len(features.names))
+    blocks = (sums / block).reshape(len(windows), -1, len(features.names))
     k, n_blocks, _ = blocks.shape
     found = _test(blocks, single)
     threshold = ALPHA / len(features.names)
@@ -212,7 +212,7 @@ def _compare_blocks(
         n_groups=k,
         n_units=k * n_blocks,
         rows_read=len(rows),
-        positions=positions,
+        middles=windows.mean(axis=1),
         means=means,
         noise=np.broadcast_to(np.sqrt(found.within / n_blocks / variance), means.shape),
         note=_RARE_NOTE.format(features.names[rare[0]]) if len(rare) else "",
