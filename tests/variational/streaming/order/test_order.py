@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -69,11 +69,6 @@ def relate_features(rows: np.ndarray, time: np.ndarray) -> np.ndarray:
     return np.column_stack([rows[:, 0], second, rows[:, 2:]])
 
 
-def relate_label(rows: np.ndarray, time: np.ndarray) -> np.ndarray:
-    y = label(0.5 * time * rows[:, 0], np.random.default_rng(2))
-    return np.column_stack([rows[:, :3], y])
-
-
 def amounts(time: np.ndarray) -> np.ndarray:
     """Return zeros and, one in fifty, amounts that grow tenfold; as often at all times."""
     rng = np.random.default_rng(4)
@@ -90,7 +85,6 @@ ORDERS = {
     "amounts that are mostly zero": lambda rows, t: first(amounts(t), rows),
     "jump in the last tenth": lambda rows, t: first(rows[:, 0] + 0.3 * (t > 0.9), rows),
     "relation of features": relate_features,
-    "relation of x and y": relate_label,
 }
 HEAVY_TAILED = "variance drifts by 30 %", "relation of features"
 KINDS = [("normal", name) for name in ORDERS] + [("Student-t(2)", name) for name in HEAVY_TAILED]
@@ -140,13 +134,6 @@ class TestDetection:
             report = check_order(source, buffer_size=WINDOW)
             assert report.ordered
             assert report.p_value < margin * report.threshold
-
-    def test_the_guilty_feature_is_named(self):
-        columns = ["a", "b", "c", "y"]
-        rows = ordered("normal", "relation of features")
-        table = pa.table(dict(zip(columns, rows.T)))
-        report = check_order(lambda: table.to_reader(), buffer_size=WINDOW)
-        assert report.feature == "a × b"
 
     def test_the_design_effect_and_the_drift_are_right_for_known_shifts(self):
         """ρ = between / (between + 1); 1 % tolerance for the sampling of 20 windows' means."""
@@ -322,18 +309,11 @@ class TestStatistic:
         expected = values[0] * values[n_columns - 1]
         np.testing.assert_allclose(values[product], expected, rtol=1e-9)
 
-    @settings(max_examples=20)
-    @given(
-        scale=st.floats(1e-6, 1e6),
-        shift=st.floats(-10, 10),
-        flip=st.booleans(),
-        seed=st.integers(0, 9),
-    )
-    def test_units_do_not_matter(self, scale, shift, flip, seed):
-        rows = draw("normal", 4_000, seed).copy()
+    @pytest.mark.parametrize("scale, shift", [(1e6, -10), (-1e-6, 3)])
+    def test_units_do_not_matter(self, scale, shift):
+        rows = draw("normal", 4_000).copy()
         rows[:, 0] += np.linspace(0, 0.5, 4_000)
-        other = rows.copy()
-        other[:, :3] = (-1 if flip else 1) * scale * (other[:, :3] + shift)
+        other = np.column_stack([scale * (rows[:, :3] + shift), rows[:, 3]])
         for source in (lambda x: x, in_sequence):
             expected, found = (check_order(source(x), buffer_size=200) for x in (rows, other))
             assert found.feature == expected.feature
