@@ -138,7 +138,7 @@ def _compare_sample(
     else:
         return None
     with ThreadPoolExecutor(_THREADS if stream.source.concurrent else 1) as pool:
-        parts = pool.map(lambda planned: _read_blocks(stream.source, *planned, block), reads)
+        parts = pool.map(lambda read: _read_blocks(stream.source, *read, block=block), reads)
         rows = np.concatenate(list(parts))
     if not np.isfinite(rows).all():
         return None
@@ -181,15 +181,15 @@ def _plan_reads(
     return reads, int((depth + _BLOCK_ROWS).sum()) * width
 
 
-def _read_blocks(source: Source, start: int, places: np.ndarray, n: int) -> np.ndarray:
-    """Return *n* rows from each of the ascending *places*, reading on from row *start*."""
+def _read_blocks(source: Source, start: int, places: np.ndarray, *, block: int) -> np.ndarray:
+    """Return *block* rows from each of the ascending *places*, reading on from row *start*."""
     parts = []
     with closing(source.blocks(0, start, block_rows=_BLOCK_ROWS)) as blocks:
-        while start < places[-1] + n:
+        while start < places[-1] + block:
             rows = next(blocks)
             # Some of the places are in these rows, wholly or in part.
-            for place in places[(places < start + len(rows)) & (places + n > start)]:
-                parts.append(rows[max(0, place - start) : place + n - start].copy())
+            for place in places[(places < start + len(rows)) & (places + block > start)]:
+                parts.append(rows[max(0, place - start) : place + block - start].copy())
             start += len(rows)
     return np.concatenate(parts)
 
