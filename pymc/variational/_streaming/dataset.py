@@ -39,10 +39,9 @@ from pymc.variational._streaming.guards import (
     check_other_streams,
 )
 from pymc.variational._streaming.order.check import OrderCheck
-from pymc.variational._streaming.reader import BatchReader, Position
+from pymc.variational._streaming.reader import BatchReader, Position, TotalSize
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.base import Source, positive_int
-from pymc.variational._streaming.total_size import TotalSize
 from pymc.variational.approximations import Empirical
 from pymc.variational.callbacks import Callback
 

@@ -13,7 +13,11 @@
 #   limitations under the License.
 """What streaming raises and warns with."""
 
-__all__ = ["OrderError", "OrderWarning", "StreamError", "StreamWarning"]
+import warnings
+
+import pymc.variational
+
+__all__ = ["OrderError", "OrderWarning", "StreamError", "StreamWarning", "warn"]
 
 
 class StreamError(RuntimeError):
@@ -30,3 +34,8 @@ class OrderError(StreamError):
 
 class OrderWarning(StreamWarning):
     """The rows come in an order that the stream does not mix."""
+
+
+def warn(message: str, category: type[StreamWarning] = StreamWarning) -> None:
+    """Warn at the line of the user's code that led here."""
+    warnings.warn(message, category, skip_file_prefixes=tuple(pymc.variational.__path__))

@@ -20,9 +20,11 @@ __all__ = ["open_files", "prefetch_threads"]
 
 
 def open_files() -> set[str]:
+    """Return the paths of the files that are open; reads /proc."""
     links = (os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd"))
     return {os.path.realpath(link) for link in links if os.path.lexists(link)}
 
 
 def prefetch_threads() -> list[threading.Thread]:
+    """Return the threads that read ahead."""
     return [t for t in threading.enumerate() if t.name == "pymc-streaming-prefetch"]

@@ -21,7 +21,7 @@ from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle
 
 BATCH_SIZE = 4096
 _SLOW_STEPS = 40
-"""In which the thread gets as far ahead as it may, or the peak would depend on chance."""
+"""First steps, in which the thread gets as far ahead as it may: the peak depends on that."""
 
 
 def main(folder: str, buffer_size: str, n_epochs: str) -> None:

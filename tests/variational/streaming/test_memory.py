@@ -56,15 +56,15 @@ def small(tmp_path_factory) -> float:
     return growth_mb(folder, buffer_size=200_000)
 
 
-def test_ten_million_rows_in_one_row_group_cost_no_more_than_few(tmp_path, small):
-    write(tmp_path / "a.parquet", 10_000_000, 4, 10_000_000)
+def test_many_rows_in_one_row_group_cost_no_more_than_few(tmp_path, small):
+    write(tmp_path / "a.parquet", 5_000_000, 4, 5_000_000)
     assert growth_mb(tmp_path, buffer_size=200_000) < small + SLACK
 
 
 def test_wide_rows_in_one_row_group_cost_no_more_than_few(tmp_path):
     """Each of 64 columns holds a page of 1 MB, however many pages follow."""
     growths = []
-    for n_rows in (200_000, 1_200_000):
+    for n_rows in (200_000, 800_000):
         folder = tmp_path / str(n_rows)
         folder.mkdir()
         write(folder / "a.parquet", n_rows, 64, n_rows)
@@ -80,4 +80,4 @@ def test_many_small_files_cost_no_more_than_one(tmp_path, small):
 
 def test_epochs_cost_nothing(tmp_path, small):
     write(tmp_path / "a.parquet", 400_000, 4, 100_000)
-    assert growth_mb(tmp_path, buffer_size=200_000, n_epochs=40) < small + SLACK
+    assert growth_mb(tmp_path, buffer_size=200_000, n_epochs=20) < small + SLACK

@@ -11,44 +11,36 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Forked and spawned processes, interrupts, and many datasets in a row."""
+"""Forked and spawned processes, interrupts, reads that block, and many datasets in a row."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import threading
+import time
 
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pymc as pm
 
-from pymc.variational._streaming.preshuffle.tasks import _peak_memory
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
     parquet_source,
     shuffle_buffer,
 )
-from tests.variational.streaming.held import prefetch_threads
+from tests.variational.streaming.held import open_files, prefetch_threads
 from tests.variational.streaming.preshuffle.killed import in_child
 from tests.variational.streaming.strategies import numbered, write_layout
 
 TIMEOUT = 60
-ROOT = Path(__file__).parents[3]
-PEAK = f"import tests; from {_peak_memory.__module__} import _peak_memory; print(_peak_memory())"
-PEAK_OF_A_LARGE_PARENTS_CHILD = f"""
-import subprocess, sys
-held = b"x" * 2**30
-subprocess.run([sys.executable, "-c", {PEAK!r}], check=True)
-"""
 
 
 def dataset(folder, **kwargs) -> StreamingDataset:
@@ -79,14 +71,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fitted():
-    """Return an inference whose step is compiled, and its stream."""
+    """Return an inference whose step is compiled, and its stream.
+
+    What is there already is hidden from the garbage collector, which would take most of the time.
+    """
     ds = StreamingDataset(np.ones((4_000, 1)), batch_size=4, order_check="off")
     with pm.Model():
         mu = pm.Normal("mu")
         pm.Normal("y", mu, 1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
         inference = pm.ADVI()
         inference.fit(0, progressbar=False, compile_kwargs={"mode": "FAST_COMPILE"})
-    return inference, ds
+    gc.collect()
+    gc.freeze()
+    yield inference, ds
+    gc.unfreeze()
 
 
 class TestSpawn:
@@ -123,15 +121,6 @@ class TestSpawn:
                 (TypeError, pickle.PicklingError, AttributeError), match=r"pickle|local object"
             ):
                 pickle.dumps(ds)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_peak_of_a_large_parents_child_is_its_own():
-    """Which ``ru_maxrss`` is not."""
-    command = [sys.executable, "-c", PEAK_OF_A_LARGE_PARENTS_CHILD]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 2**20 < int(done.stdout) < 2**30
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -247,8 +236,8 @@ class TestInterrupt:
             self.check(inference, ds)
             if left[0] >= 0:
                 break
-            moment, interrupts = moment + 7, interrupts + 1
-        assert interrupts > 50
+            moment, interrupts = moment + 3, interrupts + 1
+        assert interrupts > 100
         assert np.isfinite(inference.approx.sample(10).posterior["mu"]).all()
 
     @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
@@ -267,8 +256,94 @@ class TestInterrupt:
             self.check(inference, ds)
 
 
+class BlockedRead:
+    """Blocks of a file, the second of which comes when it is released."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        self.reached, self.released = threading.Event(), threading.Event()
+        self._alone = threading.Lock()
+
+    def __call__(self):
+        with self._in_one_thread(), open(self.path) as file:
+            rows = np.loadtxt(file)
+            yield rows[:10]
+            self.reached.set()
+            assert self.released.wait(TIMEOUT)
+            yield rows[10:]
+
+    @contextlib.contextmanager
+    def _in_one_thread(self):
+        assert self._alone.acquire(blocking=False), "read by two threads at a time"
+        try:
+            yield
+        finally:
+            self._alone.release()
+
+    def release_and_wait(self):
+        self.released.set()
+        deadline = time.monotonic() + TIMEOUT
+        while prefetch_threads() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def blocked(tmp_path):
+    """Return a stream whose first batch is current while the read of the second blocks."""
+    gc.collect()  # the streams of other tests
+    assert not prefetch_threads()
+    np.savetxt(tmp_path / "rows.txt", numbered(20))
+    source = BlockedRead(tmp_path / "rows.txt")
+    ds = StreamingDataset(
+        source, batch_size=10, sample_shape=(2,), total_size=20, order_check="off"
+    )
+    ds.advance()
+    assert source.reached.wait(TIMEOUT)
+    yield ds, source
+    source.release_and_wait()
+
+
+class TestBlockedRead:
+    """Such as one from a network drive that does not answer."""
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+    def test_an_interrupt_returns_within_a_second_and_the_stream_goes_on(self, blocked):
+        ds, source = blocked
+        sent = []
+
+        def interrupt():
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        kill = threading.Timer(0.1, interrupt)
+        kill.start()
+        with pytest.raises(KeyboardInterrupt):
+            ds.advance()
+        assert time.monotonic() - sent[0] < 1
+        assert sys.getswitchinterval() > 1e-3
+        # The next read waits for the one that blocks: a source is read by one thread at a time.
+        threading.Timer(0.1, source.released.set).start()
+        assert next_batch(ds) == numbered(20)[10:].tolist()
+        assert next_batch(ds) == numbered(20)[:10].tolist()
+        assert len(prefetch_threads()) == 1
+        ds.close()
+        assert not prefetch_threads()
+
+    def test_closing_returns_within_a_second_and_the_thread_ends_after_its_read(self, blocked):
+        ds, source = blocked
+        start = time.monotonic()
+        ds.close()
+        assert time.monotonic() - start < 1
+        assert sys.getswitchinterval() > 1e-3
+        assert np.isnan(ds.as_tensor().get_value()).all()
+        source.release_and_wait()
+        assert not prefetch_threads()
+        if sys.platform == "linux":
+            assert source.path not in open_files()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_thousand_datasets_leave_nothing_behind(folder):
+def test_many_datasets_leave_nothing_behind(folder):
     def left():
         gc.collect()
         return len(os.listdir("/proc/self/fd")), threading.active_count()
@@ -279,6 +354,6 @@ def test_a_thousand_datasets_leave_nothing_behind(folder):
 
     use()
     before = left()
-    for _ in range(1_000):
+    for _ in range(200):
         use()
     assert left() == before

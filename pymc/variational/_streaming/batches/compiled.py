@@ -27,13 +27,10 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = [
-    "compiled",
-    "insert_shuffled",
-]
+__all__ = ["compiled", "insert_shuffled"]
 
 _AHEAD = 128
-"""Rows that are fetched into the cache together; one after the other they would wait for memory."""
+"""Rows whose places are fetched into the cache together."""
 
 
 def compiled(**options: Any) -> Callable[[Callable], Callable]:
@@ -67,14 +64,15 @@ def insert_shuffled(window, n, rows, key):
     Parameters
     ----------
     window : ndarray of unsigned int, shape (size, words)
-        With room for the new rows.
+        Buffer that has space for the new rows.
     n : int
-        Rows in it.
+        Number of rows that are in the window already.
     rows : ndarray, shape (n_rows, words)
     key : uint64
-        Of the random numbers, SplitMix64 [1]_: the k-th row that comes into a window uses number k.
-        A place among k is ``number * k >> 64`` [2]_, k below 2**32; it is uniform but for a share
-        of k / 2**64, so a window of a million rows is within 1e-7 of uniform.
+        Key of the random numbers, which are those of SplitMix64 [1]_: the k-th row that comes into
+        a window uses number k.  A place among k is ``number * k >> 64`` [2]_, k below 2**32; it is
+        uniform but for a share of k / 2**64, so a window of a million rows is within 1e-7 of
+        uniform.
 
     References
     ----------
@@ -84,29 +82,32 @@ def insert_shuffled(window, n, rows, key):
        Modeling and Computer Simulation 29(1), 3.
     """
     half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
-    # Signed numbers would be tested as indices, since they can count from the end.
+    # Indices are unsigned, since signed ones would be tested for counting from the end.
     places = np.empty(_AHEAD, np.uint64)
     zero, one = np.uint64(0), np.uint64(1)
     fetched = zero
     for first in range(0, len(rows), _AHEAD):
-        some = min(_AHEAD, len(rows) - first)
-        new = rows[first : first + some]
-        at = np.uint64(n + first)
-        for i in range(some):
-            k = at + np.uint64(i + 1)
+        new = rows[first : first + _AHEAD]
+        before = np.uint64(n + first)
+        # First pass: draw the place of each new row among the rows up to and with it.
+        for i in range(len(new)):
+            k = before + np.uint64(i + 1)
             number = _number(key, k)
             places[i] = ((number >> half) * k + ((number & low) * k >> half)) >> half
-        for i in range(some):
+        # Second pass: read a word at each place.  No read waits for another, so the processor
+        # fetches many rows from memory at once; in the third pass, each would be waited for.
+        for i in range(len(new)):
             fetched ^= np.uint64(window[places[i], 0])
+        # Third pass: move the row at each place to the end, and put the new row there.
         if rows.shape[1] == 2:  # such as four single floats, in half the time of the loop below
-            for i in range(some):
-                end, row, place = at + np.uint64(i), np.uint64(i), places[i]
+            for i in range(len(new)):
+                end, row, place = before + np.uint64(i), np.uint64(i), places[i]
                 window[end, zero], window[end, one] = window[place, zero], window[place, one]
                 window[place, zero], window[place, one] = new[row, zero], new[row, one]
         else:
-            for i in range(some):
-                end, row, place = at + np.uint64(i), np.uint64(i), places[i]
+            for i in range(len(new)):
+                end, row, place = before + np.uint64(i), np.uint64(i), places[i]
                 for word in range(np.uint64(rows.shape[1])):
                     window[end, word] = window[place, word]
                     window[place, word] = new[row, word]
-    return fetched  # or the compiler would leave the fetching out
+    return fetched  # or the compiler would leave the second pass out

@@ -30,45 +30,45 @@ __all__ = ["Prefetcher"]
 _SWITCH_INTERVAL = 1e-4
 """Seconds.  A compiled step holds the interpreter lock, and by default a thread that waits asks for
 it every 5 ms only: many steps, during which nothing would be read."""
-_STARTING = 1.0
-"""Seconds that a thread may take to start."""
+_CLOSING = 0.5
+"""Seconds that closing waits for a read that has begun.  One that takes longer ends by itself."""
 
 
 class Prefetcher:
-    """Iterate over *chunks* in a thread of its own, which stays one chunk of rows ahead.
+    """Iterate over *items* in a thread of its own, which stays one chunk of rows ahead.
 
-    What follows a chunk of rows is asked for when the consumer has taken that chunk, and so has
-    done with the one before.  An exception in the thread is raised where the consumer would have
-    met it.  The thread ends when the chunks do, on :meth:`close`, or when nothing refers to the
-    prefetcher.  A forked process has no copy of it, and is refused.  Until the thread ends, the
-    interpreter switches between threads more often than usual.
+    An exception in the thread is raised where the consumer would have met it.  The thread ends when
+    the items do, on :meth:`close`, or when nothing refers to the prefetcher.  A forked process has
+    no copy of it, and is refused.  Until it is closed, the interpreter switches between threads
+    more often than usual.
     """
 
-    def __init__(self, chunks: Generator[Any]):
+    def __init__(self, items: Generator[Any]):
         self._queue: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-        self._taken: SimpleQueue[None] = SimpleQueue()  # a semaphore in one call
-        started, stop = threading.Event(), threading.Event()
-        thread = threading.Thread(
+        self._permits: SimpleQueue[None] = SimpleQueue()  # a semaphore, but each call is one in C
+        stop, ended = threading.Event(), threading.Event()
+        # The thread must not refer to self, or self would never be collected.
+        self.thread = threading.Thread(
             target=_run,
-            args=(chunks, self._queue, self._taken, started, stop),
+            args=(items, self._queue, self._permits, stop, ended),
             name="pymc-streaming-prefetch",
             daemon=True,
         )
-        # The thread must not refer to self, or self would never be collected.
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _stop, thread, stop, self._taken, self._pid)
-        _switching.hurry(thread)
+        self._finalizer = weakref.finalize(
+            self, _close, self.thread, self._permits, stop, ended, self._pid
+        )
+        _switch_interval.shorten(self.thread)
         try:
-            thread.start()
-        except KeyboardInterrupt:
-            started.wait(_STARTING)  # or it could not be joined yet
+            self.thread.start()
+        except BaseException:  # an interrupt, or no more threads
             self.close()
             raise
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Chunk:
+    def __next__(self) -> Any:
         if not self._finalizer.alive:
             raise StopIteration
         if os.getpid() != self._pid:
@@ -77,48 +77,52 @@ class Prefetcher:
                 "in this process; the dataset is closed here now: open it anew with "
                 "fit_callback() or advance(), or spawn processes instead"
             )
-        chunk, err = self._queue.get()
-        if chunk is not None:
-            if _has_rows(chunk):
-                self._taken.put(None)
-            return chunk
+        item, err = self._queue.get()
+        if item is not None:
+            if _has_rows(item):
+                self._permits.put(None)
+            return item
         self.close()
         if err is None:
             raise StopIteration
         raise err
 
     def close(self) -> None:
-        """End the thread and wait for it; closes *chunks*."""
+        """End the thread, which closes *items*.
+
+        A read that blocks is waited for no longer than half a second: when it returns, its thread
+        closes *items* and ends.
+        """
         self._finalizer()
 
 
-class _Switching:
-    """The interval at which the interpreter switches threads, shorter while any hurries.
+class _SwitchInterval:
+    """The interval at which the interpreter switches threads, short while any prefetcher is open.
 
-    An interrupt can fall between any two lines: who relaxes need not have hurried, and the interval
-    is short only while someone is known to hurry.
+    The threads are kept instead of their number, since an interrupt can fall between any two lines,
+    so that a prefetcher is closed that never shortened the interval.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # finalizers run anywhere, also inside these methods
-        self._in_a_hurry: set[threading.Thread] = set()
+        self._open: set[threading.Thread] = set()
         self._usual = 0.0
 
-    def hurry(self, thread: threading.Thread) -> None:
+    def shorten(self, thread: threading.Thread) -> None:
         with self._lock:
-            if not self._in_a_hurry:
+            if not self._open:
                 self._usual = sys.getswitchinterval()
-            self._in_a_hurry.add(thread)
+            self._open.add(thread)
             sys.setswitchinterval(min(_SWITCH_INTERVAL, self._usual))
 
-    def relax(self, thread: threading.Thread) -> None:
+    def restore(self, thread: threading.Thread) -> None:
         with self._lock:
-            if self._in_a_hurry == {thread}:
+            if self._open == {thread}:
                 sys.setswitchinterval(self._usual)
-            self._in_a_hurry.discard(thread)
+            self._open.discard(thread)
 
 
-_switching = _Switching()
+_switch_interval = _SwitchInterval()
 
 
 def _has_rows(item: Any) -> bool:
@@ -126,35 +130,43 @@ def _has_rows(item: Any) -> bool:
 
 
 def _run(
-    chunks: Generator[Any],
+    items: Generator[Any],
     queue: SimpleQueue,
-    taken: SimpleQueue,
-    started: threading.Event,
+    permits: SimpleQueue,
     stop: threading.Event,
+    ended: threading.Event,
 ) -> None:
-    started.set()
-    end: BaseException | None = None
+    err: BaseException | None = None
     try:
-        for chunk in chunks:
-            queue.put((chunk, None))
-            if _has_rows(chunk):
-                del chunk  # while the next one is read
-                taken.get()
+        for item in items:
+            queue.put((item, None))
+            # One chunk ahead: what follows a chunk may overwrite the one before, which the
+            # consumer has done with when it takes this one.  Items without rows need no permit.
+            if _has_rows(item):
+                del item  # or its memory would stay while the next one is read
+                permits.get()
             if stop.is_set():
                 break
-    except BaseException as err:
-        end = err
+    except BaseException as raised:
+        err = raised
     finally:
-        chunks.close()
-        queue.put((None, end))
+        items.close()
+        queue.put((None, err))
+        ended.set()
 
 
-def _stop(thread: threading.Thread, stop: threading.Event, taken: SimpleQueue, pid: int) -> None:
+def _close(
+    thread: threading.Thread,
+    permits: SimpleQueue,
+    stop: threading.Event,
+    ended: threading.Event,
+    pid: int,
+) -> None:
     if os.getpid() != pid:
         return  # the thread may have held these locks when the process was forked
-    _switching.relax(thread)
     stop.set()
-    taken.put(None)
-    # The garbage collector can run this in the thread itself, an interrupt before it starts.
-    if thread.is_alive() and threading.current_thread() is not thread:
+    permits.put(None)
+    _switch_interval.restore(thread)
+    # The garbage collector can run this in the thread itself.
+    if threading.current_thread() is not thread and ended.wait(_CLOSING):
         thread.join()

@@ -24,20 +24,10 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.sources.rows import exact_limit
 
-__all__ = [
-    "Batch",
-    "Chunk",
-    "EpochEnd",
-    "cast",
-    "read_epochs",
-    "rebatch",
-    "require_exact",
-    "require_shape",
-]
-
+__all__ = ["Batch", "Chunk", "EpochEnd", "cast", "read_epochs", "rebatch", "require_exact"]
 
 _PIECE_VALUES = 1 << 20
-"""Checked at a time."""
+"""Values that are checked at a time."""
 
 
 class Chunk(NamedTuple):
@@ -103,8 +93,8 @@ def read_epochs(
 def rebatch(items: Iterable[Any], batch_size: int) -> Iterator[Any]:
     """Cut chunks into batches of *batch_size* rows that run across epochs.
 
-    Whatever is no chunk is passed on where it comes.  If the items end, so does this, with a batch
-    as short as it comes.
+    An item that is no chunk is passed on where it comes.  When the items end, so does this, with a
+    batch of the rows that are left.
 
     Yields
     ------
@@ -118,13 +108,15 @@ def rebatch(items: Iterable[Any], batch_size: int) -> Iterator[Any]:
             continue
         epoch, offset, rows = item
         first = 0
+        # The chunk's rows complete the batch that earlier chunks began, and fill batches of their
+        # own, which are views.
         while first + missing <= len(rows):
             part = Chunk(epoch, offset + first, rows[first : first + missing])
             yield _join([*parts, part])
             first += missing
             parts, missing = [], batch_size
+        # The others begin a batch, as a copy: the chunk may be overwritten before that is full.
         if first < len(rows):
-            # The block may be overwritten before the batch is full.
             parts.append(Chunk(epoch, offset + first, rows[first:].copy()))
             missing -= len(rows) - first
     if parts:
@@ -132,6 +124,7 @@ def rebatch(items: Iterable[Any], batch_size: int) -> Iterator[Any]:
 
 
 def require_shape(block: np.ndarray, sample_shape: tuple[int, ...]) -> None:
+    """Raise StreamError unless the rows of *block* have this shape."""
     if block.shape[1:] != sample_shape:
         raise StreamError(
             f"source yields rows of shape {block.shape[1:]}; "
@@ -141,15 +134,13 @@ def require_shape(block: np.ndarray, sample_shape: tuple[int, ...]) -> None:
 
 def cast(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Copy rows, which are known to fit, to *dtype*."""
-    if dtype.itemsize >= rows.itemsize:
-        return rows.astype(dtype)
     with np.errstate(under="ignore"):
         return rows.astype(dtype)
 
 
 def require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> None:
     """Raise StreamError if a value is NaN or infinite, overflows, or is an integer that rounds."""
-    if rows.dtype == dtype or _is_wider(dtype, rows.dtype):
+    if _holds_all_of(dtype, rows.dtype):
         with np.errstate(all="ignore"):
             # A value that is not finite shows in the sum; one that is, hardly ever.
             if rows.dtype.kind != "f" or np.isfinite(rows.sum()):
@@ -174,9 +165,10 @@ def _join(parts: list[Chunk]) -> Batch:
     return Batch(parts[0].epoch, parts[0].offset, rows, parts[-1].end)
 
 
-def _is_wider(dtype: np.dtype, other: np.dtype) -> bool:
+def _holds_all_of(dtype: np.dtype, other: np.dtype) -> bool:
     """Whether *dtype* holds all values of *other*; NumPy says so of float64 and int64 too."""
-    return dtype.itemsize > other.itemsize and np.can_cast(other, dtype)
+    wider = dtype.itemsize > other.itemsize and np.can_cast(other, dtype)
+    return dtype == other or wider
 
 
 def _inexact(rows: np.ndarray, out: np.ndarray, integral: tuple[bool, ...] | None) -> np.ndarray:

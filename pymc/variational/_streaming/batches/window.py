@@ -13,17 +13,17 @@
 #   limitations under the License.
 """The bounded shuffle buffer."""
 
-import hashlib
 import math
 
 from collections.abc import Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pymc.variational._streaming.batches.rebatch import Chunk, rebatch, require_shape
 from pymc.variational._streaming.sources.arrays import as_source
-from pymc.variational._streaming.sources.base import Source, draw_seed, positive_int
+from pymc.variational._streaming.sources.base import Source
+from pymc.variational._streaming.utils import digest, draw_seed, positive_int
 
 __all__ = ["ShuffleBuffer", "shuffle_buffer"]
 
@@ -43,11 +43,11 @@ def shuffle_buffer(
     source : Source, ndarray, callable or iterable
         Whatever :class:`StreamingDataset` accepts.
     buffer_size : int
-        Rows of a window.
+        Number of rows in a window.
     batch_size : int
-        Rows of the batches that iterating the buffer yields; the last one may be shorter.
+        Number of rows in the batches that iterating the buffer yields; the last one may be shorter.
     seed : int, optional
-        Default: drawn once, and shown as ``.seed``.
+        Seed of the permutations. Default: one is drawn once, and shown as ``.seed``.
 
     Returns
     -------
@@ -90,7 +90,7 @@ class ShuffleBuffer(Source):
     """See :func:`shuffle_buffer`."""
 
     def __init__(self, source: Source, buffer_size: int, batch_size: int, seed: int | None):
-        self._source = source
+        self.source = source
         self.buffer_size = positive_int("buffer_size", buffer_size)
         self.batch_size = positive_int("batch_size", batch_size)
         if self.buffer_size < self.batch_size:
@@ -106,23 +106,20 @@ class ShuffleBuffer(Source):
         window.begin(0, 0)
         window.insert(np.zeros((1, 1)))
 
-    source = property(lambda self: self._source)
-    n_rows = property(lambda self: self._source.n_rows)  # type: ignore[assignment]
-    columns = property(lambda self: self._source.columns)  # type: ignore[assignment]
-    sample_shape = property(lambda self: self._source.sample_shape)  # type: ignore[assignment]
-    integral = property(lambda self: self._source.integral)  # type: ignore[assignment]
-    checked = property(lambda self: self._source.checked)  # type: ignore[assignment]
+    n_rows = property(lambda self: self.source.n_rows)  # type: ignore[assignment]
+    columns = property(lambda self: self.source.columns)  # type: ignore[assignment]
+    sample_shape = property(lambda self: self.source.sample_shape)  # type: ignore[assignment]
+    integral = property(lambda self: self.source.integral)  # type: ignore[assignment]
 
     @property
     def fingerprint(self) -> str:  # type: ignore[override]
-        parts = [self._source.fingerprint, self.seed, self.buffer_size]
-        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        return digest(self.source.fingerprint, self.seed, self.buffer_size)
 
     def probe(self) -> None:
-        self._source.probe()
+        self.source.probe()
 
     def count(self) -> int:
-        return self._source.count()
+        return self.source.count()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         # Copies, since windows are overwritten and batches are the caller's.
@@ -135,7 +132,7 @@ class ShuffleBuffer(Source):
         number, skip = divmod(start, self.buffer_size)
         window = _Window(min(self.buffer_size, self.n_rows or self.buffer_size), self.seed)
         window.begin(epoch, number)
-        for rest in self._source.blocks(epoch, number * self.buffer_size):
+        for rest in self.source.blocks(epoch, number * self.buffer_size):
             while len(rest):
                 rest = window.insert(rest)
                 if window.is_full:
@@ -143,29 +140,23 @@ class ShuffleBuffer(Source):
                     number, skip = number + 1, 0
                     window.begin(epoch, number)
             rest = rest.copy()  # or its base, the block, would stay while the next one is read
-            yield rest
+            yield rest  # no rows, so that whoever reads ahead can stop before the window is full
         if window.n:
             yield window.take()[skip:]
 
 
-class _Room(NamedTuple):
-    rows: np.ndarray
-    words: np.ndarray
-    """The same memory."""
-
-
 class _Window:
-    """Rows in random order, in one place and then in another: what was taken stays for a while."""
+    """A double buffer of rows in random order: one fills while the rows of the other are used."""
 
     def __init__(self, size: int, seed: int | None):
         self._size = size
         self._seed = seed
-        self._rooms: list[_Room] = []
+        self._buffers: list[np.ndarray] = []
 
     def begin(self, epoch: int, number: int) -> None:
-        """Forget all rows, to hold those of another window."""
+        """Forget the rows of the buffer that fills, to hold those of another window."""
         self.n = 0
-        """Rows in it."""
+        """Number of rows in the window."""
         sequence = np.random.SeedSequence(self._seed, spawn_key=(epoch, number))
         self._key = sequence.generate_state(1, np.uint64)[0]
 
@@ -174,31 +165,28 @@ class _Window:
         return self.n == self._size
 
     def insert(self, rows: np.ndarray) -> np.ndarray:
-        """Take in as many of *rows* as there is room for, and return the others."""
+        """Insert as many of *rows* as fit, and return the others."""
         from pymc.variational._streaming.batches.compiled import insert_shuffled
 
-        self._make_rooms(rows.shape[1:], rows.dtype)
-        room, words = self._rooms[0]
-        require_shape(rows, room.shape[1:])
-        new = rows[: self._size - self.n].astype(room.dtype, "C", casting="equiv", copy=False)
-        insert_shuffled(words, self.n, _as_words(new), self._key)
+        if not self._buffers:
+            shape = self._size, *rows.shape[1:]
+            self._buffers = [np.empty(shape, rows.dtype) for _ in range(2)]
+        buffer = self._buffers[0]
+        require_shape(rows, buffer.shape[1:])
+        new = rows[: self._size - self.n].astype(buffer.dtype, "C", casting="equiv", copy=False)
+        insert_shuffled(_as_words(buffer), self.n, _as_words(new), self._key)
         self.n += len(new)
         return rows[len(new) :]
 
-    def _make_rooms(self, sample_shape: tuple[int, ...], dtype: np.dtype) -> None:
-        while len(self._rooms) < 2:
-            rows = np.empty((self._size, *sample_shape), dtype)
-            self._rooms.append(_Room(rows, _as_words(rows)))
-
     def take(self) -> np.ndarray:
         """Return the rows, which stay as they are until those of the next window are taken."""
-        rows = self._rooms[0].rows[: self.n]
-        self._rooms.reverse()
+        rows = self._buffers[0][: self.n]
+        self._buffers.reverse()
         return rows
 
 
 def _as_words(rows: np.ndarray) -> np.ndarray:
-    """Return the bytes of contiguous rows as few unsigned integers each."""
+    """View contiguous rows as unsigned integers, as few as the bytes of a row fit in."""
     n_bytes = rows.dtype.itemsize * math.prod(rows.shape[1:])
     word = next(size for size in (8, 4, 2, 1) if n_bytes % size == 0)
     return rows.reshape(len(rows), -1).view(f"u{word}")

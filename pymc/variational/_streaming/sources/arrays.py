@@ -16,7 +16,7 @@
 import os
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,18 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import Source, is_arrow, skip_rows
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.rows import RowFormat
+from pymc.variational._streaming.utils import digest
 
 __all__ = ["IterableSource", "as_source"]
 
 _BLOCK_BYTES = 1 << 22
 _CHUNKED_BYTES = 1 << 18
-"""Of an array that has to be decoded; the order check reads single blocks all over it."""
-_REMEDY = "pass the number of rows of one pass, and a function that reads them all each time"
+"""Bytes of a block of an array that has to be decoded; the order check reads single blocks."""
+_SAMPLES = 32
+_CHUNKED_SAMPLES = 4
+"""Places at which an array that has to be decoded is sampled; each costs a chunk."""
+_SAMPLE_VALUES = 128
+"""Values that are hashed at each place."""
 
 
 def as_source(data: Any) -> Source:
@@ -46,11 +51,9 @@ def as_source(data: Any) -> Source:
         return _ArraySource(data)
     if isinstance(data, Iterator):  # readers of Arrow among them
         return _OneShotSource(data)
-    if is_arrow(data):
-        return IterableSource(lambda: data)
-    if callable(data):
+    if callable(data) and not is_arrow(data):
         return IterableSource(data)
-    if isinstance(data, Iterable):
+    if is_arrow(data) or isinstance(data, Iterable):
         return IterableSource(lambda: data)
     raise TypeError(
         f"source={type(data).__name__} is not a source; pass parquet_source(...), "
@@ -66,11 +69,14 @@ class _ArraySource(Source):
         if not len(first):
             raise ValueError("source=array has no rows")
         self._array = array
-        self._chunk = _chunk_rows(array)
-        self._row_bytes = max(1, first.nbytes)
-        self._kind = first.shape[1:], first.dtype
+        chunks = getattr(array, "chunks", None)
+        self._chunk = int(np.max(chunks[0])) if chunks else 1
+        self._row_bytes = first.nbytes
+        self._kind = _kind(first)
         self.n_rows = int(array.shape[0])
         self.sample_shape = first.shape[1:]
+        # Now, since no other thread reads the array yet.
+        self.fingerprint = digest(array.shape, str(first.dtype), *self._sample())
 
     def read_starts(self, rows: np.ndarray) -> np.ndarray:
         return rows - rows % self._chunk
@@ -83,18 +89,22 @@ class _ArraySource(Source):
         for first in range(start - start % self._chunk, int(self._array.shape[0]), step):
             begin = max(first, start)
             block = _as_rows(np.asanyarray(self._array[begin : first + step]))
-            self._require_kind(block, begin)
+            _require_kind(block, self._kind, f"rows {begin} to {begin + len(block)}")
             if len(block):
                 yield block
 
-    def _require_kind(self, block: np.ndarray, begin: int) -> None:
-        kind = block.shape[1:], block.dtype
-        if kind != self._kind:
-            raise StreamError(
-                f"rows {begin} to {begin + len(block)} have shape {kind[0]} and type {kind[1]} "
-                f"where the first row has {self._kind[0]} and {self._kind[1]}; fill nulls, or "
-                "convert all rows to one type"
-            )
+    def _sample(self) -> Iterator[bytes]:
+        """Yield few values of one chunk from each of few places all over the array."""
+        assert self.n_rows is not None and self.sample_shape is not None
+        decoded = self._chunk > 1
+        n_rows = max(1, _SAMPLE_VALUES // int(np.prod(self.sample_shape)))
+        n_rows = min(n_rows, self._chunk) if decoded else n_rows
+        places = np.linspace(
+            0, self.n_rows - 1, _CHUNKED_SAMPLES if decoded else _SAMPLES, dtype=int
+        )
+        for first in np.unique(self.read_starts(places)).tolist():
+            values = np.asarray(self._array[first : first + n_rows]).ravel()
+            yield values[:: max(1, values.size // _SAMPLE_VALUES)].tobytes()
 
 
 class IterableSource(Source):
@@ -105,15 +115,14 @@ class IterableSource(Source):
         self._names = columns
         self.n_rows = n_rows
         self._format: RowFormat | None = None
-        self._kind: tuple[tuple[int, ...], np.dtype] | None = None
+        self._kind: tuple[Any, ...] | None = None
         self._probed: Any = None
         """What *make* returned to be probed, until it is called again."""
 
     def probe(self) -> None:
         if self.sample_shape is None:
             self._probed = self._make()
-            if next(self._convert(_arrow_batches(self._probed)), None) is None:
-                raise ValueError("source yields no blocks, so the shape of a row is unknown")
+            _first_of(self._convert(_arrow_batches(self._probed)))
 
     def blocks(
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
@@ -133,38 +142,32 @@ class IterableSource(Source):
         for block in blocks:
             n_rows += len(block)
             if self.n_rows is not None and n_rows > self.n_rows:
-                raise StreamError(f"source gave more rows than n_rows={self.n_rows}; {_REMEDY}")
+                break
             yield block
         if self.n_rows not in (None, n_rows):
-            raise StreamError(f"source gave {n_rows} rows where n_rows={self.n_rows}; {_REMEDY}")
+            raise StreamError(
+                f"source gave {n_rows} rows where n_rows={self.n_rows}; pass the number of rows of "
+                "one pass, and a function that reads them all each time"
+            )
 
     def _convert(self, blocks: Iterable[Any]) -> Iterator[np.ndarray]:
         for number, block in enumerate(blocks):
+            where = f"block {number}"
             arrow = is_arrow(block)
             if self._names is not None and not arrow:
                 raise TypeError(
-                    f"columns={list(self._names)} selects from Arrow blocks by name, and block "
-                    f"{number} is {type(block).__name__}; leave columns out, and select by place "
+                    f"columns={list(self._names)} selects from Arrow blocks by name, and {where} "
+                    f"is {type(block).__name__}; leave columns out, and select by place "
                     "in the function, or yield Arrow record batches"
                 )
             # An iterable may write its next block to the memory of this one.
-            for rows in self._arrow_rows(block, number) if arrow else [_as_rows(block).copy()]:
-                self._require_kind(rows, number)
+            for rows in self._arrow_rows(block, where) if arrow else [_as_rows(block).copy()]:
+                self._kind = self._kind or _kind(rows)
+                self.sample_shape = self._kind[0]
+                _require_kind(rows, self._kind, where)
                 yield rows
 
-    def _require_kind(self, rows: np.ndarray, number: int) -> None:
-        kind = rows.shape[1:], rows.dtype
-        if self._kind is None:
-            self._kind = kind
-            self.sample_shape = rows.shape[1:]
-        if kind != self._kind:
-            raise StreamError(
-                f"block {number} has rows of shape {kind[0]} and type {kind[1]} where "
-                f"{self._kind[0]} and {self._kind[1]} came before; make all blocks alike"
-            )
-
-    def _arrow_rows(self, batch: Any, number: int) -> Iterator[np.ndarray]:
-        where = f"block {number}"
+    def _arrow_rows(self, batch: Any, where: str) -> Iterator[np.ndarray]:
         batch = import_pyarrow().record_batch(batch)
         if self._format is None:
             self._format = RowFormat.from_schema(batch.schema, self._names, where)
@@ -178,36 +181,28 @@ class _OneShotSource(IterableSource):
 
     def __init__(self, iterator: Iterator[Any]):
         super().__init__(lambda: iterator)
-        self._first: list[np.ndarray] = []
-        self._iterator = self._convert(_arrow_batches(iterator))
-        self._used = False
+        self._unread: Iterator[np.ndarray] | None = self._convert(_arrow_batches(iterator))
 
     def probe(self) -> None:
-        if self.sample_shape is None:
-            self._first = list(islice(self._iterator, 1))
-            if not self._first:
-                raise ValueError("source yields no blocks, so the shape of a row is unknown")
+        if self.sample_shape is None and self._unread is not None:
+            self._unread = chain([_first_of(self._unread)], self._unread)
 
     def blocks(
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
-        if self._used:
+        if self._unread is None:
             raise StreamError(
                 "source is a one-shot iterator and has been read; pass a function that makes "
                 "a new iterator, or cycle=False for a single pass"
             )
-        self._used = True
-        return skip_rows(self._rest(), start)
+        blocks, self._unread = self._unread, None
+        return skip_rows(blocks, start)
 
     def count(self) -> int:
         raise ValueError(
             'total_size="auto" cannot count a one-shot iterator without using it up; '
             "pass total_size=<number of rows>, or a function that makes a new iterator"
         )
-
-    def _rest(self) -> Iterator[np.ndarray]:
-        yield from self._first
-        yield from self._iterator
 
 
 def _arrow_batches(data: Any) -> Iterator[Any]:
@@ -239,9 +234,19 @@ def _as_rows(block: Any) -> np.ndarray:
     return np.asarray(block)
 
 
-def _chunk_rows(array: Any) -> int:
-    """Return how many rows an array holds in one piece on disk."""
-    chunks = getattr(array, "chunks", None)
-    if not chunks:
-        return 1
-    return int(np.max(chunks[0]))
+def _first_of(blocks: Iterator[np.ndarray]) -> np.ndarray:
+    for block in blocks:
+        return block
+    raise ValueError("source yields no blocks, so the shape of a row is unknown")
+
+
+def _kind(rows: np.ndarray) -> tuple[Any, ...]:
+    return rows.shape[1:], rows.dtype
+
+
+def _require_kind(rows: np.ndarray, kind: tuple[Any, ...], where: str) -> None:
+    if _kind(rows) != kind:
+        raise StreamError(
+            f"{where}: rows of shape {rows.shape[1:]} and type {rows.dtype} where {kind[0]} and "
+            f"{kind[1]} came before; fill nulls, and convert all rows to one type"
+        )

@@ -19,18 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from rich.console import Console
+from pymc.variational._streaming.utils import draw_seed, positive_int, progress_bar
 
-from pymc.progress_bar import CustomProgress, default_progress_theme
-
-__all__ = [
-    "Source",
-    "draw_seed",
-    "is_arrow",
-    "positive_int",
-    "progress_bar",
-    "skip_rows",
-]
+__all__ = ["Source", "draw_seed", "is_arrow", "positive_int", "progress_bar", "skip_rows"]
 
 
 class Source(ABC):
@@ -49,7 +40,7 @@ class Source(ABC):
     """Which columns hold integers, where the blocks' dtype does not tell."""
     seed: int | None = None
     fingerprint: str | None = None
-    """What the stream of rows depends on, besides the epoch."""
+    """What the stream of rows depends on, besides the epoch; None where nobody can know."""
     concurrent: bool = False
     """Whether several threads may read at once."""
     shuffled: bool = False
@@ -98,41 +89,19 @@ class Source(ABC):
 
     def count(self) -> int:
         """Read one epoch to count its rows."""
-        with progress_bar() as progress:
-            task = progress.add_task("Counting rows", total=None)
-            n_rows = 0
+        n_rows = 0
+        with progress_bar("Counting rows") as add:
             for block in self.blocks():
                 n_rows += len(block)
-                progress.update(task, completed=n_rows)
+                add(len(block))
         return n_rows
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.blocks()
 
 
-def draw_seed(seed: int | None) -> int:
-    """Return *seed*, or fresh entropy where it is None."""
-    if seed is None:
-        return int(np.random.SeedSequence().entropy)  # type: ignore[arg-type]
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed={seed!r} must be a non-negative integer or None")
-    return int(seed)
-
-
-def positive_int(name: str, value: Any) -> int:
-    """Return *value* as a plain int of at least 1."""
-    if isinstance(value, bool | np.bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}={value!r} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
-    return int(value)
-
-
-def progress_bar() -> CustomProgress:
-    return CustomProgress(console=Console(theme=default_progress_theme))
-
-
 def is_arrow(block: Any) -> bool:
+    """Whether *block* can be read through Arrow's C interface."""
     return hasattr(block, "__arrow_c_array__") or hasattr(block, "__arrow_c_stream__")
 
 

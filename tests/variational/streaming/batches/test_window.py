@@ -25,13 +25,12 @@ import numba
 import numpy as np
 import pytest
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba.core import caching
 from scipy import stats
 
 from pymc.variational._streaming.batches import compiled
-from pymc.variational._streaming.batches.window import _Window
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational.streaming import (
     StreamError,
@@ -51,14 +50,17 @@ from tests.variational.streaming.strategies import (
 
 block_sizes = st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any)
 n_rows_ = st.integers(1, 200)
+few_examples = settings(max_examples=50)
+"""For tests that write files in each."""
 
 
-def drain(ds: StreamingDataset, n_batches: int) -> np.ndarray:
-    """Return the rows of the next *n_batches* batches."""
+def drain(ds: StreamingDataset, n_batches: int, pause: float = 0.0) -> np.ndarray:
+    """Return the rows of the next *n_batches* batches, each taken after *pause* seconds of use."""
     with ds:
         batches = []
         for _ in range(n_batches):
             assert ds.advance()
+            time.sleep(pause)  # in which a thread reads as far ahead as it may
             batches.append(ds.as_tensor().get_value())
     assert all(len(batch) == ds.batch_size for batch in batches)
     rows = np.concatenate(batches)
@@ -82,12 +84,15 @@ def assert_epochs_are_whole(stream: np.ndarray, n_rows: int) -> None:
 
 
 class TestConservation:
-    @given(layout=layouts, sizes=buffers(), seed=seeds)
-    def test_every_row_appears_once_per_epoch_of_shuffled_files(self, layout, sizes, seed):
+    @few_examples
+    @given(layout=layouts, sizes=buffers(), seed=seeds, shuffle_row_groups=st.booleans())
+    def test_every_row_appears_once_per_epoch_of_shuffled_files(
+        self, layout, sizes, seed, shuffle_row_groups
+    ):
         batch_size, buffer_size = sizes
         with tempfile.TemporaryDirectory() as folder:
             n_rows = write_layout(Path(folder), layout)
-            source = parquet_source(folder)
+            source = parquet_source(folder, shuffle_row_groups=shuffle_row_groups, seed=seed)
             buffer = shuffle_buffer(
                 source, buffer_size=buffer_size, batch_size=batch_size, seed=seed
             )
@@ -104,31 +109,19 @@ class TestConservation:
         stream = drain(ds, batches_of(3, n_rows, batch_size) + 1)
         np.testing.assert_array_equal(stream, np.arange(len(stream)) % n_rows)
 
-    @given(layout=layouts, seed=seeds)
-    def test_row_group_shuffle_keeps_every_row(self, layout, seed):
-        with tempfile.TemporaryDirectory() as folder:
-            n_rows = write_layout(Path(folder), layout)
-            source = parquet_source(folder, shuffle_row_groups=True, seed=seed)
-            ds = StreamingDataset(source, batch_size=3, prefetch=False, order_check="off")
-            stream = drain(ds, batches_of(3, n_rows, 3) + 1)
-        assert_epochs_are_whole(stream, n_rows)
-
+    @few_examples
     @given(layout=layouts, batch_size=batch_sizes)
-    def test_layout_of_files_never_changes_an_unshuffled_stream(self, layout, batch_size):
+    def test_files_that_are_not_shuffled_come_in_order_and_end_with_a_short_batch(
+        self, layout, batch_size
+    ):
         with tempfile.TemporaryDirectory() as folder:
             n_rows = write_layout(Path(folder), layout)
             ds = StreamingDataset(
                 parquet_source(folder), batch_size=batch_size, prefetch=False, order_check="off"
             )
             stream = drain(ds, 2 + n_rows // batch_size)
-        np.testing.assert_array_equal(stream, np.arange(len(stream)) % n_rows)
-
-    @given(layout=layouts, batch_size=batch_sizes)
-    def test_iterating_yields_one_epoch_with_a_short_last_batch(self, layout, batch_size):
-        with tempfile.TemporaryDirectory() as folder:
-            n_rows = write_layout(Path(folder), layout)
-            ds = StreamingDataset(parquet_source(folder), batch_size=batch_size)
             batches = list(ds)
+        np.testing.assert_array_equal(stream, np.arange(len(stream)) % n_rows)
         lengths = [len(batch) for batch in batches]
         assert lengths[:-1] == [batch_size] * (len(lengths) - 1)
         np.testing.assert_array_equal(np.concatenate(batches), numbered(n_rows))
@@ -149,11 +142,12 @@ class TestDeterminism:
         expected = stream(numbered(n_rows), prefetch=False)
         np.testing.assert_array_equal(stream(cut(n_rows, blocks), prefetch=True), expected)
 
+    @few_examples
     @given(
         layout=layouts,
         sizes=buffers(),
         seed=seeds,
-        stop=st.integers(1, 30),
+        stop=st.integers(1, 12),
         shuffle_row_groups=st.booleans(),
     )
     def test_a_resumed_stream_starts_with_the_current_batch(
@@ -172,12 +166,12 @@ class TestDeterminism:
 
         with tempfile.TemporaryDirectory() as folder:
             write_layout(Path(folder), layout)
-            whole = drain(dataset(), stop + 20)
+            whole = drain(dataset(), stop + 8)
             stopped, resumed = dataset(), dataset()
             drain(stopped, stop)
             resumed.load_state_dict(stopped.state_dict())
-            rest = drain(resumed, 21)
-        assert resumed.rows_seen == (stop + 19) * batch_size
+            rest = drain(resumed, 9)
+        assert resumed.rows_seen == (stop + 7) * batch_size
         np.testing.assert_array_equal(rest, whole[(stop - 1) * batch_size :])
 
     def test_epochs_and_windows_have_permutations_of_their_own(self):
@@ -216,17 +210,11 @@ class TestReadingAhead:
 
     def test_a_window_stays_as_it_is_while_it_is_used(self):
         buffer = shuffle_buffer(cut(400, [10]), buffer_size=100, batch_size=50, seed=0)
-        expected = drain(
-            StreamingDataset(buffer, batch_size=50, prefetch=False, order_check="off"), 25
+        alone, ahead = (
+            StreamingDataset(buffer, batch_size=50, prefetch=prefetch, order_check="off")
+            for prefetch in (False, True)
         )
-        ds = StreamingDataset(buffer, batch_size=50, order_check="off")
-        with ds:
-            stream = []
-            for _ in range(25):
-                assert ds.advance()
-                time.sleep(0.01)  # the thread does all it may
-                stream += ds.as_tensor().get_value()[:, 0].tolist()
-        np.testing.assert_array_equal(stream, expected)
+        np.testing.assert_array_equal(drain(ahead, 25, pause=0.01), drain(alone, 25))
 
     def test_a_loader_may_use_one_array_for_all_its_blocks(self):
         def blocks():
@@ -237,13 +225,7 @@ class TestReadingAhead:
                 yield block
 
         ds = StreamingDataset(blocks, batch_size=4, order_check="off")
-        with ds:
-            stream = []
-            for _ in range(25):
-                assert ds.advance()
-                time.sleep(0.005)
-                stream += ds.as_tensor().get_value()[:, 0].tolist()
-        np.testing.assert_array_equal(stream, np.arange(100))
+        np.testing.assert_array_equal(drain(ds, 25, pause=0.005), np.arange(100))
 
     def test_the_next_epoch_is_read_before_this_one_ends(self):
         """Or every epoch would begin with a pause in which a window fills."""
@@ -318,13 +300,6 @@ class TestBuffer:
             emitted += len(rows)
         assert emitted == n_rows
 
-    def test_a_window_does_not_change_the_type_of_rows(self):
-        window = _Window(4, seed=0)
-        window.begin(0, 0)
-        window.insert(np.zeros((2, 1), "int32"))
-        with pytest.raises(TypeError, match="float64"):
-            window.insert(np.full((2, 1), np.nan))
-
     def test_every_order_of_a_window_is_equally_likely(self):
         """Chi-square over the 24 orders of 4 rows; false-alarm rate 1e-6."""
         counts: dict[tuple, int] = {}
@@ -351,9 +326,19 @@ class TestBuffer:
         numbers = [compiled._number(np.uint64(1234567), np.uint64(k)) for k in (1, 2, 3)]
         assert numbers == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
-    @pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
-    @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
+    @pytest.mark.parametrize(
+        "dtype, shape",
+        [
+            ("uint8", ()),
+            ("uint8", (3,)),
+            ("int16", (3,)),
+            ("float32", (3,)),
+            ("float32", (2, 2)),
+            ("float64", (2, 4)),
+        ],
+    )
     def test_rows_of_any_width_stay_whole(self, dtype, shape):
+        """They are moved as integers of 1 to 8 bytes; two of these have a loop of their own."""
         rows = np.random.default_rng(0).integers(0, 200, (500, *shape)).astype(dtype)
         buffer = shuffle_buffer(rows, buffer_size=300, batch_size=7, seed=0)
         found = np.concatenate(list(buffer))
@@ -374,13 +359,21 @@ class TestBuffer:
         with pytest.raises(OSError, match="cable"):
             drain(ds, 2)
 
-    def test_blocks_of_another_shape_are_refused(self):
-        class Growing(Source):
+    @pytest.mark.parametrize(
+        "block, message",
+        [
+            (np.zeros((5, 3), "int32"), r"shape \(3,\); sample_shape=\(2,\)"),
+            (np.full((5, 2), np.nan), "float64"),
+        ],
+        ids=["shape", "dtype"],
+    )
+    def test_blocks_of_another_kind_are_refused(self, block, message):
+        class Changing(Source):
             def blocks(self, epoch=0, start=0):
-                yield from (np.zeros((5, 2)), np.zeros((5, 3)))
+                yield from (np.zeros((5, 2), "int32"), block)
 
-        buffer = shuffle_buffer(Growing(), buffer_size=20, batch_size=5, seed=0)
-        with pytest.raises(StreamError, match=r"shape \(3,\); sample_shape=\(2,\)"):
+        buffer = shuffle_buffer(Changing(), buffer_size=20, batch_size=5, seed=0)
+        with pytest.raises((StreamError, TypeError), match=message):
             list(buffer)
 
     def test_loops_are_compiled_where_nothing_can_be_kept_on_disk(self, monkeypatch):
@@ -406,12 +399,6 @@ class TestBuffer:
         buffer = shuffle_buffer(parquet_source(tmp_path), buffer_size=4, batch_size=2, seed=9)
         assert (buffer.n_rows, buffer.columns, buffer.seed) == (10, ("row", "twice"), 9)
 
-    def test_samples_keep_their_shape(self):
-        images = np.arange(5 * 2 * 3, dtype="float32").reshape(5, 2, 3)
-        buffer = shuffle_buffer(images, buffer_size=5, batch_size=5, seed=0)
-        (batch,) = buffer
-        np.testing.assert_array_equal(batch[np.argsort(batch[:, 0, 0])], images)
-
     @pytest.mark.parametrize(
         "arguments, message",
         [
@@ -425,7 +412,7 @@ class TestBuffer:
         with pytest.raises(ValueError, match=message):
             shuffle_buffer(numbered(9), **{"buffer_size": 4, "batch_size": 4, **arguments})
 
-    @pytest.mark.parametrize("size", [True, 4.0, "4", None])
+    @pytest.mark.parametrize("size", [True, 4.0])
     def test_sizes_are_integers(self, size):
         with pytest.raises(TypeError, match="must be an integer"):
             shuffle_buffer(numbered(9), buffer_size=8, batch_size=size)

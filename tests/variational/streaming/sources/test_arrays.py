@@ -16,6 +16,7 @@
 import contextlib
 import os
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from pymc.variational.streaming import (
     OrderError,
     StreamError,
     StreamingDataset,
+    StreamWarning,
     arrow_source,
     parquet_source,
     shuffle_buffer,
@@ -58,6 +60,7 @@ class TestOtherSources:
             iter([rows[:3], rows[3:]]),
             table(10),
             [table(10).slice(0, 3), table(10).slice(3)],
+            iter([table(10).slice(0, 3), table(10).slice(3)]),
             arrow_source(lambda: table(10).to_reader(max_chunksize=4)),
             arrow_source(lambda: table(10)),
             arrow_source(lambda: table(10).to_batches()),
@@ -73,38 +76,26 @@ class TestOtherSources:
                 ds.advance()
                 assert ds["twice"].eval().tolist() == list(range(0, 14, 2))
 
-    def test_a_one_shot_iterator_that_ran_out_is_an_error(self):
-        ds = StreamingDataset(iter([numbered(10)]), batch_size=4, total_size=10)
-        with ds:
-            assert ds.advance() and ds.advance()
-            with pytest.raises(StreamError, match="one-shot iterator and has been read"):
-                ds.advance()
-
-    def test_a_reader_is_a_one_shot_iterator(self):
-        reader = table(10).to_reader(max_chunksize=4)
-        with StreamingDataset(reader, batch_size=5, total_size=10) as ds:
+    @pytest.mark.parametrize(
+        "make",
+        [lambda: iter([numbered(10)]), lambda: table(10).to_reader(max_chunksize=4)],
+        ids=["iterator", "reader"],
+    )
+    def test_a_one_shot_iterator_is_read_once_and_never_counted(self, make):
+        with StreamingDataset(make(), batch_size=5, total_size=10) as ds:
             ds.advance()
-            assert ds["row"].eval().tolist() == [0, 1, 2, 3, 4]
+            assert ds.as_tensor().get_value()[:, 0].tolist() == [0, 1, 2, 3, 4]
             ds.advance()
             with pytest.raises(StreamError, match="one-shot iterator and has been read"):
                 ds.advance()
         with pytest.raises(ValueError, match=r'total_size="auto" cannot count a one-shot'):
-            StreamingDataset(table(10).to_reader(), batch_size=4)
-
-    def test_a_one_shot_iterator_of_tables_is_read_like_a_list_of_them(self):
-        blocks = iter([table(10).slice(0, 3), table(10).slice(3)])
-        ds = StreamingDataset(blocks, batch_size=5, total_size=10)
-        np.testing.assert_array_equal(np.concatenate(list(ds)), numbered(10))
+            StreamingDataset(make(), batch_size=4)
 
     @pytest.mark.parametrize("source", [numbered(30), table(30)], ids=["array", "table"])
-    def test_the_rows_of_a_reader_can_be_lent(self, source):
+    def test_the_rows_of_a_reader_can_be_put_in_the_buffer(self, source):
         ds = StreamingDataset(source, batch_size=5)
         with ds.rows(table(30).to_reader(max_chunksize=10)):
             np.testing.assert_array_equal(ds.as_tensor().get_value(), numbered(30))
-
-    def test_a_one_shot_iterator_cannot_be_counted(self):
-        with pytest.raises(ValueError, match=r'total_size="auto" cannot count a one-shot'):
-            StreamingDataset(iter([numbered(10)]), batch_size=4)
 
     def test_factories_are_counted_in_one_pass(self, caplog):
         with caplog.at_level("INFO", logger="pymc"):
@@ -139,7 +130,7 @@ class TestOtherSources:
     )
     def test_blocks_are_alike(self, second):
         ds = StreamingDataset([numbered(2), second], batch_size=2, total_size=4)
-        with pytest.raises(StreamError, match=r"block 1 has rows of shape .* came before"):
+        with pytest.raises(StreamError, match=r"block 1: rows of shape .* came before"):
             list(ds)
 
     def test_a_null_that_a_dictionary_holds_is_refused(self):
@@ -233,7 +224,9 @@ class TestOtherSources:
         rows = pd.Series([*range(25), None, *range(10)], dtype="Int32").to_frame("x")["x"]
         source = shuffle_buffer(rows, buffer_size=20, batch_size=5, seed=0) if shuffled else rows
         ds = StreamingDataset(source, batch_size=5, order_check="off")
-        with pytest.raises(StreamError, match=r"rows 20 to 30 .*float64 where .*int32.*; fill"):
+        with pytest.raises(
+            StreamError, match=r"rows 20 to 30: .*float64 where .*int32 came before; fill"
+        ):
             list(ds)
 
     def test_columns_are_not_chosen_from_arrays(self):
@@ -311,6 +304,50 @@ class TestChunkedArrays:
         ds = StreamingDataset(buffer, batch_size=1_000, order_check="raise", prefetch=False)
         with pytest.raises(OrderError):
             ds.advance()
+
+
+class TestFingerprint:
+    """A position means nothing in other rows."""
+
+    def resume(self, first, second):
+        state = StreamingDataset(first, batch_size=5, total_size=100).state_dict()
+        StreamingDataset(second, batch_size=5, total_size=100).load_state_dict(state)
+
+    @pytest.mark.parametrize(
+        "other",
+        [numbered(100) + 1, numbered(100)[::-1], numbered(100).astype("int64"), [numbered(100)]],
+        ids=["values", "order", "dtype", "no array"],
+    )
+    @pytest.mark.parametrize("chunked", [True, False])
+    def test_a_stream_is_not_resumed_on_other_rows(self, other, chunked):
+        if chunked and isinstance(other, np.ndarray):
+            rows, other = Chunked(numbered(100), (30, 2)), Chunked(other, (30, 2))
+        else:
+            rows = numbered(100)
+        with pytest.raises(ValueError, match=r"fingerprint=.* make the dataset as it was then"):
+            self.resume(rows, other)
+
+    @pytest.mark.parametrize("shuffled", [True, False])
+    def test_a_longer_array_is_another_one(self, shuffled):
+        sources = [numbered(n) for n in (100, 101)]
+        if shuffled:
+            sources = [shuffle_buffer(s, buffer_size=20, batch_size=5, seed=0) for s in sources]
+        with pytest.raises(ValueError, match="fingerprint="), warnings.catch_warnings():
+            warnings.simplefilter("ignore", StreamWarning)  # of total_size
+            self.resume(*sources)
+
+    def test_the_same_rows_are_known_in_another_process(self, tmp_path):
+        np.save(tmp_path / "rows.npy", numbered(100))
+        self.resume(numbered(100), np.load(tmp_path / "rows.npy", mmap_mode="r"))
+        self.resume([numbered(100)], [numbered(100)])
+
+    @pytest.mark.parametrize("shape", [(1_000_000,), (3_000, 1_000), (20, 64, 64)], ids=str)
+    def test_few_chunks_and_values_are_read(self, shape):
+        array = Chunked(np.zeros(shape, "float32"), (10, *shape[1:]))
+        StreamingDataset(array, batch_size=1)
+        chunks = [(rows.start or 0) // 10 for rows in array.read]
+        assert chunks == [(rows.stop - 1) // 10 for rows in array.read]
+        assert len(set(chunks)) <= 4
 
 
 class TestArrowFiles:

@@ -171,12 +171,11 @@ class _ParquetSource(Source):
     def _count_valid_rows(self) -> None:
         """Learn how many rows of each row group are left when the invalid ones are dropped."""
         total = sum(self._part_rows)
-        with progress_bar() as progress:
-            task = progress.add_task("Counting valid rows", total=total)
+        with progress_bar("Counting valid rows", total) as add:
             for part, (file, group) in enumerate(self._parts):
                 pieces = self._read(file, [group], self._piece_rows)
                 self._part_rows[part] = sum(len(piece) for piece in pieces)
-                progress.update(task, advance=file.group_rows[group])
+                add(file.group_rows[group])
         self.n_dropped = total - sum(self._part_rows)
 
     def _digest(self) -> str:
