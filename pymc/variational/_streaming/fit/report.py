@@ -75,8 +75,8 @@ _EXPLANATIONS = {
         "Average over whole epochs with EpochAverage, run longer, or lower the learning rate."
     ),
     "not converged": (
-        "{off}, and the scales are up to {wide:.3g} times too wide:\n"
-        "this is beyond the noise of single batches. Run more steps, or raise the learning rate."
+        "{off}, and the scales are up to {wide:.3g} times too wide.\n"
+        "Run more steps, or raise the learning rate."
     ),
     "ordered rows": (
         "{off}, and the gradient varies {disorder:.3g} times as much along the stream as it\n"

@@ -152,13 +152,14 @@ def resumable_fit(
         raise ValueError(WITHOUT_LOSS)
     checkpoint = _Checkpoint(inference, streams, callbacks, kwargs, Path(path), every, n)
     try:
-        done = checkpoint.restore()
+        done, rows = checkpoint.restore()
         in_order = [*callbacks, *(ds.fit_callback() for ds in streams), checkpoint]
-        checkpoint.require_same_rows()
+        if rows:
+            _require_same(checkpoint.path, rows, checkpoint.next_rows())
         inference.state = inference.state._replace(i=done, callbacks=in_order)
         if done < n:
             # A checkpoint that cannot be written fails now, and not after many steps.
-            checkpoint.write_part(np.empty(0)).unlink()
+            checkpoint.write_part(np.empty(0), done).unlink()
             inference.refine(n - done, progressbar)
     finally:
         for ds in streams:
@@ -196,32 +197,28 @@ class _Checkpoint(Callback):
             for k, callback in enumerate(callbacks)
             if hasattr(callback, "load_state_dict")
         }
-        self._path = path
+        self.path = path
         self._every = every
         self._n = n
-        self._done = 0
         self._variables = _changing_variables(inference)
         self._identity = self._describe_fit(options)
-        self._saved_rows: dict[str, str] = {}
-        """Digests of the rows that followed the checkpoint, when it was saved."""
 
-    def restore(self) -> int:
-        """Go to the last checkpoint, and return how many steps it has."""
-        if not self._path.exists():
-            return 0
-        header, arrays = _read(self._path)
+    def restore(self) -> tuple[int, dict[str, str]]:
+        """Go to the last checkpoint, and return its steps, and digests of the rows after it."""
+        if not self.path.exists():
+            return 0, {}
+        header, arrays = _read(self.path)
         if header["versions"] != _versions():
             warnings.warn(
-                f"{self._path} was saved with {header['versions']} and goes on with "
+                f"{self.path} was saved with {header['versions']} and goes on with "
                 f"{_versions()}: the numbers may differ from those of a fit that was never stopped",
                 StreamWarning,
                 stacklevel=3,
             )
-        _require_same(self._path, header["identity"], self._identity)
-        self._done, self._saved_rows = header["done"], header["rows"]
-        if self._done > self._n:
+        _require_same(self.path, header["identity"], self._identity)
+        if header["done"] > self._n:
             raise ValueError(
-                f"n={self._n} but {self._path} has {self._done} steps; "
+                f"n={self._n} but {self.path} has {header['done']} steps; "
                 "pass at least as many, or another path"
             )
         for ds, position in zip(self._streams, header["streams"]):
@@ -237,21 +234,15 @@ class _Checkpoint(Callback):
             seen = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
             callback.load_state_dict(seen)
         self._inference.hist = arrays["losses"]
-        return self._done
-
-    def require_same_rows(self) -> None:
-        """Refuse open streams that hold other rows than those that followed the checkpoint."""
-        if self._saved_rows:
-            _require_same(self._path, self._saved_rows, self._next_rows())
+        return header["done"], header["rows"]
 
     def __call__(self, approx: Approximation, losses: np.ndarray, i: int) -> None:
-        self._done += 1
-        if self._done % self._every == 0 or self._done == self._n:
-            self._require_finite()
-            os.replace(self.write_part(losses), self._path)
+        if i % self._every == 0 or i == self._n:
+            self._require_finite(i)
+            os.replace(self.write_part(losses, i), self.path)
 
-    def write_part(self, losses: np.ndarray) -> Path:
-        """Write a checkpoint to the disk, beside its path, and return where."""
+    def write_part(self, losses: np.ndarray, done: int) -> Path:
+        """Write a checkpoint of *done* steps to the disk, beside its path, and return where."""
         before = self._inference.hist
         # There is a loss for each step of a long fit, so they are not copied without need.
         arrays = {"losses": np.concatenate([before, losses]) if len(before) else losses}
@@ -267,13 +258,13 @@ class _Checkpoint(Callback):
         header = {
             "versions": _versions(),
             "identity": self._identity,
-            "done": self._done,
+            "done": done,
             "streams": [ds.state_dict() for ds in self._streams],
-            "rows": self._next_rows(),
+            "rows": self.next_rows(),
             "generators": generators,
         }
         text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        part = self._path.with_name(f".{self._path.name}.part")
+        part = self.path.with_name(f".{self.path.name}.part")
         try:
             with open(part, "wb") as file:
                 np.savez(file, allow_pickle=False, header=text, **arrays)  # type: ignore[arg-type]
@@ -308,22 +299,22 @@ class _Checkpoint(Callback):
                 same[name] += f", at first {value}"
         return same
 
-    def _next_rows(self) -> dict[str, str]:
+    def next_rows(self) -> dict[str, str]:
         """Return a digest of the rows that the next step uses, for each stream."""
         return {
             f"the digest of the next batch of stream {k}": digest(rows.tobytes())
             for k, rows in enumerate(ds.as_tensor().get_value() for ds in self._streams)
         }
 
-    def _require_finite(self) -> None:
+    def _require_finite(self, done: int) -> None:
         """Raise what the next step would, which computes its loss from these values."""
         for variable in self._variables.values():
             value = variable.get_value(borrow=True)
             # A scalar of the user's own, such as a bound, may be infinite.
             if np.ndim(value) and value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise FloatingPointError(
-                    f"{variable.name or variable.type} is not finite after step {self._done}, so "
-                    f"{self._path} is left as it was; lower the learning rate"
+                    f"{variable.name or variable.type} is not finite after step {done}, so "
+                    f"{self.path} is left as it was; lower the learning rate"
                 )
 
 

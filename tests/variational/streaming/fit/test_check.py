@@ -504,7 +504,7 @@ class TestVerdict:
                 20.0,
                 1.1,
                 "not converged",
-                "is 20 posterior sd off, .*this is beyond the noise of single",
+                "is 20 posterior sd off, and the scales are up to 1.1 times",
             ),
             (1.0, 5.0, "not converged", "scales are up to 5 times too wide"),
         ],
