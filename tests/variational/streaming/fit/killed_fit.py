@@ -74,7 +74,7 @@ def fit(root: Path, path: Path, way: Callable | None = None, seed: int | None = 
             N_STEPS,
             path=path,
             datasets=[ds],
-            every=50,
+            every=125,
             callbacks=[] if way is None else [way()],
             progressbar=False,
             obj_optimizer=pm.adam(learning_rate=0.05),
