@@ -13,18 +13,23 @@
 #   limitations under the License.
 """Average a fit over whole epochs, in which the noise of its batches cancels."""
 
-import copy
 import warnings
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError, StreamWarning
-from pymc.variational._streaming.fit.bins import Bins, Moments
-from pymc.variational._streaming.fit.gaussian import gaussian_group, mean, names, scale, set_mean
-from pymc.variational._streaming.fit.streams import require_stream
+from pymc.variational._streaming.fit.bins import Bins, Moments, merge
+from pymc.variational._streaming.fit.gaussian import (
+    as_streams,
+    gaussian_group,
+    mean,
+    names,
+    scale,
+    set_mean,
+)
 from pymc.variational.callbacks import Callback
 from pymc.variational.opvi import Approximation, Group
 
@@ -62,11 +67,11 @@ class EpochAverage(Callback):
     so that an average lags behind, and their noise outlasts an epoch. To correct them, see
     :func:`check_fit`.
 
-    The callback may come before or after ``ds.fit_callback()`` in the list of callbacks; it must
-    come before it with ``cycle=False``, since callbacks after it do not see the last step. It
-    goes on through :meth:`Inference.refine` and in a :func:`resumable_fit`; another fit starts
-    another average. An epoch counts as whole if the fit has made every step whose batch begins
-    in it, so the first epoch of a resumed stream usually does not.
+    Each step counts to the epoch that the stream is in when this callback is called, before or
+    after ``ds.fit_callback()``; with ``cycle=False`` it must come before, since callbacks after
+    that do not see the last step. It goes on through :meth:`Inference.refine` and in a
+    :func:`resumable_fit`; another fit starts another average. An epoch is whole if the callback
+    was first called no later than at its first batch and the stream has gone beyond it.
 
     *Memory*: at most 70 vectors of the size of the means, whatever the number of steps.
 
@@ -98,32 +103,41 @@ class EpochAverage(Callback):
     """
 
     def __init__(self, ds: StreamingDataset, *, burn_in: float = 0.5):
-        require_stream(ds)
+        [self._ds] = as_streams(ds)
         if not 0 <= burn_in < 1:
             raise ValueError(f"burn_in must be at least 0 and below 1, got {burn_in}")
-        self._ds = ds
         self._burn_in = burn_in
-        self._position = self._position_of_stream()
-        self._follows: bool | None = None
-        """Whether ``fit_callback`` is called before this one; None before the first step."""
-        self._path: _Path | None = None
-        self._names: tuple[str, ...] | None = None
-        """Names of the parameters, None before the first step, also of a resumed fit."""
+        self._names: tuple[str, ...] = ()
+        """Names of the parameters, none of a resumed fit without a further step."""
+        self._steps = Bins()
+        self._epochs = Bins()
+        """Averages over whole epochs, without the current one."""
+        self._epoch = 0
+        """Epoch of the last step."""
+        self._whole = False
+        """Whether the current epoch was seen from its beginning."""
+        self._n = 0
+        """Number of steps of the current epoch."""
+        self._total = np.zeros(0)
+        """Sum of the means over those steps."""
 
     @property
     def epochs(self) -> int:
         """Number of whole epochs that :meth:`apply` averages."""
-        kept = self._kept_epochs()
-        return 0 if kept is None else int(kept.n.sum())
+        return sum(part.n for part in self._kept_epochs())
 
     def __call__(self, approx: Approximation, losses: np.ndarray | None, i: int) -> None:
         group = gaussian_group(approx)
-        position = self._position_of_step()
-        if self._path is None or i == 1:
-            self._path = _Path(group.ddim, self._ds.batch_size)
-        if self._names is None or i == 1:
-            self._names = names(group)
-        self._path.add(mean(group), *position)
+        if i == 1 or not self._steps.parts:
+            self._steps, self._epochs, self._names = Bins(), Bins(), ()
+            self._begin_epoch(group.ddim, whole=self._ds.rows_seen == 0)
+        elif self._ds.epoch != self._epoch:
+            self._epochs = self._whole_epochs()
+            self._begin_epoch(group.ddim, whole=True)
+        self._names = self._names or names(group)
+        self._steps.add(mean(group))
+        self._total += mean(group)
+        self._n += 1
 
     def apply(self, approx: Approximation) -> None:
         """Put the averages into *approx*.
@@ -142,132 +156,75 @@ class EpochAverage(Callback):
         StreamError
             If no step has been seen, or *approx* is not the one that was fitted.
         """
-        if self._path is None:
+        if not self._steps.parts:
             raise StreamError(
                 "EpochAverage has seen no step; pass it to pm.fit(callbacks=[...]) and apply it "
                 "after the fit"
             )
         group = gaussian_group(approx)
-        if self._names not in (None, names(group)) or self._path.size != group.ddim:
+        if self._names not in ((), names(group)) or len(self._total) != group.ddim:
             raise StreamError(
                 "approx has other parameters than the average; apply it to the approximation "
                 "that was fitted"
             )
-        if _has_trend(group, self._path.steps.after(self._burn_in, at_least=_MIN_BINS)):
+        if _has_trend(group, self._steps.after(self._burn_in, at_least=_MIN_BINS)):
             return
         kept = self._kept_epochs()
-        if kept is None:
-            kept = self._path.steps.after(self._burn_in)
-            _warn_of_part(self._ds, int(kept.n.sum()))
-        set_mean(group, kept.merged().mean[0])
+        if not kept:
+            kept = self._steps.after(self._burn_in)
+            n_steps = sum(part.n for part in kept)
+            warnings.warn(
+                "less than one whole epoch followed the burn-in: the means are averaged over "
+                f"{n_steps} steps, in which the noise of the batches does not cancel; run longer",
+                StreamWarning,
+                stacklevel=2,
+            )
+        set_mean(group, merge(kept).mean)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return what has been seen, as arrays by name, for :func:`resumable_fit`."""
-        return {} if self._path is None else self._path.state_dict()
+        return {
+            "numbers": np.array([self._epoch, self._whole, self._n]),
+            "total": self._total.copy(),
+            **self._steps.state_dict("steps"),
+            **self._epochs.state_dict("epochs"),
+        }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Go on from what :meth:`state_dict` gave, with a stream that goes on from there too."""
-        self._path = None
-        if state:
-            self._path = _Path(len(state["total"]), self._ds.batch_size)
-            self._path.load_state_dict(state)
-        self._position, self._follows = self._position_of_stream(), None
+        self._epoch, whole, self._n = map(int, state["numbers"])
+        self._whole, self._total, self._names = bool(whole), state["total"].copy(), ()
+        self._steps.load_state_dict(state, "steps")
+        self._epochs.load_state_dict(state, "epochs")
 
-    def _position_of_stream(self) -> tuple[int, int]:
-        """Return epoch and rows before the batch that is in the buffer."""
-        return self._ds.epoch, self._ds.rows_seen
+    def _begin_epoch(self, size: int, *, whole: bool) -> None:
+        self._epoch, self._whole = self._ds.epoch, whole
+        self._n, self._total = 0, np.zeros(size)
 
-    def _position_of_step(self) -> tuple[int, int]:
-        """Return epoch and rows before the batch that the step has used.
+    def _whole_epochs(self) -> Bins:
+        """Return the whole epochs, with the current one if the stream has gone beyond it."""
+        epochs = Bins(self._epochs.parts)
+        if self._whole and self._ds.epoch != self._epoch:
+            epochs.add(self._total / self._n)
+        return epochs
 
-        If ``fit_callback`` is called before this callback, the stream is one batch further. That
-        is so if the stream has moved since this callback was made when it is first called.
-        """
-        before, self._position = self._position, self._position_of_stream()
-        moved = self._position[1] == before[1] + self._ds.batch_size
-        if self._follows is None:
-            self._follows = moved
-        return before if self._follows and moved else self._position
-
-    def _kept_epochs(self) -> Moments | None:
+    def _kept_epochs(self) -> list[Moments]:
         """Return the whole epochs after the burn-in, or else the last of several."""
-        if self._path is None:
-            return None
-        path = copy.deepcopy(self._path)
-        path.end_epoch(*self._position_of_stream())
-        n_epochs = path.epochs.n
-        if not n_epochs or (n_epochs == 1 and self._burn_in):
-            return None
-        return path.epochs.after(self._burn_in)
+        epochs = self._whole_epochs()
+        if not epochs.n or (epochs.n == 1 and self._burn_in):
+            return []
+        return epochs.after(self._burn_in)
 
 
-class _Path:
-    """The means of a fit, by steps and by whole epochs."""
-
-    def __init__(self, size: int, batch_size: int):
-        self.size = size
-        self.steps = Bins(size)
-        self.epochs = Bins(size)
-        self._batch_size = batch_size
-        self._epoch = 0
-        """Epoch of the last step."""
-        self._next_rows = -1
-        """Rows before the batch of the next step, if none is left out."""
-        self._total = np.zeros(size)
-        """Sum of the means over the steps of the current epoch."""
-        self._n = 0
-        """Number of those steps."""
-        self._whole = 0
-        """1 if these are all steps of the epoch so far, else 0."""
-
-    def add(self, mean: np.ndarray, epoch: int, rows_seen: int) -> None:
-        """Add a step whose batch begins in *epoch*, after *rows_seen* rows."""
-        if rows_seen == self._next_rows:
-            self.end_epoch(epoch, rows_seen)
-        else:
-            self._begin_epoch(whole=int(rows_seen == 0))
-        self._epoch, self._next_rows = epoch, rows_seen + self._batch_size
-        self._total += mean
-        self._n += 1
-        self.steps.add(mean)
-
-    def end_epoch(self, epoch: int, rows_seen: int) -> None:
-        """End the current epoch if the next step's batch begins in another one."""
-        if rows_seen == self._next_rows and epoch != self._epoch:
-            if self._whole and self._n:
-                self.epochs.add(self._total / self._n)
-            self._begin_epoch(whole=1)
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        return {
-            "numbers": np.array([self._epoch, self._next_rows, self._n, self._whole]),
-            "total": self._total.copy(),
-            **self.steps.state_dict("steps"),
-            **self.epochs.state_dict("epochs"),
-        }
-
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        self._epoch, self._next_rows, self._n, self._whole = map(int, state["numbers"])
-        self._total = state["total"].copy()
-        self.steps.load_state_dict(state, "steps")
-        self.epochs.load_state_dict(state, "epochs")
-
-    def _begin_epoch(self, *, whole: int) -> None:
-        self._total, self._n, self._whole = np.zeros(self.size), 0, whole
-
-
-def _has_trend(group: Group, steps: Moments) -> bool:
+def _has_trend(group: Group, steps: Sequence[Moments]) -> bool:
     """Warn if the means of *steps* move in one direction more than they scatter."""
-    if len(steps.n) < _MIN_BINS:
+    if len(steps) < _MIN_BINS:
         return False
-    half = len(steps.n) // 2
-    first, second = steps.part(0, half).merged(), steps.part(half, None).merged()
-    path = steps.merged()
-    moved = np.abs(second.mean - first.mean)[0]
-    scatter = np.sqrt(path.squares[0] / path.n)
+    half = len(steps) // 2
+    path, moved = merge(steps), np.abs(merge(steps[half:]).mean - merge(steps[:half]).mean)
     factor = scale(group)
     sd = factor if factor.ndim == 1 else np.linalg.norm(factor, axis=1)
-    trend = np.where(moved > _TREND_RATIO * scatter, moved / sd, 0)
+    trend = np.where(moved > _TREND_RATIO * np.sqrt(path.squares / path.n), moved / sd, 0)
     worst = int(np.argmax(trend))
     if trend[worst] <= _MAX_TREND:
         return False
@@ -280,15 +237,3 @@ def _has_trend(group: Group, steps: Moments) -> bool:
         stacklevel=3,
     )
     return True
-
-
-def _warn_of_part(ds: StreamingDataset, n_steps: int) -> None:
-    rows = n_steps * ds.batch_size
-    part = f" ({rows / ds.total_size:.2f} epochs)" if ds.total_size else ""
-    warnings.warn(
-        f"less than one whole epoch followed the burn-in: the means are averaged over {n_steps} "
-        f"steps{part}, in which the noise of the batches does not cancel; run longer to average "
-        "whole epochs",
-        StreamWarning,
-        stacklevel=3,
-    )

@@ -13,103 +13,75 @@
 #   limitations under the License.
 """Means and variances along a long series, in memory that does not grow with it."""
 
-from collections.abc import Mapping
+import math
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from itertools import batched
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Bins", "Moments"]
+__all__ = ["Bins", "Moments", "merge"]
 
 _MAX_BINS = 16
 """Bins are merged in pairs when there are this many, so that 8 to 16 cover the series."""
 
 
 class Moments(NamedTuple):
-    """Moments of the parts of a series of vectors, one part in each row."""
+    """Moments of a part of a series of vectors."""
 
-    n: np.ndarray
-    """Number of vectors, shape (parts,)."""
+    n: int
+    """Number of vectors."""
     mean: np.ndarray
-    """Mean of the vectors, shape (parts, size)."""
+    """Mean of the vectors."""
     squares: np.ndarray
-    """Sum of squared departures from the mean, shape (parts, size)."""
+    """Sum of squared departures from the mean."""
 
-    def part(self, start: int, stop: int | None) -> "Moments":
-        """Return the moments of some of the parts."""
-        return Moments(*(array[start:stop] for array in self))
 
-    def merged(self) -> "Moments":
-        """Return the moments of all parts together, as one part."""
-        n = self.n.sum(keepdims=True)
-        weights = (self.n / n)[:, None]
-        mean = (weights * self.mean).sum(0, keepdims=True)
-        between = self.n[:, None] * (self.mean - mean) ** 2
-        return Moments(n, mean, (self.squares + between).sum(0, keepdims=True))
+def merge(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of all parts together."""
+    return reduce(_merge_two, parts)
 
 
 class Bins:
     """Moments of consecutive parts of a series of vectors, all of one length but the last."""
 
-    def __init__(self, size: int):
-        self.size = size
-        self._length = 1
-        self._used = 0
-        self._parts = Moments(
-            np.zeros(_MAX_BINS, np.int64), np.zeros((_MAX_BINS, size)), np.zeros((_MAX_BINS, size))
-        )
+    def __init__(self, parts: Sequence[Moments] = ()):
+        self.parts = list(parts)
 
     @property
     def n(self) -> int:
         """Number of vectors of the whole series."""
-        return int(self._parts.n.sum())
-
-    @property
-    def moments(self) -> Moments:
-        """Moments of all bins."""
-        return self.after(0)
+        return sum(part.n for part in self.parts)
 
     def add(self, value: np.ndarray) -> None:
         """Add the next vector of the series."""
-        n, mean, squares = self._parts
-        if not self._used or n[self._used - 1] == self._length:
-            if self._used == _MAX_BINS:
-                self._merge_pairs()
-            self._used += 1
-        last = self._used - 1
-        n[last] += 1
-        departure = value - mean[last]
-        mean[last] += departure / n[last]
-        squares[last] += departure * (value - mean[last])
+        new = Moments(1, value, np.zeros_like(value))
+        if self.parts and self.parts[-1].n < self.parts[0].n:
+            self.parts[-1] = _merge_two(self.parts[-1], new)
+            return
+        if len(self.parts) == _MAX_BINS:
+            self.parts = [merge(pair) for pair in batched(self.parts, 2)]
+        self.parts.append(new)
 
-    def after(self, fraction: float, at_least: int = 1) -> Moments:
+    def after(self, fraction: float, at_least: int = 1) -> list[Moments]:
         """Return the bins that begin no earlier than at *fraction*, and *at_least* the last."""
-        first = int(-(-fraction * self.n // self._length))
-        first = max(0, min(first, self._used - at_least))
-        return self._parts.part(first, self._used)
+        first = math.ceil(fraction * self.n / self.parts[0].n)
+        return self.parts[max(0, min(first, len(self.parts) - at_least)) :]
 
     def state_dict(self, prefix: str) -> dict[str, np.ndarray]:
         """Return all that has been seen, as arrays by name."""
-        arrays = {"length": np.array(self._length), **self.moments._asdict()}
-        return {f"{prefix} {name}": array.copy() for name, array in arrays.items()}
+        columns = zip(Moments._fields, zip(*self.parts))
+        return {f"{prefix} {field}": np.array(column) for field, column in columns}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray], prefix: str) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        self._length = int(state[f"{prefix} length"])
-        self._used = len(state[f"{prefix} n"])
-        for array, name in zip(self._parts, Moments._fields):
-            array[: self._used] = state[f"{prefix} {name}"]
+        columns = [state.get(f"{prefix} {field}", ()) for field in Moments._fields]
+        self.parts = [Moments(int(n), mean, squares) for n, mean, squares in zip(*columns)]
 
-    def _merge_pairs(self) -> None:
-        """Merge full bins, two at a time, into the first half of the arrays."""
-        half = self._used // 2
-        n, mean, squares = self._parts
-        departure = mean[1::2] - mean[::2]
-        merged = (
-            2 * n[::2],
-            (mean[::2] + mean[1::2]) / 2,
-            squares[::2] + squares[1::2] + departure**2 * self._length / 2,
-        )
-        for array, values in zip(self._parts, merged):
-            array[:half], array[half:] = values, 0
-        self._used = half
-        self._length *= 2
+
+def _merge_two(a: Moments, b: Moments) -> Moments:
+    n, departure = a.n + b.n, b.mean - a.mean
+    mean = a.mean + departure * (b.n / n)
+    return Moments(n, mean, a.squares + b.squares + departure**2 * (a.n * b.n / n))

@@ -15,8 +15,10 @@
 
 import math
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import batched
+from typing import NamedTuple
 
 import numpy as np
 import pytensor.tensor as pt
@@ -25,35 +27,29 @@ from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Variable
 from pytensor.graph.traversal import ancestors
 from pytensor.tensor.random.type import RandomType
-from rich.console import Console
 
 from pymc.model.core import Model
-from pymc.progress_bar import CustomProgress, default_progress_theme
 from pymc.pytensorf import compile, join_nonshared_inputs
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.fit.bins import Bins
-from pymc.variational._streaming.fit.gaussian import gaussian_group, mean, names, scale
+from pymc.variational._streaming.fit.bins import Bins, merge
+from pymc.variational._streaming.fit.gaussian import as_streams, gaussian_group, mean, names, scale
 from pymc.variational._streaming.fit.newton import (
     Probe,
     between_within_ratio,
-    is_dense,
     lower_bound,
     newton_step,
 )
 from pymc.variational._streaming.fit.report import FitReport, StreamRows
-from pymc.variational._streaming.fit.streams import as_streams
 from pymc.variational._streaming.guards import depends_on, total_size_of
+from pymc.variational._streaming.utils import progress_bar
 from pymc.variational.minibatch_rv import get_scaling
 from pymc.variational.opvi import Approximation, Group
 
 __all__ = ["check_fit"]
 
-_BLOCK_ROWS = 8192
-"""Small batches are joined up to this, beside which a call of a function costs little."""
-
-_BLOCK_VALUES = 2**20
-"""And up to this where rows are wide, to bound the memory of a block."""
+_BLOCK_VALUES = 2**16
+"""Small batches are joined up to this: calls then cost little, and a block little memory."""
 
 _MIN_BLOCKS = 256
 """Fewer blocks would blur where in the stream the gradient changes."""
@@ -69,7 +65,7 @@ _MOST_TIMES = 10
 """A source that gives this many times the declared rows has no end."""
 
 LogDensity = Callable[..., tuple[np.ndarray, np.ndarray]]
-"""Function from parameters, and rows, to a log density and its gradient."""
+"""Function from rows, if any, and parameters to a log density and its gradient."""
 
 
 def check_fit(
@@ -107,8 +103,8 @@ def check_fit(
     ------
     StreamError
         If the stream enters the model otherwise than through likelihoods of its rows; if another
-        stream was not passed, or :func:`pymc.Minibatch` draws rows; if the model takes no other
-        number of rows than that of a batch; or if the log density is not finite.
+        stream was not passed, or :func:`pymc.Minibatch` draws rows; or if the log density is not
+        finite.
     TypeError
         If *approx* is not a mean-field or full-rank Gaussian, or *ds* not a StreamingDataset.
 
@@ -119,9 +115,8 @@ def check_fit(
     quadratic. Beyond 64 parameters of a mean-field approximation, 64 pairs estimate its diagonal
     only, which serves where correlations are weak.
 
-    *Cost*: a gradient of every row at each draw, 16 for up to 8 parameters. *Memory*: a
-    few vectors of the parameters, or matrices where the Hessian is estimated, and a block of
-    rows.
+    *Cost*: a gradient of every row at each draw, 16 for up to 8 parameters. *Memory*: a few
+    vectors of the parameters, or matrices where the Hessian is estimated, and a block of rows.
 
     References
     ----------
@@ -150,163 +145,93 @@ def check_fit(
     """
     streams = as_streams(ds)
     group = gaussian_group(approx)
-    prior_density, likelihoods = _split_density(group, streams)
+    likelihoods, rest = _split_density(group, streams)
     rng = np.random.default_rng(seed)
     probe = Probe(mean(group), scale(group), pairs=_PAIRS, rng=rng)
     prior = Probe(mean(group), scale(group), pairs=_PRIOR_PAIRS, rng=rng)
-    prior.add(prior_density)
-    _refuse_infinite(prior, "of what does not depend on the stream")
-    with CustomProgress(
-        console=Console(theme=default_progress_theme), disable=not progressbar
-    ) as progress:
-        task = progress.add_task("Checking", total=sum(s.total_size or 0 for s in streams) or None)
-        for likelihood in likelihoods:
-            likelihood.add_to(probe, lambda n: progress.update(task, advance=n))
-    _refuse_infinite(probe, "of the stream's rows")
-    return _report(group, [probe, prior], likelihoods)
+    prior.add(rest)
+    n_rows = sum(stream.total_size or 0 for stream in streams)
+    with progress_bar("Checking", n_rows or None, show=progressbar) as advance:
+        passes = [_read(*part, probe, advance) for part in zip(streams, likelihoods)]
+    return _report(group, [probe, prior], passes, moved=all(s.rows_seen > 0 for s in streams))
 
 
-class _Likelihood:
-    """The log-likelihood of one stream, which the model scales to *total_size* rows."""
+class _Likelihood(NamedTuple):
+    """The log-likelihood of a stream's rows, and the number of rows to which it is scaled."""
 
-    def __init__(
-        self, stream: StreamingDataset, density: LogDensity, total_size: int | None, size: int
-    ):
-        self.stream = stream
-        self._density = density
-        self._total_size = total_size
-        self._gradients = Bins(size)
-        """Gradient per row of consecutive blocks."""
-        self._n_rows = 0
-        self._block_rows = 0
+    density: LogDensity
+    total_size: int | None
 
-    def add_to(self, probe: Probe, advance: Callable[[int], None]) -> None:
-        """Add all rows to *probe*, in one pass over the stream."""
-        for rows in _blocks(self.stream):
-            gradient = self._add_rows(probe, rows)
-            self._block_rows = self._block_rows or len(rows)
-            # Blocks are compared with each other, which a shorter last one would blur.
-            if len(rows) == self._block_rows:
-                self._gradients.add(gradient / len(rows))
-            self._n_rows += len(rows)
-            self._refuse_endless()
-            advance(len(rows))
 
-    @property
-    def counted(self) -> StreamRows:
-        return StreamRows(str(self.stream.as_tensor().name), self._n_rows, self._total_size)
+class _Pass(NamedTuple):
+    """What one pass over the rows of a stream has given, besides their sums."""
 
-    @property
-    def batch_variance(self) -> np.ndarray:
-        """Variance of the gradient that one batch, scaled to all rows, gives."""
-        whole = self._gradients.moments.merged()
-        per_row = whole.squares[0] / max(1, whole.n[0] - 1) * self._block_rows
-        return per_row * self._n_rows**2 / self.stream.batch_size
-
-    @property
-    def between_within_ratio(self) -> float:
-        """Variance of the gradient between parts of the stream over that within, 0 if not known."""
-        return between_within_ratio(self._gradients.moments) or 0.0
-
-    def _add_rows(self, probe: Probe, rows: np.ndarray) -> np.ndarray:
-        try:
-            return probe.add(lambda theta: self._density(theta, rows))
-        except (AssertionError, TypeError, ValueError) as error:
-            name, batch_size = self.stream.as_tensor().name, self.stream.batch_size
-            if len(rows) == batch_size:
-                raise
-            raise StreamError(
-                f"the likelihood of {name!r} fails with {len(rows)} rows; check_fit needs a "
-                f"model of any number of rows, not of the {batch_size} of a batch only: take "
-                "lengths and coordinates from as_tensor().shape[0]"
-            ) from error
-
-    def _refuse_endless(self) -> None:
-        declared = self.stream.total_size
-        most = _MOST_TIMES * (declared or 0) + max(_BLOCK_ROWS, self.stream.batch_size)
-        if declared and self._n_rows > most:
-            raise StreamError(
-                f"the stream {self.stream.as_tensor().name!r} has total_size={declared} but gave "
-                f"{self._n_rows} rows and has not ended; pass the number of rows, and a source "
-                "that ends after an epoch"
-            )
+    counted: StreamRows
+    batch_variance: np.ndarray
+    """Variance of the gradient that one batch, scaled to all rows, gives."""
+    between_within_ratio: float
+    """Variance of the gradient between parts of the stream over that within them."""
 
 
 def _split_density(
     group: Group, streams: Sequence[StreamingDataset]
-) -> tuple[LogDensity, list[_Likelihood]]:
+) -> tuple[list[_Likelihood], LogDensity]:
     """Compile the log density as likelihoods of the streams and all the rest."""
     model = group.model
     variables = [*model.free_RVs, *model.observed_RVs, *model.potentials]
     factors = dict(zip(variables, model.logp(variables, sum=False)))
-    for v, factor in factors.items():
-        _refuse_missing_rows(v, factor, streams)
+    _refuse_other_uses(model, factors, streams)
     likelihoods = []
     for stream in streams:
-        observed = [v for v in factors if depends_on(model, v, stream.as_tensor())]
-        _refuse_other_uses(model, observed, streams, stream)
+        buffer = stream.as_tensor()
+        observed = [v for v in factors if depends_on(model, v, buffer)]
+        if not observed:
+            raise StreamError(
+                f"no observed variable of approx.model depends on the stream {buffer.name!r}; "
+                "pass the stream that was fitted"
+            )
         terms = [factors.pop(v).sum() / _scaling(model, v) for v in observed]
-        density = _compile_density(group, terms, stream.as_tensor())
-        total_size = _declared_size(observed, stream)
-        likelihoods.append(_Likelihood(stream, density, total_size, group.ddim))
-    return _compile_density(group, [factor.sum() for factor in factors.values()]), likelihoods
-
-
-def _refuse_missing_rows(
-    v: Variable, factor: Variable, streams: Sequence[StreamingDataset]
-) -> None:
-    """Refuse a factor of rows that are drawn anew at each call, or of a stream not passed."""
-    passed = [stream.as_tensor().container for stream in streams]
-    for a in ancestors([factor]):
-        if isinstance(a.type, RandomType):
-            raise StreamError(
-                f"{v.name!r} depends on random draws, as those of pm.Minibatch, but check_fit "
-                "needs all rows of every likelihood; observe them through a StreamingDataset, "
-                "which takes arrays too"
-            )
-        if hasattr(a.tag, "fit_callback") and getattr(a, "container", None) not in passed:
-            raise StreamError(
-                f"{v.name!r} depends on the stream {a.name!r}, which was not passed; pass all "
-                "streams that the model uses"
-            )
+        sizes = {next(iter(total_size_of(rv)), None) for rv in observed}
+        total_size = (sizes - {stream.total_size} or sizes).pop()
+        density = _compile_density(group, terms, buffer)
+        likelihoods.append(_Likelihood(density, total_size))
+    return likelihoods, _compile_density(group, [factor.sum() for factor in factors.values()])
 
 
 def _refuse_other_uses(
-    model: Model,
-    variables: Sequence[Variable],
-    streams: Sequence[StreamingDataset],
-    stream: StreamingDataset,
+    model: Model, factors: Mapping[Variable, Variable], streams: Sequence[StreamingDataset]
 ) -> None:
-    """Refuse a stream that enters the model otherwise than through likelihoods of its rows."""
-    name = stream.as_tensor().name
-    if not variables:
-        raise StreamError(
-            f"no observed variable of approx.model depends on the stream {name!r}; "
-            "pass the stream that was fitted"
-        )
-    for v in variables:
-        if v not in model.observed_RVs:
-            raise StreamError(
-                f"{v.name!r} depends on the stream {name!r} but is not observed, so that what "
-                "all rows say about it is not defined; write it as an observed variable with "
-                "total_size"
+    """Refuse a factor that is neither free of rows nor observes those of one stream alone."""
+    passed = [stream.as_tensor().container for stream in streams]
+    for v, factor in factors.items():
+        above = list(ancestors([factor]))
+        uses = sum(depends_on(model, v, stream.as_tensor()) for stream in streams)
+        # The container is compared, because transforming a model copies its shared variables.
+        left_out = [
+            a.name
+            for a in above
+            if hasattr(a.tag, "fit_callback") and getattr(a, "container", None) not in passed
+        ]
+        if any(isinstance(a.type, RandomType) for a in above):
+            reason = (
+                "random draws, as those of pm.Minibatch; observe all rows through a "
+                "StreamingDataset, which takes arrays too"
             )
-        if sum(depends_on(model, v, s.as_tensor()) for s in streams) > 1:
-            raise StreamError(
-                f"{v.name!r} depends on several streams; check_fit needs one for each"
-            )
+        elif left_out:
+            reason = f"the stream {left_out[0]!r}, which was not passed; pass all streams"
+        elif uses and v not in model.observed_RVs:
+            reason = "a stream but is not observed; write it as an observed variable"
+        elif uses > 1:
+            reason = "several streams; observe each in a variable of its own"
+        else:
+            continue
+        raise StreamError(f"{v.name!r} depends on {reason}")
 
 
 def _scaling(model: Model, rv: Variable) -> Variable | float:
     if not total_size_of(rv):
         return 1.0
     return get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)
-
-
-def _declared_size(observed: Sequence[Variable], stream: StreamingDataset) -> int | None:
-    """Return the total_size of the likelihoods, one that differs from the stream's if any."""
-    sizes = [next(iter(total_size_of(rv)), None) for rv in observed]
-    return next((size for size in sizes if size != stream.total_size), sizes[0])
 
 
 def _compile_density(
@@ -322,40 +247,77 @@ def _compile_density(
     inputs, givens = [flat], {}
     if buffer is not None:
         rows = buffer.type("rows")
-        inputs.append(rows)
+        inputs = [rows, flat]
         givens = {
             v: rows for v in ancestors([total]) if getattr(v, "container", None) is buffer.container
         }
     gradient = pt.grad(total, flat, disconnected_inputs="ignore")
-    function = compile(inputs, [total, gradient], givens=givens, on_unused_input="ignore")
-    return lambda theta, *rows: function(theta.astype(flat.dtype), *rows)
+    return compile(
+        inputs,
+        [total, gradient],
+        givens=givens,
+        on_unused_input="ignore",
+        allow_input_downcast=True,
+    )
+
+
+def _read(
+    stream: StreamingDataset,
+    likelihood: _Likelihood,
+    probe: Probe,
+    advance: Callable[[int], None],
+) -> _Pass:
+    """Add all rows of a stream to *probe*, in one pass."""
+    name = str(stream.as_tensor().name)
+    gradients = Bins()
+    n_rows = block_rows = 0
+    for rows in _blocks(stream):
+        try:
+            gradient = probe.add(partial(likelihood.density, rows))
+        except (AssertionError, TypeError, ValueError) as error:
+            error.add_note(
+                f"check_fit evaluates the likelihood of {name!r} with any number of rows, here "
+                f"{len(rows)}; take lengths and coordinates from as_tensor().shape[0]"
+            )
+            raise
+        block_rows = block_rows or len(rows)
+        # Blocks are compared with each other, which a shorter last one would blur.
+        if len(rows) == block_rows:
+            gradients.add(gradient / len(rows))
+        n_rows += len(rows)
+        advance(len(rows))
+    whole = merge(gradients.parts)
+    per_row = whole.squares / max(1, whole.n - 1) * block_rows
+    return _Pass(
+        counted=StreamRows(name, n_rows, likelihood.total_size),
+        batch_variance=per_row * n_rows**2 / stream.batch_size,
+        between_within_ratio=between_within_ratio(gradients.parts),
+    )
 
 
 def _blocks(stream: StreamingDataset) -> Iterator[np.ndarray]:
     """Yield the batches of an epoch, joined where they are small and many."""
-    rows = min(
-        _BLOCK_ROWS,
-        _BLOCK_VALUES // math.prod(stream.sample_shape),
-        (stream.total_size or 0) // _MIN_BLOCKS,
-    )
+    declared = stream.total_size or 0
+    rows = min(_BLOCK_VALUES // math.prod(stream.sample_shape), declared // _MIN_BLOCKS)
+    n_rows = 0
     for batches in batched(stream, max(1, rows // stream.batch_size)):
+        n_rows += sum(map(len, batches))
+        if declared and n_rows > _MOST_TIMES * declared + stream.batch_size:
+            raise StreamError(
+                f"the stream {stream.as_tensor().name!r} has total_size={declared} but gave "
+                f"{n_rows} rows and has not ended; pass the number of rows, and a source that "
+                "ends after an epoch"
+            )
         yield np.concatenate(batches)
 
 
-def _refuse_infinite(probe: Probe, part: str) -> None:
-    if not probe.is_finite:
-        raise StreamError(
-            f"the log density {part} is not finite at draws from approx, or has no finite "
-            "gradient there; run the fit for longer, or keep the default transforms, so that no "
-            "draw leaves the support of its variable"
-        )
-
-
-def _report(group: Group, probes: Sequence[Probe], likelihoods: Sequence[_Likelihood]) -> FitReport:
+def _report(
+    group: Group, probes: Sequence[Probe], passes: Sequence[_Pass], *, moved: bool
+) -> FitReport:
     scales = scale(group)
     optimum = newton_step(mean(group), scales, probes)
     elbo, elbo_error = lower_bound(scales, probes)
-    noise = np.sqrt(np.sum([part.batch_variance for part in likelihoods], axis=0))
+    noise = np.sqrt(np.sum([part.batch_variance for part in passes], axis=0))
     gradient = np.sum([probe.gradient for probe in probes], axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         signal_to_noise = np.where(noise > 0, np.abs(gradient) / noise, 0).max()
@@ -365,10 +327,10 @@ def _report(group: Group, probes: Sequence[Probe], likelihoods: Sequence[_Likeli
         s=optimum.s,
         elbo=elbo,
         elbo_error=elbo_error,
-        streams=tuple(part.counted for part in likelihoods),
+        streams=tuple(part.counted for part in passes),
         clarity=float(signal_to_noise) if noise.any() else np.inf,
-        disorder=max(part.between_within_ratio for part in likelihoods) or None,
-        moved=all(part.stream.rows_seen > 0 for part in likelihoods),
-        whole_hessian=is_dense(scales),
+        disorder=max(part.between_within_ratio for part in passes) or None,
+        moved=moved,
+        start=mean(group),
         optimum=optimum,
     )

@@ -11,16 +11,31 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The parameters of a Gaussian approximation, as flat arrays."""
+"""What averages, checks and resumed fits are given: streams, and Gaussian approximations."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from pytensor.compile.sharedvalue import SharedVariable
 
+from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational.approximations import FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import Approximation, Group
 
-__all__ = ["gaussian_group", "mean", "names", "scale", "set_mean", "set_scale"]
+__all__ = ["as_streams", "gaussian_group", "mean", "names", "scale", "set_mean", "set_scale"]
+
+
+def as_streams(ds: StreamingDataset | Sequence[StreamingDataset]) -> list[StreamingDataset]:
+    """Return one stream or several as a list."""
+    streams = list(ds) if isinstance(ds, Sequence) else [ds]
+    for stream in streams:
+        if not isinstance(stream, StreamingDataset):
+            raise TypeError(
+                f"ds={type(stream).__name__}(...) is not a StreamingDataset; pass the one that is "
+                "fitted"
+            )
+    return streams
 
 
 def gaussian_group(approx: Approximation) -> Group:

@@ -21,7 +21,7 @@ right.
 import math
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,16 +29,10 @@ from scipy.linalg import hadamard
 from scipy.stats import chi2
 from scipy.stats import f as f_distribution
 
-from pymc.variational._streaming.fit.bins import Moments
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.fit.bins import Moments, merge
 
-__all__ = [
-    "Optimum",
-    "Probe",
-    "between_within_ratio",
-    "is_dense",
-    "lower_bound",
-    "newton_step",
-]
+__all__ = ["Optimum", "Probe", "between_within_ratio", "lower_bound", "newton_step"]
 
 _MAX_DENSE = 64
 """Parameters of a mean-field approximation up to which the whole Hessian is estimated."""
@@ -53,8 +47,7 @@ _MIN_RATIO = 5.0
 """Variance ratio below which an order of the rows is not worth a word."""
 
 
-@dataclass(frozen=True, slots=True)
-class Optimum:
+class Optimum(NamedTuple):
     """What one Newton step says about the approximation."""
 
     z: np.ndarray
@@ -64,8 +57,6 @@ class Optimum:
     principal_s: np.ndarray
     """The same along the principal directions of a full-rank approximation, whose correlations
     may be wrong though the scales are right; otherwise *s*."""
-    start: np.ndarray
-    """Mean that was checked."""
     mean: np.ndarray
     """Mean to which the step leads."""
     scale: np.ndarray | None
@@ -110,13 +101,14 @@ class Probe:
             self._cross += np.outer(draw, odd) if self._dense else draw * odd
             if self._dense:
                 self._even[pair] += even
+        if not (np.isfinite(self._logp).all() and np.isfinite(gradient).all()):
+            raise StreamError(
+                "the log density is not finite at draws from approx, or has no finite gradient "
+                "there; run the fit for longer, or keep the default transforms, so that no draw "
+                "leaves the support of its variable"
+            )
         self.gradient += gradient
         return gradient
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the log density and its gradient are finite at all draws."""
-        return bool(np.isfinite(self._logp).all() and np.isfinite(self.gradient).all())
 
     def curvature(self) -> np.ndarray:
         """Return the expected A, by least squares over the draws, or its diagonal."""
@@ -138,10 +130,7 @@ class Probe:
         return rest.mean() + exact, rest.var(ddof=1) / len(rest)
 
     def step_variance(self, covariance: np.ndarray) -> tuple[np.ndarray, int]:
-        """Return the variance of the Newton steps of single pairs, and the number of pairs.
-
-        Steps differ where the curvature changes within the reach of the draws.
-        """
+        """Return the variance of the Newton steps of single pairs, and the number of pairs."""
         return np.var(self._even @ covariance, axis=0), len(self._draws)
 
 
@@ -165,14 +154,14 @@ def newton_step(mean: np.ndarray, scale: np.ndarray, probes: Sequence[Probe]) ->
     if not is_dense(scale):
         sd = scale / np.sqrt(np.where(curved < 0, -curved, 1))
         s = 1 + curved
-        return Optimum(-sd * gradient, s, s, mean, mean + sd**2 * gradient, None, np.nan)
+        return Optimum(-sd * gradient, s, s, mean + sd**2 * gradient, None, np.nan)
     factor = _factor(scale)
     principal_s = 1 + np.linalg.eigvalsh(curved)
     if principal_s[-1] >= 1:
         # The density is not concave: take the approximation's own covariance for the posterior's.
         sd = np.linalg.norm(factor, axis=1)
         step, s = factor @ factor.T @ gradient, 1 + np.diag(curved)
-        return Optimum(-step / sd, s, principal_s, mean, mean + step, None, np.inf)
+        return Optimum(-step / sd, s, principal_s, mean + step, None, np.inf)
     inverse = np.linalg.inv(-curved)
     covariance = factor @ inverse @ factor.T
     step, sd = covariance @ gradient, np.sqrt(np.diag(covariance))
@@ -183,24 +172,23 @@ def newton_step(mean: np.ndarray, scale: np.ndarray, probes: Sequence[Probe]) ->
         principal_s = s
     variances = [probe.step_variance(covariance) for probe in probes]
     error = _step_error(variances, inverse @ factor.T @ gradient, s)
-    return Optimum(-step / sd, s, principal_s, mean, mean + step, best, (error / sd).max())
+    return Optimum(-step / sd, s, principal_s, mean + step, best, (error / sd).max())
 
 
-def between_within_ratio(parts: Moments) -> float | None:
+def between_within_ratio(parts: Sequence[Moments]) -> float:
     """Return the variance between parts over that within them, of the worst parameter.
 
-    It is about 1 for parts of a stream in random order, and None if such a stream would reach it
-    by chance.
+    It is about 1 for parts of a stream in random order, and 0 is returned if such a stream would
+    reach it by chance.
     """
-    whole = parts.merged()
-    between, within = len(parts.n) - 1, int(whole.n[0]) - len(parts.n)
+    whole, inside = merge(parts), sum(part.squares for part in parts)
+    between, within = len(parts) - 1, whole.n - len(parts)
     if min(between, within) < 7:
-        return None
-    inside = parts.squares.sum(0)
+        return 0.0
     with np.errstate(all="ignore"):
-        ratio = np.nan_to_num((whole.squares[0] - inside) / between / (inside / within)).max()
-    chance = f_distribution.sf(ratio, between, within) * parts.mean.shape[1]
-    return float(ratio) if ratio > _MIN_RATIO and chance < _FALSE_ALARM else None
+        ratio = np.nan_to_num((whole.squares - inside) / between / (inside / within)).max()
+    chance = f_distribution.sf(ratio, between, within) * len(whole.mean)
+    return float(ratio) if ratio > _MIN_RATIO and chance < _FALSE_ALARM else 0.0
 
 
 def _step_error(

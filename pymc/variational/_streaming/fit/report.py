@@ -74,7 +74,10 @@ _EXPLANATIONS = {
         "{off}, which is within the noise of single batches.\n"
         "Average over whole epochs with EpochAverage, run longer, or lower the learning rate."
     ),
-    "not converged": "{off}, {why}.\nRun more steps, or raise the learning rate.",
+    "not converged": (
+        "{off}, and the scales are up to {wide:.3g} times too wide.\n"
+        "Run more steps, or raise the learning rate."
+    ),
     "ordered rows": (
         "{off}, and the gradient varies {disorder:.3g} times as much along the stream as it\n"
         "would in random order: the fit follows the order of the rows.\n"
@@ -127,8 +130,8 @@ class FitReport:
     parameter: about 1 for rows in random order; None if random rows would reach it."""
     moved: bool
     """Whether the dataset that was passed has gone beyond its first batch."""
-    whole_hessian: bool
-    """Whether `z` takes correlations into account."""
+    start: np.ndarray = field(repr=False)
+    """Mean that was checked."""
     optimum: Optimum = field(repr=False)
     """Where one Newton step leads."""
 
@@ -136,6 +139,11 @@ class FitReport:
     def rows(self) -> int:
         """Number of rows that were counted."""
         return sum(stream.rows for stream in self.streams)
+
+    @property
+    def whole_hessian(self) -> bool:
+        """Whether `z` takes correlations into account."""
+        return not np.isnan(self.optimum.step_error)
 
     @property
     def verdict(self) -> Verdict:
@@ -169,20 +177,19 @@ class FitReport:
             or if *approx* is not the fit that was checked, or has changed since.
         """
         group = gaussian_group(approx)
-        if names(group) != self.names or not np.array_equal(mean(group), self.optimum.start):
+        if names(group) != self.names or not np.array_equal(mean(group), self.start):
             raise StreamError(
                 "approx is another fit, or has changed since it was checked; check it again"
             )
-        if not self.whole_hessian:
-            raise StreamError(
-                f"{len(self.z)} parameters are too many for the Hessian that a Newton step needs; "
-                "average the fit with EpochAverage, or run it longer"
-            )
         if self.optimum.scale is None or self.optimum.step_error > _MAX_STEP_ERROR:
-            raise StreamError(
+            reason = (
                 "the fit is too far from its optimum for a Newton step, which may miss it by "
-                f"{self.optimum.step_error:.2g} posterior sd; average the fit with EpochAverage, or "
-                "run it longer, and check again"
+                f"{self.optimum.step_error:.2g} posterior sd"
+                if self.whole_hessian
+                else f"{len(self.z)} parameters are too many for the Hessian of a Newton step"
+            )
+            raise StreamError(
+                f"{reason}; average the fit with EpochAverage, or run it longer, and check again"
             )
         set_mean(group, self.optimum.mean)
         set_scale(group, self.optimum.scale)
@@ -217,47 +224,34 @@ class FitReport:
 
     def __str__(self) -> str:
         return "\n".join(
-            [f"Fit check: {self.verdict}", *self._explanation(), *self._numbers(), *self._table()]
+            [f"Fit check: {self.verdict}", self._explanation(), *self._numbers(), *self._table()]
         )
 
-    def _explanation(self) -> list[str]:
+    def _explanation(self) -> str:
         if self.verdict == "wrong size":
-            return [_miscounted(s) for s in self.streams if s.rows != s.total_size]
+            return "\n".join(_miscounted(s) for s in self.streams if s.rows != s.total_size)
         worst = int(np.argmax(np.abs(self.z)))
         z = abs(self.z[worst])
-        ratio = np.sqrt(np.maximum(1 - self.optimum.principal_s, np.finfo(float).tiny))
-        factor = np.maximum(ratio, 1 / ratio).max()
-        why = "which is clear from each batch"
-        if self.s.min() < _UNCONVERGED_S:
-            why = f"and the scales are up to {np.sqrt(1 - self.s.min()):.3g} times too wide"
-        explanation = _EXPLANATIONS[self.verdict].format(
+        ratio = np.maximum(1 - self.optimum.principal_s, np.finfo(float).tiny)
+        factor = np.exp(np.abs(np.log(ratio)).max() / 2)
+        return _EXPLANATIONS[self.verdict].format(
             off=f"The mean of {self.names[worst]} is {z:.2g} posterior sd off",
             z=z,
             disorder=self.disorder,
-            why=why,
+            wide=np.sqrt(max(1, 1 - self.s.min())),
             factor=factor,
             percent=100 * (factor - 1),
         )
-        return [explanation]
 
     def _numbers(self) -> list[str]:
         error = self.optimum.step_error
         lines = [f"{self.rows:,} rows; ELBO {self.elbo:,.2f} ± {self.elbo_error:.2g}"]
-        if self.verdict in ("fine", "scales off") and self.disorder is not None:
-            lines.append(
-                f"Note that the gradient varies {self.disorder:.3g} times as much along the stream "
-                "as in random order."
-            )
         if np.isinf(error):
-            lines.append(
-                "The log density is not concave around the fit: it is far from an optimum."
-            )
+            lines.append("The log density is not concave around the fit, which is far off.")
         elif error > _MAX_STEP_ERROR:
             lines.append(f"So far from the optimum, z may itself be off by {error:.2g}.")
         if not self.whole_hessian:
-            lines.append(
-                "z leaves out correlations: where they are strong, it may be much too small or large."
-            )
+            lines.append("z leaves out correlations, and is rough where they are strong.")
         return lines
 
     def _table(self) -> list[str]:

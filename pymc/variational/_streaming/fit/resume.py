@@ -18,7 +18,6 @@ steps: whatever the compiled step changes (the variational parameters, the optim
 the random streams), the positions of the data streams, and the losses so far.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,6 @@ import zipfile
 import zlib
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +34,16 @@ import pytensor
 
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, Variable
-from pytensor.graph.op import HasInnerGraph
-from pytensor.graph.traversal import toposort
+from pytensor.graph.traversal import ancestors
+from pytensor.printing import debugprint
 
 import pymc
 
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError, StreamWarning
-from pymc.variational._streaming.fit.streams import as_streams
+from pymc.variational._streaming.fit.gaussian import as_streams
 from pymc.variational._streaming.guards import WITHOUT_LOSS
-from pymc.variational._streaming.utils import positive_int
+from pymc.variational._streaming.utils import digest, positive_int
 from pymc.variational.callbacks import Callback
 from pymc.variational.inference import Inference
 from pymc.variational.opvi import Approximation
@@ -100,13 +98,11 @@ def resumable_fit(
     ValueError
         If the checkpoint is of another fit (see Notes), or has more steps than *n*; if
         *inference* has been fitted and there is no checkpoint; if *callbacks* hold that of a
-        stream; or if the fit has no losses (``score=False``), because PyMC then makes every step
-        with the same random draw.
+        stream; or if the fit has no losses (``score=False``).
     StreamError
         If the checkpoint cannot be read.
     FloatingPointError
-        If the loss is NaN, or parameters are not finite when they would be saved; the last
-        checkpoint is kept.
+        If the loss is NaN, or parameters are not finite; the last checkpoint is kept.
 
     Notes
     -----
@@ -114,19 +110,11 @@ def resumable_fit(
     the same machine with the same versions; other versions are allowed, with a warning. No random
     seed is needed for that.
 
-    *What must match*, or the fit is refused:
-
-    - the classes of *inference*, of its approximation and of the callbacks whose state is saved;
-    - the names, types and distributions of the model's variables and potentials, and the
-      operations and constants of its log-probability, but not the values of ``pm.Data``;
-    - of each stream, by its place in *datasets*: name, columns, dtype, seed, ``batch_size``,
-      ``total_size``, the fingerprint of the source where it has one, and the rows of the batch
-      that the next step uses;
-    - the names, shapes and dtypes of what is saved, and the first value of a scalar shared
-      variable that a callback may change, such as a learning rate;
-    - numbers, strings and ``None`` among the options, also within lists, dictionaries and
-      :func:`functools.partial`, which ``pm.adam(learning_rate=0.02)`` is one of. Functions and
-      other objects are compared by name, whatever values they hold.
+    A checkpoint is of another fit, and refused, if the method, the options, a variable's
+    distribution or log-probability, a stream or the batch that the next step uses, or a callback
+    whose state is saved is another one. Options are compared by what they print, functions by
+    name. The values of ``pm.Data`` are not compared; of another scalar shared variable, such as a
+    learning rate that a callback lowers, the first value is.
 
     The file is replaced at once: killed at any moment, the last checkpoint is whole. It holds
     no code. Beside the parameters, it has eight bytes for each step's loss.
@@ -164,12 +152,14 @@ def resumable_fit(
         raise ValueError(WITHOUT_LOSS)
     checkpoint = _Checkpoint(inference, streams, callbacks, kwargs, Path(path), every, n)
     try:
-        done = checkpoint.restore()
+        done, rows = checkpoint.restore()
         in_order = [*callbacks, *(ds.fit_callback() for ds in streams), checkpoint]
-        checkpoint.require_same_rows()
+        if rows:
+            _require_same(checkpoint.path, rows, checkpoint.next_rows())
         inference.state = inference.state._replace(i=done, callbacks=in_order)
         if done < n:
-            checkpoint.rehearse()
+            # A checkpoint that cannot be written fails now, and not after many steps.
+            checkpoint.write_part(np.empty(0), done).unlink()
             inference.refine(n - done, progressbar)
     finally:
         for ds in streams:
@@ -207,125 +197,124 @@ class _Checkpoint(Callback):
             for k, callback in enumerate(callbacks)
             if hasattr(callback, "load_state_dict")
         }
-        self._path = path
+        self.path = path
         self._every = every
         self._n = n
-        self._done = 0
         self._variables = _changing_variables(inference)
         self._identity = self._describe_fit(options)
-        self._saved_rows: dict[str, str] = {}
-        """Digests of the rows that followed the checkpoint, when it was saved."""
 
-    def restore(self) -> int:
-        """Go to the last checkpoint, and return how many steps it has."""
-        if not self._path.exists():
-            return 0
-        header, arrays = _read(self._path)
+    def restore(self) -> tuple[int, dict[str, str]]:
+        """Go to the last checkpoint, and return its steps, and digests of the rows after it."""
+        if not self.path.exists():
+            return 0, {}
+        header, arrays = _read(self.path)
         if header["versions"] != _versions():
             warnings.warn(
-                f"{self._path} was saved with {header['versions']} and goes on with "
+                f"{self.path} was saved with {header['versions']} and goes on with "
                 f"{_versions()}: the numbers may differ from those of a fit that was never stopped",
                 StreamWarning,
                 stacklevel=3,
             )
-        _require_same(self._path, header["identity"], self._identity)
-        self._done, self._saved_rows = header["done"], header["rows"]
-        if self._done > self._n:
+        _require_same(self.path, header["identity"], self._identity)
+        if header["done"] > self._n:
             raise ValueError(
-                f"n={self._n} but {self._path} has {self._done} steps; "
+                f"n={self._n} but {self.path} has {header['done']} steps; "
                 "pass at least as many, or another path"
             )
         for ds, position in zip(self._streams, header["streams"]):
             ds.load_state_dict(position)
         for name, variable in self._variables.items():
-            variable.set_value(_as_value(arrays[name], variable))
+            value = arrays.get(name)
+            if name in header["generators"]:
+                value = variable.get_value()
+                value.bit_generator.state = header["generators"][name]
+            variable.set_value(value)
         for name, callback in self._callbacks.items():
             prefix = f"{name} "
             seen = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
             callback.load_state_dict(seen)
         self._inference.hist = arrays["losses"]
-        return self._done
-
-    def require_same_rows(self) -> None:
-        """Refuse streams that hold other rows than those that followed the checkpoint."""
-        if self._saved_rows:
-            _require_same(self._path, self._saved_rows, self._next_rows())
-
-    def rehearse(self) -> None:
-        """Fail now where a checkpoint would fail after many steps; no file is left or changed."""
-        if not self._path.parent.is_dir():
-            raise FileNotFoundError(f"path={self._path} is in no folder that exists; make it")
-        self._write(np.empty(0)).unlink()
+        return header["done"], header["rows"]
 
     def __call__(self, approx: Approximation, losses: np.ndarray, i: int) -> None:
-        self._done += 1
-        if self._done % self._every == 0 or self._done == self._n:
-            self._require_finite()
-            os.replace(self._write(losses), self._path)
+        if i % self._every == 0 or i == self._n:
+            self._require_finite(i)
+            os.replace(self.write_part(losses, i), self.path)
 
-    def _write(self, losses: np.ndarray) -> Path:
-        """Write the checkpoint beside its path, and return where."""
+    def write_part(self, losses: np.ndarray, done: int) -> Path:
+        """Write a checkpoint of *done* steps to the disk, beside its path, and return where."""
         before = self._inference.hist
         # There is a loss for each step of a long fit, so they are not copied without need.
         arrays = {"losses": np.concatenate([before, losses]) if len(before) else losses}
+        generators = {}
         for name, variable in self._variables.items():
-            arrays[name] = _as_array(variable.get_value())
-        for at, callback in self._callbacks.items():
-            arrays |= {f"{at} {k}": np.asarray(v) for k, v in callback.state_dict().items()}
-        for name, array in arrays.items():
-            if array.dtype.hasobject:
-                raise TypeError(
-                    f"{name!r} holds objects, which cannot be saved: the state_dict() of a "
-                    'callback must give arrays or numbers, and backend= be "numba" or "c"'
-                )
+            value = variable.get_value()
+            if isinstance(value, np.random.Generator):
+                generators[name] = value.bit_generator.state
+            else:
+                arrays[name] = np.asarray(value)
+        for name, callback in self._callbacks.items():
+            arrays |= {f"{name} {k}": np.asarray(v) for k, v in callback.state_dict().items()}
         header = {
             "versions": _versions(),
             "identity": self._identity,
-            "done": self._done,
+            "done": done,
             "streams": [ds.state_dict() for ds in self._streams],
-            "rows": self._next_rows(),
+            "rows": self.next_rows(),
+            "generators": generators,
         }
-        return _write_part(self._path, header, arrays)
+        text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        part = self.path.with_name(f".{self.path.name}.part")
+        try:
+            with open(part, "wb") as file:
+                np.savez(file, allow_pickle=False, header=text, **arrays)  # type: ignore[arg-type]
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        return part
 
     def _describe_fit(self, options: dict[str, Any]) -> dict[str, str]:
         """Describe what must be the same in each call, but for what streams compare themselves."""
         approx = self._inference.approx
         model = approx.model
-        same = {"inference": f"{type(self._inference).__name__}, {type(approx).__name__}"}
-        same["the options"] = _describe(options)
+        same = {
+            "inference": f"{type(self._inference).__name__}, {type(approx).__name__}",
+            "the options": _without_addresses(repr(options)),
+        }
         for name, callback in self._callbacks.items():
             same[name] = type(callback).__name__
         for k, ds in enumerate(self._streams):
             kind = f"{ds.as_tensor().name!r}, {ds.as_tensor().type}"
             same[f"stream {k}"] = f"{kind}, columns {ds.columns}, total_size {ds.total_size}"
-        for rv in [*model.free_RVs, *model.observed_RVs, *model.potentials]:
-            same[f"variable {rv.name!r}"] = f"{rv.str_repr()}, {rv.type}"
-        same["the digest of the log-probability"] = _digest_graph([model.logp()])
+        variables = [*model.free_RVs, *model.observed_RVs, *model.potentials]
+        for v, factor in zip(variables, model.logp(variables, sum=False)):
+            same[f"variable {v.name!r}"] = f"{v.str_repr()} with digest {_digest_graph(factor)}"
         for name, variable in self._variables.items():
             value = variable.get_value(borrow=True)
-            same[name] = f"{variable.name} {variable.type} {np.shape(value)}"
+            same[name] = f"{variable.name}, {variable.type}, shape {np.shape(value)}"
             # A scalar may be the user's own, and would be set to the saved value.
             if variable.name and getattr(variable, "ndim", None) == 0:
-                same[f"the first value of {variable.name!r}"] = str(value)
+                same[name] += f", at first {value}"
         return same
 
-    def _next_rows(self) -> dict[str, str]:
+    def next_rows(self) -> dict[str, str]:
         """Return a digest of the rows that the next step uses, for each stream."""
         return {
-            f"the digest of the next batch of stream {k}": _digest(rows.tobytes())
+            f"the digest of the next batch of stream {k}": digest(rows.tobytes())
             for k, rows in enumerate(ds.as_tensor().get_value() for ds in self._streams)
         }
 
-    def _require_finite(self) -> None:
+    def _require_finite(self, done: int) -> None:
         """Raise what the next step would, which computes its loss from these values."""
         for variable in self._variables.values():
             value = variable.get_value(borrow=True)
             # A scalar of the user's own, such as a bound, may be infinite.
             if np.ndim(value) and value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise FloatingPointError(
-                    f"{variable.name or variable.type} is not finite after step {self._done}, so "
-                    f"{self._path} is left as it was; lower the learning rate, or look for rows or "
-                    "parameters at which the gradient is not finite"
+                    f"{variable.name or variable.type} is not finite after step {done}, so "
+                    f"{self.path} is left as it was; lower the learning rate"
                 )
 
 
@@ -346,59 +335,20 @@ def _changing_variables(inference: Inference) -> dict[str, SharedVariable]:
     return {f"state {k}": variable for k, variable in enumerate(changing)}
 
 
-def _as_array(value: Any) -> np.ndarray:
-    if isinstance(value, np.random.Generator):
-        return np.frombuffer(json.dumps(value.bit_generator.state).encode(), np.uint8)
-    return np.asarray(value)
+def _digest_graph(output: Variable) -> str:
+    """Return a digest of the operations and constants from which *output* is computed."""
+    text = str(debugprint(output, print_type=True, file="str"))
+    # Only the ends of long constants are printed.
+    constants = [
+        np.asarray(v.data).tobytes()
+        for v in ancestors([output])
+        if isinstance(v, Constant) and isinstance(v.data, np.ndarray)
+    ]
+    return digest(_without_addresses(text), constants)
 
 
-def _as_value(array: np.ndarray, variable: SharedVariable) -> Any:
-    """Return what :func:`_as_array` made an array of, for *variable*."""
-    if not isinstance(variable.get_value(borrow=True), np.random.Generator):
-        return array
-    bits = np.random.PCG64()
-    bits.state = json.loads(array.tobytes())
-    return np.random.Generator(bits)
-
-
-def _describe(option: Any) -> str:
-    """Describe an option by its plain values, and by its name where it has none."""
-    match option:
-        case None | bool() | int() | float() | str() | np.generic():
-            return repr(option)
-        case dict():
-            return f"{{{', '.join(f'{key!r}: {_describe(v)}' for key, v in option.items())}}}"
-        case tuple() | list():
-            return f"[{', '.join(map(_describe, option))}]"
-        case partial():
-            return f"{_describe(option.func)}{_describe([option.args, option.keywords])}"
-    return getattr(option, "__qualname__", type(option).__name__)
-
-
-def _digest_graph(outputs: Sequence[Variable]) -> str:
-    """Return a digest of the operations of a graph, their inputs and constants.
-
-    Names of variables and addresses are left out, since they differ between processes.
-    """
-    number: dict[Variable, int] = {}
-    lines = []
-    for node in toposort(outputs):
-        inputs = []
-        for v in node.inputs:
-            if not isinstance(v, Constant):
-                inputs.append(f"{v.type} {number.setdefault(v, len(number))}")
-            elif isinstance(v.data, np.ndarray):
-                inputs.append(f"{v.type} {_digest(v.data.tobytes())}")
-            else:
-                inputs.append(f"{v.type} {v.data}")
-        number |= {v: len(number) + k for k, v in enumerate(node.outputs)}
-        inner = _digest_graph(node.op.inner_outputs) if isinstance(node.op, HasInnerGraph) else ""
-        lines.append(f"{node.op} {inner} {inputs}")
-    return _digest(re.sub(" at 0x[0-9a-f]+", "", "\n".join(lines)))
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+def _without_addresses(text: str) -> str:
+    return re.sub(" at 0x[0-9A-Fa-f]+", "", text)
 
 
 def _require_same(path: Path, saved: dict[str, str], mine: dict[str, str]) -> None:
@@ -413,21 +363,6 @@ def _require_same(path: Path, saved: dict[str, str], mine: dict[str, str]) -> No
 
 def _versions() -> dict[str, str]:
     return {module.__name__: module.__version__ for module in (pymc, pytensor, np)}
-
-
-def _write_part(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
-    """Write a file beside *path*, to the disk, that can replace it at once."""
-    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, allow_pickle=False, header=text, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return part
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

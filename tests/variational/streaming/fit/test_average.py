@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import pymc as pm
 
-from pymc.variational._streaming.fit.bins import Bins
+from pymc.variational._streaming.fit.bins import Bins, merge
 from pymc.variational.callbacks import Tracker
 from pymc.variational.streaming import EpochAverage, StreamError, StreamingDataset, StreamWarning
 
@@ -80,22 +80,32 @@ def walk(average, approx, ds, means, *, last: bool = False, first_step: int = 1)
 
 
 class TestWholeEpochs:
-    @pytest.mark.parametrize("last", [False, True], ids=["before fit_callback", "after it"])
     @pytest.mark.parametrize("n_steps", [10, 25, 26])
     @pytest.mark.parametrize("burn_in", [0, 0.7])
     def test_steps_count_to_the_epoch_in_which_their_batch_begins(
-        self, ds, approx, last, n_steps, burn_in
+        self, ds, approx, n_steps, burn_in
     ):
         """An epoch is 2.5 batches, so that epochs take three steps and two in turn."""
         means = iterates(n_steps)
         average = EpochAverage(ds, burn_in=burn_in)
-        walk(average, approx, ds, means, last=last)
+        walk(average, approx, ds, means)
         average.apply(approx)
         epoch = epoch_of_step(n_steps)
         whole = n_steps * BATCH_SIZE // len(ROWS)
         kept = range(int(np.ceil(burn_in * whole)), whole)
         assert average.epochs == len(kept)
         expected = np.mean([means[epoch == number].mean(0) for number in kept], axis=0)
+        np.testing.assert_allclose(mean_of(approx), expected)
+
+    def test_after_the_fit_callback_steps_count_to_the_epoch_of_the_next_batch(self, ds, approx):
+        """The first epoch then lacks its first batch."""
+        means = iterates(25)
+        average = EpochAverage(ds, burn_in=0)
+        walk(average, approx, ds, means, last=True)
+        average.apply(approx)
+        assert average.epochs == 9
+        epoch = epoch_of_step(26)[1:]
+        expected = np.mean([means[epoch == number].mean(0) for number in range(1, 10)], axis=0)
         np.testing.assert_allclose(mean_of(approx), expected)
 
     def test_the_last_epoch_counts_where_no_epoch_begins_after_the_burn_in(self, ds, approx):
@@ -151,64 +161,25 @@ class TestWholeEpochs:
             whole(approx, None, i)
             resumed(approx, None, i)
             ds.advance()
-        assert resumed.epochs == whole.epochs
+        assert resumed.epochs == whole.epochs > 20
         assert resumed.state_dict().keys() == whole.state_dict().keys()
         for name, expected in whole.state_dict().items():
             np.testing.assert_array_equal(resumed.state_dict()[name], expected, err_msg=name)
 
-    def test_asking_for_the_epochs_changes_nothing(self, ds, approx):
-        average = EpochAverage(ds, burn_in=0)
-        walk(average, approx, ds, iterates(5))
-        state = average.state_dict()
-        assert (average.epochs, average.epochs) == (2, 2)
-        for name, expected in state.items():
-            np.testing.assert_array_equal(average.state_dict()[name], expected, err_msg=name)
-
-    def test_an_epoch_with_a_gap_is_left_out(self, ds, approx):
-        average = EpochAverage(ds, burn_in=0)
-        walk(average, approx, ds, iterates(4))
-        ds.advance()
-        ds.advance()
-        walk(average, approx, ds, iterates(5), first_step=5)
-        assert average.epochs == 2
-
-    @pytest.mark.parametrize("batch_size, epochs", [(5, 1), (4, 0)])
-    def test_a_source_that_ends_with_a_full_batch_is_a_whole_epoch(self, batch_size, epochs):
-        ds = StreamingDataset(ROWS, batch_size=batch_size, cycle=False)
+    def test_it_averages_what_a_fit_of_an_epoch_passed_through(self):
+        """A source that ends with a full batch, after which no callback is called."""
+        ds = StreamingDataset(ROWS, batch_size=5, cycle=False)
         track = Tracker(mean=lambda approx, losses, i: mean_of(approx))
         with normal_model(ds), pytest.warns(StreamWarning, match="the source ended"):
             average = EpochAverage(ds, burn_in=0)
             noisy = pm.sgd(learning_rate=1e-4)
             callbacks = [track, average, ds.fit_callback()]
             approx = pm.fit(50, callbacks=callbacks, obj_optimizer=noisy, random_seed=1, **QUICK)
-        assert average.epochs == epochs
-        if epochs:
-            average.apply(approx)
-            np.testing.assert_allclose(mean_of(approx), np.mean(track["mean"], axis=0))
-
-    @pytest.mark.parametrize(
-        "method, last",
-        [("advi", False), ("fullrank_advi", True)],
-        ids=["advi, before fit_callback", "full rank, after it"],
-    )
-    def test_it_averages_what_the_fit_passed_through(self, ds, method, last):
-        track = Tracker(mean=lambda approx, losses, i: mean_of(approx))
-        with normal_model(ds):
-            average = EpochAverage(ds)
-            callbacks = [track, ds.fit_callback()]
-            callbacks.insert(2 if last else 0, average)
-            noisy = pm.sgd(learning_rate=0.1)
-            approx = pm.fit(
-                60, method=method, callbacks=callbacks, obj_optimizer=noisy, random_seed=1, **QUICK
-            )
-        before = [p.get_value() for p in approx.params]
+        _, rho = [p.get_value() for p in approx.params]
         average.apply(approx)
-        means, epoch = np.array(track["mean"]), epoch_of_step(60)
-        expected = np.mean([means[epoch == number].mean(0) for number in range(12, 24)], axis=0)
-        np.testing.assert_allclose(mean_of(approx), expected)
-        for parameter, value in zip(approx.params, before):
-            if parameter.name != "mu":
-                np.testing.assert_array_equal(parameter.get_value(), value)
+        assert average.epochs == 1
+        np.testing.assert_allclose(mean_of(approx), np.mean(track["mean"], axis=0))
+        np.testing.assert_array_equal(approx.params[1].get_value(), rho)
 
 
 class TestWarnings:
@@ -218,7 +189,7 @@ class TestWarnings:
             means = iterates(8)
             average = EpochAverage(ds)
             walk(average, approx, ds, means)
-            with pytest.warns(StreamWarning, match=r"averaged over 4 steps \(0.16 epochs\)"):
+            with pytest.warns(StreamWarning, match=r"averaged over 4 steps,"):
                 average.apply(approx)
         assert average.epochs == 0
         np.testing.assert_allclose(mean_of(approx), means[4:].mean(0))
@@ -248,20 +219,13 @@ class TestWarnings:
         walk(average, approx, ds, path)
         average.apply(approx)
 
-    def test_a_small_move_is_no_travel(self, ds, approx):
-        means = 1e-4 * np.arange(100)[:, None] + np.zeros(2)
-        average = EpochAverage(ds)
-        walk(average, approx, ds, means)
-        average.apply(approx)
-        assert np.all(mean_of(approx) < means[-1])
-
 
 class TestRefusals:
     def test_a_source_is_no_dataset(self):
         with pytest.raises(TypeError, match=r"ds=ndarray.* is not a StreamingDataset; pass the"):
             EpochAverage(np.zeros((9, 2)))
 
-    @pytest.mark.parametrize("burn_in", [-0.1, 1, 2])
+    @pytest.mark.parametrize("burn_in", [-0.1, 1])
     def test_burn_in_is_a_part(self, ds, burn_in):
         with pytest.raises(
             ValueError, match=f"burn_in must be at least 0 and below 1, got {burn_in}"
@@ -294,15 +258,14 @@ class TestRefusals:
 def test_bins_hold_the_moments_of_the_end_of_a_series(n, fraction, seed):
     """Lengths from one bin to several rounds of merging."""
     series = np.random.default_rng(seed).normal(3, 2, size=(n, 2))
-    bins = Bins(2)
+    bins = Bins()
     for value in series:
         bins.add(value)
     kept = bins.after(fraction)
-    end = kept.merged()
-    n_end = int(end.n[0])
+    end = merge(kept)
     assert bins.n == n
-    assert len(bins.moments.n) <= 16
-    assert n_end <= max(n - fraction * n, kept.n[-1])
-    assert n_end >= min(n - fraction * n, n) - max(1, n // 8)
-    np.testing.assert_allclose(end.mean[0], series[n - n_end :].mean(0))
-    np.testing.assert_allclose(end.squares[0], series[n - n_end :].var(0) * n_end, atol=1e-9)
+    assert len(bins.parts) <= 16
+    assert end.n <= max(n - fraction * n, kept[-1].n)
+    assert end.n >= min(n - fraction * n, n) - max(1, n // 8)
+    np.testing.assert_allclose(end.mean, series[n - end.n :].mean(0))
+    np.testing.assert_allclose(end.squares, series[n - end.n :].var(0) * end.n, atol=1e-9)

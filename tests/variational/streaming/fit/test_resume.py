@@ -121,31 +121,12 @@ class Die:
             raise RuntimeError("killed")
 
 
-class Sum:
-    """Remember something of all steps."""
-
-    total = np.zeros(2)
-
-    def __call__(self, approx, losses, i):
-        self.total = self.total + approx.params[0].get_value()
-
-    def state_dict(self):
-        return {"total": self.total}
-
-    def load_state_dict(self, state):
-        self.total = state["total"]
-
-
 class TestSameNumbers:
     """Only the first piece has the seed of the whole fit: the others know no more than the file."""
 
-    @pytest.mark.parametrize(
-        "kwargs",
-        [{"compile_kwargs": None}, {"obj_optimizer": pm.adagrad_window}],
-        ids=["adam, default backend", "default optimizer"],
-    )
-    def test_a_fit_that_died_ends_as_if_it_had_not(self, rows, tmp_path, kwargs):
-        """It died between checkpoints."""
+    def test_a_fit_that_died_ends_as_if_it_had_not(self, rows, tmp_path):
+        """It died between checkpoints, with PyMC's default optimizer."""
+        kwargs = {"obj_optimizer": pm.adagrad_window}
         expected = fit(rows, tmp_path / "whole", 60, seed=1, **kwargs)
         with pytest.raises(RuntimeError, match="killed"):
             fit(rows, tmp_path / "pieces", 60, seed=1, callbacks=[Die(54)], **kwargs)
@@ -159,19 +140,18 @@ class TestSameNumbers:
         def go_on(path, *more, **kwargs):
             datasets = [dataset(rows, name="s"), dataset(rows, batch_size=50, seed=1, name="t")]
             rate = pytensor.shared(0.1, name="rate")
-            average, total = EpochAverage(datasets[0], burn_in=0.2), Sum()
+            average = EpochAverage(datasets[0], burn_in=0.2)
             lower = lambda approx, losses, i: rate.set_value(0.1 / i)  # noqa: E731
-            callbacks = [lower, average, total, *more]
+            callbacks = [lower, average, *more]
             optimizer = pm.adam(learning_rate=rate)
             kwargs |= {"callbacks": callbacks, "datasets": datasets, "obj_optimizer": optimizer}
-            return fit(rows, tmp_path / path, 130, **kwargs), average, total
+            return fit(rows, tmp_path / path, 130, **kwargs), average
 
-        expected, whole, whole_total = go_on("whole", seed=1)
+        expected, whole = go_on("whole", seed=1)
         with pytest.raises(RuntimeError, match="killed"):
             go_on("pieces", Die(87), seed=1)
-        approx, resumed, total = go_on("pieces")
+        approx, resumed = go_on("pieces")
         assert_equal(approx, expected)
-        np.testing.assert_array_equal(total.total, whole_total.total)
         assert resumed.epochs == whole.epochs > 2
         for name, state in whole.state_dict().items():
             np.testing.assert_array_equal(resumed.state_dict()[name], state, err_msg=name)
@@ -191,24 +171,18 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "change, message",
         [
-            ({"model": {"prior_sd": 2.0}}, "variable 'a' is .* where it was"),
-            ({"model": {"likelihood": pm.Laplace}}, "digest of the log-probability is"),
+            ({"model": {"prior_sd": 2.0}}, r"variable 'a' is .*\(0, 2\).* it was .*\(0, 1\)"),
+            ({"model": {"likelihood": pm.Laplace}}, "variable 'y_stream' is .* where it was"),
             (
                 {"obj_optimizer": pm.adam(learning_rate=0.02)},
-                r"the options is .*'obj_optimizer': adam.*0\.02.* where it was .*0\.05",
+                r"the options is .*'obj_optimizer': .*adam.*0\.02.* where it was .*0\.05",
             ),
-            ({"obj_optimizer": pm.sgd}, "the options is .*'obj_optimizer': sgd.* where it was"),
-            ({"obj_n_mc": 2}, "the options is .*'obj_n_mc': 2.* where it was"),
+            ({"obj_optimizer": pm.sgd}, "the options is .*'obj_optimizer': .*sgd.* where it was"),
             ({"inference": pm.FullRankADVI}, "inference is FullRankADVI"),
             ({"data": {"columns": ("y", "x")}}, r"columns \('y', 'x'\)"),
-            ({"data": {"dtype": "float32"}}, "stream 0 is 'stream', Matrix.float32"),
             ({"data": {"seed": 1}}, "seed=1 where the state was saved with 0"),
-            ({"data": {"buffer_size": 301}}, "fingerprint=.* where the state"),
-            ({"data": {"batch_size": 32}}, "batch_size=32 where the state was saved with 64"),
         ],
-        ids=(
-            "prior likelihood rate optimizer draws approximation columns dtype seed buffer batch"
-        ).split(),
+        ids="prior likelihood rate optimizer approximation columns seed".split(),
     )
     def test_another_fit_is_refused(self, rows, checkpoint, change, message):
         ds = dataset(rows, **change.pop("data", {}))
@@ -223,7 +197,9 @@ class TestRefusals:
             return fit(rows, tmp_path / "f", n, model={"prior_sd": sd})
 
         fit_with(7, -3.0)
-        with pytest.raises(ValueError, match=r"first value of 'log_sd' is 2.0 where it was -3.0"):
+        with pytest.raises(
+            ValueError, match=r"log_sd, .* at first 2.0 where it was .* at first -3.0"
+        ):
             fit_with(9, 2.0)
         assert len(fit_with(9, -3.0).hist) == 9
 
@@ -242,18 +218,17 @@ class TestRefusals:
 
         fit_to(2, 0, pt.cumsum)
         for column, sums in ((1, pt.cumsum), (0, pt.cumprod)):
-            with pytest.raises(ValueError, match=r"digest of the log-probability is .* where it"):
+            with pytest.raises(ValueError, match=r"variable 'y' is .* where it was"):
                 fit_to(3, column, sums)
 
-    @pytest.mark.parametrize("kind", ["array", "factory", "Parquet"])
-    def test_other_rows_are_refused(self, tmp_path, kind):
+    @pytest.mark.parametrize(
+        "kind, message", [("array", "fingerprint"), ("factory", "next batch of stream 0")]
+    )
+    def test_other_rows_are_refused(self, tmp_path, kind, message):
         """A source without a fingerprint is known by the batch that follows the checkpoint."""
 
         def make(mean):
             rows = np.random.default_rng(0).normal(mean, 1, size=(1_000, 2))
-            if kind == "Parquet":
-                pq.write_table(pa.table(dict(zip("xy", rows.T))), tmp_path / "rows.parquet")
-                rows = parquet_source(tmp_path / "rows.parquet")
             if kind == "factory":
                 blocks = rows.reshape(10, 100, 2)
                 rows = lambda: iter(blocks)  # noqa: E731
@@ -261,31 +236,9 @@ class TestRefusals:
             return StreamingDataset(buffer, batch_size=50, order_check="off", total_size=1_000)
 
         fit(tmp_path, tmp_path / "f", 7, datasets=make(0))
-        for n in (7, 9):
-            with pytest.raises(ValueError, match=r"fingerprint|next batch of stream 0"):
-                fit(tmp_path, tmp_path / "f", n, datasets=make(100))
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path, tmp_path / "f", 7, datasets=make(100))
         assert len(fit(tmp_path, tmp_path / "f", 9, datasets=make(0)).hist) == 9
-
-    def test_streams_of_one_name_in_another_order_are_refused(self, tmp_path):
-        def fit_to(n, *means):
-            datasets = [
-                StreamingDataset(
-                    np.random.default_rng(0).normal(mean, 1, size=(100, 2)), batch_size=10
-                )
-                for mean in means
-            ]
-            with pm.Model():
-                mu = pm.Normal("mu")
-                for name, ds in zip("yz", datasets):
-                    rows = ds.as_tensor()[:, 0]
-                    pm.Normal(name, mu, observed=rows, total_size=ds.total_size)
-                return resumable_fit(
-                    pm.ADVI(), n, path=tmp_path / "f", datasets=datasets, compile_kwargs=QUICK
-                )
-
-        fit_to(7, 0, 5)
-        with pytest.raises(ValueError, match=r"fingerprint|next batch of stream 0"):
-            fit_to(9, 5, 0)
 
     def test_fewer_steps_than_were_made_are_refused(self, rows, checkpoint):
         with pytest.raises(ValueError, match=r"n=6 but .*f has 7 steps; pass at least as many"):
@@ -384,27 +337,17 @@ class TestFile:
         fit(rows, checkpoint, 9)
         assert [file.name for file in checkpoint.parent.iterdir()] == ["f"]
 
-    def test_a_folder_that_is_missing_is_told_before_the_first_step(self, rows, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"path=.*f is in no folder that exists"):
-            fit(rows, tmp_path / "no" / "f", 9, callbacks=[Die(1)])
-
-    def test_a_file_that_cannot_be_written_is_told_before_the_first_step(
-        self, rows, checkpoint, seven_steps
-    ):
-        (checkpoint.parent / ".f.part").mkdir()
-        with pytest.raises(OSError, match=r"\.f\.part"):
-            fit(rows, checkpoint, 9, callbacks=[Die(8)])
-        assert checkpoint.read_bytes() == seven_steps
-
-    def test_what_a_callback_cannot_save_is_told_before_the_first_step(self, rows, tmp_path):
+    def test_a_checkpoint_that_cannot_be_written_fails_before_the_first_step(self, rows, tmp_path):
         class Best(Die):
             def state_dict(self):
                 return {"best": None}
 
             def load_state_dict(self, state): ...
 
-        with pytest.raises(TypeError, match="'callback 0 best' holds objects"):
+        with pytest.raises(ValueError, match="Object arrays cannot be saved"):
             fit(rows, tmp_path / "f", 9, callbacks=[Best(1)])
+        with pytest.raises(FileNotFoundError, match=r"no/\.f\.part"):
+            fit(rows, tmp_path / "no" / "f", 9, callbacks=[Die(1)])
         assert not list(tmp_path.iterdir())
 
     def test_parameters_that_are_not_finite_are_not_saved(self, rows, checkpoint, seven_steps):
@@ -418,23 +361,14 @@ class TestFile:
             fit(rows, checkpoint, 9, callbacks=[spoil])
         assert checkpoint.read_bytes() == seven_steps
 
-    def test_it_holds_no_code(self, checkpoint):
-        with np.load(checkpoint, allow_pickle=False) as file:
-            assert json.loads(file["header"].tobytes())["done"] == 7
-            assert all(file[name].dtype.kind in "fiu" for name in file)
-
     @pytest.mark.skipif(sys.platform == "win32", reason="forks")
     def test_a_process_that_is_killed_goes_on_to_the_same_numbers(self, tmp_path):
-        """Killed half through a checkpoint, before its rename, and at random moments."""
-        command = [
-            sys.executable,
-            "-m",
-            "tests.variational.streaming.fit.killed_fit",
-            str(tmp_path),
-        ]
+        """Killed half through a checkpoint, and at a random moment."""
+        script = "tests.variational.streaming.fit.killed_fit"
+        command = [sys.executable, "-m", script, str(tmp_path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith("same numbers after 3 kills\n")
+        assert done.stdout.endswith("same numbers after 2 kills\n")
 
 
 class TestStreamState:
@@ -448,36 +382,16 @@ class TestStreamState:
             read.append(batch.num_rows)
             return to_rows(self, batch)
 
-        ds = dataset(rows, columns=("row",), batch_size=50, prefetch=False)
-        with ds:
+        with dataset(rows, columns=("row",), batch_size=50, prefetch=False) as ds:
             for _ in range(2 * 40 - 4):
                 ds.advance()
             state, expected = ds.state_dict(), ds.as_tensor().get_value()
-        assert (state["epoch"], state["offset"]) == (1, 1_750)
         monkeypatch.setattr(RowFormat, "to_rows", count)
-        resumed = dataset(rows, columns=("row",), batch_size=50, prefetch=False)
-        resumed.load_state_dict(json.loads(json.dumps(state)))
-        with resumed:
+        with dataset(rows, columns=("row",), batch_size=50, prefetch=False) as resumed:
+            resumed.load_state_dict(json.loads(json.dumps(state)))
             resumed.advance()
             np.testing.assert_array_equal(resumed.as_tensor().get_value(), expected)
         assert sum(read) <= 300 + 2 * 50
-
-    @pytest.mark.parametrize("stop", [1, 32, 100])
-    def test_resumed_streams_give_the_same_batches(self, rows, stop):
-        def batches(ds, n):
-            for _ in range(n):
-                ds.advance()
-                yield ds.as_tensor().get_value()
-
-        with dataset(rows) as whole:
-            expected = list(batches(whole, 120))
-        with dataset(rows) as first:
-            list(batches(first, stop))
-            state = json.loads(json.dumps(first.state_dict()))
-        with dataset(rows, prefetch=False) as second:
-            second.load_state_dict(state)
-            found = list(batches(second, 121 - stop))
-        np.testing.assert_array_equal(found, expected[stop - 1 :])
 
 
 def test_the_code_of_the_how_to_runs_and_goes_on(tmp_path, monkeypatch):
@@ -485,9 +399,9 @@ def test_the_code_of_the_how_to_runs_and_goes_on(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     losses = []
-    for n in ("200", "210"):
+    for n in ("20", "21"):
         names: dict = {}
         exec(compile(code.replace(" 2_000,\n", f" {n},\n"), "resume.md", "exec"), names)
         losses.append(names["approx"].hist)
-    assert [len(loss) for loss in losses] == [200, 210]
-    np.testing.assert_array_equal(losses[1][:200], losses[0])
+    assert [len(loss) for loss in losses] == [20, 21]
+    np.testing.assert_array_equal(losses[1][:20], losses[0])
