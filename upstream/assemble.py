@@ -37,6 +37,7 @@ OUTPUT = ROOT / "build" / "upstream"
 FOLDERS = (ROOT / "upstream" / "files", ROOT)
 """Folders of the files; those in the first exist only in PyMC's tree."""
 RELEASE = "pymc-6.4.0"
+NAME = re.compile(r"\w+")
 IMPORT = re.compile(r"^ *from (?P<module>[\w.]+) import (?P<names>\([^)]*\)|.*)\n", re.MULTILINE)
 
 
@@ -70,9 +71,7 @@ def make_branch(checkout: Path | None = None, output: Path = OUTPUT) -> Path:
 def edited(text: str, edit: Edit) -> str:
     """Return the *text* of a file after an edit; the anchor has to occur exactly once."""
     if (found := text.count(edit.anchor)) != 1:
-        raise ValueError(
-            f"the anchor {edit.anchor!r} occurs {found} times in {edit.path}, not once"
-        )
+        raise ValueError(f"the anchor {edit.anchor!r} occurs {found} times in {edit.path}")
     after = edit.where == "after"
     return text.replace(edit.anchor, edit.anchor + edit.text if after else edit.text + edit.anchor)
 
@@ -98,7 +97,8 @@ def imported(path: str, paths: Iterable[str]) -> set[str]:
     text = read(path).decode()
     names = set(re.findall(r"\btests\.variational[\w.]*", text))
     for line in IMPORT.finditer(text):
-        names |= {line["module"], *(f"{line['module']}.{name}" for name in _words(line["names"]))}
+        names.add(line["module"])
+        names |= {f"{line['module']}.{name}" for name in NAME.findall(line["names"])}
     modules = {PUBLIC.get(name, name) for name in names}
     return {other for other in paths if _module(other) in modules} - {FACADE, path}
 
@@ -110,8 +110,7 @@ def read(path: str) -> bytes:
 
 def git(folder: Path, *arguments: str) -> str:
     """Run git in a folder and return what it prints."""
-    command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"git {' '.join(arguments[:2])}: {done.stderr.strip()}")
     return done.stdout
@@ -119,10 +118,10 @@ def git(folder: Path, *arguments: str) -> str:
 
 def _unpack_release(tree: Path) -> None:
     """Download the release that the edits were written for, and make a repository of it."""
-    download = f"pip --quiet download --no-deps --no-binary pymc {RELEASE.replace('-', '==')}"
+    tree.parent.mkdir(parents=True, exist_ok=True)
     if not (archive := tree.parent / f"{RELEASE}.tar.gz").exists():
-        command = [sys.executable, "-m", *download.split(), "--dest", str(tree.parent)]
-        subprocess.run(command, check=True)
+        download = "pip --quiet download --no-deps --no-binary pymc pymc==" + RELEASE[5:]
+        subprocess.run([sys.executable, "-m", *download.split()], cwd=tree.parent, check=True)
     with tarfile.open(archive) as files:
         files.extractall(tree.parent, filter="data")
     (tree.parent / RELEASE).rename(tree)
@@ -130,8 +129,8 @@ def _unpack_release(tree: Path) -> None:
         (tree / folder).mkdir(exist_ok=True)
         (tree / folder / "__init__.py").touch()
     git(tree, "init", "--quiet", "--initial-branch=main")
-    git(tree, "config", "user.name", "PyMC")
-    git(tree, "config", "user.email", "pymc@localhost")
+    for key, value in (("name", "PyMC"), ("email", "pymc@localhost")):
+        git(tree, "config", f"user.{key}", value)
     git(tree, "add", ".")
     git(tree, "commit", "--quiet", f"--message={RELEASE}")
 
@@ -140,7 +139,7 @@ def _facade(there: Iterable[str]) -> str:
     """Return the façade with the names of those modules alone whose files are there."""
     modules = {"sys", *map(_module, there)}
     text = IMPORT.sub(lambda line: line[0] if line["module"] in modules else "", FACADE_TEXT)
-    names = {name for line in IMPORT.finditer(text) for name in _words(line["names"])}
+    names = {name for line in IMPORT.finditer(text) for name in NAME.findall(line["names"])}
     text = re.sub(r' {4}"(\w+)",\n', lambda item: item[0] if item[1] in names else "", text)
     if "main" not in names:
         text = text.partition("\nif __name__")[0].replace("import sys\n\n", "")
@@ -162,15 +161,11 @@ def _module(path: str) -> str:
     return path.removesuffix(".py").replace("/", ".")
 
 
-def _words(names: str) -> list[str]:
-    return re.findall(r"\w+", names)
-
-
 FACADE_TEXT = read(FACADE).decode()
 PUBLIC = {
     f"{_module(FACADE)}.{name}": line["module"]
     for line in IMPORT.finditer(FACADE_TEXT)
-    for name in _words(line["names"])
+    for name in NAME.findall(line["names"])
 }
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main() -> None:
         git(tree, "switch", "--quiet", "--detach", f"streaming~{len(COMMITS) - number}")
         check_commit(tree, chosen.quick, " ".join(chosen.pytest))
     sys.stdout.write("\nThe whole branch\n")
-    # PyMC's script counts notes as errors, too; without any of both, mypy prints one line.
+    # PyMC counts notes as errors, too; without either, mypy prints one line.
     mypy = "mypy --follow-imports=silent pymc/variational/*stream*"
     run(tree, f'test "$({mypy} | tee /dev/stderr | wc -l)" -eq 1')
     run(tree, "python -m pytest -qq --collect-only tests/variational")

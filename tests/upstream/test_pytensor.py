@@ -57,12 +57,9 @@ def test_the_changes_to_pytensor_change_no_number(tmp_path):
     shutil.copytree(Path(pytensor.__file__).parent, changed / "pytensor")
     unchanged.mkdir()
     for patch in PATCHES:
-        applied = subprocess.run(
-            ["git", "apply", str(patch)], cwd=changed, capture_output=True, text=True
-        )
-        if applied.returncode:
-            assert pytensor.__version__ != WRITTEN_FOR, applied.stderr
-            pytest.skip(f"PyTensor {pytensor.__version__} has other code there: {applied.stderr}")
+        if subprocess.run(["git", "apply", str(patch)], cwd=changed).returncode:
+            assert pytensor.__version__ != WRITTEN_FOR
+            pytest.skip(f"PyTensor {pytensor.__version__} has other code there")
     file, found = fit(changed)
     assert Path(file).is_relative_to(changed)
     assert found == fit(unchanged)[1]
