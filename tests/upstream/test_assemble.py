@@ -24,8 +24,7 @@ from upstream.assemble import FOLDERS, ROOT, edited, git, imported, make_branch,
 from upstream.commits import COMMITS, FACADE, WORKFLOW, Edit
 
 EDITS = [edit for commit in COMMITS for edit in commit.edits]
-OWNED = "tests/variational/__init__.py"
-"""File that lies here, and that PyMC has."""
+OWNED = "tests/variational/__init__.py"  # lies here, and PyMC has its own
 REQUEST = (ROOT / "upstream" / "PULL_REQUEST.md").read_text()
 
 

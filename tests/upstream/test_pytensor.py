@@ -25,8 +25,7 @@ import pytensor
 import pytest
 
 PATCHES = sorted((Path(__file__).parents[2] / "upstream" / "pytensor").glob("*.patch"))
-WRITTEN_FOR = "3.3.8"
-"""Version of PyTensor to which all of them apply."""
+WRITTEN_FOR = "3.3.8"  # all of them apply to this version of PyTensor
 
 FIT = """
 import json, sys
