@@ -24,30 +24,28 @@ import os
 import time
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TimeRemainingColumn
-from rich.text import Text
-
-from pymc.progress_bar import CustomProgress
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle.passes import Done, gather, scatter
-from pymc.variational._streaming.preshuffle.plan import Plan, cut_table, make_plan, parse_bytes
+from pymc.variational._streaming.preshuffle.plan import (
+    Plan,
+    Table,
+    cut_table,
+    is_unchanged,
+    make_plan,
+    open_table,
+    parse_bytes,
+)
 from pymc.variational._streaming.preshuffle.publish import open_workspace, publish
-from pymc.variational._streaming.preshuffle.table import Table, is_unchanged, open_table
-from pymc.variational._streaming.preshuffle.types import add_dictionaries
-from pymc.variational._streaming.sources.base import positive_int
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
 from pymc.variational._streaming.sources.parquet.paths import Paths, resolve, stands_for
+from pymc.variational._streaming.utils import draw_seed, positive_int, progress_bar
 
 if TYPE_CHECKING:
-    import pyarrow
     import pyarrow.fs
 
 __all__ = ["PreshuffleReport", "preshuffle"]
@@ -173,26 +171,30 @@ def preshuffle(
     1000
     """
     start = time.monotonic()
-    _check_arguments(seed, columns, compression, row_group_size)
+    if compression not in _CODECS or not import_pyarrow().Codec.is_available(compression):
+        raise ValueError(f"compression={compression!r} is not available; pass one of {_CODECS}")
+    if row_group_size is not None:
+        positive_int("row_group_size", row_group_size)
     table = open_table(source, columns, filesystem)
     fs, path = resolve(destination, filesystem)
-    _check_overlap(source, filesystem, table, fs, path)
+    _refuse_overlap(source, filesystem, table, fs, path)
     plan = make_plan(
         table,
-        seed=int(seed),
+        seed=draw_seed(seed),
         memory_limit=parse_bytes(memory_limit),
         compression=compression,
         row_group_size=row_group_size,
     )
-    scratch = None if scratch is None else os.fspath(scratch)
+    own = ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1)) if executor is None else None
     with (
         open_workspace(fs, path, scratch=scratch, overwrite=overwrite) as work,
-        _own_or(executor, plan) as pool,
-        _progress(table.n_rows, progressbar) as advance,
+        own or contextlib.nullcontext(executor) as pool,
+        progress_bar("Shuffling", table.n_rows, show=progressbar) as advance,
     ):
         pieces = enumerate(cut_table(table, plan.task_rows))
         scattered = _run(scatter, pool, [(plan, work, *piece) for piece in pieces], advance)
-        shared = len(scattered.paths), _require_small(scattered.dictionaries, plan)
+        _require_small(scattered, plan)
+        shared = len(scattered.paths), scattered.dictionaries
         parts = range(plan.mark.n_files)
         gathered = _run(gather, pool, [(plan, work, part, *shared) for part in parts], advance)
         if not table.n_rows == scattered.rows == gathered.rows:
@@ -218,41 +220,23 @@ def preshuffle(
     )
 
 
-@dataclass(slots=True)
-class _Pass:
-    """What the tasks of a pass left behind, in the order of the tasks."""
-
-    rows: int = 0
-    bytes: int = 0
-    peak: int = 0
-    paths: list[str] = field(default_factory=list)
-    dictionaries: dict[str, "pyarrow.Array"] = field(default_factory=dict)
-
-    def add(self, done: Done) -> None:
-        self.rows += done.rows
-        self.bytes += done.bytes
-        self.peak = max(self.peak, done.peak)
-        self.paths.append(done.path)
-        add_dictionaries(self.dictionaries, done.dictionaries)
-
-
 def _run(
     function: Callable[..., Done],
     pool: Executor,
     tasks: list[tuple],
-    advance: Callable[[int], None],
-) -> _Pass:
+    advance: Callable[[float], None],
+) -> Done:
     """Run all tasks of a pass; if one fails, those that have not started never do."""
-    result, futures = _Pass(), deque[Future]()
+    total, futures = Done(), deque[Future]()
     try:
         for task in tasks:
             futures.append(pool.submit(function, *task))
         while futures:
             done = futures[0].result()
             futures.popleft()
-            result.add(done)
-            advance(done.rows)
-        return result
+            total.add(done)
+            advance(done.rows / 2)  # every row is in two passes
+        return total
     except BaseException as err:
         for future in futures:
             future.cancel()
@@ -265,37 +249,21 @@ def _run(
         ) from err
 
 
-def _require_small(
-    dictionaries: dict[str, "pyarrow.Array"], plan: Plan
-) -> dict[str, "pyarrow.Array"]:
-    """Return dictionaries that each task can hold."""
-    size = sum(values.nbytes for values in dictionaries.values())
+def _require_small(scattered: Done, plan: Plan) -> None:
+    """Refuse dictionaries that a task of the second pass could not hold."""
+    size = sum(values.nbytes for values in scattered.dictionaries.values())
     if size > plan.block_bytes:
         raise StreamError(
-            f"dictionary columns {list(dictionaries)} have {size} bytes of distinct values, "
-            f"memory_limit leaves {plan.block_bytes}; raise it, or decode them"
+            f"dictionary columns {list(scattered.dictionaries)} have {size} bytes of distinct "
+            f"values, memory_limit leaves {plan.block_bytes}; raise it, or decode them"
         )
-    return dictionaries
 
 
-def _check_arguments(
-    seed: int, columns: Sequence[str] | None, compression: str, row_group_size: int | None
-) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed={seed!r} must be a non-negative integer")
-    if isinstance(columns, str):
-        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
-    if compression not in _CODECS or not import_pyarrow().Codec.is_available(compression):
-        raise ValueError(f"compression={compression!r} is not available; pass one of {_CODECS}")
-    if row_group_size is not None:
-        positive_int("row_group_size", row_group_size)
-
-
-def _check_overlap(
+def _refuse_overlap(
     source: Paths, filesystem: Any, table: Table, fs: "pyarrow.fs.FileSystem", path: str
 ) -> None:
     """Refuse to write where the source is read, or where a glob would look for it next time."""
-    if not table.fs.equals(fs) and not _sees(fs, table):
+    if is_local(table.fs) != is_local(fs):
         return
     real = os.path.realpath if is_local(fs) else str
     entries = [source] if isinstance(source, str | os.PathLike) else source
@@ -314,46 +282,5 @@ def _check_overlap(
         )
 
 
-def _sees(fs: "pyarrow.fs.FileSystem", table: Table) -> bool:
-    """Whether a filesystem has the source too: one bucket can be opened in many ways."""
-    first = table.files[0]
-    try:
-        return fs.get_file_info(first.path).size == first.size
-    except (OSError, ValueError):  # its paths look different
-        return False
-
-
 def _is_inside(path: str, folder: str) -> bool:
     return f"{path.strip('/')}/".startswith(f"{folder.strip('/')}/")
-
-
-@contextlib.contextmanager
-def _own_or(executor: Executor | None, plan: Plan) -> Iterator[Executor]:
-    """Use the caller's executor, or threads of our own."""
-    if executor is not None:
-        yield executor
-        return
-    with ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1)) as pool:
-        yield pool
-
-
-@contextlib.contextmanager
-def _progress(n_rows: int, progressbar: bool) -> Iterator[Callable[[int], None]]:
-    """Show how many rows are through both passes, how fast, and how long it will take."""
-    bar = CustomProgress(
-        "[progress.description]{task.description}",
-        BarColumn(),
-        "[progress.percentage]{task.percentage:>3.0f}%",
-        _RowsPerSecond(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not progressbar,
-    )
-    with bar:
-        task = bar.add_task("Shuffling", total=n_rows)
-        yield lambda rows: bar.advance(task, rows / 2)
-
-
-class _RowsPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.0f} rows/s")

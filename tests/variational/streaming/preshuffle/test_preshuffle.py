@@ -25,10 +25,7 @@ import pytest
 from hypothesis import given, settings
 
 from pymc.variational._streaming.preshuffle import cli
-from pymc.variational._streaming.preshuffle.command import _check_overlap
 from pymc.variational._streaming.preshuffle.plan import parse_bytes
-from pymc.variational._streaming.preshuffle.table import open_table
-from pymc.variational._streaming.preshuffle.types import plain_schema
 from pymc.variational.streaming import StreamError, parquet_source, preshuffle
 from tests.variational.streaming import strategies
 from tests.variational.streaming.preshuffle.preshuffled import (
@@ -132,7 +129,7 @@ def test_timestamps_that_would_be_changed_are_refused(tmp_path):
     source = write(tmp_path / "in", table, use_deprecated_int96_timestamps=True)
     for columns in (None, ["end"], ["row", "days"]):
         name = (columns or ["end"])[-1]
-        with pytest.raises(ValueError, match=rf"a\.parquet: column '{name}' .*INT96.* rewrite"):
+        with pytest.raises(ValueError, match=rf"a\.parquet: column '{name}.*INT96.* rewrite"):
             shuffle(source, tmp_path / "out", columns=columns)
     assert shuffle(source, tmp_path / "out", columns=["row"]).rows == 1
 
@@ -197,17 +194,6 @@ def test_row_groups_of_a_partition_are_even(tmp_path, monkeypatch):
         metadata = pq.read_metadata(file)
         groups = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         assert groups == expected
-
-
-def test_numbers_that_repeat_are_written_as_dictionaries(tmp_path, monkeypatch):
-    """They take fewer bytes; numbers that hardly repeat would take more."""
-    cut_small(monkeypatch.setattr, tasks=1, block=1 << 20)
-    table = pa.table({"row": range(4000), "few": [k % 500 for k in range(4000)]})
-    shuffle(write(tmp_path / "in", table), tmp_path / "out")
-    (file,) = (tmp_path / "out").glob("*.parquet")
-    columns = [pq.read_metadata(file).row_group(0).column(i) for i in range(2)]
-    assert [column.has_dictionary_page for column in columns] == [False, True]
-    assert pq.read_table(tmp_path / "out").schema.types == [pa.int64(), pa.int64()]
 
 
 def test_the_mark_says_what_was_shuffled(tmp_path, monkeypatch):
@@ -282,7 +268,7 @@ def test_the_report_is_short_and_right(tmp_path):
         ({"seed": True}, "seed=True must be a non-negative integer"),
         ({"memory_limit": "much"}, "memory_limit='much' is not a size; pass bytes or a string"),
         ({"memory_limit": "1MB"}, r"memory_limit=1000000 is too small .*pass at least .*'\d+MB'"),
-        ({"columns": ["rows"]}, r"has no column 'rows', only \['row', 'twice'\]"),
+        ({"columns": ["rows"]}, r"has no column 'rows'; it has \['row', 'twice'\]"),
         ({"columns": ["row", "row"]}, "must be at least one, and distinct"),
         ({"compression": "zip"}, "compression='zip' is not available"),
         ({"row_group_size": 0}, "row_group_size=0 must be at least 1"),
@@ -319,13 +305,6 @@ def test_files_that_differ_in_columns_are_refused(tmp_path):
     pq.write_table(pa.table({"x": [1.5]}), source / "b.parquet")
     with pytest.raises(ValueError, match=r"b.parquet: its columns differ from those of"):
         shuffle(source, tmp_path / "out")
-
-
-def test_types_that_cannot_be_shuffled_are_named():
-    """Not all versions of pyarrow write such files."""
-    views = pa.schema({"views": pa.list_view(pa.int8())})
-    with pytest.raises(ValueError, match=r"column 'views' has type list_view.*cast it to list"):
-        plain_schema(views)
 
 
 @pytest.mark.usefixtures("small_tasks")
@@ -376,17 +355,6 @@ def test_no_spelling_hides_that_places_overlap(source, destination):
     with pytest.raises(ValueError, match="overlaps with source="):
         shuffle(source, destination, filesystem=memory, overwrite=True)
     assert pq.read_metadata(memory.open("/b/in/a.parquet")).num_rows == 100
-
-
-def test_one_place_in_two_filesystems_is_one_place(tmp_path):
-    """As a bucket that is opened with other options."""
-    source = numbered(tmp_path / "in", 100)
-    table = open_table(source, None, None)
-    other = pa.fs.SubTreeFileSystem("/", pa.fs.LocalFileSystem())
-    assert not table.fs.equals(other)
-    with pytest.raises(ValueError, match="overlaps with source="):
-        _check_overlap(source, None, table, other, str(source))
-    _check_overlap(source, None, table, other, str(tmp_path / "out"))
 
 
 def test_destinations_that_cannot_be_replaced_are_refused(tmp_path, monkeypatch):
