@@ -33,15 +33,13 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle.passes import Done, gather, scatter
 from pymc.variational._streaming.preshuffle.plan import (
     Plan,
-    Table,
-    cut_table,
+    cut_files,
     is_unchanged,
     make_plan,
-    open_table,
     parse_bytes,
 )
 from pymc.variational._streaming.preshuffle.publish import open_workspace, publish
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
+from pymc.variational._streaming.sources.parquet.files import ParquetInput, import_pyarrow, is_local
 from pymc.variational._streaming.sources.parquet.paths import Paths, resolve, stands_for
 from pymc.variational._streaming.utils import draw_seed, positive_int, progress_bar
 
@@ -108,10 +106,9 @@ def preshuffle(
     memory_limit : int or str, default "512MB"
         By how much the memory of each process may grow, in bytes or as "512MB" or "2GiB".
     scratch : path_like, optional
-        A directory or URI for rows between the two passes, which take as much space as
-        uncompressed rows in memory; all workers must reach it. If *destination* is on an object
-        store, the result is built here, too. Default: beside a local *destination*, else the
-        directory for temporary files.
+        A directory or URI, which all workers reach, for rows between the two passes, and for a
+        result that is uploaded. Default: beside a local *destination*, else the directory for
+        temporary files.
     executor : concurrent.futures.Executor, optional
         Runs the tasks: threads, processes, or a cluster, such as Dask's
         ``client.get_executor()``. Default: a thread per core, at most four.
@@ -139,9 +136,8 @@ def preshuffle(
         If an argument is wrong, *destination* and *source* overlap, or *memory_limit* is too
         small; the message says how much is enough.
     StreamError
-        If a source file changes meanwhile or cannot be read, another run writes to
-        *destination*, the disk is full, or rows between the passes were damaged. Nothing is
-        published then, and nothing is left: the same call starts over.
+        If a source file changes or cannot be read, another run writes to *destination*, or a disk
+        fails. Nothing is published then, and nothing is left: the same call starts over.
 
     Notes
     -----
@@ -150,17 +146,15 @@ def preshuffle(
     types, except that the indices of dictionary columns are at least int32, and the schema its
     metadata.
 
-    Before the result appears, the number of rows in its files is compared with that of the
-    source, and the source with what it was at the beginning. Rows between the passes carry
-    checksums that are verified when they are read; so do the pages of the result, which
-    :func:`parquet_source` verifies.
+    Rows between the passes and pages of the result carry checksums, which are verified when they
+    are read. Before the result appears, the number of its rows is compared with that of the source.
 
     References
     ----------
     Rao, C. R. (1961). Generation of random permutations of given number of elements using
-    random sampling numbers. Sankhya A 23, 305-307.
+    random sampling numbers. Sankhya A, 23, 305-307.
     Sandelius, M. (1962). A simple randomization procedure. Journal of the Royal Statistical
-    Society B 24, 472-481.
+    Society B, 24, 472-481.
 
     Examples
     --------
@@ -175,44 +169,49 @@ def preshuffle(
         raise ValueError(f"compression={compression!r} is not available; pass one of {_CODECS}")
     if row_group_size is not None:
         positive_int("row_group_size", row_group_size)
-    table = open_table(source, columns, filesystem)
-    fs, path = resolve(destination, filesystem)
-    _refuse_overlap(source, filesystem, table, fs, path)
-    plan = make_plan(
-        table,
+    plan, files = make_plan(
+        source,
+        columns,
+        filesystem,
         seed=draw_seed(seed),
         memory_limit=parse_bytes(memory_limit),
         compression=compression,
         row_group_size=row_group_size,
     )
-    own = ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1)) if executor is None else None
+    fs, path = resolve(destination, filesystem)
+    if is_local(plan.fs) == is_local(fs):
+        _refuse_overlap(source, filesystem, files, fs, path)
+    n_rows = plan.mark.n_rows
+    threads = min(plan.at_once, os.cpu_count() or 1)
     with (
         open_workspace(fs, path, scratch=scratch, overwrite=overwrite) as work,
-        own or contextlib.nullcontext(executor) as pool,
-        progress_bar("Shuffling", table.n_rows, show=progressbar) as advance,
+        ThreadPoolExecutor(threads)
+        if executor is None
+        else contextlib.nullcontext(executor) as pool,
+        progress_bar("Shuffling", n_rows, show=progressbar) as advance,
     ):
-        pieces = enumerate(cut_table(table, plan.task_rows))
+        pieces = enumerate(cut_files(files, plan.task_rows))
         scattered = _run(scatter, pool, [(plan, work, *piece) for piece in pieces], advance)
         _require_small(scattered, plan)
         shared = len(scattered.paths), scattered.dictionaries
         parts = range(plan.mark.n_files)
         gathered = _run(gather, pool, [(plan, work, part, *shared) for part in parts], advance)
-        if not table.n_rows == scattered.rows == gathered.rows:
+        if not n_rows == scattered.rows == gathered.rows:
             raise StreamError(
-                f"the source has {table.n_rows} rows, {scattered.rows} were read, "
+                f"the source has {n_rows} rows, {scattered.rows} were read, "
                 f"{gathered.rows} are in the result; nothing was published; "
                 "check the disk and run preshuffle again"
             )
-        if not is_unchanged(table, source, filesystem):
+        if not is_unchanged(plan.fs, files, source, filesystem):
             raise StreamError(
-                f"source={table.name!r} changed while it was being shuffled; "
+                f"source={plan.mark.source!r} changed while it was being shuffled; "
                 "nothing was published; run preshuffle again when it is at rest"
             )
         publish(work, gathered.paths)
     return PreshuffleReport(
-        rows=table.n_rows,
+        rows=n_rows,
         piles=plan.n_partitions,
-        bytes_read=sum(file.size for file in table.files) + scattered.bytes,
+        bytes_read=sum(file.size for file in files) + scattered.bytes,
         bytes_written=scattered.bytes + gathered.bytes,
         seconds=time.monotonic() - start,
         peak_memory=max(scattered.peak, gathered.peak),
@@ -260,11 +259,13 @@ def _require_small(scattered: Done, plan: Plan) -> None:
 
 
 def _refuse_overlap(
-    source: Paths, filesystem: Any, table: Table, fs: "pyarrow.fs.FileSystem", path: str
+    source: Paths,
+    filesystem: Any,
+    files: list[ParquetInput],
+    fs: "pyarrow.fs.FileSystem",
+    path: str,
 ) -> None:
     """Refuse to write where the source is read, or where a glob would look for it next time."""
-    if is_local(table.fs) != is_local(fs):
-        return
     real = os.path.realpath if is_local(fs) else str
     entries = [source] if isinstance(source, str | os.PathLike) else source
     roots = [real(resolve(entry, filesystem)[1]) for entry in entries]
@@ -274,7 +275,7 @@ def _refuse_overlap(
         for root in roots
         if _is_inside(place, root) or stands_for(fs, root, f"{place}/part.parquet")
     ]
-    below = [file.path for file in table.files if _is_inside(real(file.path), place)]
+    below = [file.path for file in files if _is_inside(real(file.path), place)]
     if inside or below:
         raise ValueError(
             f"destination={path!r} overlaps with source={(inside + below)[0]!r}; "

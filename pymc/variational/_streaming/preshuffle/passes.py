@@ -14,19 +14,12 @@
 """The two passes of an exact shuffle on disk, as tasks that any executor can run.
 
 Giving every row a random partition, independently, and then permuting each partition, puts the
-partitions one after the other in a uniformly random permutation of all rows [1]_, [2]_.
+partitions one after the other in a uniformly random permutation of all rows.
 Partitions of a fixed size would not: two neighbours would be kept apart too often.
 
 A scratch file is a sequence of blocks, each sorted by partition: an Arrow IPC message for every
 partition that has rows in the block.  An index at the end tells where the messages are, so that
 those of one partition can be read without the others, and which checksums they must have.
-
-References
-----------
-.. [1] Rao, C. R. (1961). Generation of random permutations of given number of elements using
-   random sampling numbers. Sankhya A, 23, 305-307.
-.. [2] Sandelius, M. (1962). A simple randomization procedure. Journal of the Royal Statistical
-   Society B, 24, 472-481.
 """
 
 import dataclasses
@@ -102,12 +95,12 @@ def scatter(plan: Plan, work: Workspace, index: int, pieces: Sequence[Piece]) ->
 
     def read() -> Iterator["pyarrow.RecordBatch"]:
         for piece in pieces:
-            for batch in read_piece(plan.fs, piece, plan.columns, plan.batch_rows):
+            for batch in read_piece(plan.fs, piece, plan.schema.names, plan.batch_rows):
                 add_dictionaries(dictionaries, dictionaries_of(batch))
                 yield to_plain(batch, plan.plain)
 
     path = _scratch_path(work, index)
-    labels = _generator(plan.seed, _LABELS, index)
+    labels = _generator(plan.mark.seed, _LABELS, index)
     with _slots[plan.at_once]:
         rows, size = _scatter_rows(
             work.scratch_fs, path, read(), plan.n_partitions, labels, plan.block_bytes
@@ -259,14 +252,14 @@ def _shuffle(
     if size > plan.block_bytes and n_rows > 1:
         path = f"{work.scratch}/{uuid.uuid4().hex}.rows"
         n_partitions = min(math.ceil(1.5 * size / plan.block_bytes), n_rows, MAX_PARTITIONS)
-        labels = _generator(plan.seed, _SUBLABELS, *place)
+        labels = _generator(plan.mark.seed, _SUBLABELS, *place)
         _scatter_rows(work.scratch_fs, path, batches, n_partitions, labels, plan.block_bytes)
         for partition in range(n_partitions):
             yield from _shuffle(plan, work, [path], (*place, partition))
         work.scratch_fs.delete_file(path)
     elif n_rows:
         rows = _concatenate(list(batches))
-        order = _generator(plan.seed, _ORDER, *place).permutation(rows.num_rows)
+        order = _generator(plan.mark.seed, _ORDER, *place).permutation(rows.num_rows)
         for chosen in np.array_split(order, math.ceil(len(order) / plan.row_group_rows)):
             yield _take(rows, chosen)
 

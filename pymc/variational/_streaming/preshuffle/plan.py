@@ -47,11 +47,9 @@ __all__ = [
     "MAX_PARTITIONS",
     "Piece",
     "Plan",
-    "Table",
-    "cut_table",
+    "cut_files",
     "is_unchanged",
     "make_plan",
-    "open_table",
     "parse_bytes",
     "read_piece",
 ]
@@ -95,37 +93,15 @@ Piece = tuple[ParquetInput, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """The files to shuffle, as they were found."""
-
-    name: str
-    """What the caller called them."""
-    fs: "pyarrow.fs.FileSystem"
-    files: tuple[ParquetInput, ...]
-    schema: "pyarrow.Schema"
-    """Schema of the chosen columns, with metadata."""
-    columns: tuple[str, ...] | None
-    row_bytes: float
-    """Bytes of an encoded row, in the row group where rows are widest."""
-    page_bytes: int
-    """Bytes of the pages that are in memory while a row group is read."""
-
-    @property
-    def n_rows(self) -> int:
-        return sum(file.n_rows for file in self.files)
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What all tasks of a shuffle share."""
 
     fs: "pyarrow.fs.FileSystem"
     """Filesystem of the source."""
-    columns: tuple[str, ...] | None
     schema: "pyarrow.Schema"
+    """Schema of the chosen columns, with metadata."""
     plain: "pyarrow.Schema"
     """The columns in types that can be taken apart by rows."""
-    seed: int
     task_rows: int
     """Rows that a task of the first pass reads, or some more."""
     n_partitions: int
@@ -138,7 +114,7 @@ class Plan:
     row_group_rows: int
     compression: str
     mark: PreshuffleMark
-    """Mark of the first file."""
+    """Mark of the first file, with seed, source and number of rows."""
 
 
 def parse_bytes(value: int | str) -> int:
@@ -152,78 +128,53 @@ def parse_bytes(value: int | str) -> int:
     return int(float(match[1]) * (_BINARY_UNITS[match[3]] if match[3] else _UNITS[match[2]]))
 
 
-def open_table(source: Paths, columns: Sequence[str] | None, filesystem: Any) -> Table:
-    """Find the files of *source*, and check that they have the same columns."""
+def make_plan(
+    source: Paths,
+    columns: Sequence[str] | None,
+    filesystem: Any,
+    *,
+    seed: int,
+    memory_limit: int,
+    compression: str,
+    row_group_size: int | None,
+) -> tuple[Plan, list[ParquetInput]]:
+    """Find the files of *source*, and choose how many rows a task holds."""
     fs, paths = list_parquet(source, filesystem)
-    files, schema, row_bytes, page_bytes = [], None, 1.0, 0
-    for path in paths:
-        file, metadata = inspect(fs, path)
-        found = _choose(metadata, columns, path)
-        schema = found if schema is None else _unify(schema, found, path, paths[0])
-        files.append(file)
-        for group in range(metadata.num_row_groups):
-            row, pages = _measure_group(metadata.row_group(group), set(found.names))
-            row_bytes, page_bytes = max(row_bytes, row), max(page_bytes, pages)
-    assert schema is not None
+    files, schema, row_bytes, page_bytes = _open_files(fs, paths, columns)
     if columns is None:
         _refuse_partitions(paths, schema.names)
-    return Table(
-        name=_name(source),
-        fs=fs,
-        files=tuple(files),
-        schema=schema,
-        columns=None if columns is None else tuple(columns),
-        row_bytes=row_bytes,
-        # A page is held as stored and as decoded; remote reads are buffered by about as much.
-        page_bytes=page_bytes * (2 if is_local(fs) else 3),
+    n_rows, name = sum(file.n_rows for file in files), _name(source)
+    if not n_rows:
+        raise ValueError(f"source={name!r} holds no rows; there is nothing to shuffle")
+    plain = plain_schema(schema)
+    sampled = _sample(fs, files, schema.names, max(1, int(_BATCH_BYTES / row_bytes)))
+    in_memory = max(
+        1.0, sum(to_plain(b, plain).nbytes / b.num_rows for b in sampled) / len(sampled)
     )
-
-
-def is_unchanged(table: Table, source: Paths, filesystem: Any) -> bool:
-    """Return whether *source* still is what was found, by a look at each file."""
-    fs, paths = list_parquet(source, filesystem)
-    if paths != [file.path for file in table.files]:
-        return False
-    if not is_local(fs):  # where the time of the last modification may be unknown
-        return all(inspect(fs, file.path)[0] == file for file in table.files)
-    pairs = zip(fs.get_file_info(paths), table.files)
-    return all((info.size, info.mtime_ns) == (file.size, file.mtime_ns) for info, file in pairs)
-
-
-def make_plan(
-    table: Table, *, seed: int, memory_limit: int, compression: str, row_group_size: int | None
-) -> Plan:
-    """Choose how many partitions there are, and how many rows a task holds."""
-    if not table.n_rows:
-        raise ValueError(f"source={table.name!r} holds no rows; there is nothing to shuffle")
-    plain = plain_schema(table.schema)
-    row_bytes = _sample_row_bytes(table, plain)
-    widest = max(table.row_bytes, row_bytes)
-    at_once, block = _share(memory_limit, table, widest)
-    total = table.n_rows * row_bytes
+    widest = max(row_bytes, in_memory)
+    at_once, block = _share(memory_limit, len(schema), widest, page_bytes)
+    total = n_rows * in_memory
     n_tasks = min(_FEWEST_TASKS, math.ceil(total / _SMALL_TASK))
     # Partitions are of random sizes; with some space, few of them are larger than a block.
     n_partitions = min(max(n_tasks, math.ceil(1.2 * total / block)), MAX_PARTITIONS)
     per_file = max(1, n_partitions // max(_FEWEST_FILES, math.ceil(total / _LARGE_TASK)))
-    group_rows = max(1, min(int(min(_ROW_GROUP_BYTES, block) / row_bytes), PIECE_ROWS))
+    group_rows = max(1, min(int(min(_ROW_GROUP_BYTES, block) / in_memory), PIECE_ROWS))
     # The contents identify the source, wherever its files are.
-    fingerprint = digest([(file.size, file.digest) for file in table.files], table.schema.names)
+    fingerprint = digest([(file.size, file.digest) for file in files], schema.names)
     mark = PreshuffleMark(
         shuffle=digest(fingerprint, seed, memory_limit, compression, row_group_size),
         seed=seed,
-        source=table.name,
+        source=name,
         fingerprint=fingerprint,
-        n_rows=table.n_rows,
+        n_rows=n_rows,
         n_files=math.ceil(n_partitions / per_file),
         index=0,
     )
-    return Plan(
-        fs=table.fs,
-        columns=table.columns,
-        schema=table.schema,
+    plan = Plan(
+        fs=fs,
+        schema=schema,
         plain=plain,
-        seed=seed,
-        task_rows=max(1, int(min(_LARGE_TASK, total / n_tasks) / row_bytes)),
+        task_rows=max(1, int(min(_LARGE_TASK, total / n_tasks) / in_memory)),
         n_partitions=n_partitions,
         partitions_per_file=per_file,
         at_once=at_once,
@@ -233,13 +184,27 @@ def make_plan(
         compression=compression,
         mark=mark,
     )
+    return plan, files
 
 
-def cut_table(table: Table, task_rows: int) -> Iterator[tuple[Piece, ...]]:
+def is_unchanged(
+    fs: "pyarrow.fs.FileSystem", files: list[ParquetInput], source: Paths, filesystem: Any
+) -> bool:
+    """Return whether *source* still is what was found, by a look at each file."""
+    paths = list_parquet(source, filesystem)[1]
+    if paths != [file.path for file in files]:
+        return False
+    if not is_local(fs):  # where the time of the last modification may be unknown
+        return all(inspect(fs, file.path)[0] == file for file in files)
+    pairs = zip(fs.get_file_info(paths), files)
+    return all((info.size, info.mtime_ns) == (file.size, file.mtime_ns) for info, file in pairs)
+
+
+def cut_files(files: list[ParquetInput], task_rows: int) -> Iterator[tuple[Piece, ...]]:
     """Cut the row groups of all files into runs of about *task_rows*, one for each task."""
     run: list[Piece] = []
     n_rows = 0
-    for file in table.files:
+    for file in files:
         first = 0
         for group, rows in enumerate(file.group_rows, start=1):
             n_rows += rows
@@ -254,7 +219,7 @@ def cut_table(table: Table, task_rows: int) -> Iterator[tuple[Piece, ...]]:
 
 
 def read_piece(
-    fs: "pyarrow.fs.FileSystem", piece: Piece, columns: Sequence[str] | None, batch_rows: int
+    fs: "pyarrow.fs.FileSystem", piece: Piece, columns: Sequence[str], batch_rows: int
 ) -> Iterator["pyarrow.RecordBatch"]:
     """Yield batches of the row groups of a piece, in bounded memory."""
     file, groups = piece
@@ -264,10 +229,10 @@ def read_piece(
         yield batch
 
 
-def _share(limit: int, table: Table, widest: float) -> tuple[int, int]:
+def _share(limit: int, n_columns: int, widest: float, page_bytes: int) -> tuple[int, int]:
     """Return how many tasks may run at once, and how many bytes of rows each may hold."""
     available = limit - _PROCESS_OVERHEAD
-    overhead = _TASK_OVERHEAD + table.page_bytes
+    overhead = _TASK_OVERHEAD + page_bytes
     smallest = max(_SMALLEST_BLOCK, math.ceil(4 * widest))
     at_once = MAX_AT_ONCE
     while at_once > 1 and available // at_once < overhead + _COPIES * max(smallest, _GOOD_BLOCK):
@@ -276,23 +241,40 @@ def _share(limit: int, table: Table, widest: float) -> tuple[int, int]:
     if block < smallest:
         enough = math.ceil((_PROCESS_OVERHEAD + overhead + _COPIES * smallest) / 10**6)
         raise ValueError(
-            f"memory_limit={limit} is too small for {len(table.schema)} columns in rows of up to "
+            f"memory_limit={limit} is too small for {n_columns} columns in rows of up to "
             f"{math.ceil(widest)} bytes; pass at least memory_limit='{enough}MB'"
         )
     return at_once, min(block, _LARGEST_BLOCK)
 
 
-def _sample_row_bytes(table: Table, plain: "pyarrow.Schema") -> float:
-    """Return the bytes of a row in memory, in a sample of the first rows of some row groups."""
-    pieces = [
-        (file, (g,)) for file in table.files for g, rows in enumerate(file.group_rows) if rows
-    ]
-    n_rows = max(1, min(_SAMPLED_ROWS, int(_BATCH_BYTES / table.row_bytes)))
-    size, rows = 0, 0
-    for piece in pieces[:: math.ceil(len(pieces) / _SAMPLED_GROUPS)]:
-        batch = to_plain(next(read_piece(table.fs, piece, table.columns, n_rows)), plain)
-        size, rows = size + batch.nbytes, rows + batch.num_rows
-    return max(size / rows, 1.0)
+def _open_files(
+    fs: "pyarrow.fs.FileSystem", paths: list[str], columns: Sequence[str] | None
+) -> tuple[list[ParquetInput], "pyarrow.Schema", float, int]:
+    """Return the files, their common schema, and how large their rows and pages are.
+
+    The sizes are bytes of an encoded row, where rows are widest, and of the pages that are in
+    memory while a row group is read.
+    """
+    files, schema, row_bytes, page_bytes = [], None, 1.0, 0
+    for path in paths:
+        file, metadata = inspect(fs, path)
+        found = _choose(metadata, columns, path)
+        schema = found if schema is None else _unify(schema, found, path, paths[0])
+        files.append(file)
+        for group in range(metadata.num_row_groups):
+            row, pages = _measure_group(metadata.row_group(group), set(found.names))
+            row_bytes, page_bytes = max(row_bytes, row), max(page_bytes, pages)
+    # A page is held as stored and as decoded; remote reads are buffered by about as much.
+    return files, schema, row_bytes, page_bytes * (2 if is_local(fs) else 3)
+
+
+def _sample(
+    fs: "pyarrow.fs.FileSystem", files: list[ParquetInput], columns: list[str], n_rows: int
+) -> list["pyarrow.RecordBatch"]:
+    """Return the first rows of some row groups."""
+    pieces = [(file, (g,)) for file in files for g, rows in enumerate(file.group_rows) if rows]
+    chosen = pieces[:: math.ceil(len(pieces) / _SAMPLED_GROUPS)]
+    return [next(read_piece(fs, piece, columns, min(n_rows, _SAMPLED_ROWS))) for piece in chosen]
 
 
 def _measure_group(group: Any, columns: Collection[str]) -> tuple[float, int]:
@@ -353,7 +335,7 @@ def _widen(field: "pyarrow.Field") -> "pyarrow.Field":
 def _refuse_partitions(paths: Sequence[str], columns: Sequence[str]) -> None:
     """Refuse to lose columns that only the names of folders hold, such as ``day=1``."""
     folders = [{part for part in path.split("/")[:-1] if "=" in part} for path in paths]
-    differ = set.union(*folders) - set.intersection(*folders)
+    differ = folders[0].union(*folders) - folders[0].intersection(*folders)
     lost = sorted({part.partition("=")[0] for part in differ}.difference(columns))
     if lost:
         raise ValueError(
