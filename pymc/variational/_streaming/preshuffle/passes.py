@@ -22,6 +22,7 @@ partition that has rows in the block.  An index at the end tells where the messa
 those of one partition can be read without the others, and which checksums they must have.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -101,7 +102,7 @@ def scatter(plan: Plan, work: Workspace, index: int, pieces: Sequence[Piece]) ->
 
     path = _scratch_path(work, index)
     labels = _generator(plan.mark.seed, _LABELS, index)
-    with _slots[plan.at_once]:
+    with _memory_for_a_task(plan.at_once):
         rows, size = _scatter_rows(
             work.scratch_fs, path, read(), plan.n_partitions, labels, plan.block_bytes
         )
@@ -124,12 +125,24 @@ def gather(
         for batch in _shuffle(plan, work, paths, (partition,))
     )
     path = f"{work.parts}/{uuid.uuid4().hex}.parquet"
-    with _slots[plan.at_once]:
+    with _memory_for_a_task(plan.at_once):
         _write_part(plan, work.parts_fs, path, index, batches)
         if is_local(work.parts_fs):
             flush(path)
         written, _ = inspect(work.parts_fs, path)
         return Done(written.n_rows, written.size, _peak_memory(), [path])
+
+
+@contextlib.contextmanager
+def _memory_for_a_task(at_once: int) -> Iterator[None]:
+    """Wait until fewer than *at_once* tasks run in this process."""
+    with _slots[at_once]:
+        try:
+            yield
+        finally:
+            if at_once < MAX_AT_ONCE:
+                # Memory is tight, and an allocator keeps what each thread of the executor had.
+                import_pyarrow().default_memory_pool().release_unused()
 
 
 def _peak_memory() -> int:
