@@ -30,7 +30,7 @@ from pymc.variational._streaming.order.preflight import preflight
 from pymc.variational._streaming.order.report import OrderReport, Stream, report_one_window
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.base import Source
-from pymc.variational._streaming.utils import draw_seed, positive_int
+from pymc.variational._streaming.utils import positive_int
 
 __all__ = ["OrderCheck", "OrderReport", "check_order"]
 
@@ -86,8 +86,14 @@ def check_order(source: Any, *, buffer_size: int | None = None, seed: int = 0) -
         window = positive_int("buffer_size", buffer_size)
     rows.probe()
     stream = Stream(rows, window, rows.n_rows)
-    report, _ = preflight(stream, draw_seed(seed))
-    return report or _read_all(stream)
+    report = preflight(stream, seed)
+    if report is not None:
+        return report
+    monitor = Monitor(stream)
+    for block in rows.blocks():
+        require_exact(block, block.dtype, rows, monitor.stop)
+        monitor.add(monitor.stop, block)
+    return monitor.compare(last=True) or report_one_window(stream._replace(n_rows=monitor.stop))
 
 
 class OrderCheck:
@@ -107,16 +113,17 @@ class OrderCheck:
             raise ValueError(
                 f"order_check={action!r} is not a choice; pass 'warn', 'raise' or 'off'"
             )
-        self._stream = Stream(*_windows(source, batch_size), n_rows)
+        rows, window = _windows(source, batch_size)
+        self._stream = Stream(rows, window, rows.n_rows or n_rows)
         self._action = action
         self._finding: OrderReport | None = None
         self._warned = False
-        self._sampled = action == "off" or self._stream.source.shuffled
-        self._monitor = Monitor(self._stream)
-        self._epoch, self._start, self._stop = -1, 0, 0
-        """Epoch, and range of its rows, that the monitor has."""
-        self._whole = False
-        """Whether that is a whole epoch."""
+        self._sampled = action == "off" or rows.shuffled
+        self._monitor: Monitor | None = None
+        self._epoch = -1
+        """Epoch that the monitor compares."""
+        self._watched = False
+        """Whether the monitor has compared all of an epoch; others would count twice."""
         self._complete = self._sampled
         """Whether the comparisons covered all of the table."""
 
@@ -124,7 +131,7 @@ class OrderCheck:
         """Sample the source, once, and raise or warn if its rows are in an order."""
         if not self._sampled:
             self._sampled = True
-            report, self._monitor.features = preflight(self._stream, seed=0)
+            report = preflight(self._stream, seed=0)
             self._complete = report is not None
             if report is not None and report.ordered:
                 self._finding = report
@@ -164,21 +171,16 @@ class OrderCheck:
 
     def _compare(self, item: Chunk | EpochEnd) -> OrderReport | None:
         """Compare windows up to this item; report only order that matters."""
-        if item.epoch < self._epoch or (self._whole and self._stream.source.seed is None):
-            return None  # the same windows would count twice
+        if self._watched or item.epoch < self._epoch:
+            return None
         ends = isinstance(item, EpochEnd)
         first = item.n_rows if isinstance(item, EpochEnd) else item.offset
-        if item.epoch > self._epoch:
-            self._epoch, self._start, self._stop = item.epoch, first, first
-            self._monitor.start_epoch()
+        if item.epoch > self._epoch or self._monitor is None:
+            self._epoch, self._monitor = item.epoch, Monitor(self._stream, first)
         if isinstance(item, Chunk):
-            # A stream that was closed and opened again repeats some rows.
-            new = item.rows[max(0, self._stop - first) :]
-            if len(new):
-                self._stop = first + len(item.rows)
-                self._monitor.add(self._stop - len(new), new)
-        self._whole = ends and self._start == 0
-        self._complete |= ends or self._start > 0
+            self._monitor.add(item.offset, item.rows)
+        self._watched = ends and self._monitor.start == 0
+        self._complete |= ends or self._monitor.start > 0
         report = self._monitor.compare(last=ends)
         return report if report is not None and report.ordered else None
 
@@ -188,14 +190,3 @@ def _windows(source: Source, batch_size: int) -> tuple[Source, int]:
     if isinstance(source, ShuffleBuffer):
         return source.source, source.buffer_size
     return source, batch_size
-
-
-def _read_all(stream: Stream) -> OrderReport:
-    """Read an epoch from end to end."""
-    monitor = Monitor(stream)
-    n_rows = 0
-    for rows in stream.source.blocks():
-        require_exact(rows, rows.dtype, stream.source, n_rows)
-        monitor.add(n_rows, rows)
-        n_rows += len(rows)
-    return monitor.compare(last=True) or report_one_window(stream, n_rows)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pymc.variational._streaming.batches.compiled import compiled
-from pymc.variational._streaming.order.anova import PowerSums
+from pymc.variational._streaming.order.anova import PILOT_ROWS, PowerSums
 
 __all__ = ["Features"]
 
@@ -32,8 +32,7 @@ _CLIP_RARE = 3.0
 """Limit in typical values of a column that is mostly one value, as amounts of rare events are: high
 enough to see amounts drift, and so low that each of the events counts."""
 _ALL_PRODUCTS = 8
-"""With more columns than this, products are with the last column and of projections."""
-_PROJECTIONS = 16
+"""With more columns than this, products are squares and those with the last column."""
 _TILE = 256
 """Number of rows whose features are computed and summed while they are cached."""
 
@@ -51,12 +50,10 @@ class _Scaling(NamedTuple):
     constant: np.ndarray
     """Whether a column was constant in the pilot sample, as a label of sorted rows is: then
     departures from that value are the feature."""
-    projections: np.ndarray
-    """Random directions, shape (n_projections, n_columns)."""
     left: np.ndarray
-    """The first factor of each product, counted over columns and then projections."""
+    """Column that is the first factor of each product."""
     right: np.ndarray
-    """The second factor of each product."""
+    """Column that is the second factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +67,18 @@ class Features:
     scaling: _Scaling
 
     @classmethod
-    def fit(cls, pilot: np.ndarray, columns: Sequence[str] | None) -> "Features":
-        """Choose and scale the features for rows like those of *pilot*."""
-        values = np.ascontiguousarray(_flat(pilot).T, dtype="float64")
+    def fit(cls, rows: np.ndarray, columns: Sequence[str] | None) -> "Features":
+        """Choose and scale the features on some of these rows."""
+        pilot = _flat(rows[:: -(-len(rows) // PILOT_ROWS)])
+        values = np.ascontiguousarray(pilot.T, dtype="float64")
         kinds = [_standardise(column) for column in values]
-        centre, scale, limit = (np.array(part) for part in list(zip(*kinds))[:3])
-        squared = np.array([kind[3] for kind in kinds])
-        n_random = _PROJECTIONS if len(values) > _ALL_PRODUCTS else 0
-        projections = np.random.default_rng(0).normal(size=(n_random, len(values)))
-        projections /= np.sqrt(len(values))
-        left, right = _pairs(squared, n_random)
+        centre, scale, limit, squared = (np.array(part) for part in zip(*kinds))
+        left, right = _pairs(squared)
         factor = 1.0 / np.where(scale, scale, 1.0)
         return cls(
-            _names(columns, centre, scale, n_random, left, right),
-            _Scaling(centre, factor, limit, scale == 0, projections, left, right),
+            _names(columns, centre, scale, left, right),
+            _Scaling(centre, factor, limit, scale == 0, left, right),
         )
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def sums(
         self, rows: np.ndarray, offset: int, window: int, picks: np.ndarray
@@ -132,23 +123,19 @@ def _standardise(column: np.ndarray) -> tuple[float, float, float, bool]:
     return centre, float(np.median(deviations[deviations > 0])), _CLIP_RARE, True
 
 
-def _pairs(squared: np.ndarray, n_random: int) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Choose the pairs of columns whose products are compared."""
     d = len(squared)
-    if d <= _ALL_PRODUCTS:
-        left, right = np.triu_indices(d)
-    else:
-        left = np.concatenate([np.arange(d + n_random), np.arange(d - 1)])
-        right = np.concatenate([np.arange(d + n_random), np.full(d - 1, d - 1)])
-    square = np.concatenate([squared, np.ones(n_random, bool)])
-    keep = (left != right) | square[left]
+    left, right = np.triu_indices(d)
+    keep = (left != right) | squared[left]
+    if d > _ALL_PRODUCTS:
+        keep &= (left == right) | (right == d - 1)
     return left[keep], right[keep]
 
 
-def _names(columns, centre, scale, n_random, left, right) -> tuple[str, ...]:
+def _names(columns, centre, scale, left, right) -> tuple[str, ...]:
     base = list(columns or [f"column {j}" for j in range(len(centre))])
     base = [f"{b} ≠ {c:g}" if not s else b for b, c, s in zip(base, centre, scale)]
-    base += [f"projection {j}" for j in range(n_random)]
     products = [
         f"{base[i]} squared" if i == j else f"{base[i]} × {base[j]}" for i, j in zip(left, right)
     ]
@@ -167,21 +154,15 @@ def _evaluate(rows, at, out, scaling):
             else:
                 scaled = (value - scaling.centre[j]) * scaling.factor[j]
                 out[j, i] = min(max(scaled, -scaling.limit[j]), scaling.limit[j])
-    n_base = d + len(scaling.projections)
-    for p in range(len(scaling.projections)):
-        out[d + p] = 0.0
-        for j in range(d):
-            for i in range(n):
-                out[d + p, i] += scaling.projections[p, j] * out[j, i]
     for q in range(len(scaling.left)):
         for i in range(n):
-            out[n_base + q, i] = out[scaling.left[q], i] * out[scaling.right[q], i]
+            out[d + q, i] = out[scaling.left[q], i] * out[scaling.right[q], i]
 
 
 @compiled(fastmath={"reassoc", "contract"})
 def _sum_features(rows, offset, window, picks, scaling):
     """Return the first four powers of all features, and sums and sizes of each window."""
-    n_features = len(scaling.centre) + len(scaling.projections) + len(scaling.left)
+    n_features = len(scaling.centre) + len(scaling.left)
     n_windows = (offset + len(rows) - 1) // window - offset // window + 1
     powers, sums = np.zeros((4, n_features)), np.zeros((n_windows, n_features))
     sizes = np.zeros(n_windows, np.int64)

@@ -16,19 +16,24 @@
 import json
 import re
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from pymc.variational._streaming.order.anova import Comparison
+from scipy import stats
+
 from pymc.variational._streaming.sources.base import Source
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["OrderReport", "Stream", "make_report", "report_one_window"]
+__all__ = ["Comparison", "OrderReport", "Stream", "make_report", "report_one_window"]
 
+_MAX_DESIGN_EFFECT = 5.0
+_MAX_DRIFT = 10.0
+"""Posterior standard deviations; in-RAM minibatches leave a last iterate about that far off."""
 _SHOWN = 3
 """Number of features in the figure."""
 
@@ -41,7 +46,35 @@ class Stream(NamedTuple):
     window: int
     """Number of rows that are shuffled together, or of a batch where nothing is shuffled."""
     n_rows: int | None
-    """Number of rows in the table, where it is known."""
+    """Number of rows in the table, or of those seen so far where it is unknown."""
+
+
+class Comparison(NamedTuple):
+    """Groups of rows that were compared feature by feature."""
+
+    names: Sequence[str]
+    """Names of the features."""
+    p_value: np.ndarray
+    """shape (n_features,)"""
+    correlation: np.ndarray
+    """Correlation ρ of rows in the same group, shape (n_features,)."""
+    threshold: float
+    """P-value below which a feature may raise the alarm."""
+    span: int
+    """Number of rows of the table that a group stands for."""
+    n_groups: int
+    n_units: int
+    """Number of units (rows, or blocks of rows) in all groups."""
+    rows_read: int
+    """Number of rows that the comparison used."""
+    positions: np.ndarray
+    """Middle of each group of the figure, as a share of the table; shape (k,)."""
+    means: np.ndarray
+    """Mean of each feature there, in its standard deviations; shape (k, n_features)."""
+    noise: np.ndarray
+    """Standard error that random groups would have; shape (k, n_features)."""
+    note: str = ""
+    """What limits the comparison, or what else it found."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,17 +106,17 @@ class OrderReport:
     """Drift that this check would just have seen."""
     rows_read: int = 0
     """Number of rows that the comparison used."""
-    comparison: Comparison | None = field(default=None, repr=False)
+    _found: Comparison | None = field(default=None, repr=False)
     """Statistics of all features; None if one window holds the whole table."""
-    shown: tuple[int, ...] = field(default=(), repr=False)
+    _shown: Sequence[int] = field(default=(), repr=False)
     """Features of the figure in the comparison, worst first."""
 
     def __str__(self) -> str:
-        if self.comparison is None:
+        if self._found is None:
             return f"Nothing to compare: one window of {self.window:,} rows holds the whole table."
-        groups = self._groups(self.comparison)
+        groups = self._groups(self._found)
         verdict = self._alarm(groups) if self.ordered else self._all_clear(groups)
-        return f"{verdict} {self.comparison.note}".strip()
+        return f"{verdict} {self._found.note}".strip()
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Plot window means of the worst features over the table, with their expected band.
@@ -101,8 +134,8 @@ class OrderReport:
             import matplotlib.pyplot as plt
 
             _, ax = plt.subplots()
-        if self.comparison is not None:
-            self._plot_means(ax, self.comparison)
+        if self._found is not None:
+            self._plot_means(ax, self._found)
         ax.axhline(0, color="0.6", lw=0.8, zorder=0)
         verdict = "Ordered rows" if self.ordered else "No order found"
         ax.set(
@@ -114,7 +147,7 @@ class OrderReport:
         return ax
 
     def _plot_means(self, ax: "Axes", found: Comparison) -> None:
-        for j in self.shown:
+        for j in self._shown:
             means, band = found.means[:, j], 1.96 * found.noise[:, j]
             (line,) = ax.plot(found.positions, means, "o-", ms=4, lw=1, label=found.names[j])
             ax.fill_between(found.positions, -band, band, color=line.get_color(), alpha=0.12, lw=0)
@@ -131,8 +164,8 @@ class OrderReport:
             f"The rows are in an order that the stream does not mix: {self.feature!r} differs "
             f"between {groups}. Shuffle the table once: {self.repair}. "
             f"The design effect is {self.design_effect:,.0f} (means vary that many times as much "
-            f"as those of random rows; p = {_format_p(self.p_value)}, alarm below "
-            f"{_format_p(self.threshold)}), one window covers {share:.2g} % of the "
+            f"as those of random rows; p = {self.p_value:.1g}, alarm below "
+            f"{self.threshold:.1g}), one window covers {share:.2g} % of the "
             f"{self.n_rows:,} rows, and posterior means can drift by about {self.drift:,.0f} "
             "posterior standard deviations."
         )
@@ -141,15 +174,15 @@ class OrderReport:
         if self.p_value < self.threshold:
             finding = (
                 f"No order that a posterior would notice: {self.feature!r} differs between "
-                f"{groups} (p = {_format_p(self.p_value)}), but with a design effect of "
+                f"{groups} (p = {self.p_value:.1g}), but with a design effect of "
                 f"{self.design_effect:.2g} a fit drifts by about {self.drift:.2g} posterior "
                 "standard deviations."
             )
         else:
             finding = (
                 f"No order found: {groups} differ no more than random ones would "
-                f"(least p = {_format_p(self.p_value)}, for {self.feature!r}; alarm below "
-                f"{_format_p(self.threshold)})."
+                f"(least p = {self.p_value:.1g}, for {self.feature!r}; alarm below "
+                f"{self.threshold:.1g})."
             )
         return (
             f"{finding} It used {self.rows_read:,} of {self.n_rows:,} rows, and would not have "
@@ -159,67 +192,69 @@ class OrderReport:
 
 
 def make_report(stream: Stream, found: Comparison) -> OrderReport:
-    """Report the features that differ most between groups."""
-    alarming = found.alarming
-    order = np.lexsort((-found.correlation, found.p_value))
-    worst = sorted(order, key=lambda j: -found.correlation[j] if alarming[j] else 1.0)
+    """Report the features that differ most between groups.
+
+    An alarm is a difference that is significant, and large enough for a posterior to notice.
+    The mean of a group is off by σ √ρ, and the posterior's own is known to σ / √N; so the last
+    iterate drifts by about √(ρN) posterior standard deviations.
+    """
+    n_rows = cast(int, stream.n_rows)
+    design_effect = 1.0 + (found.span - 1.0) * found.correlation
+    drift = np.sqrt(found.correlation * n_rows)
+    noticed = (design_effect > _MAX_DESIGN_EFFECT) | (drift > _MAX_DRIFT)
+    alarming = (found.p_value < found.threshold) & noticed
+    alarms_first = np.where(alarming, -found.correlation, 1.0)
+    worst = np.lexsort((-found.correlation, found.p_value, alarms_first))
     first = worst[0]
     return OrderReport(
         window=stream.window,
-        n_rows=found.n_rows,
+        n_rows=n_rows,
         repair=_repair(stream.source),
         ordered=bool(alarming.any()),
         feature=found.names[first],
         p_value=float(found.p_value[first]),
         threshold=found.threshold,
-        design_effect=float(found.design_effect[first]),
-        drift=float(found.drift[first]),
-        visible=found.visible_drift(),
+        design_effect=float(design_effect[first]),
+        drift=float(drift[first]),
+        visible=_visible_drift(found, n_rows),
         rows_read=found.rows_read,
-        comparison=found,
-        shown=tuple(worst[:_SHOWN]),
+        _found=found,
+        _shown=tuple(worst[:_SHOWN]),
     )
 
 
-def report_one_window(stream: Stream, n_rows: int) -> OrderReport:
+def _visible_drift(found: Comparison, n_rows: int) -> float:
+    """Return the drift of a feature that would just raise the alarm."""
+    n, k = found.n_units, found.n_groups
+    if n <= k:
+        return np.inf
+    ratio = stats.f.isf(found.threshold, k - 1, n - k)
+    significant = min((ratio - 1.0) * k / max(found.rows_read, 1), 1.0)
+    noticed = min(_MAX_DRIFT**2 / n_rows, (_MAX_DESIGN_EFFECT - 1.0) / max(found.span - 1.0, 1.0))
+    return float(np.sqrt(max(significant, noticed) * n_rows))
+
+
+def report_one_window(stream: Stream) -> OrderReport:
     """Report that there is nothing to compare."""
-    return OrderReport(stream.window, n_rows, _repair(stream.source))
+    return OrderReport(stream.window, cast(int, stream.n_rows), _repair(stream.source))
 
 
 def _repair(source: Source) -> str:
     """Return the call that shuffles the rows of *source* for good."""
     if source.path is not None:
-        path, target = _literal(source.path), _beside(source.path, "shuffled")
-        return f"preshuffle({path}, {target}, seed=0)"
-    if source.ipc_path is not None:
-        path, parquet = _literal(source.ipc_path), _beside(source.ipc_path, "parquet")
-        files = f"sorted(glob.glob({path}))" if _is_glob(source.ipc_path) else path
-        return (
-            f'pyarrow.dataset.write_dataset(pyarrow.dataset.dataset({files}, format="arrow"), '
-            f'{parquet}, format="parquet"); '
-            f"preshuffle({parquet}, {_beside(source.ipc_path, 'shuffled')}, seed=0)"
-        )
+        return f"preshuffle({_literal(source.path)}, {_shuffled(source.path)}, seed=0)"
     starts = source.read_starts(np.ones(1, np.int64))
     if starts is not None and starts[0] == 1:  # an array, any row of which can be read by itself
         return "rows[np.random.default_rng(0).permutation(len(rows))]"
     return 'write the rows to Parquet, and preshuffle("rows.parquet", "shuffled", seed=0)'
 
 
-def _is_glob(path: Any) -> bool:
-    return isinstance(path, str) and re.search(r"[*?\[]", path) is not None
-
-
 def _literal(path: Any) -> str:
     return json.dumps(path if isinstance(path, str) else [str(part) for part in path])
 
 
-def _beside(path: Any, suffix: str) -> str:
+def _shuffled(path: Any) -> str:
     """Return a literal of a path beside *path*, or in the working directory if it is no single one."""
-    if not isinstance(path, str) or _is_glob(path):
-        return json.dumps(suffix)
-    stem = re.sub(r"\.(parquet|arrow|feather|ipc)$", "", path.rstrip("/"))
-    return json.dumps(f"{stem}-{suffix}")
-
-
-def _format_p(value: float) -> str:
-    return "0, below 1e-300" if value < 1e-300 else f"{value:.1g}"
+    if not isinstance(path, str) or re.search(r"[*?\[]", path):
+        return '"shuffled"'
+    return json.dumps(f"{path.rstrip('/').removesuffix('.parquet')}-shuffled")
