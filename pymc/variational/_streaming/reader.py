@@ -104,15 +104,15 @@ class BatchReader:
         if self._thread is not None:
             self._thread.join()  # it may still be in a read that was interrupted
         self._order.check_sample()
-        chunks = read_epochs(
+        items = read_epochs(
             self._source,
             self._sample_shape,
             self._dtype,
             epoch=self.position.epoch,
             start=self.position.offset,
             cycle=self._cycle,
+            compare=self._order.compare,
         )
-        items = self._order.watch(chunks)
         if self._prefetch:
             self._items = Prefetcher(items)
             self._thread = self._items.thread

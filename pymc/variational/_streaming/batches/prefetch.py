@@ -18,7 +18,7 @@ import sys
 import threading
 import weakref
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -52,17 +52,35 @@ def read_epochs(
     epoch: int = 0,
     start: int = 0,
     cycle: bool = True,
-) -> Generator[Chunk | EpochEnd]:
-    """Read a source epoch after epoch, and refuse values that *dtype* cannot hold."""
+    compare: Callable[[Chunk | EpochEnd], Any] = lambda item: None,
+) -> Generator[Any]:
+    """Read a source epoch after epoch, and refuse values that *dtype* cannot hold.
+
+    Parameters
+    ----------
+    compare : callable
+        Function that is shown each item before it is yielded. What it returns comes first, unless
+        it is None.
+
+    Yields
+    ------
+    Chunk, EpochEnd, or what *compare* returned
+    """
     while True:
         offset = start
         for rows in source.blocks(epoch, start):
             require_shape(rows, sample_shape)
             require_exact(rows, dtype, source, offset)
-            yield Chunk(epoch, offset, rows)
+            chunk = Chunk(epoch, offset, rows)
+            if (found := compare(chunk)) is not None:
+                yield found
+            yield chunk
             offset += len(rows)
-            del rows  # while the next ones are read
-        yield EpochEnd(epoch, offset)
+            del chunk, rows  # while the next ones are read
+        end = EpochEnd(epoch, offset)
+        if (found := compare(end)) is not None:
+            yield found
+        yield end
         if offset == 0:
             raise StreamError(f"source gave no rows in epoch {epoch}")
         if not cycle:
