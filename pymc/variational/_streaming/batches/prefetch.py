@@ -77,12 +77,12 @@ def read_epochs(
             yield chunk
             offset += len(rows)
             del chunk, rows  # while the next ones are read
+        if offset == 0:
+            raise StreamError(f"source gave no rows in epoch {epoch}")
         end = EpochEnd(epoch, offset)
         if (found := compare(end)) is not None:
             yield found
         yield end
-        if offset == 0:
-            raise StreamError(f"source gave no rows in epoch {epoch}")
         if not cycle:
             return
         epoch, start = epoch + 1, 0
