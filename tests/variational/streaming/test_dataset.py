@@ -40,7 +40,7 @@ from pymc.variational.streaming import (
     shuffle_buffer,
 )
 from tests.variational.streaming.held import prefetch_threads
-from tests.variational.streaming.strategies import numbered, table, write_layout
+from tests.variational.streaming.strategies import numbered, write_layout
 
 QUICK = {"compile_kwargs": {"mode": "FAST_COMPILE"}, "progressbar": False}
 STANDING_STILL = {"obj_optimizer": pm.sgd(learning_rate=1e-30), **QUICK}
@@ -367,13 +367,6 @@ class TestSteps:
         expected = 12 * (k % 3 + 1.0) ** 2 / 2 + 10 * (k % 5 + 1.0) ** 2 / 2
         largest_scale = 10 / 2
         np.testing.assert_allclose(approx.hist / 1e6 * largest_scale, expected, rtol=0.02)
-
-    def test_a_model_built_after_the_callback_is_checked_at_its_first_call(self):
-        ds = StreamingDataset(tell_tale(3), batch_size=4)
-        callback = ds.fit_callback()
-        with normal_model(ds, total_size=11):
-            with pytest.raises(StreamError, match="has total_size=11; pass total_size=12"):
-                pm.fit(3, callbacks=[callback], **QUICK)
 
     @pytest.mark.parametrize("prefetch", [True, False])
     def test_refine_goes_on_after_an_interrupt_that_came_while_the_fit_waited(self, prefetch):
@@ -841,10 +834,3 @@ class TestArguments:
             assert ds.advance()
             with pytest.raises(StreamError, match="gave no rows in epoch 1"):
                 ds.advance()
-
-
-def test_arrow_tables_stream_by_name():
-    ds = StreamingDataset(table(6), batch_size=3)
-    with ds:
-        ds.advance()
-        assert ds["row"].eval(mode="FAST_COMPILE").tolist() == [0, 1, 2]
