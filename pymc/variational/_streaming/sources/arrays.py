@@ -30,6 +30,8 @@ from pymc.variational._streaming.utils import digest
 __all__ = ["IterableSource", "as_source"]
 
 _BLOCK_BYTES = 1 << 22
+_CHUNKED_BYTES = 1 << 18
+"""Bytes of a block of an array that has to be decoded; the order check reads single blocks."""
 _SAMPLES = 4
 """Places at which an array is sampled for its fingerprint; each may cost a chunk to decode."""
 _SAMPLE_VALUES = 1024
@@ -81,8 +83,8 @@ class _ArraySource(Source):
     def blocks(
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
-        rows = block_rows or _BLOCK_BYTES // self._row_bytes
-        step = max(1, rows // self._chunk) * self._chunk
+        block_bytes = _BLOCK_BYTES if self._chunk == 1 else _CHUNKED_BYTES
+        step = max(1, block_bytes // (self._row_bytes * self._chunk)) * self._chunk
         for first in range(start - start % self._chunk, int(self._array.shape[0]), step):
             begin = max(first, start)
             block = _as_rows(np.asanyarray(self._array[begin : first + step]))
