@@ -547,6 +547,6 @@ class TestMarks:
 
     @pytest.mark.parametrize("version", [1, 3])
     def test_a_mark_of_another_version_is_refused_by_file(self, tmp_path, version):
-        self.write(tmp_path / "0.parquet", 0, version=version)
-        with pytest.raises(StreamError, match=rf"0\.parquet: its .* version {version}, .*update"):
+        self.write(tmp_path / "0.parquet", 0, version=version, unknown=0)
+        with pytest.raises(StreamError, match=rf"0\.parquet: its .*version {version} .*; update"):
             parquet_source(tmp_path)

@@ -71,14 +71,12 @@ def read_mark(path: str, metadata: "pyarrow.parquet.FileMetaData") -> Preshuffle
     if entry is None:
         return None
     try:
-        mark = PreshuffleMark(**json.loads(entry))
-    except (TypeError, ValueError) as err:
+        values = json.loads(entry)
+        if values["version"] != _VERSION:
+            raise ValueError(f"version {values['version']} is not {_VERSION}; update PyMC")
+        mark = PreshuffleMark(**values)
+    except (KeyError, TypeError, ValueError) as err:
         raise StreamError(f"{path}: its pre-shuffle mark cannot be read ({err})") from err
-    if mark.version != _VERSION:
-        raise StreamError(
-            f"{path}: its pre-shuffle mark has version {mark.version}, this PyMC knows {_VERSION}; "
-            "update PyMC, or run preshuffle(...) again"
-        )
     return mark if mark.data_end == _data_end(metadata) else None
 
 
