@@ -22,7 +22,6 @@ import numpy as np
 from pymc.model.core import Model
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.guards import WITHOUT_LOSS, check_model, check_other_streams
-from pymc.variational._streaming.reader import Position
 from pymc.variational.approximations import Empirical
 from pymc.variational.callbacks import Callback
 
@@ -43,8 +42,6 @@ class FitCallback(Callback):
         self.dataset = dataset
         self._checked: tuple[Any, ...] = ()
         self._approx: Any = None
-        self.token = object()
-        weakref.finalize(self, _release, weakref.ref(dataset), self.token)
 
     def check(self, model: Model) -> None:
         """Refuse a wrong model; one that has not changed since is not checked again."""
@@ -56,7 +53,7 @@ class FitCallback(Callback):
     def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
         if losses is None and not isinstance(approx, Empirical):
             raise StreamError(WITHOUT_LOSS)
-        if self.dataset._owner is not self.token:
+        if self.dataset._driver is not self:
             raise StreamError(
                 "advance() or a newer fit_callback() of this dataset has taken the stream over; "
                 "use the newest callback, or a dataset for each fit"
@@ -69,34 +66,47 @@ class FitCallback(Callback):
             raise StopIteration(f"the stream ended at step {i}")
 
 
-def _release(dataset: weakref.ref, token: object) -> None:
-    """Close the stream of a callback that is gone, unless another one drives it."""
-    driven = dataset()
-    if driven is not None and driven._owner is token:
-        driven.close()
-        driven._owner = None
-        driven._reader.conclude()
+class _OfferedCallback(Callback):
+    """Put the next batch in after a step, unless something else has put another one in.
+
+    That is known from the rows that the stream has passed: a callback that was passed to the fit, even
+    wrapped in another one, or a loop that calls ``advance()`` between the steps, changes it.
+
+    Parameters
+    ----------
+    callback : FitCallback
+    rows_seen : int or None
+        Number of rows before the batch that the first step uses; None if a loop has put that in.
+    """
+
+    def __init__(self, callback: FitCallback, rows_seen: int | None):
+        self._callback = callback
+        self._rows_seen = rows_seen
+
+    def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
+        dataset = self._callback.dataset
+        if dataset.rows_seen == self._rows_seen:
+            dataset._driver = self._callback
+            self._callback(approx, losses, i)
+        self._rows_seen = dataset.rows_seen
 
 
 class Offer:
     """Return the callback of a stream to a fit that finds this in the tag of the buffer.
 
-    A copy of the buffer has a copy of the offer, which refers to no dataset until :meth:`bind` is
-    called by the copy of the dataset, if that came with it.
+    A copy of the buffer has a copy of the offer, which refers to no dataset until the copy of the
+    dataset sets its own, if that came with it.
     """
 
     def __init__(self, name: str, dataset: Any = None):
         self._name = name
-        self._dataset = None if dataset is None else weakref.ref(dataset)
-
-    def bind(self, dataset: Any) -> None:
-        self._dataset = weakref.ref(dataset)
+        self.dataset = None if dataset is None else weakref.ref(dataset)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Offer, (self._name,)
 
     def __call__(self) -> Callback:
-        dataset = None if self._dataset is None else self._dataset()
+        dataset = None if self.dataset is None else self.dataset()
         if dataset is None:
             raise StreamError(
                 f"the model depends on the stream {self._name!r}, whose StreamingDataset is gone; "
@@ -104,33 +114,13 @@ class Offer:
                 "both together, as (model, dataset)"
             )
         dataset._require_own_rows()
-        if dataset._owner is not None:
+        is_open = dataset._reader.is_open
+        if dataset._driver is not None:
             # The callback that drives the stream may be among those of the fit, even wrapped.
-            if not dataset._reader.is_open:
-                dataset._open()
-            return _OfferedCallback(FitCallback(dataset), dataset._reader.position)
-        by_hand = dataset._reader.is_open
+            if not is_open:
+                dataset._advance()
+            return _OfferedCallback(FitCallback(dataset), dataset.rows_seen)
         callback = dataset.fit_callback()
-        if by_hand:
-            dataset._owner = None
-        return _OfferedCallback(callback, None if by_hand else dataset._reader.position)
-
-
-class _OfferedCallback(Callback):
-    """Put the next batch in after a step, unless something else has put another one in.
-
-    That is known from the position of the stream: a callback that was passed to the fit, even
-    wrapped in another one, or a loop that calls ``advance()`` between the steps, changes it.
-    """
-
-    def __init__(self, callback: FitCallback, used: Position | None):
-        self._callback = callback
-        self._used = used
-        """Position of the batch that the step before may have used, too."""
-
-    def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
-        dataset = self._callback.dataset
-        if dataset._reader.position == self._used:
-            dataset._owner = self._callback.token
-            self._callback(approx, losses, i)
-        self._used = dataset._reader.position
+        if is_open:  # by a loop, which goes on
+            dataset._driver = None
+        return _OfferedCallback(callback, None if is_open else dataset.rows_seen)

@@ -13,7 +13,7 @@
 #   limitations under the License.
 """Minibatches from a stream, in a shared variable that a model can observe."""
 
-import warnings
+import weakref
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,10 +28,10 @@ from pytensor.tensor.variable import TensorVariable
 
 from pymc.model.core import Model
 from pymc.variational._streaming.batches.prefetch import read_epochs
-from pymc.variational._streaming.batches.rebatch import Batch, Chunk, cast, rebatch
+from pymc.variational._streaming.batches.rebatch import Batch, cast, rebatch
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.callback import FitCallback, Offer
-from pymc.variational._streaming.errors import StreamError, StreamWarning
+from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.reader import BatchReader, Position, TotalSize
 from pymc.variational._streaming.sources.arrays import as_source
@@ -129,20 +129,20 @@ class StreamingDataset:
         if self._dtype.kind not in "iuf":
             raise TypeError(f"dtype={dtype!r} is not a number; pass an integer or float dtype")
         self._total_size = TotalSize(total_size, self._source)
+        self._order = OrderCheck(self._source, self._batch_size, self.total_size, order_check)
         self._reader = BatchReader(
             self._source,
             self._batch_size,
             self._sample_shape,
             self._dtype,
             total_size=self._total_size,
-            order=OrderCheck(self._source, self._batch_size, self.total_size, order_check),
+            order=self._order,
             cycle=cycle,
             prefetch=prefetch,
         )
         self._buffer = pytensor.shared(self._no_rows(), name, shape=(None, *self._sample_shape))
         self._buffer.tag.fit_callback = Offer(name, self)
-        self._owner: object = None
-        """Token of the callback that drives the stream; None if none does."""
+        self._driver_ref: weakref.ref[FitCallback] | None = None
         self._replaced: np.ndarray | None = None
         """What the buffer holds again after ``rows()``."""
 
@@ -188,20 +188,17 @@ class StreamingDataset:
 
     def __getitem__(self, column: str) -> TensorVariable:
         """Return the named column of the current batch, shape (batch_size,)."""
-        if not isinstance(column, str):
-            raise TypeError("ds[...] takes the name of a column; slice ds.as_tensor() by position")
-        columns = self.columns
-        if columns is None:
-            raise KeyError(f"{column!r}: the source has no column names; slice as_tensor()")
+        columns = self.columns or ()
         if column not in columns:
-            raise KeyError(f"{column!r} is not a column of the source; it has {list(columns)}")
+            raise KeyError(
+                f"{column!r} is not a column of the source, which names {list(columns)}; "
+                "slice ds.as_tensor() by position"
+            )
         return self._buffer[:, columns.index(column)]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the batches of one epoch, the last as short as it comes; the buffer stays."""
-        chunks = read_epochs(self._source, self._sample_shape, self._dtype, cycle=False)
-        items = rebatch(chunks, self._batch_size)
-        return (cast(item.rows, self._dtype) for item in items if isinstance(item, Batch))
+        return self._read_once(self._source)
 
     def fit_callback(self) -> FitCallback:
         """Put the first batch in, and return the callback that puts in the next ones.
@@ -224,11 +221,10 @@ class StreamingDataset:
             not one independent term per row. Without a context, the first step finds it.
         """
         self._require_own_rows()
-        callback = FitCallback(self)
-        self._owner = callback.token
+        callback = self._driver = FitCallback(self)
         try:
             if not self._reader.is_open:
-                self._open()
+                self._advance()
             model = Model.get_context(error_if_none=False)
             if isinstance(model, Model) and (model.observed_RVs or model.potentials):
                 callback.check(model)
@@ -244,8 +240,8 @@ class StreamingDataset:
         False means that the source has ended (``cycle=False``), and that the buffer has no rows.
         """
         self._require_own_rows()
-        is_unused = self._owner is not None and self._reader.is_open
-        self._owner = None
+        is_unused = self._driver is not None and self._reader.is_open
+        self._driver = None
         return is_unused or self._advance()
 
     def rows(self, rows: Any) -> AbstractContextManager[None]:
@@ -277,9 +273,7 @@ class StreamingDataset:
         """
         self._require_own_rows()
         source = _with_columns(rows, self.columns)
-        items = read_epochs(source, self._sample_shape, self._dtype, cycle=False)
-        blocks = [cast(item.rows, self._dtype) for item in items if isinstance(item, Chunk)]
-        return self._replace(np.concatenate(blocks))
+        return self._replace(np.concatenate(list(self._read_once(source))))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the current batch, as plain JSON."""
@@ -315,11 +309,11 @@ class StreamingDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the thread and the open files behind; a copy goes on from the same batch."""
-        return {**self.__dict__, "_owner": None, "_replaced": None}
+        return {**self.__dict__, "_driver_ref": None, "_replaced": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._buffer.tag.fit_callback.bind(self)
+        self._buffer.tag.fit_callback.dataset = weakref.ref(self)
         self._buffer.set_value(self._no_rows(), borrow=True)
 
     def __copy__(self) -> "StreamingDataset":
@@ -330,6 +324,30 @@ class StreamingDataset:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    @property
+    def _driver(self) -> FitCallback | None:
+        """The callback that drives the stream, if one does; the stream is closed when it is gone."""
+        return None if self._driver_ref is None else self._driver_ref()
+
+    @_driver.setter
+    def _driver(self, callback: FitCallback | None) -> None:
+        dataset = weakref.ref(self)  # or the reference would keep the dataset, which keeps it
+
+        def close(gone: weakref.ref) -> None:
+            driven = dataset()
+            if driven is not None:
+                driven.close()
+                driven._driver_ref = None
+                driven._order.warn_if_incomplete(driven.rows_seen)
+
+        self._driver_ref = None if callback is None else weakref.ref(callback, close)
+
+    def _read_once(self, source: Source) -> Iterator[np.ndarray]:
+        """Yield the batches of one epoch of *source*, the last as short as it comes."""
+        chunks = read_epochs(source, self._sample_shape, self._dtype, cycle=False)
+        items = rebatch(chunks, self._batch_size)
+        return (cast(item.rows, self._dtype) for item in items if isinstance(item, Batch))
 
     def _no_rows(self) -> np.ndarray:
         return np.empty((0, *self._sample_shape), self._dtype)
@@ -350,27 +368,14 @@ class StreamingDataset:
         if self._replaced is not None:
             raise StreamError("the buffer holds other rows; leave the `with ds.rows(...)` first")
 
-    def _open(self) -> None:
-        """Start reading at the position of the current batch, and put that batch in."""
-        self._reader.open()
-        if not self._put_next(used=False):
-            self.close()
-            raise StreamError(
-                f"the source has no full batch of {self._batch_size} rows left; "
-                "make the dataset anew to start over"
-            )
-
     def _advance(self) -> bool:
+        """Put the next batch in; that is the current one where the stream is not open."""
         self._require_own_rows()
-        if not self._reader.is_open:
-            self._open()
-            return True
-        return self._put_next(used=True)
-
-    def _put_next(self, *, used: bool) -> bool:
-        """Put another batch in; *used* is whether a step has used the one that is there."""
+        was_open = self._reader.is_open
         try:
-            batch = self._reader.next(used=used)
+            if not was_open:
+                self._reader.open()
+            batch = self._reader.next()
             if batch is not None and len(batch.rows) == self._batch_size:
                 # set_value would take microseconds to check a type that is known here.
                 self._buffer.container.storage[0] = cast(batch.rows, self._dtype)
@@ -383,17 +388,21 @@ class StreamingDataset:
             raise
         self._pause()
         n_left = 0 if batch is None else len(batch.rows)
-        warnings.warn(
+        warn(
             f"the source ended after {self.rows_seen // self._batch_size} batches of "
-            f"{self._batch_size} rows, with {n_left} rows left over (cycle=False)",
-            StreamWarning,
-            stacklevel=4,
+            f"{self._batch_size} rows, with {n_left} rows left over (cycle=False)"
         )
+        if not was_open:
+            self.close()
+            raise StreamError(
+                f"the source has no full batch of {self._batch_size} rows left; "
+                "make the dataset anew to start over"
+            )
         return False
 
     def _pause(self) -> None:
         """Stop, but keep the batch for a callback: ``Inference.refine`` steps before it calls."""
-        if self._owner is None:
+        if self._driver is None:
             self.close()
         else:
             self._reader.stop()

@@ -13,8 +13,6 @@
 #   limitations under the License.
 """Refuse models whose posterior would be wrong in minibatches."""
 
-import warnings
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -32,7 +30,7 @@ from pymc.initial_point import make_initial_point_expression
 from pymc.logprob.utils import local_remove_check_parameter
 from pymc.model.core import Model
 from pymc.pytensorf import replace_rng_nodes
-from pymc.variational._streaming.errors import StreamError, StreamWarning
+from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational.minibatch_rv import MinibatchRandomVariable
 
 __all__ = [
@@ -53,9 +51,6 @@ _JITTERS = (0.1, 0.1, 0.1, 0.01, 0.01, 0.001)
 
 _FAR = 1e6
 """A value beyond the numbers that stand for missing values, such as -999 and 99999."""
-
-_MAX_TRIES = 16
-"""How many sets of columns may hold extreme values, one set after the other."""
 
 _Terms = Callable[[np.ndarray], list[np.ndarray]]
 """Function from a batch to the log-likelihood of each row, for each likelihood."""
@@ -94,12 +89,10 @@ def check_model(model: Model, buffer: SharedVariable, total_size: int | None) ->
     if likelihoods:
         _check_rows(model, likelihoods, buffer)
     for potential in potentials:
-        warnings.warn(
+        warn(
             f"the Potential {potential.name!r} depends on the stream {buffer.name!r}, and PyMC "
             "never scales a Potential to the whole data; scale it yourself, or write it as an "
-            "observed variable with total_size",
-            StreamWarning,
-            stacklevel=4,
+            "observed variable with total_size"
         )
 
 
@@ -201,42 +194,32 @@ def _with_other_rows(batch: np.ndarray, logps: _Terms) -> Iterator[tuple[slice, 
         other[replaced] = np.resize(batch[kept], batch[replaced].shape)
         yield kept, logps(other)
     # Then values that this batch may not have: a model can filter on them or divide by them.
-    for row in _extreme_rows(batch):
-        for terms in _with_extreme_row(batch, row, logps):
+    limits = np.iinfo(batch.dtype) if batch.dtype.kind in "iu" else np.finfo(batch.dtype)
+    far = _FAR + 10 * np.abs(batch.astype("float64")).max(axis=0)
+    for row in (0 * far, -far, far):
+        extreme = np.clip(row, limits.min / 2, limits.max / 2).astype(batch.dtype)
+        columns = np.arange(extreme.size)
+        for terms in _with_extreme_row(batch, extreme.ravel(), columns, logps):
             yield slice(1, None, 2), terms
 
 
-def _extreme_rows(batch: np.ndarray) -> list[np.ndarray]:
-    """Return a row of zeros, and rows of numbers far below and above all of the batch."""
-    limits = np.iinfo(batch.dtype) if batch.dtype.kind in "iu" else np.finfo(batch.dtype)
-    far = _FAR + 10 * np.abs(batch.astype("float64")).max(axis=0)
-    return [
-        np.clip(row, limits.min / 2, limits.max / 2).astype(batch.dtype)
-        for row in (0 * far, -far, far)
-    ]
-
-
 def _with_extreme_row(
-    batch: np.ndarray, row: np.ndarray, logps: _Terms
+    batch: np.ndarray, row: np.ndarray, columns: np.ndarray, logps: _Terms
 ) -> Iterator[list[np.ndarray]]:
-    """Yield the terms where *row* replaces every other row.
+    """Yield the terms where every other row has the values of *row* in *columns*.
 
-    Where the model fails, as it does for an index that is out of range, the columns are halved,
-    and each half is tried, until a single column is left out.
+    Where the model fails, as it does for an index that is out of range, each half of the columns
+    is tried by itself, and so on.
     """
-    columns = [np.arange(row.size)]
-    for _ in range(_MAX_TRIES):
-        if not columns:
-            return
-        tried = columns.pop(0)
-        other = batch.copy()
-        other.reshape(len(batch), -1)[::2, tried] = row.ravel()[tried]
-        try:
-            terms = logps(other)
-        except Exception:
-            columns += np.array_split(tried, 2) if len(tried) > 1 else []
-        else:
-            yield terms
+    other = batch.copy()
+    other.reshape(len(batch), -1)[::2, columns] = row[columns]
+    try:
+        terms = logps(other)
+    except Exception:
+        for half in np.array_split(columns, 2) if len(columns) > 1 else ():
+            yield from _with_extreme_row(batch, row, half, logps)
+    else:
+        yield terms
 
 
 def _row_logps(model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable) -> _Terms:
@@ -266,16 +249,11 @@ def _row_logps(model: Model, likelihoods: Sequence[Variable], buffer: SharedVari
 def _finite_point(
     terms: Callable[[Sequence[np.ndarray]], list[np.ndarray]], start: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """Return a random point near *start*, where most terms are finite if there is any such."""
+    """Return the one of some random points near *start* where most terms are finite."""
     rng = np.random.default_rng(0)
-    found: dict[float, list[np.ndarray]] = {}  # by the share of finite terms
-    for size in _JITTERS:
-        point = [_jitter(value, size, rng) for value in start]
-        finite = min(np.isfinite(term).sum() / max(1, term.size) for term in terms(point))
-        found.setdefault(finite, point)
-        if finite > 0.5:
-            break
-    return found[max(found)]
+    points = [[_jitter(value, size, rng) for value in start] for size in _JITTERS]
+    shares = [min(np.isfinite(t).sum() / max(1, t.size) for t in terms(p)) for p in points]
+    return points[int(np.argmax(shares))]
 
 
 def _initial_point(model: Model) -> dict[Variable, np.ndarray]:

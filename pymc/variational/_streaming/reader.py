@@ -34,11 +34,12 @@ logger = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
-    """Where the current batch starts."""
+    """Where a batch starts."""
 
     epoch: int
     offset: int
     rows_seen: int
+    """Number of rows in all batches before it."""
 
 
 class BatchReader:
@@ -85,11 +86,10 @@ class BatchReader:
         self._batches: Iterator[Any] = iter(())
         self._thread: threading.Thread | None = None
         """The thread that has read last."""
-        self.position = Position(0, 0, 0)
+        self.position = self._next = Position(0, 0, 0)
+        """Where the current batch starts, and where the one that comes next does."""
         self.ended = False
         """Whether there is no current batch, not even a short one, because the source has ended."""
-        self._end = 0, 0
-        """Epoch and position of the batch that follows."""
 
     @property
     def is_open(self) -> bool:
@@ -104,45 +104,32 @@ class BatchReader:
         if self._thread is not None:
             self._thread.join()  # it may still be in a read that was interrupted
         self._order.check_sample()
-        chunks = read_epochs(
+        self._next = self.position
+        items = read_epochs(
             self._source,
             self._sample_shape,
             self._dtype,
             epoch=self.position.epoch,
             start=self.position.offset,
             cycle=self._cycle,
+            compare=self._order.compare,
         )
-        items = self._order.watch(chunks)
+        self._items = items
         if self._prefetch:
             self._items = Prefetcher(items)
             self._thread = self._items.thread
-        else:
-            self._items = items
         self._batches = rebatch(self._items, self._batch_size)
 
-    def next(self, *, used: bool) -> Batch | None:
-        """Move to the next batch; one that is not full, or None, ends the stream.
-
-        Parameters
-        ----------
-        used : bool
-            Whether a step has used the current batch, so that it need not come again.
-        """
-        rows_seen = self.position.rows_seen
-        if used:
-            rows_seen += self._batch_size
-            self.position = Position(*self._end, rows_seen)
+    def next(self) -> Batch | None:
+        """Move to the next batch; one that is not full, or None, ends the stream."""
+        self.position = self._next  # also if the read fails: a step has used the batch before
         batch = self._read()
-        if batch is None:
-            self.ended = True
-            return None
-        self.position = Position(batch.epoch, batch.offset, rows_seen)
-        self._end, self.ended = batch.end, False
+        self.ended = batch is None
+        if batch is not None:
+            rows_seen = self.position.rows_seen
+            self.position = Position(batch.epoch, batch.offset, rows_seen)
+            self._next = Position(*batch.end, rows_seen + len(batch.rows))
         return batch
-
-    def conclude(self) -> None:
-        """Warn of what is not known of the rows, as a fit has ended."""
-        self._order.warn_if_incomplete(self.position.rows_seen)
 
     def stop(self) -> None:
         """End the thread, and close the files."""
@@ -157,10 +144,10 @@ class BatchReader:
     def _read(self) -> Batch | None:
         for item in self._batches:
             if isinstance(item, Batch):
-                self._total_size.check_part(item.end[1])
+                self._total_size.compare(item.end[1], whole=False)
                 return item
             if isinstance(item, EpochEnd):
-                self._total_size.check_epoch(item.n_rows)
+                self._total_size.compare(item.n_rows, whole=True)
             else:
                 self._order.raise_or_warn(item)
         return None
@@ -175,73 +162,50 @@ class TotalSize:
         Number of rows.  "auto" asks the source, or counts in one pass; None leaves likelihoods
         unscaled, with a warning.
     source : Source
-
-    Raises
-    ------
-    ValueError, TypeError
-        If *declared* is no number of rows, or there is nothing to count.
     """
 
     def __init__(self, declared: int | Literal["auto"] | None, source: Source):
-        self._source = source
-        self._auto = isinstance(declared, str)
+        self._known = source.n_rows
+        """Number of rows that the source has, if it is known before an epoch ends."""
         self._warned = False
-        self.rows = self._resolve(declared)
+        self.rows: int | None = None
         """Number for the ``total_size`` of observed variables."""
-
-    def check_epoch(self, n_rows: int) -> None:
-        """Compare the rows of an epoch that has ended with those before, and the declared ones."""
-        before = self.rows if self._auto else self._source.n_rows
-        if before not in (None, n_rows):
-            raise StreamError(
-                f"the source gave {n_rows} rows in an epoch but {before} before; "
-                "the data changed: make the dataset anew"
-            )
-        if before is None and self.rows not in (None, n_rows) and not self._warned:
-            self._warned = True
-            _warn(self.rows, n_rows)
-
-    def check_part(self, n_rows: int) -> None:
-        """Compare the rows of an epoch that goes on with the declared ones: it may never end."""
-        if self._warned or self._auto or self.rows is None or n_rows <= self.rows:
-            return
-        if self._source.n_rows is None:  # else it was compared when the dataset was made
-            self._warned = True
-            warn(
-                f"total_size={self.rows} but an epoch of the source has at least {n_rows} rows, so "
-                'the likelihood is weighted wrongly; pass total_size="auto" or the number of rows, '
-                "and a function whose blocks end after one epoch, since an endless one has no rows "
-                "to count"
-            )
-
-    def _resolve(self, declared: int | str | None) -> int | None:
-        known = self._source.n_rows
         if declared is None:
             warn(
                 "total_size=None leaves the likelihood of one batch unscaled against the "
                 'prior; pass total_size="auto" or the number of rows'
             )
-            return None
-        if isinstance(declared, str):
-            if declared != "auto":
-                raise ValueError(f'total_size={declared!r} is no number; pass an int or "auto"')
-            return self._count() if known is None else known
-        size = positive_int("total_size", declared)
-        if known not in (None, size):
-            _warn(size, known)
-        return size
+        elif isinstance(declared, str) and declared == "auto":
+            self.rows = self._known = self._known or _count(source)
+        else:
+            self.rows = positive_int("total_size", declared)
+            if self._known not in (None, self.rows):
+                self._warn(f"{self._known} rows")
 
-    def _count(self) -> int:
-        logger.info('total_size="auto": the source does not know its rows; counting them')
-        n_rows = self._source.count()
-        if not n_rows:
-            raise ValueError("source has no rows")
-        logger.info(f"counted {n_rows:,} rows")
-        return n_rows
+    def compare(self, n_rows: int, *, whole: bool) -> None:
+        """Compare the rows of an epoch, or of the part that was read: an epoch may never end."""
+        if self._known is not None:
+            if whole and n_rows != self._known:
+                raise StreamError(
+                    f"the source gave {n_rows} rows in an epoch but {self._known} before; "
+                    "the data changed: make the dataset anew"
+                )
+        elif self.rows is not None and not self._warned:
+            if n_rows > self.rows or (whole and n_rows < self.rows):
+                self._warn(f"{n_rows} rows" if whole else f"at least {n_rows} rows")
+
+    def _warn(self, found: str) -> None:
+        self._warned = True
+        warn(
+            f"total_size={self.rows} but the source holds {found}, so the likelihood is weighted "
+            'wrongly; pass total_size="auto" or the number of rows in an epoch, which must end'
+        )
 
 
-def _warn(declared: int | None, found: int | None) -> None:
-    warn(
-        f"total_size={declared} but the source holds {found} rows, so the likelihood is "
-        f'weighted wrongly; pass total_size={found} or "auto"'
-    )
+def _count(source: Source) -> int:
+    logger.info('total_size="auto": the source does not know its rows; counting them')
+    n_rows = source.count()
+    if not n_rows:
+        raise ValueError("source has no rows")
+    logger.info(f"counted {n_rows:,} rows")
+    return n_rows

@@ -40,7 +40,7 @@ from pymc.variational.streaming import (
     shuffle_buffer,
 )
 from tests.variational.streaming.held import prefetch_threads
-from tests.variational.streaming.strategies import numbered, table, write_layout
+from tests.variational.streaming.strategies import numbered, write_layout
 
 QUICK = {"compile_kwargs": {"mode": "FAST_COMPILE"}, "progressbar": False}
 STANDING_STILL = {"obj_optimizer": pm.sgd(learning_rate=1e-30), **QUICK}
@@ -89,6 +89,8 @@ def no_thread_is_left():
     yield
     if prefetch_threads():  # of a stream that a cycle of references keeps, as a traceback does
         gc.collect()
+    for thread in prefetch_threads():
+        thread.join(30)  # closing does not wait while it compiles the loops of the order check
     assert not prefetch_threads()
 
 
@@ -133,16 +135,9 @@ class TestBuffer:
             assert ds["twice"].eval(mode="FAST_COMPILE").tolist() == [0, 2, 4, 6]
         with pytest.raises(KeyError, match=r"'thrice' is not a column .* \['row', 'twice'\]"):
             ds["thrice"]
-        with pytest.raises(KeyError, match="the source has no column names"):
-            StreamingDataset(numbered(3), batch_size=2)["row"]
-
-    @pytest.mark.parametrize("key", [0, (slice(None), 0)])
-    def test_what_is_no_name_is_a_slice_of_the_tensor(self, key):
-        ds = StreamingDataset(numbered(3), batch_size=2)
-        with pytest.raises(
-            TypeError, match=r"takes the name .* slice ds.as_tensor\(\) by position"
-        ):
-            ds[key]
+        for key in ("row", 0, (slice(None), 0)):
+            with pytest.raises(KeyError, match=r"names \[\]; slice ds.as_tensor\(\) by position"):
+                StreamingDataset(numbered(3), batch_size=2)[key]
 
     def test_batches_do_not_alias_the_users_array(self):
         rows = np.arange(8.0)[:, None]
@@ -373,13 +368,6 @@ class TestSteps:
         largest_scale = 10 / 2
         np.testing.assert_allclose(approx.hist / 1e6 * largest_scale, expected, rtol=0.02)
 
-    def test_a_model_built_after_the_callback_is_checked_at_its_first_call(self):
-        ds = StreamingDataset(tell_tale(3), batch_size=4)
-        callback = ds.fit_callback()
-        with normal_model(ds, total_size=11):
-            with pytest.raises(StreamError, match="has total_size=11; pass total_size=12"):
-                pm.fit(3, callbacks=[callback], **QUICK)
-
     @pytest.mark.parametrize("prefetch", [True, False])
     def test_refine_goes_on_after_an_interrupt_that_came_while_the_fit_waited(self, prefetch):
         interrupts = [5, 7]
@@ -609,12 +597,12 @@ class TestTotalSize:
         ds = StreamingDataset(numbered(7), batch_size=np.int32(2), total_size=size)
         assert type(ds.total_size) is int and type(ds.batch_size) is int
 
-    @pytest.mark.parametrize("size", [True, 7.0, (7,), np.bool(1)])
+    @pytest.mark.parametrize("size", [True, 7.0, (7,), np.bool(1), "all"])
     def test_other_types_are_refused(self, size):
         with pytest.raises(TypeError, match=r"total_size=.* must be an integer"):
             StreamingDataset(numbered(7), batch_size=2, total_size=size)
 
-    @pytest.mark.parametrize("size", [0, -1, "all"])
+    @pytest.mark.parametrize("size", [0, -1])
     def test_other_values_are_refused(self, size):
         with pytest.raises(ValueError, match="total_size="):
             StreamingDataset(numbered(7), batch_size=2, total_size=size)
@@ -846,10 +834,3 @@ class TestArguments:
             assert ds.advance()
             with pytest.raises(StreamError, match="gave no rows in epoch 1"):
                 ds.advance()
-
-
-def test_arrow_tables_stream_by_name():
-    ds = StreamingDataset(table(6), batch_size=3)
-    with ds:
-        ds.advance()
-        assert ds["row"].eval(mode="FAST_COMPILE").tolist() == [0, 1, 2]

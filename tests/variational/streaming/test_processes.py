@@ -57,7 +57,7 @@ def unpickled_batches(pickled: bytes) -> list:
     """Run in a spawned process."""
     buffer, ds = pickle.loads(pickled)
     assert buffer is ds.as_tensor()
-    assert np.isnan(buffer.get_value()).all()
+    assert buffer.get_value().shape == (0, 2)
     with ds:
         return [next_batch(ds) for _ in range(10)]
 
@@ -91,7 +91,7 @@ def fitted():
 class TestSpawn:
     @pytest.mark.parametrize("streaming", [False, True])
     def test_a_copy_goes_on_from_the_batch_that_was_current(self, folder, streaming):
-        """The thread and the files stay behind, and the copy's buffer holds NaN at first."""
+        """The thread and the files stay behind, and the copy's buffer has no rows at first."""
         ds = dataset(folder)
         with ds:
             if streaming:
@@ -202,7 +202,7 @@ class TestInterrupt:
         assert all(np.isfinite(p.get_value()).all() for p in inference.approx.params)
         assert not prefetch_threads()
         assert sys.getswitchinterval() > 1e-3
-        assert np.isnan(ds.as_tensor().get_value()).all()
+        assert ds.as_tensor().get_value().shape == (0, 1)
         with ds:
             assert ds.advance()
             before = ds.rows_seen
@@ -336,7 +336,7 @@ class TestBlockedRead:
         ds.close()
         assert time.monotonic() - start < 1
         assert sys.getswitchinterval() > 1e-3
-        assert np.isnan(ds.as_tensor().get_value()).all()
+        assert ds.as_tensor().get_value().shape == (0, 2)
         source.release_and_wait()
         assert not prefetch_threads()
         if sys.platform == "linux":

@@ -18,9 +18,9 @@ import sys
 import threading
 import weakref
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -52,19 +52,37 @@ def read_epochs(
     epoch: int = 0,
     start: int = 0,
     cycle: bool = True,
-) -> Generator[Chunk | EpochEnd]:
-    """Read a source epoch after epoch, and refuse values that *dtype* cannot hold."""
+    compare: Callable[[Chunk | EpochEnd], Any] = lambda item: None,
+) -> Generator[Any]:
+    """Read a source epoch after epoch, and refuse values that *dtype* cannot hold.
+
+    Parameters
+    ----------
+    compare : callable
+        Function that is shown each item before it is yielded. What it returns comes first, unless
+        it is None.
+
+    Yields
+    ------
+    Chunk, EpochEnd, or what *compare* returned
+    """
     while True:
         offset = start
         for rows in source.blocks(epoch, start):
             require_shape(rows, sample_shape)
             require_exact(rows, dtype, source, offset)
-            yield Chunk(epoch, offset, rows)
+            chunk = Chunk(epoch, offset, rows)
+            if (found := compare(chunk)) is not None:
+                yield found
+            yield chunk
             offset += len(rows)
-            del rows  # while the next ones are read
-        yield EpochEnd(epoch, offset)
+            del chunk, rows  # while the next ones are read
         if offset == 0:
             raise StreamError(f"source gave no rows in epoch {epoch}")
+        end = EpochEnd(epoch, offset)
+        if (found := compare(end)) is not None:
+            yield found
+        yield end
         if not cycle:
             return
         epoch, start = epoch + 1, 0
@@ -82,17 +100,17 @@ class Prefetcher:
     def __init__(self, items: Generator[Any]):
         self._queue: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self._permits: SimpleQueue[None] = SimpleQueue()  # a semaphore, but each call is one in C
-        state = _State(threading.Event(), threading.Event(), threading.Event())
+        stop, ended = threading.Event(), threading.Event()
         # The thread must not refer to self, or self would never be collected.
         self.thread = threading.Thread(
             target=_run,
-            args=(items, self._queue, self._permits, state),
+            args=(items, self._queue, self._permits, stop, ended),
             name="pymc-streaming-prefetch",
             daemon=True,
         )
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(
-            self, _close, self.thread, self._permits, state, self._pid
+            self, _close, self.thread, self._permits, stop, ended, self._pid
         )
         _switch_interval.shorten(self.thread)
         try:
@@ -140,17 +158,6 @@ class Prefetcher:
         self._finalizer()
 
 
-class _State(NamedTuple):
-    """What a thread and whoever closes it know of each other."""
-
-    stop: threading.Event
-    """Whether the thread must end."""
-    idle: threading.Event
-    """Whether the thread waits for a permit, and so is not in a read."""
-    ended: threading.Event
-    """Whether the thread has closed its items."""
-
-
 class _SwitchInterval:
     """The interval at which the interpreter switches threads, short while any prefetcher is open.
 
@@ -188,7 +195,8 @@ def _run(
     items: Generator[Any],
     queue: SimpleQueue,
     permits: SimpleQueue,
-    state: _State,
+    stop: threading.Event,
+    ended: threading.Event,
 ) -> None:
     err: BaseException | None = None
     try:
@@ -198,26 +206,29 @@ def _run(
             # consumer has done with when it takes this one.  Items without rows need no permit.
             if _has_rows(item):
                 del item  # or its memory would stay while the next one is read
-                state.idle.set()
                 permits.get()
-                state.idle.clear()  # before looking at stop, so that _close can trust it
-            if state.stop.is_set():
+            if stop.is_set():
                 break
     except BaseException as raised:
         err = raised
     finally:
         items.close()
         queue.put((None, err))
-        state.ended.set()
+        ended.set()
 
 
-def _close(thread: threading.Thread, permits: SimpleQueue, state: _State, pid: int) -> None:
+def _close(
+    thread: threading.Thread,
+    permits: SimpleQueue,
+    stop: threading.Event,
+    ended: threading.Event,
+    pid: int,
+) -> None:
     if os.getpid() != pid:
         return  # the thread may have held these locks when the process was forked
-    state.stop.set()
+    stop.set()
     permits.put(None)
     _switch_interval.restore(thread)
     # The garbage collector can run this in the thread itself.
-    if threading.current_thread() is not thread:
-        if state.idle.is_set() or state.ended.wait(_CLOSING):
-            thread.join()
+    if threading.current_thread() is not thread and ended.wait(_CLOSING):
+        thread.join()

@@ -14,17 +14,12 @@
 """Whether the rows are exchangeable: before they are streamed, and while they are."""
 
 import logging
-import warnings
 
-from collections.abc import Generator
-from contextlib import closing
 from typing import Any, Literal
-
-import pymc.variational
 
 from pymc.variational._streaming.batches.rebatch import Chunk, EpochEnd, require_exact
 from pymc.variational._streaming.batches.window import ShuffleBuffer
-from pymc.variational._streaming.errors import OrderError, OrderWarning
+from pymc.variational._streaming.errors import OrderError, OrderWarning, warn
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
 from pymc.variational._streaming.order.report import OrderReport, Stream, report_one_window
@@ -138,39 +133,10 @@ class OrderCheck:
         if self._finding is not None:
             self.raise_or_warn(self._finding)
 
-    def watch(
-        self, items: Generator[Chunk | EpochEnd]
-    ) -> Generator[Chunk | EpochEnd | OrderReport]:
-        """Pass *items* on, and a report before the one at which order shows."""
-        with closing(items):
-            for item in items:
-                if self._finding is None and self._action != "off":
-                    self._finding = self._compare(item)
-                    if self._finding is not None:
-                        yield self._finding
-                yield item
-
-    def raise_or_warn(self, report: OrderReport) -> None:
-        """Raise the finding as an error or, once, warn of it."""
-        if self._action == "raise":
-            raise OrderError(str(report))
-        if not self._warned:
-            self._warned = True
-            prefixes = tuple(pymc.variational.__path__)
-            warnings.warn(str(report), OrderWarning, skip_file_prefixes=prefixes)
-
-    def warn_if_incomplete(self, rows_used: int) -> None:
-        """Log a warning if a fit has ended before all rows were compared."""
-        if rows_used and not self._complete and self._finding is None:
-            self._complete = True
-            logger.warning(
-                f"The fit used {rows_used:,} rows, less than one epoch, and the order of the rows "
-                "beyond them was not compared. If the rows may be in an order, run check_order or "
-                "check_fit, or fit one epoch at least."
-            )
-
-    def _compare(self, item: Chunk | EpochEnd) -> OrderReport | None:
-        """Compare windows up to this item; report only order that matters."""
+    def compare(self, item: Chunk | EpochEnd) -> OrderReport | None:
+        """Compare the windows up to *item*, and return a report when order first shows."""
+        if self._action == "off" or self._finding is not None:
+            return None
         if self._watched or item.epoch < self._epoch:
             return None
         ends = isinstance(item, EpochEnd)
@@ -182,7 +148,27 @@ class OrderCheck:
         self._watched = ends and self._monitor.start == 0
         self._complete |= ends or self._monitor.start > 0
         report = self._monitor.compare(last=ends)
-        return report if report is not None and report.ordered else None
+        if report is not None and report.ordered:
+            self._finding = report
+        return self._finding
+
+    def raise_or_warn(self, report: OrderReport) -> None:
+        """Raise the finding as an error or, once, warn of it."""
+        if self._action == "raise":
+            raise OrderError(str(report))
+        if not self._warned:
+            self._warned = True
+            warn(str(report), OrderWarning)
+
+    def warn_if_incomplete(self, rows_used: int) -> None:
+        """Log a warning if a fit has ended before all rows were compared."""
+        if rows_used and not self._complete and self._finding is None:
+            self._complete = True
+            logger.warning(
+                f"The fit used {rows_used:,} rows, less than one epoch, and the order of the rows "
+                "beyond them was not compared. If the rows may be in an order, run check_order or "
+                "check_fit, or fit one epoch at least."
+            )
 
 
 def _windows(source: Source, batch_size: int) -> tuple[Source, int]:

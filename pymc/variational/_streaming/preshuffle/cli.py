@@ -51,7 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     add("source", nargs="+", metavar="SRC", help="file, directory, glob or URI")
     add("destination", metavar="DST", help="directory or URI for the result")
     add("--seed", type=int, required=True, help="seed of the permutation")
-    add("--columns", type=_names, metavar="A,B", help="columns to keep; default: all")
+    add(
+        "--columns",
+        type=lambda text: text.split(","),
+        metavar="A,B",
+        help="columns to keep; default: all",
+    )
     add("--memory-limit", default="512MB", metavar="SIZE", help="default: %(default)s")
     add("--scratch", metavar="DIR", help="for rows between the passes; default: beside DST")
     add("--compression", default="lz4", metavar="CODEC", help="default: %(default)s")
@@ -59,7 +64,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace what is at DST")
     add("--quiet", dest="progressbar", action="store_false", help="show no progress bar")
     return parser
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")

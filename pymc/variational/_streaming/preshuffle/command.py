@@ -24,30 +24,26 @@ import os
 import time
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TimeRemainingColumn
-from rich.text import Text
-
-from pymc.progress_bar import CustomProgress
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle.passes import Done, gather, scatter
-from pymc.variational._streaming.preshuffle.plan import Plan, cut_table, make_plan, parse_bytes
+from pymc.variational._streaming.preshuffle.plan import (
+    Plan,
+    cut_files,
+    is_unchanged,
+    make_plan,
+    parse_bytes,
+)
 from pymc.variational._streaming.preshuffle.publish import open_workspace, publish
-from pymc.variational._streaming.preshuffle.table import Table, is_unchanged, open_table
-from pymc.variational._streaming.preshuffle.types import add_dictionaries
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
+from pymc.variational._streaming.sources.parquet.files import ParquetInput, import_pyarrow, is_local
 from pymc.variational._streaming.sources.parquet.paths import Paths, resolve, stands_for
-from pymc.variational._streaming.utils import positive_int
+from pymc.variational._streaming.utils import draw_seed, positive_int, progress_bar
 
 if TYPE_CHECKING:
-    import pyarrow
     import pyarrow.fs
 
 __all__ = ["PreshuffleReport", "preshuffle"]
@@ -110,10 +106,9 @@ def preshuffle(
     memory_limit : int or str, default "512MB"
         By how much the memory of each process may grow, in bytes or as "512MB" or "2GiB".
     scratch : path_like, optional
-        A directory or URI for rows between the two passes, which take as much space as
-        uncompressed rows in memory; all workers must reach it. If *destination* is on an object
-        store, the result is built here, too. Default: beside a local *destination*, else the
-        directory for temporary files.
+        A directory or URI, which all workers reach, for rows between the two passes, and for a
+        result that is uploaded. Default: beside a local *destination*, else the directory for
+        temporary files.
     executor : concurrent.futures.Executor, optional
         Runs the tasks: threads, processes, or a cluster, such as Dask's
         ``client.get_executor()``. Default: a thread per core, at most four.
@@ -141,9 +136,8 @@ def preshuffle(
         If an argument is wrong, *destination* and *source* overlap, or *memory_limit* is too
         small; the message says how much is enough.
     StreamError
-        If a source file changes meanwhile or cannot be read, another run writes to
-        *destination*, the disk is full, or rows between the passes were damaged. Nothing is
-        published then, and nothing is left: the same call starts over.
+        If a source file changes or cannot be read, another run writes to *destination*, or a disk
+        fails. Nothing is published then, and nothing is left: the same call starts over.
 
     Notes
     -----
@@ -152,17 +146,15 @@ def preshuffle(
     types, except that the indices of dictionary columns are at least int32, and the schema its
     metadata.
 
-    Before the result appears, the number of rows in its files is compared with that of the
-    source, and the source with what it was at the beginning. Rows between the passes carry
-    checksums that are verified when they are read; so do the pages of the result, which
-    :func:`parquet_source` verifies.
+    Rows between the passes and pages of the result carry checksums, which are verified when they
+    are read. Before the result appears, the number of its rows is compared with that of the source.
 
     References
     ----------
     Rao, C. R. (1961). Generation of random permutations of given number of elements using
-    random sampling numbers. Sankhya A 23, 305-307.
+    random sampling numbers. Sankhya A, 23, 305-307.
     Sandelius, M. (1962). A simple randomization procedure. Journal of the Royal Statistical
-    Society B 24, 472-481.
+    Society B, 24, 472-481.
 
     Examples
     --------
@@ -173,44 +165,53 @@ def preshuffle(
     1000
     """
     start = time.monotonic()
-    _check_arguments(seed, columns, compression, row_group_size)
-    table = open_table(source, columns, filesystem)
-    fs, path = resolve(destination, filesystem)
-    _check_overlap(source, filesystem, table, fs, path)
-    plan = make_plan(
-        table,
-        seed=int(seed),
+    if compression not in _CODECS or not import_pyarrow().Codec.is_available(compression):
+        raise ValueError(f"compression={compression!r} is not available; pass one of {_CODECS}")
+    if row_group_size is not None:
+        positive_int("row_group_size", row_group_size)
+    plan, files = make_plan(
+        source,
+        columns,
+        filesystem,
+        seed=draw_seed(seed),
         memory_limit=parse_bytes(memory_limit),
         compression=compression,
         row_group_size=row_group_size,
     )
-    scratch = None if scratch is None else os.fspath(scratch)
+    fs, path = resolve(destination, filesystem)
+    if is_local(plan.fs) == is_local(fs):
+        _refuse_overlap(source, filesystem, files, fs, path)
+    n_rows = plan.mark.n_rows
+    threads = min(plan.at_once, os.cpu_count() or 1)
     with (
         open_workspace(fs, path, scratch=scratch, overwrite=overwrite) as work,
-        _own_or(executor, plan) as pool,
-        _progress(table.n_rows, progressbar) as advance,
+        ThreadPoolExecutor(threads)
+        if executor is None
+        else contextlib.nullcontext(executor) as pool,
+        progress_bar("Shuffling", n_rows, show=progressbar) as advance,
     ):
-        pieces = enumerate(cut_table(table, plan.task_rows))
+        pieces = enumerate(cut_files(files, plan.task_rows))
         scattered = _run(scatter, pool, [(plan, work, *piece) for piece in pieces], advance)
-        shared = len(scattered.paths), _require_small(scattered.dictionaries, plan)
+        _require_small(scattered, plan)
+        shared = len(scattered.paths), scattered.dictionaries
         parts = range(plan.mark.n_files)
         gathered = _run(gather, pool, [(plan, work, part, *shared) for part in parts], advance)
-        if not table.n_rows == scattered.rows == gathered.rows:
+        if not n_rows == scattered.rows == gathered.rows:
             raise StreamError(
-                f"the source has {table.n_rows} rows, {scattered.rows} were read, "
+                f"the source has {n_rows} rows, {scattered.rows} were read, "
                 f"{gathered.rows} are in the result; nothing was published; "
                 "check the disk and run preshuffle again"
             )
-        if not is_unchanged(table, source, filesystem):
+        if not is_unchanged(plan.fs, files, source, filesystem):
             raise StreamError(
-                f"source={table.name!r} changed while it was being shuffled; "
+                f"source={plan.mark.source!r} changed while it was being shuffled; "
                 "nothing was published; run preshuffle again when it is at rest"
             )
         publish(work, gathered.paths)
     return PreshuffleReport(
-        rows=table.n_rows,
+        rows=n_rows,
         piles=plan.n_partitions,
-        bytes_read=sum(file.size for file in table.files) + scattered.bytes,
+        bytes_read=sum(file.size for file in files) + scattered.bytes,
         bytes_written=scattered.bytes + gathered.bytes,
         seconds=time.monotonic() - start,
         peak_memory=max(scattered.peak, gathered.peak),
@@ -218,41 +219,23 @@ def preshuffle(
     )
 
 
-@dataclass(slots=True)
-class _Pass:
-    """What the tasks of a pass left behind, in the order of the tasks."""
-
-    rows: int = 0
-    bytes: int = 0
-    peak: int = 0
-    paths: list[str] = field(default_factory=list)
-    dictionaries: dict[str, "pyarrow.Array"] = field(default_factory=dict)
-
-    def add(self, done: Done) -> None:
-        self.rows += done.rows
-        self.bytes += done.bytes
-        self.peak = max(self.peak, done.peak)
-        self.paths.append(done.path)
-        add_dictionaries(self.dictionaries, done.dictionaries)
-
-
 def _run(
     function: Callable[..., Done],
     pool: Executor,
     tasks: list[tuple],
-    advance: Callable[[int], None],
-) -> _Pass:
+    advance: Callable[[float], None],
+) -> Done:
     """Run all tasks of a pass; if one fails, those that have not started never do."""
-    result, futures = _Pass(), deque[Future]()
+    total, futures = Done(), deque[Future]()
     try:
         for task in tasks:
             futures.append(pool.submit(function, *task))
         while futures:
             done = futures[0].result()
             futures.popleft()
-            result.add(done)
-            advance(done.rows)
-        return result
+            total.add(done)
+            advance(done.rows / 2)  # every row is in two passes
+        return total
     except BaseException as err:
         for future in futures:
             future.cancel()
@@ -265,38 +248,24 @@ def _run(
         ) from err
 
 
-def _require_small(
-    dictionaries: dict[str, "pyarrow.Array"], plan: Plan
-) -> dict[str, "pyarrow.Array"]:
-    """Return dictionaries that each task can hold."""
-    size = sum(values.nbytes for values in dictionaries.values())
+def _require_small(scattered: Done, plan: Plan) -> None:
+    """Refuse dictionaries that a task of the second pass could not hold."""
+    size = sum(values.nbytes for values in scattered.dictionaries.values())
     if size > plan.block_bytes:
         raise StreamError(
-            f"dictionary columns {list(dictionaries)} have {size} bytes of distinct values, "
-            f"memory_limit leaves {plan.block_bytes}; raise it, or decode them"
+            f"dictionary columns {list(scattered.dictionaries)} have {size} bytes of distinct "
+            f"values, memory_limit leaves {plan.block_bytes}; raise it, or decode them"
         )
-    return dictionaries
 
 
-def _check_arguments(
-    seed: int, columns: Sequence[str] | None, compression: str, row_group_size: int | None
-) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed={seed!r} must be a non-negative integer")
-    if isinstance(columns, str):
-        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
-    if compression not in _CODECS or not import_pyarrow().Codec.is_available(compression):
-        raise ValueError(f"compression={compression!r} is not available; pass one of {_CODECS}")
-    if row_group_size is not None:
-        positive_int("row_group_size", row_group_size)
-
-
-def _check_overlap(
-    source: Paths, filesystem: Any, table: Table, fs: "pyarrow.fs.FileSystem", path: str
+def _refuse_overlap(
+    source: Paths,
+    filesystem: Any,
+    files: list[ParquetInput],
+    fs: "pyarrow.fs.FileSystem",
+    path: str,
 ) -> None:
     """Refuse to write where the source is read, or where a glob would look for it next time."""
-    if not table.fs.equals(fs) and not _sees(fs, table):
-        return
     real = os.path.realpath if is_local(fs) else str
     entries = [source] if isinstance(source, str | os.PathLike) else source
     roots = [real(resolve(entry, filesystem)[1]) for entry in entries]
@@ -306,7 +275,7 @@ def _check_overlap(
         for root in roots
         if _is_inside(place, root) or stands_for(fs, root, f"{place}/part.parquet")
     ]
-    below = [file.path for file in table.files if _is_inside(real(file.path), place)]
+    below = [file.path for file in files if _is_inside(real(file.path), place)]
     if inside or below:
         raise ValueError(
             f"destination={path!r} overlaps with source={(inside + below)[0]!r}; "
@@ -314,46 +283,5 @@ def _check_overlap(
         )
 
 
-def _sees(fs: "pyarrow.fs.FileSystem", table: Table) -> bool:
-    """Whether a filesystem has the source too: one bucket can be opened in many ways."""
-    first = table.files[0]
-    try:
-        return fs.get_file_info(first.path).size == first.size
-    except (OSError, ValueError):  # its paths look different
-        return False
-
-
 def _is_inside(path: str, folder: str) -> bool:
     return f"{path.strip('/')}/".startswith(f"{folder.strip('/')}/")
-
-
-@contextlib.contextmanager
-def _own_or(executor: Executor | None, plan: Plan) -> Iterator[Executor]:
-    """Use the caller's executor, or threads of our own."""
-    if executor is not None:
-        yield executor
-        return
-    with ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1)) as pool:
-        yield pool
-
-
-@contextlib.contextmanager
-def _progress(n_rows: int, progressbar: bool) -> Iterator[Callable[[int], None]]:
-    """Show how many rows are through both passes, how fast, and how long it will take."""
-    bar = CustomProgress(
-        "[progress.description]{task.description}",
-        BarColumn(),
-        "[progress.percentage]{task.percentage:>3.0f}%",
-        _RowsPerSecond(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not progressbar,
-    )
-    with bar:
-        task = bar.add_task("Shuffling", total=n_rows)
-        yield lambda rows: bar.advance(task, rows / 2)
-
-
-class _RowsPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.0f} rows/s")

@@ -14,24 +14,16 @@
 """The two passes of an exact shuffle on disk, as tasks that any executor can run.
 
 Giving every row a random partition, independently, and then permuting each partition, puts the
-partitions one after the other in a uniformly random permutation of all rows [1]_, [2]_.
+partitions one after the other in a uniformly random permutation of all rows.
 Partitions of a fixed size would not: two neighbours would be kept apart too often.
 
 A scratch file is a sequence of blocks, each sorted by partition: an Arrow IPC message for every
 partition that has rows in the block.  An index at the end tells where the messages are, so that
 those of one partition can be read without the others, and which checksums they must have.
-
-References
-----------
-.. [1] Rao, C. R. (1961). Generation of random permutations of given number of elements using
-   random sampling numbers. Sankhya A, 23, 305-307.
-.. [2] Sandelius, M. (1962). A simple randomization procedure. Journal of the Royal Statistical
-   Society B, 24, 472-481.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import sys
 import threading
@@ -46,7 +38,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.preshuffle.plan import MAX_AT_ONCE, MAX_PARTITIONS, Piece, Plan
+from pymc.variational._streaming.preshuffle.plan import (
+    MAX_AT_ONCE,
+    MAX_PARTITIONS,
+    Piece,
+    Plan,
+    read_piece,
+)
 from pymc.variational._streaming.preshuffle.publish import Workspace, flush
 from pymc.variational._streaming.preshuffle.types import (
     add_dictionaries,
@@ -56,38 +54,40 @@ from pymc.variational._streaming.preshuffle.types import (
     to_plain,
 )
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, inspect, is_local
-from pymc.variational._streaming.sources.parquet.parquet import read_batches
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
 
-__all__ = ["Done", "gather", "peak_memory", "scatter"]
+__all__ = ["Done", "gather", "scatter"]
 
 _LABELS, _ORDER, _SUBLABELS = range(3)
 """What random numbers are for: the first word of each spawn key."""
 _MESSAGE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("rows", "<i8"), ("crc", "<i8")])
-_SAMPLED_ROWS = 1 << 14
-_REPEATS = 8
-"""Values of a column of numbers must occur so often, on average, to be written as a dictionary."""
 
-_slots = threading.Semaphore(MAX_AT_ONCE)
-_entrance = threading.Lock()
-"""An executor may have more threads than tasks that fit in the process's memory."""
+_slots = {n: threading.Semaphore(n) for n in range(1, MAX_AT_ONCE + 1)}
+"""By the number of tasks that memory holds: an executor may have more threads in one process."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Done:
-    """What a task leaves behind."""
+    """What one task of a pass, or several in their order, left behind."""
 
-    rows: int
-    path: str
-    bytes: int
-    """Size of the file at *path*."""
-    peak: int
-    """Largest resident size of the process so far, in bytes."""
+    rows: int = 0
+    bytes: int = 0
+    """Size of the files at *paths*."""
+    peak: int = 0
+    """Largest resident size of a process so far, in bytes."""
+    paths: list[str] = field(default_factory=list)
     dictionaries: dict[str, "pyarrow.Array"] = field(default_factory=dict)
-    """Values of the dictionary columns that a task of the first pass read, as they appeared."""
+    """Values of the dictionary columns that were read, as they appeared."""
+
+    def add(self, later: "Done") -> None:
+        self.rows += later.rows
+        self.bytes += later.bytes
+        self.peak = max(self.peak, later.peak)
+        self.paths += later.paths
+        add_dictionaries(self.dictionaries, later.dictionaries)
 
 
 def scatter(plan: Plan, work: Workspace, index: int, pieces: Sequence[Piece]) -> Done:
@@ -95,24 +95,18 @@ def scatter(plan: Plan, work: Workspace, index: int, pieces: Sequence[Piece]) ->
     dictionaries: dict[str, pyarrow.Array] = {}
 
     def read() -> Iterator["pyarrow.RecordBatch"]:
-        for file, groups in pieces:
-            for _, batch in read_batches(
-                plan.fs,
-                file,
-                columns=plan.columns,
-                row_groups=groups,
-                batch_rows=plan.batch_rows,
-            ):
+        for piece in pieces:
+            for batch in read_piece(plan.fs, piece, plan.schema.names, plan.batch_rows):
                 add_dictionaries(dictionaries, dictionaries_of(batch))
                 yield to_plain(batch, plan.plain)
 
+    path = _scratch_path(work, index)
+    labels = _generator(plan.mark.seed, _LABELS, index)
     with _memory_for_a_task(plan.at_once):
-        path = _scratch_path(work, index)
-        labels = _generator(plan.seed, _LABELS, index)
         rows, size = _scatter_rows(
             work.scratch_fs, path, read(), plan.n_partitions, labels, plan.block_bytes
         )
-        return Done(rows, path, size, peak_memory(), dictionaries)
+        return Done(rows, size, _peak_memory(), [path], dictionaries)
 
 
 def gather(
@@ -130,28 +124,37 @@ def gather(
         for partition in partitions[: plan.partitions_per_file]
         for batch in _shuffle(plan, work, paths, (partition,))
     )
+    path = f"{work.parts}/{uuid.uuid4().hex}.parquet"
     with _memory_for_a_task(plan.at_once):
-        path = f"{work.parts}/{uuid.uuid4().hex}.parquet"
         _write_part(plan, work.parts_fs, path, index, batches)
         if is_local(work.parts_fs):
             flush(path)
         written, _ = inspect(work.parts_fs, path)
-        return Done(written.n_rows, path, written.size, peak_memory())
+        return Done(written.n_rows, written.size, _peak_memory(), [path])
 
 
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes; 0 where unknown.
+@contextlib.contextmanager
+def _memory_for_a_task(at_once: int) -> Iterator[None]:
+    """Wait until fewer than *at_once* tasks run in this process."""
+    with _slots[at_once]:
+        try:
+            yield
+        finally:
+            if at_once < MAX_AT_ONCE:
+                # Memory is tight, and an allocator keeps what each thread of the executor had.
+                import_pyarrow().default_memory_pool().release_unused()
 
-    ``ru_maxrss`` of a process that was started by another begins at the size of that one.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    try:
-        import resource
-    except ImportError:
+
+def _peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes; 0 on Windows."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would begin at the size of the process that started this one
+        lines = (line.split() for line in status.read_text().splitlines())
+        return next((int(line[1]) << 10 for line in lines if line[0] == "VmHWM:"), 0)
+    if sys.platform == "win32":
         return 0
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1 << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -163,22 +166,6 @@ def _scratch_path(work: Workspace, index: int) -> str:
 def _generator(seed: int, *key: int) -> np.random.Generator:
     """Make the generator for one purpose and task, whoever runs it."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-
-
-@contextlib.contextmanager
-def _memory_for_a_task(at_once: int) -> Iterator[None]:
-    """Wait until fewer than *at_once* tasks run in this process."""
-    share = MAX_AT_ONCE // at_once
-    with _entrance:
-        for _ in range(share):
-            _slots.acquire()
-    try:
-        yield
-    finally:
-        if share > 1:
-            # Memory is tight, and an allocator keeps what each thread of the executor had.
-            import_pyarrow().default_memory_pool().release_unused()
-        _slots.release(share)
 
 
 def _scatter_rows(
@@ -278,14 +265,14 @@ def _shuffle(
     if size > plan.block_bytes and n_rows > 1:
         path = f"{work.scratch}/{uuid.uuid4().hex}.rows"
         n_partitions = min(math.ceil(1.5 * size / plan.block_bytes), n_rows, MAX_PARTITIONS)
-        labels = _generator(plan.seed, _SUBLABELS, *place)
+        labels = _generator(plan.mark.seed, _SUBLABELS, *place)
         _scatter_rows(work.scratch_fs, path, batches, n_partitions, labels, plan.block_bytes)
         for partition in range(n_partitions):
             yield from _shuffle(plan, work, [path], (*place, partition))
         work.scratch_fs.delete_file(path)
     elif n_rows:
         rows = _concatenate(list(batches))
-        order = _generator(plan.seed, _ORDER, *place).permutation(rows.num_rows)
+        order = _generator(plan.mark.seed, _ORDER, *place).permutation(rows.num_rows)
         for chosen in np.array_split(order, math.ceil(len(order) / plan.row_group_rows)):
             yield _take(rows, chosen)
 
@@ -309,35 +296,21 @@ def _write_part(
     fs: "pyarrow.fs.FileSystem",
     path: str,
     index: int,
-    batches: Iterator["pyarrow.RecordBatch"],
+    batches: Iterable["pyarrow.RecordBatch"],
 ) -> None:
     """Write a Parquet file of the result, with a row group for each batch."""
-    first = next(batches, None)
-    dictionaries = {*dictionary_columns(plan.schema), *_repetitive_columns(first)}
     with (
         fs.open_output_stream(path) as sink,
         import_pyarrow().parquet.ParquetWriter(
             sink,
             plan.schema,
             compression=plan.compression,
-            use_dictionary=sorted(dictionaries) or False,
+            use_dictionary=dictionary_columns(plan.schema) or False,
             write_statistics=False,
             write_page_checksum=True,
         ) as writer,
     ):
-        for batch in itertools.chain([] if first is None else [first], batches):
+        for batch in batches:
             writer.write_batch(batch, batch.num_rows)
         mark = dataclasses.replace(plan.mark, index=index, data_end=sink.tell())
         writer.add_key_value_metadata(mark.to_metadata())
-
-
-def _repetitive_columns(batch: "pyarrow.RecordBatch | None") -> list[str]:
-    """Return the names of columns whose pages are smaller, and faster to read, as dictionaries."""
-    if batch is None:
-        return []
-    pa = import_pyarrow()
-    sample = batch.slice(0, _SAMPLED_ROWS)
-    is_, schema = pa.types, sample.schema
-    numbers = [f.name for f in schema if is_.is_integer(f.type) or is_.is_floating(f.type)]
-    distinct = {name: pa.compute.count_distinct(sample[name]).as_py() for name in numbers}
-    return [name for name, n in distinct.items() if n * _REPEATS <= sample.num_rows]

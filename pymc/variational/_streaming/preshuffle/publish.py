@@ -21,8 +21,8 @@ it is there.
 
 import contextlib
 import os
+import re
 import tempfile
-import threading
 import uuid
 
 from collections.abc import Iterator, Sequence
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
 from pymc.variational._streaming.sources.parquet.paths import resolve
+from pymc.variational._streaming.utils import digest
 
 try:
     import fcntl
@@ -43,13 +44,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Workspace", "flush", "open_workspace", "publish"]
 
-_UNFINISHED = "_unfinished"
-"""Name of a file that is beside uploaded files until all are there."""
+_PART = "part-{:05}-of-{:05}.parquet"
+_LATER_PART = re.compile(r"part-(?!00000)\d{5,}-of-\d{5,}\.parquet")
+"""Name of a file that is uploaded before the first one."""
 _REPLACED = "replaced"
 """Name of the folder that holds a destination's old contents while new ones take their place."""
-_locked_here: set[str] = set()
+_locked_here: dict[str, object] = {}
 """Folders locked by threads of this process, which file locks do not tell apart."""
-_guard = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,11 @@ class Workspace:
 
 @contextlib.contextmanager
 def open_workspace(
-    fs: "pyarrow.fs.FileSystem", destination: str, *, scratch: str | None, overwrite: bool
+    fs: "pyarrow.fs.FileSystem",
+    destination: str,
+    *,
+    scratch: str | os.PathLike | None,
+    overwrite: bool,
 ) -> Iterator[Workspace]:
     """Make the folders of a run; delete them at its end, and those that a killed run left.
 
@@ -80,20 +85,20 @@ def open_workspace(
     StreamError
         If another run is building the same destination.
     """
-    scratch_fs, scratch_root = resolve(scratch or tempfile.gettempdir())
-    name = f"preshuffle-{uuid.uuid5(uuid.NAMESPACE_URL, destination).hex}"
-    folders = [(scratch_fs, f"{scratch_root}/{name}")]
     if is_local(fs):
         destination = os.path.realpath(destination)
         _require_replaceable(destination)
-        beside = (fs, "/.".join(os.path.split(destination)) + ".partial")
+    scratch_fs, scratch_root = resolve(scratch or tempfile.gettempdir())
+    folders = [(scratch_fs, f"{scratch_root}/preshuffle-{digest(destination)}")]
+    if is_local(fs):
+        beside = fs, "/.".join(os.path.split(destination)) + ".partial"
         folders = [beside, *folders] if scratch else [beside]
     with contextlib.ExitStack() as stack:
         for folder in folders:
             stack.enter_context(_own(*folder, destination))
+        (parts_fs, parts), (scratch_fs, scratch_folder) = folders[0], folders[-1]
         # Workers may still run tasks of a run that was killed, which must not meet these.
         run = uuid.uuid4().hex
-        (parts_fs, parts), (scratch_fs, scratch_folder) = folders[0], folders[-1]
         work = Workspace(
             fs=fs,
             destination=destination,
@@ -112,7 +117,7 @@ def open_workspace(
 def publish(work: Workspace, paths: Sequence[str]) -> None:
     """Make finished files, in their order, the contents of the destination."""
     _refuse_to_replace(work)
-    names = [f"part-{index:05}-of-{len(paths):05}.parquet" for index in range(len(paths))]
+    names = [_PART.format(index, len(paths)) for index in range(len(paths))]
     (_rename if is_local(work.fs) else _upload)(work, dict(zip(names, paths)))
 
 
@@ -140,23 +145,20 @@ def _rename(work: Workspace, files: dict[str, str]) -> None:
 
 
 def _upload(work: Workspace, files: dict[str, str]) -> None:
-    fs, marker = work.fs, f"{work.destination}/{_UNFINISHED}"
-    fs.create_dir(work.destination, recursive=True)
-    fs.delete_dir_contents(work.destination)
+    work.fs.create_dir(work.destination, recursive=True)
+    work.fs.delete_dir_contents(work.destination)
     try:
-        fs.open_output_stream(marker).close()
         for name, path in reversed(files.items()):
             import_pyarrow().fs.copy_files(
                 path,
                 f"{work.destination}/{name}",
                 source_filesystem=work.parts_fs,
-                destination_filesystem=fs,
+                destination_filesystem=work.fs,
                 use_threads=False,
             )
-        fs.delete_file(marker)
     except BaseException:
         with contextlib.suppress(Exception):
-            fs.delete_dir_contents(work.destination)
+            work.fs.delete_dir_contents(work.destination)
         raise
 
 
@@ -164,7 +166,8 @@ def _refuse_to_replace(work: Workspace) -> None:
     """Refuse a destination with contents other than those of an upload that was killed."""
     selector = import_pyarrow().fs.FileSelector(work.destination, allow_not_found=True)
     names = {info.base_name for info in work.fs.get_file_info(selector)} - {""}
-    if names and _UNFINISHED not in names and not work.overwrite:
+    unfinished = not is_local(work.fs) and all(map(_LATER_PART.fullmatch, names))
+    if names and not unfinished and not work.overwrite:
         raise FileExistsError(
             f"destination={work.destination!r} exists and is not empty; "
             "pass overwrite=True to replace it, or choose another"
@@ -175,16 +178,14 @@ def _require_replaceable(destination: str) -> None:
     """Refuse what no rename can put a folder in the place of."""
     if os.path.lexists(destination) and not os.path.isdir(destination):
         raise NotADirectoryError(f"destination={destination!r} is a file; pass a directory")
-    if os.path.ismount(destination):
-        raise ValueError(
-            f"destination={destination!r} is a mount point, which cannot be replaced as a "
-            "whole; pass a directory inside it"
-        )
-    if destination == os.path.realpath(os.getcwd()):
-        raise ValueError(
-            f"destination={destination!r} is the current directory, which would be replaced; "
-            "pass another one"
-        )
+    places = {"a mount point": os.path.ismount(destination)}
+    places["the current directory"] = destination == os.path.realpath(os.getcwd())
+    for place, is_here in places.items():
+        if is_here:
+            raise ValueError(
+                f"destination={destination!r} is {place}, which cannot be replaced as a whole; "
+                "pass a directory inside it"
+            )
 
 
 @contextlib.contextmanager
@@ -217,21 +218,17 @@ def _locked(folder: str, destination: str) -> Iterator[None]:
         f"destination={destination!r}: another preshuffle is writing it; "
         "wait until it is done, or choose another destination"
     )
-    with _guard:
-        if folder in _locked_here:
-            raise busy
-        handle = open(f"{folder}/lock", "w")
-        try:
-            if fcntl is not None:
-                # Unlike flock, this lock is not inherited by workers, which may live on.
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.close()
-            raise busy from None
-        _locked_here.add(folder)
+    ours = object()
+    if _locked_here.setdefault(folder, ours) is not ours:
+        raise busy
     try:
-        yield
+        with open(f"{folder}/lock", "w") as handle:
+            try:
+                if fcntl is not None:
+                    # Unlike flock, this lock is not inherited by workers, which may live on.
+                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise busy from None
+            yield
     finally:
-        with _guard:
-            _locked_here.discard(folder)
-            handle.close()
+        del _locked_here[folder]

@@ -36,19 +36,12 @@ __all__ = [
 
 
 def plain_schema(schema: "pyarrow.Schema") -> "pyarrow.Schema":
-    """Return *schema* with plain types, and without metadata.
-
-    Raises
-    ------
-    ValueError
-        If a column has a type that cannot be shuffled.
-    """
+    """Return *schema* with plain types, and without metadata."""
+    is_dictionary = import_pyarrow().types.is_dictionary
     fields = []
     for field in schema:
-        try:
-            fields.append(field.with_type(_plain(field.type, top=True)).remove_metadata())
-        except ValueError as err:
-            raise ValueError(f"column {field.name!r} {err}") from None
+        kind = field.type.value_type if is_dictionary(field.type) else field.type
+        fields.append(field.with_type(_plain(kind)).remove_metadata())
     return import_pyarrow().schema(fields)
 
 
@@ -108,19 +101,17 @@ def _cast(array: "pyarrow.Array", target: "pyarrow.DataType") -> "pyarrow.Array"
     return array if array.type.equals(target) else array.cast(target)
 
 
-def _plain(kind: "pyarrow.DataType", *, top: bool = False) -> "pyarrow.DataType":
+def _plain(kind: "pyarrow.DataType") -> "pyarrow.DataType":
     pa = import_pyarrow()
     is_ = pa.types
     if is_.is_dictionary(kind):
-        if kind.ordered and not top:
-            raise ValueError(f"holds nested ordered dictionaries ({kind}); decode them first")
+        if kind.ordered:  # by values that a partition meets in another order
+            raise ValueError(f"columns must not hold nested {kind}; decode it first")
         return _plain(kind.value_type)
     if is_.is_string_view(kind):
         return pa.large_string()
     if is_.is_binary_view(kind):
         return pa.large_binary()
-    if is_.is_list_view(kind) or is_.is_large_list_view(kind) or is_.is_union(kind):
-        raise ValueError(f"has type {kind}, which cannot be shuffled; cast it to list first")
     if is_.is_map(kind):
         return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field))
     if is_.is_struct(kind):

@@ -32,11 +32,10 @@ __all__ = ["IterableSource", "as_source"]
 _BLOCK_BYTES = 1 << 22
 _CHUNKED_BYTES = 1 << 18
 """Bytes of a block of an array that has to be decoded; the order check reads single blocks."""
-_SAMPLES = 32
-_CHUNKED_SAMPLES = 4
-"""Places at which an array that has to be decoded is sampled; each costs a chunk."""
-_SAMPLE_VALUES = 128
-"""Values that are hashed at each place."""
+_SAMPLES = 4
+"""Places at which an array is sampled for its fingerprint; each may cost a chunk to decode."""
+_SAMPLE_VALUES = 1024
+"""Values that are hashed at each place, about."""
 
 
 def as_source(data: Any) -> Source:
@@ -71,7 +70,7 @@ class _ArraySource(Source):
         self._array = array
         chunks = getattr(array, "chunks", None)
         self._chunk = int(np.max(chunks[0])) if chunks else 1
-        self._row_bytes = first.nbytes
+        self._row_bytes, self._row_values = first.nbytes, first.size
         self._kind = _kind(first)
         self.n_rows = int(array.shape[0])
         self.sample_shape = first.shape[1:]
@@ -95,17 +94,13 @@ class _ArraySource(Source):
                 yield block
 
     def _sample(self) -> Iterator[bytes]:
-        """Yield few values of one chunk from each of few places all over the array."""
-        assert self.n_rows is not None and self.sample_shape is not None
-        decoded = self._chunk > 1
-        n_rows = max(1, _SAMPLE_VALUES // int(np.prod(self.sample_shape)))
-        n_rows = min(n_rows, self._chunk) if decoded else n_rows
-        places = np.linspace(
-            0, self.n_rows - 1, _CHUNKED_SAMPLES if decoded else _SAMPLES, dtype=int
-        )
+        """Yield the values of a few rows, of one chunk, from each of few places."""
+        assert self.n_rows is not None
+        n_rows = max(1, _SAMPLE_VALUES // self._row_values)
+        n_rows = min(n_rows, self._chunk) if self._chunk > 1 else n_rows
+        places = np.linspace(0, self.n_rows - 1, _SAMPLES, dtype=int)
         for first in np.unique(self.read_starts(places)).tolist():
-            values = np.asarray(self._array[first : first + n_rows]).ravel()
-            yield values[:: max(1, values.size // _SAMPLE_VALUES)].tobytes()
+            yield np.asarray(self._array[first : first + n_rows]).tobytes()
 
 
 class IterableSource(Source):

@@ -93,10 +93,7 @@ def arrow_source(
         source = _IpcSource(files, columns)
         if size not in (None, source.n_rows):
             raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
-        if isinstance(make_reader, str | os.PathLike):
-            source.ipc_path = os.fspath(make_reader)
-        else:
-            source.ipc_path = files
+        source.ipc_path = files if isinstance(make_reader, list | tuple) else os.fspath(make_reader)
         return source
     if not callable(make_reader):
         raise TypeError(
@@ -111,17 +108,15 @@ class _IpcFile:
     """One Arrow IPC file as it was when it was first opened."""
 
     path: str
-    size: int
-    """Size of the file in bytes."""
-    mtime_ns: int
-    """Time of the last modification."""
+    identity: tuple[int, int]
+    """Size in bytes, and time of the last modification in ns."""
     fields: tuple[int, ...]
     """Indices of the columns in this file."""
     batch_rows: tuple[int, ...]
     """Number of rows of each record batch."""
 
-    def require_unchanged(self, status: os.stat_result, when: str) -> None:
-        if (self.size, self.mtime_ns) != (status.st_size, status.st_mtime_ns):
+    def require_unchanged(self, when: str) -> None:
+        if self.identity != _identity(self.path):
             raise StreamError(f"{self.path}: changed {when}; make the source anew")
 
 
@@ -132,7 +127,7 @@ class _IpcSource(Source):
         frozen: RowFormat | None = None
         self._files = []
         for path in paths:
-            with _reading(path) as (reader, _):
+            with _reading(path) as reader:
                 schema = reader.schema
             if frozen is None:
                 frozen = RowFormat.from_schema(schema, columns, path)
@@ -148,7 +143,7 @@ class _IpcSource(Source):
         self.n_rows = int(rows.sum())
         if not self.n_rows:
             raise ValueError(f"{paths[0]}: no rows to stream in {len(paths)} file(s)")
-        self.fingerprint = digest(self.columns, [(f.size, f.mtime_ns) for f in self._files])
+        self.fingerprint = digest(self.columns, [file.identity for file in self._files])
 
     def read_starts(self, rows: np.ndarray) -> np.ndarray:
         return self._starts[np.searchsorted(self._starts, rows, side="right") - 1]
@@ -167,24 +162,30 @@ class _IpcSource(Source):
             first -= len(file.batch_rows)
 
     def _read(self, file: _IpcFile, first: int) -> Iterator[np.ndarray]:
-        with _reading(file.path, file.fields) as (reader, status):
-            file.require_unchanged(status, "since the source was made")
+        with _reading(file.path, file.fields) as reader:
+            file.require_unchanged("since the source was made")
             for number in range(first, len(file.batch_rows)):
                 batch = reader.get_batch(number)
                 batch.validate(full=True)
                 yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
-            file.require_unchanged(os.stat(file.path), "while it was read")
+            file.require_unchanged("while it was read")
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def _inspect(path: str, fields: tuple[int, ...]) -> _IpcFile:
     # A record batch must be read to learn its number of rows; one column is enough.
-    with _reading(path, fields[:1]) as (reader, status):
+    with _reading(path, fields[:1]) as reader:
+        identity = _identity(path)
         rows = tuple(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
-    return _IpcFile(path, status.st_size, status.st_mtime_ns, fields, rows)
+    return _IpcFile(path, identity, fields, rows)
 
 
 @contextmanager
-def _reading(path: str, fields: Sequence[int] = ()) -> Iterator[tuple[Any, os.stat_result]]:
+def _reading(path: str, fields: Sequence[int] = ()) -> Iterator[Any]:
     """Open an IPC file to read these fields, or all.
 
     The file is not mapped to memory: a map of a file that is truncated ends the process.
@@ -193,7 +194,7 @@ def _reading(path: str, fields: Sequence[int] = ()) -> Iterator[tuple[Any, os.st
     options = pa.ipc.IpcReadOptions(included_fields=list(fields), use_threads=False)
     try:
         with pa.OSFile(path) as handle, pa.ipc.open_file(handle, options=options) as reader:
-            yield reader, os.stat(path)
+            yield reader
     except (OSError, UnicodeDecodeError, pa.ArrowException) as err:
         raise StreamError(
             f"{path}: not a readable Arrow IPC file ({str(err).partition(chr(10))[0]}); "

@@ -17,12 +17,12 @@ import re
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.sources.base import seems_finite
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 
 if TYPE_CHECKING:
@@ -135,9 +135,9 @@ class RowFormat:
         for j, (array, column) in enumerate(zip(arrays, values)):
             if array.null_count:
                 masks[j] = array.is_null().to_numpy(zero_copy_only=False)
-            if self._may_be_inexact(j, column):
+            if self.integral[j] and column.itemsize == 8 and self.dtype.kind == "f":
                 masks[j] = masks.get(j, False) | _exceeds(column, exact_limit(self.dtype))
-        if not any(mask.any() for mask in masks.values()) and _all_finite(rows):
+        if not any(mask.any() for mask in masks.values()) and seems_finite(rows):
             return rows, None
         bad = ~np.isfinite(rows)
         for j, mask in masks.items():
@@ -152,10 +152,6 @@ class RowFormat:
         if value is not None and np.isfinite(float(value)):
             problem += f", which {self.dtype} cannot hold exactly"
         return row, f"column {self.columns[j]!r} {problem}"
-
-    def _may_be_inexact(self, j: int, column: np.ndarray) -> bool:
-        """Whether a column has integers of 64 bits (as decimals have) that become floats."""
-        return self.integral[j] and column.itemsize == 8 and self.dtype.kind == "f"
 
 
 def _value_type(schema: "pyarrow.Schema", name: str, where: str) -> "pyarrow.DataType":
@@ -198,12 +194,10 @@ def _decode(array: "pyarrow.Array") -> "pyarrow.Array":
 def _to_numpy(array: "pyarrow.Array", kind: "pyarrow.DataType") -> np.ndarray:
     """Return the values of an array, and zeros for its nulls."""
     pa: Any = import_pyarrow()
-    is_decimal = pa.types.is_decimal(kind)
-    if array.null_count:  # a decimal may have too few digits for the cast of an integer
-        zero = pa.scalar(Decimal(0), kind) if is_decimal else pa.scalar(0).cast(kind)
-        array = array.fill_null(zero)
-    if is_decimal:
+    if pa.types.is_decimal(kind):
         array = array.cast(pa.float64())
+    if array.null_count:
+        array = array.fill_null(pa.scalar(0).cast(array.type))
     if pa.types.is_boolean(array.type):
         return array.to_numpy(zero_copy_only=False)
     return np.from_dlpack(array)
@@ -214,12 +208,6 @@ def _exceeds(values: np.ndarray, limit: float) -> np.ndarray:
     if values.dtype.kind == "f":
         return np.abs(values) >= limit
     return (values > limit) | (values < -limit)
-
-
-def _all_finite(rows: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; False also where finite values sum to infinity."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(rows.sum()))
 
 
 def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:

@@ -404,7 +404,6 @@ class TestBuffer:
         [
             ({"buffer_size": 3}, "buffer_size=3 must be at least batch_size=4"),
             ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-            ({"buffer_size": 2**32}, "buffer_size=4294967296 must be at most 4294967295"),
             ({"seed": -1}, "seed=-1 must be a non-negative integer or None"),
         ],
     )

@@ -66,7 +66,8 @@ def shuffle_five(seed: int, n_partitions: int, block_bytes: int) -> tuple[int, .
     fs = pa.fs._MockFileSystem()
     fs.create_dir("scratch")
     work = SimpleNamespace(scratch_fs=fs, scratch="scratch")
-    plan = SimpleNamespace(seed=seed, plain=SCHEMA, block_bytes=block_bytes, row_group_rows=2)
+    mark = SimpleNamespace(seed=seed)
+    plan = SimpleNamespace(mark=mark, plain=SCHEMA, block_bytes=block_bytes, row_group_rows=2)
     paths = []
     for task, rows in enumerate(([0, 1], [2, 3, 4])):
         paths.append(f"{task}")

@@ -139,17 +139,20 @@ def read_all(fs, folder):
 
 MEMORY = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from tests.variational.streaming.memory import forget_peak, peak_mb
 from pymc.variational.streaming import preshuffle
 forget_peak()
 before = peak_mb()
-preshuffle(sys.argv[1], sys.argv[2], seed=0, memory_limit=sys.argv[3], progressbar=False)
+source, destination, limit, n_threads = sys.argv[1:]
+options = {"executor": ThreadPoolExecutor(int(n_threads))} if int(n_threads) else {}
+preshuffle(source, destination, seed=0, memory_limit=limit, progressbar=False, **options)
 sys.stdout.write(f"{peak_mb() - before}")
 """
 
 
-def growth_mb(source, destination, limit):
-    command = [sys.executable, "-c", MEMORY, str(source), str(destination), limit]
+def growth_mb(source, destination, limit, n_threads):
+    command = [sys.executable, "-c", MEMORY, str(source), str(destination), limit, str(n_threads)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
@@ -157,9 +160,18 @@ def growth_mb(source, destination, limit):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("limit", [128, 512])
-@pytest.mark.parametrize("shape", ["long", "one row group", "text", "blobs"])
-def test_memory_grows_by_no_more_than_the_limit(tmp_path, shape, limit):
+@pytest.mark.parametrize(
+    "shape, limit, n_threads",
+    [
+        ("long", 128, 8),
+        ("one row group", 128, 0),
+        ("text", 128, 0),
+        ("blobs", 128, 0),
+        ("text", 512, 0),
+    ],
+)
+def test_memory_grows_by_no_more_than_the_limit(tmp_path, shape, limit, n_threads):
+    """Also in an executor with more threads than the limit has room for."""
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "a.parquet"
@@ -175,4 +187,4 @@ def test_memory_grows_by_no_more_than_the_limit(tmp_path, shape, limit):
     else:
         blobs = [rng.bytes(int(size)) for size in rng.integers(0, 100_000, 4000)]
         pq.write_table(pa.table({"blob": blobs}), path, row_group_size=100)
-    assert growth_mb(tmp_path / "in", tmp_path / "out", f"{limit}MB") < limit
+    assert growth_mb(tmp_path / "in", tmp_path / "out", f"{limit}MB", n_threads) < limit

@@ -25,10 +25,7 @@ import pytest
 from hypothesis import given, settings
 
 from pymc.variational._streaming.preshuffle import cli
-from pymc.variational._streaming.preshuffle.command import _check_overlap
 from pymc.variational._streaming.preshuffle.plan import parse_bytes
-from pymc.variational._streaming.preshuffle.table import open_table
-from pymc.variational._streaming.preshuffle.types import plain_schema
 from pymc.variational.streaming import StreamError, parquet_source, preshuffle
 from tests.variational.streaming import strategies
 from tests.variational.streaming.preshuffle.preshuffled import (
@@ -132,7 +129,7 @@ def test_timestamps_that_would_be_changed_are_refused(tmp_path):
     source = write(tmp_path / "in", table, use_deprecated_int96_timestamps=True)
     for columns in (None, ["end"], ["row", "days"]):
         name = (columns or ["end"])[-1]
-        with pytest.raises(ValueError, match=rf"a\.parquet: column '{name}' .*INT96.* rewrite"):
+        with pytest.raises(ValueError, match=rf"a\.parquet: column '{name}.*INT96.* rewrite"):
             shuffle(source, tmp_path / "out", columns=columns)
     assert shuffle(source, tmp_path / "out", columns=["row"]).rows == 1
 
@@ -199,17 +196,6 @@ def test_row_groups_of_a_partition_are_even(tmp_path, monkeypatch):
         assert groups == expected
 
 
-def test_numbers_that_repeat_are_written_as_dictionaries(tmp_path, monkeypatch):
-    """They take fewer bytes; numbers that hardly repeat would take more."""
-    cut_small(monkeypatch.setattr, tasks=1, block=1 << 20)
-    table = pa.table({"row": range(4000), "few": [k % 500 for k in range(4000)]})
-    shuffle(write(tmp_path / "in", table), tmp_path / "out")
-    (file,) = (tmp_path / "out").glob("*.parquet")
-    columns = [pq.read_metadata(file).row_group(0).column(i) for i in range(2)]
-    assert [column.has_dictionary_page for column in columns] == [False, True]
-    assert pq.read_table(tmp_path / "out").schema.types == [pa.int64(), pa.int64()]
-
-
 def test_the_mark_says_what_was_shuffled(tmp_path, monkeypatch):
     cut_small(monkeypatch.setattr, files=4)
     source = numbered(tmp_path / "in", 5000, n_files=3)
@@ -217,6 +203,8 @@ def test_the_mark_says_what_was_shuffled(tmp_path, monkeypatch):
     mark = parquet_source(tmp_path / "out").mark
     assert (mark.seed, mark.n_rows, mark.source) == (7, 5000, str(source))
     assert mark.n_files == len(list((tmp_path / "out").iterdir())) == 4 < report.piles
+    shuffle(tmp_path / "out", tmp_path / "again", seed=8)
+    assert parquet_source(tmp_path / "again").mark.seed == 8
 
 
 @pytest.mark.usefixtures("small_tasks")
@@ -226,14 +214,6 @@ def test_a_rewritten_file_is_not_marked(tmp_path):
     for file in (tmp_path / "out").iterdir():
         pq.write_table(pq.read_table(file).sort_by("row"), file)
     assert parquet_source(tmp_path / "out").mark is None
-
-
-@pytest.mark.usefixtures("small_tasks")
-def test_a_shuffle_of_a_shuffle_has_its_own_mark(tmp_path):
-    shuffle(numbered(tmp_path / "in", 5000), tmp_path / "one", seed=1)
-    shuffle(tmp_path / "one", tmp_path / "two", seed=2)
-    assert parquet_source(tmp_path / "two").mark.seed == 2
-    assert sorted(rows_in_order(tmp_path / "two")) == list(range(5000))
 
 
 @pytest.mark.usefixtures("small_tasks")
@@ -282,7 +262,7 @@ def test_the_report_is_short_and_right(tmp_path):
         ({"seed": True}, "seed=True must be a non-negative integer"),
         ({"memory_limit": "much"}, "memory_limit='much' is not a size; pass bytes or a string"),
         ({"memory_limit": "1MB"}, r"memory_limit=1000000 is too small .*pass at least .*'\d+MB'"),
-        ({"columns": ["rows"]}, r"has no column 'rows', only \['row', 'twice'\]"),
+        ({"columns": ["rows"]}, r"has no column 'rows'; it has \['row', 'twice'\]"),
         ({"columns": ["row", "row"]}, "must be at least one, and distinct"),
         ({"compression": "zip"}, "compression='zip' is not available"),
         ({"row_group_size": 0}, "row_group_size=0 must be at least 1"),
@@ -319,13 +299,6 @@ def test_files_that_differ_in_columns_are_refused(tmp_path):
     pq.write_table(pa.table({"x": [1.5]}), source / "b.parquet")
     with pytest.raises(ValueError, match=r"b.parquet: its columns differ from those of"):
         shuffle(source, tmp_path / "out")
-
-
-def test_types_that_cannot_be_shuffled_are_named():
-    """Not all versions of pyarrow write such files."""
-    views = pa.schema({"views": pa.list_view(pa.int8())})
-    with pytest.raises(ValueError, match=r"column 'views' has type list_view.*cast it to list"):
-        plain_schema(views)
 
 
 @pytest.mark.usefixtures("small_tasks")
@@ -376,17 +349,6 @@ def test_no_spelling_hides_that_places_overlap(source, destination):
     with pytest.raises(ValueError, match="overlaps with source="):
         shuffle(source, destination, filesystem=memory, overwrite=True)
     assert pq.read_metadata(memory.open("/b/in/a.parquet")).num_rows == 100
-
-
-def test_one_place_in_two_filesystems_is_one_place(tmp_path):
-    """As a bucket that is opened with other options."""
-    source = numbered(tmp_path / "in", 100)
-    table = open_table(source, None, None)
-    other = pa.fs.SubTreeFileSystem("/", pa.fs.LocalFileSystem())
-    assert not table.fs.equals(other)
-    with pytest.raises(ValueError, match="overlaps with source="):
-        _check_overlap(source, None, table, other, str(source))
-    _check_overlap(source, None, table, other, str(tmp_path / "out"))
 
 
 def test_destinations_that_cannot_be_replaced_are_refused(tmp_path, monkeypatch):
@@ -451,18 +413,6 @@ def test_what_is_at_the_destination_is_replaced_only_if_asked(tmp_path):
     shuffle(source, tmp_path / "out", seed=2, overwrite=True)
     assert parquet_source(tmp_path / "out").mark.seed == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
-
-
-def test_an_empty_directory_is_a_destination(tmp_path):
-    (tmp_path / "out").mkdir()
-    assert shuffle(numbered(tmp_path / "in", 100), tmp_path / "out").rows == 100
-
-
-def test_scratch_elsewhere_is_used_and_left_empty(tmp_path):
-    (tmp_path / "scratch").mkdir()
-    shuffle(numbered(tmp_path / "in", 100), tmp_path / "out", scratch=tmp_path / "scratch")
-    assert not list((tmp_path / "scratch").iterdir())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "scratch"]
 
 
 def test_files_globs_and_lists_are_sources(tmp_path):

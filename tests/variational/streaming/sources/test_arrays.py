@@ -454,7 +454,7 @@ class TestArrowFiles:
             arrow_source(folder)
         for path, message in (
             (folder / "nowhere", "nowhere' does not exist"),
-            (folder / "*.md", "holds no Arrow IPC file"),
+            (folder / "*.md", "holds no file whose name ends in .arrow or"),
             ([], "names no file"),
             (folder / "day=1" / "b.feather", "b.feather: no rows to stream"),
         ):

@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""What a source makes of random files, whole and damaged.
+"""What a source makes of 60 random files, whole and damaged.
 
 `python -m tests.variational.streaming.sources.fuzz` makes more of them.
 """
@@ -41,7 +41,7 @@ def outcomes():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 class TestRandomFiles:
     def test_each_gives_its_rows_or_an_error_that_names_it(self, outcomes):
-        """Or pyarrow by itself ends the process over a damaged footer, which no source can catch."""
+        """Except where a contradictory footer ends the process inside pyarrow, by pyarrow alone."""
         assert [one["number"] for one in outcomes] == list(range(FIRST, FIRST + N_FILES))
         assert not [one for one in outcomes if one["outcome"] in FAULTS]
 

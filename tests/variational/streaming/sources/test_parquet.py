@@ -164,9 +164,9 @@ class TestPaths:
         with pytest.raises(FileNotFoundError, match=r"path='.*nowhere' does not exist"):
             parquet_source(folder / "nowhere")
         (folder / "empty").mkdir()
-        with pytest.raises(ValueError, match=r"path='.*empty' holds no Parquet file"):
+        with pytest.raises(ValueError, match=r"path='.*empty' holds no file whose .* in \.parquet"):
             parquet_source(folder / "empty")
-        with pytest.raises(ValueError, match=r"path='.*\*\.csv' holds no Parquet file"):
+        with pytest.raises(ValueError, match=r"path='.*\*\.csv' holds no file"):
             parquet_source(folder / "*.csv")
         with pytest.raises(ValueError, match=r"path=\[\] names no file"):
             parquet_source([])
@@ -393,21 +393,18 @@ class TestFilesThatChange:
         write_layout(tmp_path, [[5, 5], [5, 5]])
         return parquet_source(tmp_path)
 
-    @pytest.mark.parametrize("when", ["before", "between epochs"])
     @pytest.mark.parametrize(
         "change, message",
         [
-            (lambda path: pq.write_table(table(10), path), r"changed since .*\(.*footer"),
-            (lambda path: os.utime(path), r"changed since .*\(mtime\)"),
+            (lambda path: pq.write_table(table(10), path), "changed since the source"),
+            (lambda path: os.utime(path), "changed since the source"),
             (lambda path: path.unlink(), "not a readable Parquet file"),
             (lambda path: os.truncate(path, 100), "not a readable Parquet file"),
             (lambda path: path.write_bytes(b""), "not a readable .*truncated, or another format"),
         ],
         ids=["rewritten", "touched", "removed", "truncated", "emptied"],
     )
-    def test_they_are_named(self, source, tmp_path, when, change, message):
-        if when == "between epochs":
-            rows_of(source)
+    def test_they_are_named(self, source, tmp_path, change, message):
         change(tmp_path / "001.parquet")
         with pytest.raises(StreamError, match=f"001.parquet: {message}"):
             rows_of(source)
@@ -541,30 +538,15 @@ class TestMarks:
         assert (source.mark.seed, source.mark.source) == (5, str(tmp_path / "ordered"))
         assert sorted(rows_of(source)[:, 0]) == list(range(100))
 
-    @pytest.mark.parametrize("version", [{}, {"version": 1, "checksum": "0f"}], ids=["2", "1"])
-    def test_marks_of_each_version_are_read(self, tmp_path, version):
-        for index in range(2):
-            self.write(tmp_path / f"{index}.parquet", index, **version)
-        source = parquet_source(tmp_path)
-        assert source.shuffled
-        assert (source.mark.seed, source.mark.source, source.mark.n_rows) == (0, "ticks", 4)
-
-    @pytest.mark.parametrize(
-        "other, message",
-        [
-            ({"seed": 7, "shuffle": "b2"}, "seeds 7 and 0"),
-            ({"shuffle": "b2"}, "identities b2 and a1"),
-            ({"version": 1, "checksum": "0f"}, "identities a10f and a1"),
-        ],
-        ids=["seed", "identity", "checksum of version 1"],
-    )
-    def test_files_of_two_shuffles_are_refused_by_what_differs(self, tmp_path, other, message):
+    @pytest.mark.parametrize("seed", [0, 7])
+    def test_files_of_two_shuffles_are_refused(self, tmp_path, seed):
         self.write(tmp_path / "0.parquet", 0)
-        self.write(tmp_path / "1.parquet", 1, **other)
-        with pytest.raises(StreamError, match=rf"belong to two shuffles \({message}\)"):
+        self.write(tmp_path / "1.parquet", 1, seed=seed, shuffle="b2")
+        with pytest.raises(StreamError, match=rf"belong to two shuffles \(seeds {seed} and 0\)"):
             parquet_source(tmp_path)
 
-    def test_a_mark_of_a_newer_version_is_refused_by_file(self, tmp_path):
-        self.write(tmp_path / "0.parquet", 0, version=3)
-        with pytest.raises(StreamError, match=r"0\.parquet: its .* \(version 3, .*; update PyMC"):
+    @pytest.mark.parametrize("version", [1, 3])
+    def test_a_mark_of_another_version_is_refused_by_file(self, tmp_path, version):
+        self.write(tmp_path / "0.parquet", 0, version=version, unknown=0)
+        with pytest.raises(StreamError, match=rf"0\.parquet: its .*version {version} .*; update"):
             parquet_source(tmp_path)

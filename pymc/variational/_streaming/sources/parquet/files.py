@@ -140,12 +140,12 @@ def open_parquet(
     """Open a file that must not change from when *known* was taken until it is closed.
 
     Reads are buffered and never ahead, so memory does not depend on the size of the file or of its
-    row groups; page checksums are verified where there are some.  A file that changed, vanished or
-    cannot be decoded is a StreamError.
+    row groups.
     """
     path = known.path
     with _open(fs, path) as (handle, footer, identity), _as_stream_error(path, "reading failed"):
-        _require_unchanged(known, identity)
+        if identity != (known.size, known.mtime_ns, known.digest):
+            raise StreamError(f"{path}: changed since the source was made; make the source anew")
         with import_pyarrow().parquet.ParquetFile(
             handle,
             # On a disk, Arrow's own reading of the footer costs less than parsing these bytes.
@@ -198,9 +198,7 @@ def _check_footer(metadata: "pyarrow.parquet.FileMetaData", *, data_end: int) ->
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     rows = [group.num_rows for group in groups]
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
-        raise OSError(
-            f"its footer has {metadata.num_rows} rows, its row groups {sum(rows)}; corrupt"
-        )
+        raise OSError("its footer and its row groups hold different numbers of rows; corrupt")
     extents = []
     for number, group in enumerate(groups):
         chunks = [group.column(j) for j in range(group.num_columns)]
@@ -257,14 +255,3 @@ def _size_and_mtime(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[int, int | 
         return info.size, int(1e9 * retried(lambda: fsspec.modified(path)).timestamp())
     except (NotImplementedError, OSError):
         return info.size, None
-
-
-def _require_unchanged(known: ParquetInput, identity: _Identity) -> None:
-    names = ("size", "mtime", "footer")
-    pairs = zip(names, (known.size, known.mtime_ns, known.digest), identity)
-    changed = [name for name, before, now in pairs if before != now]
-    if changed:
-        raise StreamError(
-            f"{known.path}: changed since the source was made ({', '.join(changed)}); "
-            "make the source anew"
-        )

@@ -62,20 +62,21 @@ class PreshuffleMark:
         return {MARK_KEY: json.dumps(dataclasses.asdict(self)).encode()}
 
 
-def read_mark(metadata: "pyarrow.parquet.FileMetaData") -> PreshuffleMark | None:
-    """Read the mark in a file's footer; None if it has none, or has another file's.
+def read_mark(path: str, metadata: "pyarrow.parquet.FileMetaData") -> PreshuffleMark | None:
+    """Read the mark in the footer of the file at *path*; None if it has none, or another file's.
 
-    A mark that is corrupt or of a newer version is a KeyError, TypeError or ValueError.
+    A mark that is corrupt or of another version is a StreamError.
     """
     entry = (metadata.metadata or {}).get(MARK_KEY)
     if entry is None:
         return None
-    values = json.loads(entry)
-    if values["version"] > _VERSION:
-        raise ValueError(f"version {values['version']}, this PyMC knows {_VERSION}; update PyMC")
-    # Version 1 had a checksum of the rows, which also distinguishes shuffles.
-    values["shuffle"] += values.pop("checksum", "")
-    mark = PreshuffleMark(**values)
+    try:
+        values = json.loads(entry)
+        if values["version"] != _VERSION:
+            raise ValueError(f"version {values['version']} is not {_VERSION}; update PyMC")
+        mark = PreshuffleMark(**values)
+    except (KeyError, TypeError, ValueError) as err:
+        raise StreamError(f"{path}: its pre-shuffle mark cannot be read ({err})") from err
     return mark if mark.data_end == _data_end(metadata) else None
 
 
@@ -99,7 +100,11 @@ def check_marks(marks: Mapping[str, PreshuffleMark | None]) -> PreshuffleMark | 
         )
     paths: dict[int, str] = {}
     for path, mark in marked:
-        _require_same_shuffle(path, mark, first, expected)
+        if (mark.shuffle, mark.n_rows) != (expected.shuffle, expected.n_rows):
+            raise StreamError(
+                f"{path} and {first} belong to two shuffles (seeds {mark.seed} and "
+                f"{expected.seed}); preshuffle all rows together"
+            )
         if paths.setdefault(mark.index, path) != path:
             raise StreamError(
                 f"{path} and {paths[mark.index]} are the same file of a shuffle; remove one"
@@ -111,20 +116,6 @@ def check_marks(marks: Mapping[str, PreshuffleMark | None]) -> PreshuffleMark | 
             "pass all of them, or run preshuffle(...) again"
         )
     return expected
-
-
-def _require_same_shuffle(
-    path: str, mark: PreshuffleMark, first: str, expected: PreshuffleMark
-) -> None:
-    if (mark.shuffle, mark.n_rows) == (expected.shuffle, expected.n_rows):
-        return
-    names = f"seeds {mark.seed} and {expected.seed}"
-    if mark.seed == expected.seed:
-        names = f"identities {mark.shuffle} and {expected.shuffle}"
-    raise StreamError(
-        f"{path} and {first} belong to two shuffles ({names}); "
-        "rows are exchangeable only within one; preshuffle all rows together"
-    )
 
 
 def _data_end(metadata: "pyarrow.parquet.FileMetaData") -> int:

@@ -158,10 +158,7 @@ class _ParquetSource(Source):
             if frozen is None:
                 frozen = RowFormat.from_schema(schema, columns, path)
             frozen.require(schema, path, whole=columns is None)
-            try:
-                marks[path] = read_mark(metadata)
-            except (KeyError, TypeError, ValueError) as err:
-                raise StreamError(f"{path}: its pre-shuffle mark cannot be read ({err})") from err
+            marks[path] = read_mark(path, metadata)
             ranges.append(column_ranges(metadata, frozen.columns))
             self._files.append(file)
         assert frozen is not None

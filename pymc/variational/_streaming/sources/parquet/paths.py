@@ -19,7 +19,6 @@ import os
 import re
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
@@ -37,18 +36,8 @@ _HIDDEN = ("_", ".")
 """Files and folders whose names begin like this are no data, or no data yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Format:
-    """A file format, and what messages call it."""
-
-    name: str
-    suffixes: tuple[str, ...]
-    argument: str
-    """Name of the argument by which the user passes paths of such files."""
-
-
-_PARQUET = _Format("Parquet file", (".parquet",), "path")
-_IPC = _Format("Arrow IPC file", (".arrow", ".feather", ".ipc"), "make_reader")
+_PARQUET = (".parquet",)
+_IPC = (".arrow", ".feather", ".ipc")
 
 
 def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", str]:
@@ -63,8 +52,8 @@ def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.f
             return fs.LocalFileSystem(), os.path.abspath(inner)
         try:
             return fs.FileSystem.from_uri(inner)
-        except import_pyarrow().ArrowInvalid:
-            return _resolve_with_fsspec(inner)
+        except import_pyarrow().ArrowInvalid:  # pyarrow does not know the scheme
+            filesystem, inner = _fsspec_from_uri(inner)
     if not isinstance(filesystem, fs.FileSystem):
         filesystem = fs.PyFileSystem(fs.FSSpecHandler(filesystem))
     fsspec = fsspec_of(filesystem)
@@ -76,23 +65,18 @@ def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.f
 
 
 def list_parquet(path: Paths, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", list[str]]:
-    """List the Parquet files of a directory, file, glob or list, sorted by name.
-
-    A directory is searched recursively for ``*.parquet``; names that start with ``_`` or
-    ``.`` are skipped, in globs too unless they are spelled out.  A list keeps its own order.
-    A path without files, and a file that comes twice, are errors.
-    """
+    """List the Parquet files that a *path* of :func:`parquet_source` stands for."""
     return _list(_PARQUET, path, filesystem)
 
 
 def list_ipc(path: Paths) -> list[str]:
-    """List local Arrow IPC (Feather) files in the same way."""
+    """List the local Arrow IPC files that a path of :func:`arrow_source` stands for."""
     for each in [path] if isinstance(path, str | os.PathLike) else path:
         scheme, is_uri, _ = os.fspath(each).partition("://")
         if is_uri and scheme != "file":
             raise ValueError(
-                f"{_IPC.argument}={each!r} is not local; pass a function that opens it, and "
-                "returns a RecordBatchReader or record batches"
+                f"{each!r} is not local; pass a function that opens it, and returns a "
+                "RecordBatchReader or record batches"
             )
     return _list(_IPC, path, None)[1]
 
@@ -100,48 +84,47 @@ def list_ipc(path: Paths) -> list[str]:
 def stands_for(fs: "pyarrow.fs.FileSystem", path: str, file: str) -> bool:
     """Whether a Parquet file, were it there, would be one of those that *path* stands for."""
     found = fs.get_file_info(path).type
-    return _selects(_pattern(path, found), file, _PARQUET.suffixes)
+    return _selects(_pattern(path, found), file, _PARQUET)
 
 
-def _list(kind: _Format, path: Paths, filesystem: Any) -> tuple["pyarrow.fs.FileSystem", list[str]]:
+def _list(
+    suffixes: tuple[str, ...], path: Paths, filesystem: Any
+) -> tuple["pyarrow.fs.FileSystem", list[str]]:
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     if not paths:
-        raise ValueError(f"{kind.argument}=[] names no file; pass at least one {kind.name}")
+        raise ValueError("path=[] names no file; pass at least one")
     resolved = [resolve(each, filesystem) for each in paths]
     fs = resolved[0][0]
     if not all(fs.equals(other) for other, _ in resolved):
-        raise ValueError(
-            f"{kind.argument}=[...] names more than one filesystem; pass one source for each"
-        )
-    files = [file for _, inner in resolved for file in _find(kind, fs, inner)]
+        raise ValueError("path=[...] names more than one filesystem; pass files of one")
+    files = [file for _, inner in resolved for file in _find(suffixes, fs, inner)]
     known: dict[str, str] = {}
     for file in files:
         real = os.path.realpath(file) if is_local(fs) else file
         if real in known:
             raise ValueError(
-                f"{kind.argument} names {real} more than once, as {known[real]!r} and "
-                f"{file!r}; its rows would be used as often"
+                f"path names {real} more than once, as {known[real]!r} and {file!r}; "
+                "its rows would be used as often"
             )
         known[real] = file
     return fs, files
 
 
-def _find(kind: _Format, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
+def _find(suffixes: tuple[str, ...], fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
     """Return the files of one path, sorted."""
     types = import_pyarrow().fs.FileType
     found = fs.get_file_info(path).type
     if found == types.File:
         return [path]
     if found == types.NotFound and not _WILDCARD.search(path):
-        raise FileNotFoundError(f"{kind.argument}={path!r} does not exist")
+        raise FileNotFoundError(f"path={path!r} does not exist")
     pattern = _pattern(path, found)
     fixed = path if found == types.Directory else _WILDCARD.split(path)[0].rpartition("/")[0]
     walk = _walk_local if is_local(fs) else _walk_remote
     files = walk(fs, fixed or "/", pattern)
-    selected = sorted(file for file in files if _selects(pattern, file, kind.suffixes))
+    selected = sorted(file for file in files if _selects(pattern, file, suffixes))
     if not selected:
-        expected = " or ".join(f"*{suffix}" for suffix in kind.suffixes)
-        raise ValueError(f"{kind.argument}={path!r} holds no {kind.name}; expected {expected}")
+        raise ValueError(f"path={path!r} holds no file whose name ends in {' or '.join(suffixes)}")
     return selected
 
 
@@ -214,13 +197,11 @@ def _any_hidden(names: list[str]) -> bool:
     return any(name.startswith(_HIDDEN) for name in names)
 
 
-def _resolve_with_fsspec(uri: str) -> tuple["pyarrow.fs.FileSystem", str]:
+def _fsspec_from_uri(uri: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
     except ImportError as err:
         raise ImportError(
             f"path={uri!r} needs fsspec; install it with `pip install fsspec`"
         ) from err
-    fs = import_pyarrow().fs
-    filesystem, path = url_to_fs(uri)
-    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+    return url_to_fs(uri)
