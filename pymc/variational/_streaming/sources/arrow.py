@@ -89,11 +89,9 @@ def arrow_source(
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     size = None if n_rows is None else positive_int("n_rows", n_rows)
     if isinstance(make_reader, str | os.PathLike | list | tuple):
-        files = list_ipc(make_reader)
-        source = _IpcSource(files, columns)
+        source = _IpcSource(list_ipc(make_reader), columns)
         if size not in (None, source.n_rows):
             raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
-        source.ipc_path = files if isinstance(make_reader, list | tuple) else os.fspath(make_reader)
         return source
     if not callable(make_reader):
         raise TypeError(

@@ -48,8 +48,6 @@ class Source(ABC):
     """Whether the whole table was shuffled before."""
     path: Any = None
     """What :func:`preshuffle` would be called with, where the rows are in Parquet files."""
-    ipc_path: Any = None
-    """What :func:`arrow_source` was called with, where the rows are in Arrow IPC files."""
 
     @abstractmethod
     def blocks(
