@@ -15,6 +15,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -224,7 +225,7 @@ def _with_extreme_row(
 
 def _row_logps(model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable) -> _Terms:
     """Compile the log-likelihood terms as a function of the batch, at a random point."""
-    graphs = list(model.logp(list(likelihoods), sum=False))
+    graphs: Any = model.logp(list(likelihoods), sum=False)
     batch = buffer.type(name="batch")
     roots = list(explicit_graph_inputs(graphs))
     copies = [v for v in ancestors(graphs) if getattr(v, "container", None) is buffer.container]

@@ -14,6 +14,7 @@
 """What averages, checks and resumed fits are given: streams, and Gaussian approximations."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,19 +73,19 @@ def names(group: Group) -> tuple[str, ...]:
 
 def mean(group: Group) -> np.ndarray:
     """Return a copy of the means, shape (d,)."""
-    return np.array(group.shared_params["mu"].get_value(borrow=True), "float64")
+    return np.array(_parameter(group, "mu").get_value(borrow=True), "float64")
 
 
 def set_mean(group: Group, values: np.ndarray) -> None:
-    _set(group.shared_params["mu"], values)
+    _set(_parameter(group, "mu"), values)
 
 
 def scale(group: Group) -> np.ndarray:
     """Return standard deviations, shape (d,), or a lower Cholesky factor, shape (d, d)."""
     if isinstance(group, MeanFieldGroup):
-        return np.logaddexp(0, np.asarray(group.shared_params["rho"].get_value(), "float64"))
+        return np.logaddexp(0, np.asarray(_parameter(group, "rho").get_value(), "float64"))
     factor = np.zeros((group.ddim, group.ddim))
-    factor[np.tril_indices(group.ddim)] = group.shared_params["L_tril"].get_value()
+    factor[np.tril_indices(group.ddim)] = _parameter(group, "L_tril").get_value()
     np.fill_diagonal(factor, np.logaddexp(0, np.diag(factor)))
     return factor
 
@@ -92,11 +93,16 @@ def scale(group: Group) -> np.ndarray:
 def set_scale(group: Group, values: np.ndarray) -> None:
     """Set the scales in the form that :func:`scale` returns."""
     if isinstance(group, MeanFieldGroup):
-        _set(group.shared_params["rho"], _inverse_softplus(values))
+        _set(_parameter(group, "rho"), _inverse_softplus(values))
     else:
         factor = values.copy()
         np.fill_diagonal(factor, _inverse_softplus(np.diag(values)))
-        _set(group.shared_params["L_tril"], factor[np.tril_indices(group.ddim)])
+        _set(_parameter(group, "L_tril"), factor[np.tril_indices(group.ddim)])
+
+
+def _parameter(group: Group, name: str) -> SharedVariable:
+    parameters: Any = group.shared_params  # PyMC declares it as None
+    return parameters[name]
 
 
 def _set(variable: SharedVariable, values: np.ndarray) -> None:
