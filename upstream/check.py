@@ -53,7 +53,7 @@ def main() -> None:
     sys.stdout.write("\nThe whole branch\n")
     # PyMC counts notes as errors, too; without either, mypy prints one line.
     mypy = "mypy --follow-imports=silent pymc/variational/*stream*"
-    run(tree, f'test "$({mypy} | tee /dev/stderr | wc -l)" -eq 1')
+    run(tree, f'test "$({mypy} | tee -a /dev/stderr | wc -l)" -eq 1')
     run(tree, "python -m pytest -qq --collect-only tests/variational")
     (OUTPUT / "lacking").mkdir(exist_ok=True)
     for library in ("hypothesis", "pyarrow"):
