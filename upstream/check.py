@@ -16,8 +16,9 @@
     python -m upstream.check -- -n auto                     # of the release
     python -m upstream.check --quick --checkout ../pymc     # of a clone of a git checkout
 
-With ``--quick``, only those tests run that depend on PyMC's own files.  Arguments after ``--`` go
-to pytest.  The source distribution lacks PyMC's scripts, its workflow and most of its tests.
+With ``--quick``, only those tests run that depend on changes of PyMC, on the whole branch.
+Arguments after ``--`` go to the tests of streaming.  The source distribution lacks PyMC's scripts,
+its workflow and most of its tests.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from upstream.commits import COMMITS
 
 PINNED = "ruff==0.11.13 mypy==1.19.1 types-cachetools pyyaml"
 """What PyMC's pre-commit hooks and its job for mypy install."""
-DEPENDENT = {"test_random_steps.py", "test_stream_callbacks.py", "test_hook.py"}
-"""Tests of what depends on PyMC's own files; `make test` runs the others beside PyMC."""
+HOOKED = "tests/variational/streaming/test_hook.py"
+"""Tests of streams in a PyMC that calls the hook; `make test` runs the others beside PyMC."""
 NEAR = "math initial_point model_graph printing pytensorf root_namespace util".split()
 """PyMC's tests near to what changes; a quick run has the first of them."""
 
@@ -49,21 +50,26 @@ def main() -> None:
     for number, commit in enumerate(COMMITS, 1):
         sys.stdout.write(f"\n{number}. {commit.message.splitlines()[0]}\n")
         git(tree, "switch", "--quiet", "--detach", f"streaming~{len(COMMITS) - number}")
-        check_commit(tree, chosen.quick, " ".join(chosen.pytest))
+        files = git(tree, "diff", "--name-only", "HEAD~1", "--", "*.py").split()
+        check_commit(tree, files)
+        if not chosen.quick:
+            run_tests(tree, files, *chosen.pytest)
     sys.stdout.write("\nThe whole branch\n")
     # PyMC counts notes as errors, too; without either, mypy prints one line.
     mypy = "mypy --follow-imports=silent pymc/variational/*stream*"
     run(tree, f'test "$({mypy} | tee -a /dev/stderr | wc -l)" -eq 1')
     run(tree, "python -m pytest -qq --collect-only tests/variational")
+    if chosen.quick:
+        run_tests(tree, [HOOKED], *chosen.pytest)
     (OUTPUT / "lacking").mkdir(exist_ok=True)
     for library in ("hypothesis", "pyarrow"):
         (OUTPUT / "lacking" / f"{library}.py").write_text("raise ImportError\n")
     near = [f"tests/test_{name}.py" for name in (NEAR[:1] if chosen.quick else NEAR)]
-    run(tree, f"python -m pytest -q tests/variational {' '.join(near)}", OUTPUT / "lacking")
+    pytest = "python -m pytest -q -p no:hypothesispytest tests/variational"
+    run(tree, f"{pytest} {' '.join(near)}", OUTPUT / "lacking")
 
 
-def check_commit(tree: Path, quick: bool, arguments: str) -> None:
-    files = git(tree, "diff", "--name-only", "HEAD~1", "--", "*.py").split()
+def check_commit(tree: Path, files: list[str]) -> None:
     if files:
         run(tree, f"ruff check --no-cache --quiet {' '.join(files)}")
         run(tree, f"ruff format --no-cache --quiet --check {' '.join(files)}")
@@ -71,9 +77,11 @@ def check_commit(tree: Path, quick: bool, arguments: str) -> None:
         run(tree, "python scripts/check_all_tests_are_covered.py")
         run(tree, "python scripts/generate_pip_deps_from_conda.py conda-envs/environment-dev.yml")
         run(tree, "git diff --exit-code")
-    tests = [path for path in files if "/test_" in path]
-    if tests := [path for path in tests if not quick or Path(path).name in DEPENDENT]:
-        run(tree, f"python -m pytest -q -W error {arguments} {' '.join(tests)}")
+
+
+def run_tests(tree: Path, files: list[str], *arguments: str) -> None:
+    if tests := [path for path in files if "/test_" in path]:
+        run(tree, f"python -m pytest -q -W error {' '.join([*arguments, *tests])}")
 
 
 def run(folder: Path, command: str, *before: Path) -> None:
