@@ -169,5 +169,4 @@ PUBLIC = {
 }
 
 if __name__ == "__main__":
-    checkout = Path(sys.argv[1]) if sys.argv[1:] else None
-    sys.stdout.write(f"the branch is in {make_branch(checkout)}\n")
+    make_branch(*map(Path, sys.argv[1:]))

@@ -16,9 +16,8 @@
     python -m upstream.check -- -n auto                     # of the release
     python -m upstream.check --quick --checkout ../pymc     # of a clone of a git checkout
 
-With ``--quick``, only those tests run that depend on changes of PyMC, on the whole branch.
-Arguments after ``--`` go to the tests of streaming.  The source distribution lacks PyMC's scripts,
-its workflow and most of its tests.
+With ``--quick``, only those tests run that depend on changes of PyMC.  Arguments after ``--`` go
+to the tests of streaming.  The release lacks PyMC's scripts, workflow and most of its tests.
 """
 
 import argparse
@@ -33,8 +32,7 @@ from upstream.commits import COMMITS
 
 PINNED = "ruff==0.11.13 mypy==1.19.1 types-cachetools pyyaml"
 """What PyMC's pre-commit hooks and its job for mypy install."""
-HOOKED = "tests/variational/streaming/test_hook.py"
-"""Tests of streams in a PyMC that calls the hook; `make test` runs the others beside PyMC."""
+HOOKED = "tests/variational/streaming/test_hook.py"  # `make test` runs the others beside PyMC
 NEAR = "math initial_point model_graph printing pytensorf root_namespace util".split()
 """PyMC's tests near to what changes; a quick run has the first of them."""
 
@@ -56,8 +54,8 @@ def main() -> None:
             run_tests(tree, files, *chosen.pytest)
     sys.stdout.write("\nThe whole branch\n")
     # PyMC counts notes as errors, too; without either, mypy prints one line.
-    mypy = "mypy --follow-imports=silent pymc/variational/*stream*"
-    run(tree, f'test "$({mypy} | tee -a /dev/stderr | wc -l)" -eq 1')
+    mypy = "mypy --follow-imports=silent pymc/variational/*stream* | tee -a /dev/stderr | wc -l"
+    run(tree, f'test "$({mypy})" -eq 1')
     run(tree, "python -m pytest -qq --collect-only tests/variational")
     if chosen.quick:
         run_tests(tree, [HOOKED], *chosen.pytest)
@@ -65,8 +63,8 @@ def main() -> None:
     for library in ("hypothesis", "pyarrow"):
         (OUTPUT / "lacking" / f"{library}.py").write_text("raise ImportError\n")
     near = [f"tests/test_{name}.py" for name in (NEAR[:1] if chosen.quick else NEAR)]
-    pytest = "python -m pytest -q -p no:hypothesispytest tests/variational"
-    run(tree, f"{pytest} {' '.join(near)}", OUTPUT / "lacking")
+    pytest = "python -m pytest -q -p no:hypothesispytest tests/variational "
+    run(tree, pytest + " ".join(near), OUTPUT / "lacking")
 
 
 def check_commit(tree: Path, files: list[str]) -> None:
@@ -85,16 +83,11 @@ def run_tests(tree: Path, files: list[str], *arguments: str) -> None:
 
 
 def run(folder: Path, command: str, *before: Path) -> None:
-    """Run a command in a folder, and end if it fails.
-
-    Modules are looked for in the folders *before*, then in the folder, and last in those of the
-    environment, where PyMC is installed.
-    """
+    """Run a command, which finds modules in *before*, in *folder*, and last in the environment."""
     sys.stdout.write(f"$ {command[:100]}\n")
     sys.stdout.flush()
     programs = (OUTPUT / "tools" / "bin", Path(sys.executable).parent, os.environ["PATH"])
-    modules = (*before, folder, OUTPUT / "tools")
-    paths = {"PATH": programs, "PYTHONPATH": modules}
+    paths = {"PATH": programs, "PYTHONPATH": (*before, folder, OUTPUT / "tools")}
     environment = {name: os.pathsep.join(map(str, value)) for name, value in paths.items()}
     if subprocess.run(command, shell=True, cwd=folder, env=os.environ | environment).returncode:
         sys.exit(f"failed: {command}")
