@@ -27,6 +27,9 @@ from pymc.variational._streaming.utils import digest, draw_seed, positive_int
 
 __all__ = ["ShuffleBuffer", "shuffle_buffer"]
 
+_MOST_ROWS = 2**32 - 1
+"""Rows of a window up to which ``insert_shuffled`` draws each place with the same probability."""
+
 
 def shuffle_buffer(
     source: Any, *, buffer_size: int, batch_size: int, seed: int | None = None
@@ -55,7 +58,7 @@ def shuffle_buffer(
     Raises
     ------
     ValueError
-        If a size is below 1, or a window does not hold a batch.
+        If a size is below 1, or a window does not hold a batch or holds 2**32 rows.
 
     Notes
     -----
@@ -96,6 +99,8 @@ class ShuffleBuffer(Source):
                 f"buffer_size={buffer_size} must be at least batch_size={batch_size}; "
                 "a window of many batches shuffles better"
             )
+        if self.buffer_size > _MOST_ROWS:
+            raise ValueError(f"buffer_size={buffer_size} must be at most {_MOST_ROWS}")
         self.seed = draw_seed(seed)
         # numba takes most of a second to start: not when a fit waits for its first batch.
         window = _Window(1, self.seed)

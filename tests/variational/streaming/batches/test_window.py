@@ -403,6 +403,7 @@ class TestBuffer:
         "arguments, message",
         [
             ({"buffer_size": 3}, "buffer_size=3 must be at least batch_size=4"),
+            ({"buffer_size": 2**32}, "buffer_size=4294967296 must be at most 4294967295"),
             ({"batch_size": 0}, "batch_size=0 must be at least 1"),
             ({"seed": -1}, "seed=-1 must be a non-negative integer or None"),
         ],
