@@ -227,6 +227,22 @@ class TestReadingAhead:
         ds = StreamingDataset(blocks, batch_size=4, order_check="off")
         np.testing.assert_array_equal(drain(ds, 25, pause=0.005), np.arange(100))
 
+    @pytest.mark.parametrize("prefetch", [False, True])
+    def test_a_batch_of_many_blocks_keeps_rows_that_are_overwritten(self, prefetch):
+        """A source may reuse the memory of a block when the next block but one is asked for."""
+
+        class DoubleBuffered(Source):
+            n_rows, sample_shape = 30, (2,)
+
+            def blocks(self, epoch=0, start=0, *, block_rows=None):
+                buffers = np.empty((2, 3, 2))
+                for number, first in enumerate(range(start, 30, 3)):
+                    buffers[number % 2] = numbered(30)[first : first + 3]
+                    yield buffers[number % 2]
+
+        ds = StreamingDataset(DoubleBuffered(), batch_size=10, order_check="off", prefetch=prefetch)
+        np.testing.assert_array_equal(drain(ds, 3), np.arange(30))
+
     def test_the_next_epoch_is_read_before_this_one_ends(self):
         """Or every epoch would begin with a pause in which a window fills."""
         opened = threading.Semaphore(0)
