@@ -198,7 +198,7 @@ class StreamingDataset:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the batches of one epoch, the last as short as it comes; the buffer stays."""
-        return self._read_once(self._source)
+        return self._read_once(self._source, self._batch_size)
 
     def fit_callback(self) -> FitCallback:
         """Put the first batch in, and return the callback that puts in the next ones.
@@ -272,8 +272,9 @@ class StreamingDataset:
         array([0., 0., 0.])
         """
         self._require_own_rows()
-        source = _with_columns(rows, self.columns)
-        return self._replace(np.concatenate(list(self._read_once(source))))
+        source = with_columns(rows, self.columns)
+        blocks = self._read_once(source, self._batch_size)
+        return self._replace(np.concatenate(list(blocks)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the current batch, as plain JSON."""
@@ -343,10 +344,10 @@ class StreamingDataset:
 
         self._driver_ref = None if callback is None else weakref.ref(callback, close)
 
-    def _read_once(self, source: Source) -> Iterator[np.ndarray]:
-        """Yield the batches of one epoch of *source*, the last as short as it comes."""
+    def _read_once(self, source: Source, n_rows: int) -> Iterator[np.ndarray]:
+        """Yield one epoch of *source* in blocks of *n_rows*, the last as short as it comes."""
         chunks = read_epochs(source, self._sample_shape, self._dtype, cycle=False)
-        items = rebatch(chunks, self._batch_size)
+        items = rebatch(chunks, n_rows)
         return (cast(item.rows, self._dtype) for item in items if isinstance(item, Batch))
 
     def _no_rows(self) -> np.ndarray:
@@ -408,7 +409,7 @@ class StreamingDataset:
             self._reader.stop()
 
 
-def _with_columns(rows: Any, columns: tuple[str, ...] | None) -> Source:
+def with_columns(rows: Any, columns: tuple[str, ...] | None) -> Source:
     """Return a source of *rows* that has the *columns* of a stream."""
     if is_arrow(rows) and columns is not None:
         table = import_pyarrow().table(rows)  # a reader gives its rows only once
