@@ -63,6 +63,9 @@ class StreamingDataset:
         Type of the values of a minibatch. Default: ``pytensor.config.floatX``.
     cycle : bool, default True
         Start another epoch when the source ends. If False, the fit stops there.
+    endless : bool, default False
+        Whether the source never ends, as a generator of new rows. The *total_size*, which must be
+        an int, then says how many rows the posterior stands for, and counts as an epoch.
     order_check : {"warn", "raise", "off"}, default "warn"
         What to do when windows of the stream differ more than random ones would, so that the
         posterior would be wrong: warn once with an :class:`OrderWarning`, or raise an
@@ -113,6 +116,7 @@ class StreamingDataset:
         total_size: int | Literal["auto"] | None = "auto",
         dtype: Any = None,
         cycle: bool = True,
+        endless: bool = False,
         order_check: Literal["warn", "raise", "off"] = "warn",
         prefetch: bool = True,
         name: str = "stream",
@@ -128,7 +132,8 @@ class StreamingDataset:
         self._dtype = np.dtype(pytensor.config.floatX if dtype is None else dtype)
         if self._dtype.kind not in "iuf":
             raise TypeError(f"dtype={dtype!r} is not a number; pass an integer or float dtype")
-        self._total_size = TotalSize(total_size, self._source)
+        self._endless = endless
+        self._total_size = TotalSize(total_size, self._source, endless=endless)
         self._order = OrderCheck(self._source, self._batch_size, self.total_size, order_check)
         self._reader = BatchReader(
             self._source,
@@ -162,6 +167,11 @@ class StreamingDataset:
         return self._total_size.rows
 
     @property
+    def endless(self) -> bool:
+        """Whether the source was declared to have no end."""
+        return self._endless
+
+    @property
     def columns(self) -> tuple[str, ...] | None:
         """Names of the columns, where the source has them."""
         self._source.probe()
@@ -175,6 +185,8 @@ class StreamingDataset:
     @property
     def epoch(self) -> int:
         """Epoch of the first row of the current batch, from 0; at the end, the number of epochs."""
+        if self._endless and self.total_size:
+            return self.rows_seen // self.total_size
         return self._reader.position.epoch + self._reader.ended
 
     @property
@@ -340,7 +352,8 @@ class StreamingDataset:
             if driven is not None:
                 driven.close()
                 driven._driver_ref = None
-                driven._order.warn_if_incomplete(driven.rows_seen)
+                if not driven._endless:
+                    driven._order.warn_if_incomplete(driven.rows_seen)
 
         self._driver_ref = None if callback is None else weakref.ref(callback, close)
 

@@ -16,6 +16,7 @@
 import copy
 import gc
 import itertools
+import logging
 import json
 import pickle
 import sys
@@ -33,6 +34,7 @@ from pytensor.graph.traversal import ancestors
 import pymc as pm
 
 from pymc.variational.streaming import (
+    EpochAverage,
     StreamError,
     StreamingDataset,
     StreamWarning,
@@ -635,6 +637,30 @@ class TestTotalSize:
                 ds.advance()
             for _ in range(80):
                 ds.advance()
+
+    def test_a_declared_endless_stream_is_silent_and_counts_on(self, recwarn, caplog):
+        def blocks():
+            rng = np.random.default_rng(0)
+            while True:
+                yield rng.normal(1, 1, (50, 1))
+
+        ds = StreamingDataset(blocks, batch_size=50, total_size=1_000, endless=True)
+        average = EpochAverage(ds)
+        with normal_model(ds):
+            approx = pm.fit(100, callbacks=[average, ds.fit_callback()], **QUICK)
+        average.apply(approx)
+        assert not recwarn.list
+        assert not [record for record in caplog.records if record.levelno > logging.INFO]
+        assert (ds.rows_seen, ds.epoch, average.epochs) == (5_000, 5, 2)
+
+    @pytest.mark.parametrize(
+        ("source", "total_size"),
+        [(numbered(7), 7), (lambda: [numbered(7)], "auto"), (lambda: [numbered(7)], None)],
+        ids=["known rows", "auto", "none"],
+    )
+    def test_an_endless_stream_needs_a_number_of_rows(self, source, total_size):
+        with pytest.raises(ValueError, match="endless=True but"):
+            StreamingDataset(source, batch_size=2, total_size=total_size, endless=True)
 
     def test_an_array_that_grows_is_an_error(self):
         class Growing:
