@@ -16,8 +16,8 @@
 import copy
 import gc
 import itertools
-import logging
 import json
+import logging
 import pickle
 import sys
 import warnings
