@@ -208,6 +208,12 @@ class StreamingDataset:
             )
         return self._buffer[:, columns.index(column)]
 
+    def __repr__(self) -> str:
+        return (
+            f"<StreamingDataset {self._buffer.name!r}: batches of {self._batch_size:,} from "
+            f"{self._source.describe()}; epoch {self.epoch}, {self.rows_seen:,} rows seen>"
+        )
+
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the batches of one epoch, the last as short as it comes; the buffer stays."""
         return self._read_once(self._source, self._batch_size)

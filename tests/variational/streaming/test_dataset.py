@@ -24,6 +24,7 @@ import warnings
 
 import cloudpickle
 import numpy as np
+import pyarrow as pa
 import pytensor
 import pytest
 
@@ -690,6 +691,23 @@ class TestTotalSize:
         assert ds.total_size is None
         with normal_model(ds):
             pm.fit(2, callbacks=[ds.fit_callback()], **QUICK)
+
+
+class TestShownInANotebook:
+    def test_a_stream_and_its_source_say_what_they_hold(self, tmp_path):
+        write_layout(tmp_path, [[7]])
+        source = parquet_source(tmp_path)
+        assert repr(source) == "<ParquetSource: 7 rows of row, twice>"
+        ds = StreamingDataset(shuffle_buffer(source, buffer_size=4, batch_size=2), batch_size=2)
+        assert repr(ds) == (
+            "<StreamingDataset 'stream': batches of 2 from 7 rows of row, twice; epoch 0, 0 rows seen>"
+        )
+
+    def test_what_is_not_known_is_not_shown(self):
+        ds = StreamingDataset(lambda: [np.ones((9, 20))], batch_size=2, total_size=9)
+        assert "an unknown number of rows" in repr(ds)
+        many = StreamingDataset(pa.table({f"c{i}": [1.0] for i in range(9)}), batch_size=1)
+        assert "c7, 1 more; epoch" in repr(many)
 
 
 class TestCycle:

@@ -48,7 +48,7 @@ _BLOCK_VALUES = 2**20
 """Number of draws times number of rows that are held at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class LogScore:
     """The log predictive density of rows. It prints as one line."""
 
@@ -59,7 +59,7 @@ class LogScore:
     rows: int
     """Number of rows."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"log score {self.mean:.5g} ± {self.se:.2g} per row, {self.rows:,} rows"
 
 

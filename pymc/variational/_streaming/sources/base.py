@@ -14,7 +14,7 @@
 """What a source of rows is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,15 @@ import numpy as np
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.utils import progress_bar
 
-__all__ = ["Source", "describe_value", "is_arrow", "require_finite", "seems_finite", "skip_rows"]
+__all__ = [
+    "Source",
+    "describe_value",
+    "is_arrow",
+    "require_finite",
+    "seems_finite",
+    "shorten",
+    "skip_rows",
+]
 
 
 class Source(ABC):
@@ -98,10 +106,25 @@ class Source(ABC):
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.blocks()
 
+    def describe(self) -> str:
+        """Say how many rows there are and what they hold, as far as it is known."""
+        rows = "an unknown number of rows" if self.n_rows is None else f"{self.n_rows:,} rows"
+        if self.columns is not None:
+            return f"{rows} of {', '.join(shorten(self.columns))}"
+        return rows if self.sample_shape is None else f"{rows} of shape {self.sample_shape}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__.lstrip('_')}: {self.describe()}>"
+
 
 def is_arrow(block: Any) -> bool:
     """Whether *block* can be read through Arrow's C interface."""
     return hasattr(block, "__arrow_c_array__") or hasattr(block, "__arrow_c_stream__")
+
+
+def shorten(names: Sequence[str], n: int = 8) -> list[str]:
+    """Return the first *n* names, and how many more there are."""
+    return [*names[:n], *([f"{len(names) - n} more"] if len(names) > n else [])]
 
 
 def seems_finite(rows: np.ndarray) -> bool:
