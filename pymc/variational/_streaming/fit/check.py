@@ -282,8 +282,10 @@ def _sample_size(streams: Sequence[StreamingDataset], scales: np.ndarray) -> int
     """Return a number of rows that fits memory and costs less than a pass over millions."""
     size = len(scales)
     values = max(math.prod(stream.sample_shape) for stream in streams)
-    few = 2**21 // (size * values) if is_dense(scales) else 2**15
-    return min(max(few, 16 * size), _SAMPLE_VALUES // values)
+    wanted = max(2**15, 16 * size)
+    if is_dense(scales):  # a pair of draws for each parameter
+        wanted = max(2**21 // (size * values), min(64 * size, 2**13), 16 * size)
+    return min(wanted, _SAMPLE_VALUES // values)
 
 
 def _sample(part: _Pass, term: Term) -> Sample:
