@@ -319,7 +319,7 @@ class _Examiner:
         last = self._check(approx)[1] if self._check_last else _state(approx)
         epochs = self.average.epochs
         self.average.apply(approx)
-        check, averaged = self._check(approx)
+        _, averaged = self._check(approx)
         corrected = refusal = None
         try:
             polish(approx, self._ds, progressbar=False)

@@ -283,7 +283,8 @@ def _sample_size(streams: Sequence[StreamingDataset], scales: np.ndarray) -> int
     values = max(math.prod(stream.sample_shape) for stream in streams)
     wanted = max(2**15, 16 * size)
     if is_dense(scales):  # a pair of draws for each parameter
-        wanted = max(2**21 // (size * values), min(64 * size, 2**13), 16 * size)
+        affordable = min(2**21 // (size * values), 2**15)
+        wanted = max(affordable, min(64 * size, 2**13), 16 * size)
     return min(wanted, _SAMPLE_VALUES // values)
 
 

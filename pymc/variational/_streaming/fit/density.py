@@ -26,6 +26,7 @@ import cloudpickle
 import numpy as np
 import pytensor.tensor as pt
 
+from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.gradient import NullTypeGradError
 from pytensor.graph.basic import Variable
 from pytensor.graph.replace import clone_replace
@@ -373,11 +374,11 @@ def _scaling(model: Model, rv: Variable) -> Variable | float:
     return get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)
 
 
-def _term(group: Group, factors: Sequence[Variable], buffer: Variable | None = None) -> Term:
+def _term(group: Group, factors: Sequence[Variable], buffer: SharedVariable | None = None) -> Term:
     """Return the sum of *factors*, in the flat parameters of *group*, as a function of rows."""
     values = {v.name: v for v in group.model.value_vars}
     # Sums of many rows need more digits than the values in them.
-    totals = [factor.astype("float64").sum() for factor in factors]
+    totals = [pt.cast(factor, "float64").sum() for factor in factors]
     [total], flat = join_nonshared_inputs(
         group.model.initial_point(0),
         [pt.add(*totals) if totals else pt.zeros((), "float64")],

@@ -217,7 +217,7 @@ def _dense_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
     if scale.ndim == 2 and concave:
         s = 1 - np.diag(factor @ factor.T) / sd**2
     variances = [probe.step_variance(covariance) for probe, _, _ in probes]
-    error = _step_error(variances, inverse @ factor.T @ gradient, s)
+    miss = _step_error(variances, inverse @ factor.T @ gradient, s)
     return Optimum(
         step=step,
         sd=sd if concave else np.full(len(sd), np.nan),
@@ -229,7 +229,7 @@ def _dense_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
         precision=partial(np.matmul, precision),
         precisions=eigenvalues,
         weakest=np.abs(factor @ vectors[:, 0]) / np.linalg.norm(factor, axis=1),
-        step_error=float((error / sd).max()) if concave else math.inf,
+        step_error=float((miss / sd).max()) if concave else math.inf,
         expected=expected,
         expected_variance=variance,
     )
