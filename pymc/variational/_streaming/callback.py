@@ -47,7 +47,9 @@ class FitCallback(Callback):
         """Refuse a wrong model; one that has not changed since is not checked again."""
         factors = (model, *model.basic_RVs, *model.potentials)
         if factors != self._checked:
-            check_model(model, self.dataset.as_tensor(), self.dataset.total_size)
+            ds = self.dataset
+            contract = check_model(model, ds.as_tensor(), ds.total_size, ds.columns)
+            ds._reader.hold_to(contract)
             self._checked = factors
 
     def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:

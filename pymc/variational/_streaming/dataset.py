@@ -273,7 +273,9 @@ class StreamingDataset:
         """
         self._require_own_rows()
         source = _with_columns(rows, self.columns)
-        return self._replace(np.concatenate(list(self._read_once(source))))
+        own = np.concatenate(list(self._read_once(source)))
+        self._reader.require(own)
+        return self._replace(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the current batch, as plain JSON."""

@@ -27,7 +27,7 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["compiled", "insert_shuffled"]
+__all__ = ["are_whole_within", "compiled", "insert_shuffled"]
 
 _AHEAD = 128
 """Rows whose places are fetched into the cache together."""
@@ -111,3 +111,25 @@ def insert_shuffled(window, n, rows, key):
                     window[end, word] = window[place, word]
                     window[place, word] = new[row, word]
     return fetched  # or the compiler would leave the second pass out
+
+
+@compiled()
+def are_whole_within(rows, columns, lower, upper):
+    """Tell whether some columns hold whole numbers, each within its interval.
+
+    Parameters
+    ----------
+    rows : ndarray, shape (n_rows, n_columns)
+    columns : ndarray of int64
+        Numbers of the columns.
+    lower, upper : ndarray of float64
+        Ends of the interval of each.
+    """
+    for i in range(len(columns)):
+        column, low, high, n_good = columns[i], lower[i], upper[i], 0
+        for row in range(len(rows)):
+            value = np.float64(rows[row, column])
+            n_good += (value >= low) & (value <= high) & (value == np.floor(value))
+        if n_good < len(rows):
+            return False
+    return True

@@ -1,0 +1,405 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""What a model demands of the columns of a stream, and whether every row meets it."""
+
+import operator
+import threading
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+import pytensor.tensor as pt
+
+from pytensor import function
+from pytensor.graph.basic import Constant, Variable
+from pytensor.graph.replace import clone_replace
+from pytensor.graph.rewriting.utils import rewrite_graph
+from pytensor.graph.traversal import ancestors, explicit_graph_inputs
+from pytensor.scalar import basic as scalar
+from pytensor.tensor.basic import Alloc, Join, MakeVector
+from pytensor.tensor.elemwise import DimShuffle, Elemwise
+from pytensor.tensor.math import Sum
+from pytensor.tensor.shape import Reshape, Shape, Shape_i, SpecifyShape
+from pytensor.tensor.subtensor import (
+    AdvancedIncSubtensor,
+    AdvancedSubtensor,
+    IncSubtensor,
+    Subtensor,
+    get_constant_idx,
+    get_idx_list,
+)
+
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.likelihood import UNCOMPILED, LikelihoodGraph, RowAxes
+
+__all__ = ["Contract", "columns_read", "derive_contract"]
+
+_MOST_VALUES = 1 << 20
+"""Values that are computed at most to learn which whole numbers a column may hold."""
+
+_MOST_COLUMNS = 64
+"""Columns of a condition that are looked at one by one."""
+
+_VIEWS = (
+    *(AdvancedSubtensor, Alloc, DimShuffle, IncSubtensor, Join, MakeVector, Reshape),
+    *(SpecifyShape, Subtensor),
+)
+_KEEPS_WHOLE = (
+    *(scalar.Abs, scalar.Add, scalar.Cast, scalar.Clip, scalar.Identity, scalar.Mul, scalar.Neg),
+    *(scalar.ScalarMaximum, scalar.ScalarMinimum, scalar.Second, scalar.Sub, scalar.Switch),
+)
+
+
+class Condition(NamedTuple):
+    """Something that must not hold for a row."""
+
+    bad: Variable
+    """Boolean variable of the rows, shape (n,)."""
+    columns: np.ndarray
+    """Columns that it depends on, as numbers in the flattened row."""
+    text: str
+    """What follows the description of the value in a message."""
+    is_support: bool = False
+
+
+class Contract:
+    """Conditions on the rows of a stream, which :meth:`check` holds them to.
+
+    A column of whole numbers is compared with an interval in which all conditions on it alone were
+    found to hold, by a compiled loop. Rows beyond it, and conditions on several columns, are
+    computed.
+    """
+
+    def __init__(
+        self,
+        conditions: Sequence[Condition],
+        rows: Variable,
+        names: tuple[str, ...] | None,
+    ):
+        self._names = names
+        self._dtype = np.dtype(rows.type.dtype)
+        self._sample_shape = rows.type.shape[1:]
+        self._lock = threading.Lock()  # the functions are called in two threads
+        self._functions = [
+            (c, function([rows], c.bad, mode=UNCOMPILED, on_unused_input="ignore"))
+            for c in conditions
+        ]
+        single = sorted({int(c.columns[0]) for c in conditions if len(c.columns) == 1})
+        self._columns = np.array(single, np.int64)
+        self._lower, self._upper = np.full((2, len(single)), [[np.inf], [-np.inf]])
+
+    def check(self, rows: np.ndarray, offset: int = 0, *, support: bool = True) -> None:
+        """Raise StreamError if a row breaks a condition.
+
+        Parameters
+        ----------
+        rows : ndarray, shape (n, *sample_shape)
+        offset : int
+            Position of the first row, for the message.
+        support : bool
+            Whether observed values must be in the support of their distributions.
+        """
+        from pymc.variational._streaming.batches.compiled import are_whole_within
+
+        flat = rows.reshape(len(rows), -1)
+        with self._lock:
+            if not are_whole_within(flat, self._columns, self._lower, self._upper):
+                for column in self._columns:
+                    self._require(flat, offset, support, lambda c: list(c.columns) == [column])
+                    self._widen(flat, column)
+            by_interval = set(self._columns.tolist())
+            self._require(
+                flat,
+                offset,
+                support,
+                lambda c: not by_interval.issuperset(c.columns) or len(c.columns) != 1,
+            )
+
+    def _require(self, flat, offset, support, is_meant) -> None:
+        for condition, compute in self._functions:
+            if not is_meant(condition) or (condition.is_support and not support):
+                continue
+            bad = compute(self._cast(flat))
+            if bad.any():
+                row = int(np.argmax(bad))
+                where = self._describe(flat[row], condition.columns)
+                raise StreamError(f"row {offset + row} of the stream holds {where}{condition.text}")
+
+    def _cast(self, flat: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return flat.reshape(len(flat), *self._sample_shape).astype(self._dtype, copy=False)
+
+    def _describe(self, row: np.ndarray, columns: np.ndarray) -> str:
+        def name(column: int) -> str:
+            if self._names is not None:
+                return repr(self._names[column])
+            return str(tuple(map(int, np.unravel_index(column, self._sample_shape))))
+
+        return " and ".join(f"{row[c]} in column {name(c)}" for c in columns[:3])
+
+    def _widen(self, flat: np.ndarray, column: int) -> None:
+        """Widen the interval of a column to the values of some rows, or leave it to computing."""
+        place = int(np.flatnonzero(self._columns == column)[0])
+        values = flat[:, column]
+        low = min(float(values.min()), self._lower[place])
+        high = max(float(values.max()), self._upper[place])
+        found = None
+        if (values == np.floor(values)).all():
+            for margin in (max(16.0, high - low), 0.0):
+                found = found or self._interval(flat[:1], column, low, high, margin)
+        if found is not None:
+            self._lower[place], self._upper[place] = found
+        else:
+            keep = self._columns != column
+            self._columns, self._lower = self._columns[keep], self._lower[keep]
+            self._upper = self._upper[keep]
+
+    def _interval(
+        self, row: np.ndarray, column: int, low: float, high: float, margin: float
+    ) -> tuple[float, float] | None:
+        """Return the ends of the whole numbers around *low* and *high* that are allowed."""
+        if (high - low + 2 * margin + 1) * row.size > _MOST_VALUES:
+            return None
+        numbers = np.arange(low - margin, high + margin + 1)
+        if self._dtype.kind in "iu":
+            limits = np.iinfo(self._dtype)
+            numbers = numbers[(numbers >= limits.min) & (numbers <= limits.max)]
+        rows = np.repeat(row.astype("float64"), len(numbers), axis=0)
+        rows[:, column] = numbers
+        try:
+            bad = np.any(
+                [f(self._cast(rows)) for c, f in self._functions if list(c.columns) == [column]],
+                axis=0,
+            )
+        except IndexError:  # a table that has no such entry
+            return None
+        below, above = numbers[bad & (numbers < low)], numbers[bad & (numbers > high)]
+        if bad.sum() > len(below) + len(above):
+            return None
+        return max([numbers[0], *(below + 1)]), min([numbers[-1], *(above - 1)])
+
+
+def derive_contract(
+    graph: LikelihoodGraph,
+    axes: RowAxes,
+    likelihoods: Sequence[Variable],
+    names: tuple[str, ...] | None,
+) -> Contract:
+    """Derive from the graph of a model what must hold for each row of its stream.
+
+    Derived are whole numbers where a column is cast to integers, indices within the axis that they
+    index, and observed values within a support that does not depend on parameters. Whatever
+    depends on parameters, or on several rows, is left out.
+    """
+    found = [(*condition, False) for condition in (*_casts(axes), *_indices(axes))]
+    for rv, term in zip(likelihoods, graph.terms):
+        supports = _supports(term, axes)
+        found += [(bad, axis, _outside(rv), True) for bad, axis in supports]
+    conditions = []
+    for bad, axis, text, is_support in found:
+        for part in _by_row(bad, axis, graph, axes):
+            part = rewrite_graph(part, include=("canonicalize",))
+            if _is_computable(part, graph.rows, axes):
+                columns = columns_read([part], graph.rows)
+                if len(columns):
+                    conditions.append(Condition(part, columns, text, is_support))
+    return Contract(conditions, graph.rows, names)
+
+
+def columns_read(graphs: Sequence[Variable], rows: Variable) -> np.ndarray:
+    """Return which columns of *rows* some graphs depend on, as numbers in the flattened row."""
+    shape = rows.type.shape[1:]
+    labels = np.arange(np.prod(shape, dtype=int)).reshape(1, *shape)
+    read: set[int] = set()
+    for node in {v.owner for v in ancestors(graphs) if v.owner and rows in v.owner.inputs}:
+        if isinstance(node.op, Shape | Shape_i):
+            continue
+        taken = labels
+        if isinstance(node.op, Subtensor):
+            index = get_constant_idx(node.op.idx_list, node.inputs, allow_partial=True)
+            if not any(isinstance(entry, Variable) for entry in index[1:]):
+                taken = labels[(slice(None), *index[1:])]
+        read.update(taken.ravel().tolist())
+    return np.array(sorted(read), np.int64)
+
+
+_Found = tuple[Variable, int, str]
+
+
+def _casts(axes: RowAxes) -> Iterator[_Found]:
+    for node in axes.nodes:
+        if not isinstance(getattr(node.op, "scalar_op", None), scalar.Cast):
+            continue
+        (value,), (cast,) = node.inputs, node.outputs
+        if (
+            axes.is_by_row(value)
+            and cast.type.dtype.startswith(("int", "uint"))
+            and not np.can_cast(value.type.dtype, cast.type.dtype)
+            and _is_whole(value, axes)
+        ):
+            text = (
+                f", which the model casts to {cast.type.dtype} and so would change; repair the "
+                "data, or round them in the model, as pt.floor does"
+            )
+            yield pt.neq(value, cast), axes.of(value), text
+
+
+def _is_whole(value: Variable, axes: RowAxes) -> bool:
+    """Whether an expression is whole where the columns in it are.
+
+    A column that is multiplied before the cast is put into bins, and meant to be rounded down.
+    """
+    products = 0
+    columns = set()
+    stack = [value]
+    while stack:
+        var = stack.pop()
+        op = var.owner and var.owner.op
+        if not var.type.dtype.startswith("float"):
+            continue
+        if isinstance(op, Subtensor) and axes.is_by_row(var) and var.owner.inputs[0].owner is None:
+            columns.add(var)
+        elif not axes.is_by_row(var):
+            if (axes.value(var) != np.floor(axes.value(var))).any():
+                return False
+        elif isinstance(op, _VIEWS):
+            stack += [v for v in var.owner.inputs if axes.is_by_row(v)]
+        elif isinstance(op, Elemwise) and isinstance(op.scalar_op, _KEEPS_WHOLE):
+            products += isinstance(op.scalar_op, scalar.Mul)
+            stack += var.owner.inputs[isinstance(op.scalar_op, scalar.Switch) :]
+        elif op is not None:
+            return False
+    return not products or len(columns) > 1
+
+
+def _indices(axes: RowAxes) -> Iterator[_Found]:
+    for node in axes.nodes:
+        if not isinstance(node.op, AdvancedSubtensor | AdvancedIncSubtensor):
+            continue
+        x, *rest = node.inputs
+        entries = get_idx_list(
+            [x, *rest[isinstance(node.op, AdvancedIncSubtensor) :]], node.op.idx_list
+        )
+        for axis, index in enumerate(entries):
+            if isinstance(index, slice) or index.type.dtype == "bool" or not axes.is_by_row(index):
+                continue
+            if axes.is_by_row(x) and axes.of(x) == axis:
+                continue
+            n = int(np.shape(axes.value(x))[axis])
+            text = (
+                f", which indexes an axis of length {n}; repair the data, or make the axis longer"
+            )
+            yield (index < -n) | (index >= n), axes.of(index), text
+
+
+def _supports(
+    term: Variable, axes: RowAxes, given: Variable | None = None
+) -> Iterator[tuple[Variable, int]]:
+    """Yield where a sum of terms is -inf whatever its other terms are, and its row axis.
+
+    *given* is a condition on the rows under which the result has this term.
+    """
+    op = term.owner and term.owner.op
+    if not isinstance(op, Elemwise):
+        through = isinstance(op, Alloc) or (given is None and isinstance(op, DimShuffle | Sum))
+        if through and (given is None or given.type.ndim == term.owner.inputs[0].type.ndim):
+            yield from _supports(term.owner.inputs[0], axes, given)
+    elif isinstance(op.scalar_op, scalar.Switch):
+        condition, *values = term.owner.inputs
+        for value, holds in zip(values, (True, False)):
+            implied = _implied(condition, holds, axes)
+            if implied is None or not axes.is_by_row(condition):
+                continue
+            under = implied if given is None else implied & given
+            if _is_minus_infinity(value):
+                yield under, axes.of(term)
+            else:
+                yield from _supports(value, axes, under)
+    elif isinstance(op.scalar_op, scalar.Add | scalar.Cast | scalar.Identity | scalar.Mul):
+        for part in term.owner.inputs:
+            yield from _supports(part, axes, given)
+    elif isinstance(op.scalar_op, scalar.Sub):
+        yield from _supports(term.owner.inputs[0], axes, given)
+
+
+def _implied(condition: Variable, holds: bool, axes: RowAxes) -> Variable | None:
+    """Return a condition on rows alone under which *condition* does, or does not, hold."""
+    shapes = [v for v in ancestors([condition]) if _is_shape(v)]
+    parameters = set(explicit_graph_inputs([condition])) & set(ancestors([condition], shapes))
+    if parameters <= {axes.rows}:
+        return pt.neq(condition, 0) if holds else pt.eq(condition, 0)
+    op = condition.owner and condition.owner.op
+    both = isinstance(op, Elemwise) and isinstance(op.scalar_op, scalar.AND | scalar.Mul)
+    if holds or not both:
+        return None
+    parts = [_implied(part, False, axes) for part in condition.owner.inputs]
+    known = [part for part in parts if part is not None]
+    return reduce(operator.or_, known) if known else None
+
+
+def _is_shape(var: Variable) -> bool:
+    return var.owner is not None and isinstance(var.owner.op, Shape | Shape_i)
+
+
+def _is_minus_infinity(var: Variable) -> bool:
+    while var.owner and isinstance(var.owner.op, DimShuffle | Alloc):
+        var = var.owner.inputs[0]
+    return isinstance(var, Constant) and bool(np.all(var.data == -np.inf))
+
+
+def _outside(rv: Variable) -> str:
+    return (
+        f", outside the support of {rv.name!r}, so that its log-likelihood is -inf; leave such "
+        "rows out of the source"
+    )
+
+
+def _by_row(bad: Variable, axis: int, graph: LikelihoodGraph, axes: RowAxes) -> Iterator[Variable]:
+    """Yield conditions with rows along their only axis, in which no parameter occurs."""
+    known = _known_shapes(bad, graph, axes)
+    bad = pt.moveaxis(clone_replace(bad, known) if known else bad, axis, 0)
+    width = bad.type.shape[1] if bad.type.ndim == 2 else None
+    if width is not None and width <= _MOST_COLUMNS:
+        yield from (bad[:, i] for i in range(width))
+    else:
+        yield bad if bad.type.ndim == 1 else bad.any(axis=tuple(range(1, bad.type.ndim)))
+
+
+def _known_shapes(bad: Variable, graph: LikelihoodGraph, axes: RowAxes) -> dict[Variable, Variable]:
+    """Return the shapes of what depends on parameters, which they do not change."""
+    known: dict[Variable, Variable] = {}
+    for var in ancestors([bad]):
+        if not _is_shape(var):
+            continue
+        (of,) = var.owner.inputs
+        lengths = [pt.constant(n, dtype="int64") for n in np.shape(axes.value(of))]
+        if axes.is_by_row(of):
+            lengths[axes.of(of)] = graph.rows.shape[0]  # type: ignore[index]
+        op = var.owner.op
+        known[var] = lengths[op.i] if isinstance(op, Shape_i) else pt.stack(lengths)
+    return known
+
+
+def _is_computable(bad: Variable, rows: Variable, axes: RowAxes) -> bool:
+    """Whether a condition depends on rows alone, and can be computed for any number of them."""
+    if not set(explicit_graph_inputs([bad])) <= {rows} or rows not in ancestors([bad]):
+        return False
+    compute = function([rows], bad, mode=UNCOMPILED)
+    some = axes.value(rows)
+    try:
+        return all(compute(np.resize(some, (n, *some.shape[1:]))).shape == (n,) for n in (2, 3))
+    except Exception:
+        return False
