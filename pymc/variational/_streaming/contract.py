@@ -18,7 +18,7 @@ import threading
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytensor.tensor as pt
@@ -66,7 +66,7 @@ _KEEPS_WHOLE = (
 class Condition(NamedTuple):
     """Something that must not hold for a row."""
 
-    bad: Variable
+    bad: Any
     """Boolean variable of the rows, shape (n,)."""
     columns: np.ndarray
     """Columns that it depends on, as numbers in the flattened row."""
@@ -210,8 +210,8 @@ def derive_contract(
         found += [(bad, axis, _outside(rv), True) for bad, axis in supports]
     conditions = []
     for bad, axis, text, is_support in found:
-        for part in _by_row(bad, axis, graph, axes):
-            part = rewrite_graph(part, include=("canonicalize",))
+        for separate in _by_row(bad, axis, graph, axes):
+            part: Any = rewrite_graph(separate, include=("canonicalize",))
             if _is_computable(part, graph.rows, axes):
                 columns = columns_read([part], graph.rows)
                 if len(columns):
@@ -236,7 +236,7 @@ def columns_read(graphs: Sequence[Variable], rows: Variable) -> np.ndarray:
     return np.array(sorted(read), np.int64)
 
 
-_Found = tuple[Variable, int, str]
+_Found = tuple[Any, Any, str]
 
 
 def _casts(axes: RowAxes) -> Iterator[_Found]:
@@ -305,9 +305,7 @@ def _indices(axes: RowAxes) -> Iterator[_Found]:
             yield (index < -n) | (index >= n), axes.of(index), text
 
 
-def _supports(
-    term: Variable, axes: RowAxes, given: Variable | None = None
-) -> Iterator[tuple[Variable, int]]:
+def _supports(term: Variable, axes: RowAxes, given: Any = None) -> Iterator[tuple[Any, Any]]:
     """Yield where a sum of terms is -inf whatever its other terms are, and its row axis.
 
     *given* is a condition on the rows under which the result has this term.
@@ -325,7 +323,7 @@ def _supports(
                 continue
             under = implied if given is None else implied & given
             if _is_minus_infinity(value):
-                yield under, axes.of(term)
+                yield under, axes.of(condition)
             else:
                 yield from _supports(value, axes, under)
     elif isinstance(op.scalar_op, scalar.Add | scalar.Cast | scalar.Identity | scalar.Mul):
@@ -335,7 +333,7 @@ def _supports(
         yield from _supports(term.owner.inputs[0], axes, given)
 
 
-def _implied(condition: Variable, holds: bool, axes: RowAxes) -> Variable | None:
+def _implied(condition: Variable, holds: bool, axes: RowAxes) -> Any:
     """Return a condition on rows alone under which *condition* does, or does not, hold."""
     shapes = [v for v in ancestors([condition]) if _is_shape(v)]
     parameters = set(explicit_graph_inputs([condition])) & set(ancestors([condition], shapes))
@@ -367,7 +365,7 @@ def _outside(rv: Variable) -> str:
     )
 
 
-def _by_row(bad: Variable, axis: int, graph: LikelihoodGraph, axes: RowAxes) -> Iterator[Variable]:
+def _by_row(bad: Any, axis: int, graph: LikelihoodGraph, axes: RowAxes) -> Iterator[Any]:
     """Yield conditions with rows along their only axis, in which no parameter occurs."""
     known = _known_shapes(bad, graph, axes)
     bad = pt.moveaxis(clone_replace(bad, known) if known else bad, axis, 0)

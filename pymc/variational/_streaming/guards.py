@@ -176,15 +176,17 @@ def _check_rows(
 ) -> None:
     """Check that each log-likelihood has one term per row, which depends on that row alone."""
     terms = graph.evaluate(batch)
+    is_known = True
     for rv, var, term in zip(likelihoods, graph.terms, terms):
-        try:
-            axes.of(var)
-        except TiedError as err:
-            _check_shape(rv, term, len(batch))
-            raise _tied(model, rv, err, len(batch)) from err
-        except Exception:
-            pass  # an operation that cannot be tried by itself
         _check_shape(rv, term, len(batch))
+        try:
+            is_known &= axes.of(var) == 0
+        except TiedError as err:
+            raise _tied(model, rv, err, len(batch)) from None
+        except Exception:  # an operation that cannot be tried by itself
+            is_known = False
+    if is_known:
+        return
     for kept, others in _with_other_rows(batch, graph):
         for rv, term, other in zip(likelihoods, terms, others):
             _check_shape(rv, other, len(batch), " for other values of the rows")

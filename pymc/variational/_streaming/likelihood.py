@@ -149,11 +149,14 @@ class RowAxes:
         self._values_of_point = dict(zip(graph._values, graph.point))
         self._rng = np.random.default_rng(0)
         for node in self.nodes:
+            inputs = [self._found.get(v) for v in node.inputs]
+            found: Any = next((v for v in inputs if isinstance(v, Exception)), None)
             try:
-                found = self._axes(node)
+                self._found.update(zip(node.outputs, [] if found else self._axes(node, inputs)))
             except Exception as err:
-                found = [err] * len(node.outputs)
-            self._found.update(zip(node.outputs, found))
+                found = err.with_traceback(None)
+            if found is not None:
+                self._found.update(dict.fromkeys(node.outputs, found))
 
     def of(self, var: Variable) -> int | None:
         """Return the axis, or None where the variable does not depend on the rows.
@@ -183,8 +186,7 @@ class RowAxes:
             return self._values_of_point[var]
         return var.get_value(borrow=True)  # type: ignore[attr-defined]
 
-    def _axes(self, node: Apply) -> list[int | None]:
-        axes = [self.of(v) for v in node.inputs]
+    def _axes(self, node: Apply, axes: Sequence[int | None]) -> list[int | None]:
         if all(axis is None for axis in axes) or isinstance(node.op, Shape | Shape_i):
             return [None] * len(node.outputs)
         if isinstance(node.op, Elemwise):
@@ -236,7 +238,7 @@ class RowAxes:
         outputs = compiled(*[value for value, _ in rows], *known)
         moved = compiled(*[value.take(order, axis) for value, axis in rows], *known)
         replaced = compiled(*[value for value, _ in others], *known)
-        found = []
+        found: list[int | None] = []
         for a, b, c in zip(*map(_as_list, (outputs, moved, replaced))):
             for axis in range(a.ndim):
                 if (
@@ -248,7 +250,7 @@ class RowAxes:
                     found.append(axis)
                     break
             else:
-                raise TiedError(f"it computes {node.op} over rows")
+                raise TiedError(f"{node.op} does not keep the rows apart")
         return found
 
     def _random(self, value: np.ndarray) -> np.ndarray:
@@ -304,8 +306,8 @@ def _inline(fgraph: FunctionGraph, node: Apply) -> list[Variable]:
 
 def _simplify(graphs: Sequence[Variable]) -> list[Variable]:
     """Leave out the checks of parameters, which are made for all rows at once, and inner graphs."""
-    graphs = rewrite_graph(list(graphs), include=("lower_xtensor",))
-    fgraph = FunctionGraph(outputs=list(graphs), clone=False)
+    lowered: Any = rewrite_graph(list(graphs), include=("lower_xtensor",))
+    fgraph = FunctionGraph(outputs=list(lowered), clone=False)
     in2out(local_remove_check_parameter, _inline).rewrite(fgraph)
     return list(fgraph.outputs)
 

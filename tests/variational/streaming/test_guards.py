@@ -84,7 +84,7 @@ REFUSED = {
         lambda buf, n: pm.Normal(
             "y", pm.Normal("z", 0, 1, shape=12), observed=buf[:, 1], total_size=n
         ),
-        "'y' ties the rows of a batch together",
+        "'z' has one latent value for each row of a batch, .* integrate it out",
     ),
     "transposed": (
         lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:, :3].T, total_size=n),
@@ -145,7 +145,7 @@ REFUSED = {
         lambda buf, n: pm.Normal(
             "y", pm.Normal("b"), observed=buf[:, 0][buf[:, 0] > -900], total_size=n
         ),
-        r"'y' has shape \(6,\) for other values of the rows; streaming needs one term per row",
+        "'y' ties the rows of a batch together: AdvancedSubtensor.* does not keep the rows apart",
     ),
     "missing values that are left out, beside an index": (
         lambda buf, n: pm.Normal(
@@ -154,7 +154,7 @@ REFUSED = {
             observed=buf[:, 0][buf[:, 0] < 900],
             total_size=n,
         ),
-        r"'y' has shape \(6,\) for other values",
+        "'y' ties the rows of a batch together: AdvancedSubtensor",
     ),
     "sliced": (
         lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:5, 0], total_size=n),
