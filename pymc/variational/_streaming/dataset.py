@@ -226,7 +226,7 @@ class StreamingDataset:
             if not self._reader.is_open:
                 self._advance()
             model = Model.get_context(error_if_none=False)
-            if isinstance(model, Model) and (model.observed_RVs or model.potentials):
+            if isinstance(model, Model) and (model.root.observed_RVs or model.root.potentials):
                 callback.check(model)
         except BaseException:
             self.close()
@@ -370,8 +370,11 @@ class StreamingDataset:
         if self._replaced is not None:
             raise StreamError("the buffer holds other rows; leave the `with ds.rows(...)` first")
 
-    def _advance(self) -> bool:
-        """Put the next batch in; that is the current one where the stream is not open."""
+    def _advance(self, *, is_last: bool = False) -> bool:
+        """Put the next batch in; that is the current one where the stream is not open.
+
+        Nothing is said of the end of the source after the *last* step that was asked for.
+        """
         self._require_own_rows()
         was_open = self._reader.is_open
         try:
@@ -390,10 +393,11 @@ class StreamingDataset:
             raise
         self._pause()
         n_left = 0 if batch is None else len(batch.rows)
-        warn(
-            f"the source ended after {self.rows_seen // self._batch_size} batches of "
-            f"{self._batch_size} rows, with {n_left} rows left over (cycle=False)"
-        )
+        if not is_last:
+            warn(
+                f"the source ended after {self.rows_seen // self._batch_size} batches of "
+                f"{self._batch_size} rows, with {n_left} rows left over (cycle=False)"
+            )
         if not was_open:
             self.close()
             raise StreamError(

@@ -125,6 +125,8 @@ class BatchReader:
 
     def next(self) -> Batch | None:
         """Move to the next batch; one that is not full, or None, ends the stream."""
+        if isinstance(self._items, Prefetcher):
+            self._items.touch()
         self.position = self._next  # also if the read fails: a step has used the batch before
         batch = self._read()
         self.ended = batch is None
