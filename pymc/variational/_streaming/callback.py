@@ -72,7 +72,7 @@ class FitCallback(Callback):
             check_other_streams(approx.model)
             self._approx = approx
         # PyMC shows the part of an array of all steps that has been filled.
-        is_last = losses is not None and np.size(losses.base) == len(losses)
+        is_last = losses is not None and len(losses) == getattr(losses.base, "size", None)
         if not self.dataset._advance(is_last=is_last) and not is_last:
             raise StopIteration(f"the stream ended at step {i}")
 
