@@ -251,8 +251,8 @@ def _casts(axes: RowAxes) -> Iterator[_Found]:
             and _is_whole(value, axes)
         ):
             text = (
-                f", which the model casts to {cast.type.dtype} and so would change; repair the "
-                "data, or round them in the model, as pt.floor does"
+                f", which the model casts to {cast.type.dtype}, and so changes; round the column "
+                "in the model if that is meant, as pt.floor does"
             )
             yield pt.neq(value, cast), axes.of(value), text
 
@@ -299,9 +299,7 @@ def _indices(axes: RowAxes) -> Iterator[_Found]:
             if axes.is_by_row(x) and axes.of(x) == axis:
                 continue
             n = int(np.shape(axes.value(x))[axis])
-            text = (
-                f", which indexes an axis of length {n}; repair the data, or make the axis longer"
-            )
+            text = f", which indexes an axis of length {n}; make the axis as long as it takes"
             yield (index < -n) | (index >= n), axes.of(index), text
 
 

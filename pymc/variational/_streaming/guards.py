@@ -21,6 +21,7 @@ from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, Variable
 from pytensor.graph.traversal import ancestors
 from pytensor.tensor.type_other import NoneConst
+from pytensor.xtensor.type import XTensorType
 
 from pymc.model.core import Model
 from pymc.variational._streaming.contract import Contract, derive_contract
@@ -144,7 +145,7 @@ def _remedy(rv: Variable, total_size: int | None) -> str:
         isinstance(node.op, MinibatchRandomVariable) for node in inner.apply_nodes
     ):
         return "write the sum over the latent variable as a pm.Mixture with total_size"
-    if not hasattr(rv.type, "broadcastable"):
+    if isinstance(rv.type, XTensorType):
         return f"write it with pm instead of pymc.dims, of mu.values, with total_size={total_size}"
     return (
         f"pass total_size={total_size}, which is the stream's total_size, together with observed="

@@ -106,7 +106,7 @@ BROKEN = {
     "number beyond the integers": (
         counts(lambda buf: buf[:, 3].astype("uint8").astype("int64")),
         {"y": 300},
-        FRACTION,
+        "which the model casts to uint8",
     ),
     "index too large": (groups(whole), {"g": 3}, "axis of length 3"),
     "index too negative": (groups(whole), {"g": -4}, "axis of length 3"),
@@ -225,4 +225,59 @@ def test_a_row_of_a_late_batch_is_refused(build, late, message, prefetch):
             callback = ds.fit_callback()
             while ds.rows_seen < N:
                 ds.advance()
+        del callback
+
+
+REPAIRED = {
+    "rounded": (counts(lambda buf: pt.floor(buf[:, 3])), {"y": 2.5}),
+    "scaled": (counts(lambda buf: (2 * buf[:, 3]).astype("int64")), {"y": 2.5}),
+    "longer axis": (groups(whole, 4), {"g": 3}),
+    "clipped": (groups(lambda buf: pt.clip(buf[:, 1], 0, 2).astype("int64")), {"g": 7}),
+    "from the end": (groups(whole), {"g": -3}),
+    "column that is not read": (groups(whole), {"u": 0.5, "y": -7}),
+}
+
+
+@pytest.mark.parametrize("build, late", REPAIRED.values(), ids=REPAIRED)
+def test_what_the_messages_advise_is_accepted(build, late):
+    with StreamingDataset(table(**late), batch_size=BATCH, order_check="off") as ds, pm.Model():
+        build(ds.as_tensor())
+        callback = ds.fit_callback()
+        while ds.rows_seen < N:
+            ds.advance()
+        del callback
+
+
+@pytest.mark.parametrize("size", [1, 7, N])
+def test_rows_are_checked_in_blocks_of_any_size(size):
+    rows = table(g=3)
+    source = [rows[i : i + size] for i in range(0, N, size)]
+    with StreamingDataset(source, batch_size=BATCH, order_check="off") as ds, pm.Model():
+        groups(whole)(ds.as_tensor())
+        with pytest.raises(StreamError, match=f"row {LATE} of the stream holds 3.0"):
+            callback = ds.fit_callback()
+            while ds.rows_seen < N:
+                ds.advance()
+        del callback
+
+
+def test_a_model_that_is_met_at_the_first_step_is_held_to_it_too():
+    with StreamingDataset(table(g=3), batch_size=BATCH, order_check="off") as ds:
+        callback = ds.fit_callback()
+        with pm.Model():
+            groups(whole)(ds.as_tensor())
+            options = {"progressbar": False, "compile_kwargs": {"mode": "FAST_COMPILE"}}
+            with pytest.raises(StreamError, match=f"row {LATE} of the stream holds 3.0"):
+                pm.fit(20, callbacks=[callback], **options)
+
+
+def test_rows_of_ones_own_are_held_to_the_indices_of_the_model():
+    with StreamingDataset(table(), batch_size=BATCH, order_check="off") as ds, pm.Model():
+        groups(whole)(ds.as_tensor())
+        counts(lambda buf: buf[:, 3])
+        callback = ds.fit_callback()
+        with pytest.raises(StreamError, match=r"row 47 of the stream holds 3\.0"):
+            ds.rows(table(g=3))
+        with ds.rows(table(y=-1)):  # where the observed value is not known yet
+            pass
         del callback
