@@ -14,9 +14,8 @@
 """What a model demands of the columns of a stream, and whether every row meets it."""
 
 import operator
-import threading
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -68,19 +67,23 @@ class Condition(NamedTuple):
 
     bad: Any
     """Boolean variable of the rows, shape (n,)."""
+    compute: Callable[[np.ndarray], np.ndarray]
+    """Function from rows to whether each of them breaks the condition, shape (n,)."""
     columns: np.ndarray
     """Columns that it depends on, as numbers in the flattened row."""
     text: str
     """What follows the description of the value in a message."""
-    is_support: bool = False
+    is_support: bool
+    is_convex: bool
+    """Whether it holds between any two values for which it holds."""
 
 
 class Contract:
     """Conditions on the rows of a stream, which :meth:`check` holds them to.
 
-    A column of whole numbers is compared with an interval in which all conditions on it alone were
-    found to hold, by a compiled loop. Rows beyond it, and conditions on several columns, are
-    computed.
+    A column is compared with an interval in which all conditions on it alone were found to hold,
+    for whole numbers or for any, by a compiled loop. Rows beyond it, and conditions on several
+    columns, are computed.
     """
 
     def __init__(
@@ -90,16 +93,23 @@ class Contract:
         names: tuple[str, ...] | None,
     ):
         self._names = names
+        self._rows = rows
+        self._compiled: Callable | None = None
         self._dtype = np.dtype(rows.type.dtype)
         self._sample_shape = rows.type.shape[1:]
-        self._lock = threading.Lock()  # the functions are called in two threads
-        self._functions = [
-            (c, function([rows], c.bad, mode=UNCOMPILED, on_unused_input="ignore"))
-            for c in conditions
-        ]
-        single = sorted({int(c.columns[0]) for c in conditions if len(c.columns) == 1})
-        self._columns = np.array(single, np.int64)
-        self._lower, self._upper = np.full((2, len(single)), [[np.inf], [-np.inf]])
+        self._of_column: dict[int, list[Condition]] = {}
+        self._computed: list[Condition] = []
+        for condition in conditions:
+            column = int(condition.columns[0])
+            is_single = len(condition.columns) == 1
+            (self._of_column.setdefault(column, []) if is_single else self._computed).append(
+                condition
+            )
+        self._columns = np.array(list(self._of_column), np.int64)
+        self._lower, self._upper = np.full((2, len(self._columns)), [[np.inf], [-np.inf]])
+        self._whole = np.array(
+            [not all(c.is_convex for c in found) for found in self._of_column.values()], bool
+        )
 
     def check(self, rows: np.ndarray, offset: int = 0, *, support: bool = True) -> None:
         """Raise StreamError if a row breaks a condition.
@@ -112,31 +122,32 @@ class Contract:
         support : bool
             Whether observed values must be in the support of their distributions.
         """
-        from pymc.variational._streaming.batches.compiled import are_whole_within
+        from pymc.variational._streaming.batches.compiled import are_within
 
         flat = rows.reshape(len(rows), -1)
-        with self._lock:
-            if not are_whole_within(flat, self._columns, self._lower, self._upper):
-                for column in self._columns:
-                    self._require(flat, offset, support, lambda c: list(c.columns) == [column])
-                    self._widen(flat, column)
-            by_interval = set(self._columns.tolist())
-            self._require(
-                flat,
-                offset,
-                support,
-                lambda c: not by_interval.issuperset(c.columns) or len(c.columns) != 1,
-            )
+        if not are_within(flat, self._columns, self._lower, self._upper, self._whole):
+            for place, column in reversed(list(enumerate(self._columns.tolist()))):
+                for condition in self._of_column[column]:
+                    self._require(condition, flat, offset, support)
+                self._widen(flat, place)
+        if self._computed and self._is_any_broken(self._cast(flat)):
+            for condition in self._computed:
+                self._require(condition, flat, offset, support)
 
-    def _require(self, flat, offset, support, is_meant) -> None:
-        for condition, compute in self._functions:
-            if not is_meant(condition) or (condition.is_support and not support):
-                continue
-            bad = compute(self._cast(flat))
-            if bad.any():
-                row = int(np.argmax(bad))
-                where = self._describe(flat[row], condition.columns)
-                raise StreamError(f"row {offset + row} of the stream holds {where}{condition.text}")
+    def _is_any_broken(self, rows: np.ndarray) -> bool:
+        if self._compiled is None:
+            broken = pt.stack([condition.bad.any() for condition in self._computed]).any()
+            self._compiled = function([self._rows], broken, mode="NUMBA", trust_input=True)
+        return bool(self._compiled(rows))
+
+    def _require(self, condition: Condition, flat: np.ndarray, offset: int, support: bool) -> None:
+        if condition.is_support and not support:
+            return
+        bad = condition.compute(self._cast(flat))
+        if bad.any():
+            row = int(np.argmax(bad))
+            where = self._describe(flat[row], condition.columns)
+            raise StreamError(f"row {offset + row} of the stream holds {where}{condition.text}")
 
     def _cast(self, flat: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
@@ -150,22 +161,25 @@ class Contract:
 
         return " and ".join(f"{row[c]} in column {name(c)}" for c in columns[:3])
 
-    def _widen(self, flat: np.ndarray, column: int) -> None:
-        """Widen the interval of a column to the values of some rows, or leave it to computing."""
-        place = int(np.flatnonzero(self._columns == column)[0])
-        values = flat[:, column]
-        low = min(float(values.min()), self._lower[place])
-        high = max(float(values.max()), self._upper[place])
+    def _widen(self, flat: np.ndarray, place: int) -> None:
+        """Widen the interval of a column to some rows, or compute its conditions from now on."""
+        column = int(self._columns[place])
+        low = min(float(flat[:, column].min()), self._lower[place])
+        high = max(float(flat[:, column].max()), self._upper[place])
+        if not self._whole[place]:
+            self._lower[place], self._upper[place] = low, high
+            return
         found = None
-        if (values == np.floor(values)).all():
+        if (flat[:, column] == np.floor(flat[:, column])).all():
             for margin in (max(16.0, high - low), 0.0):
                 found = found or self._interval(flat[:1], column, low, high, margin)
         if found is not None:
             self._lower[place], self._upper[place] = found
-        else:
-            keep = self._columns != column
-            self._columns, self._lower = self._columns[keep], self._lower[keep]
-            self._upper = self._upper[keep]
+            return
+        self._computed += self._of_column.pop(column)
+        self._compiled = None
+        self._columns, self._whole = np.delete(self._columns, place), np.delete(self._whole, place)
+        self._lower, self._upper = np.delete(self._lower, place), np.delete(self._upper, place)
 
     def _interval(
         self, row: np.ndarray, column: int, low: float, high: float, margin: float
@@ -180,12 +194,10 @@ class Contract:
         rows = np.repeat(row.astype("float64"), len(numbers), axis=0)
         rows[:, column] = numbers
         try:
-            bad = np.any(
-                [f(self._cast(rows)) for c, f in self._functions if list(c.columns) == [column]],
-                axis=0,
-            )
+            found = [c.compute(self._cast(rows)) for c in self._of_column[column]]
         except IndexError:  # a table that has no such entry
             return None
+        bad = np.any(found, axis=0)
         below, above = numbers[bad & (numbers < low)], numbers[bad & (numbers > high)]
         if bad.sum() > len(below) + len(above):
             return None
@@ -212,10 +224,11 @@ def derive_contract(
     for bad, axis, text, is_support in found:
         for separate in _by_row(bad, axis, graph, axes):
             part: Any = rewrite_graph(separate, include=("canonicalize",))
-            if _is_computable(part, graph.rows, axes):
-                columns = columns_read([part], graph.rows)
-                if len(columns):
-                    conditions.append(Condition(part, columns, text, is_support))
+            columns = columns_read([part], graph.rows)
+            compute = _computable(part, graph.rows, axes) if len(columns) else None
+            if compute is not None:
+                convex = _is_convex(part, graph.rows)
+                conditions.append(Condition(part, compute, columns, text, is_support, convex))
     return Contract(conditions, graph.rows, names)
 
 
@@ -336,7 +349,10 @@ def _implied(condition: Variable, holds: bool, axes: RowAxes) -> Any:
     shapes = [v for v in ancestors([condition]) if _is_shape(v)]
     parameters = set(explicit_graph_inputs([condition])) & set(ancestors([condition], shapes))
     if parameters <= {axes.rows}:
-        return pt.neq(condition, 0) if holds else pt.eq(condition, 0)
+        is_bool = condition.type.dtype == "bool"
+        if holds:
+            return condition if is_bool else pt.neq(condition, 0)
+        return pt.invert(condition) if is_bool else pt.eq(condition, 0)
     op = condition.owner and condition.owner.op
     both = isinstance(op, Elemwise) and isinstance(op.scalar_op, scalar.AND | scalar.Mul)
     if holds or not both:
@@ -389,13 +405,29 @@ def _known_shapes(bad: Variable, graph: LikelihoodGraph, axes: RowAxes) -> dict[
     return known
 
 
-def _is_computable(bad: Variable, rows: Variable, axes: RowAxes) -> bool:
-    """Whether a condition depends on rows alone, and can be computed for any number of them."""
-    if not set(explicit_graph_inputs([bad])) <= {rows} or rows not in ancestors([bad]):
-        return False
+def _computable(bad: Variable, rows: Variable, axes: RowAxes) -> Callable | None:
+    """Return a function of any number of rows, if a condition depends on nothing else."""
+    if not set(explicit_graph_inputs([bad])) <= {rows}:
+        return None
     compute = function([rows], bad, mode=UNCOMPILED)
     some = axes.value(rows)
     try:
-        return all(compute(np.resize(some, (n, *some.shape[1:]))).shape == (n,) for n in (2, 3))
+        shapes = [compute(np.resize(some, (n, *some.shape[1:]))).shape for n in (2, 3)]
     except Exception:
+        return None
+    return compute if shapes == [(2,), (3,)] else None
+
+
+def _is_convex(bad: Variable, rows: Variable) -> bool:
+    """Whether a condition only compares a column with constants, on either side of it."""
+    op = bad.owner and bad.owner.op
+    if not isinstance(op, Elemwise):
         return False
+    if isinstance(op.scalar_op, scalar.OR):
+        return all(_is_convex(part, rows) for part in bad.owner.inputs)
+    if not isinstance(op.scalar_op, scalar.LT | scalar.GT | scalar.LE | scalar.GE):
+        return False
+    return all(
+        rows not in ancestors([v]) or (v.owner and v.owner.inputs[0] is rows)
+        for v in bad.owner.inputs
+    )

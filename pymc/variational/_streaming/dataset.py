@@ -69,7 +69,7 @@ class StreamingDataset:
         :class:`OrderError`. A sample is checked before the first step, and the rows while they
         stream; see :func:`check_order`.
     prefetch : bool, default True
-        Read ahead in a thread; the batches are the same either way. While such a stream is open,
+        Read ahead in a thread; the batches are the same either way. While its batches are used,
         all threads of the process are switched every 0.1 ms (``sys.setswitchinterval``).
     name : str, default "stream"
         Name of the shared variable.
@@ -79,8 +79,8 @@ class StreamingDataset:
     ValueError, TypeError
         If an argument does not fit the source.
     StreamError
-        While streaming: if a value is NaN, infinite or not exact in *dtype*, the data changed,
-        or a one-shot source ran out. With ``order_check="raise"`` also an :class:`OrderError`.
+        While streaming: if a value is NaN, infinite or not exact in *dtype*, or not what the model
+        needs (see :meth:`fit_callback`), the data changed, or a one-shot source ran out. With ``order_check="raise"`` also an :class:`OrderError`.
 
     Notes
     -----
@@ -219,6 +219,9 @@ class StreamingDataset:
             If the model in whose context this is called uses the stream wrongly: no observed
             variable depends on it, or one has another ``total_size``, or its log-likelihood is
             not one independent term per row. Without a context, the first step finds it.
+            From then on every row must be what the model needs: whole numbers where a column is
+            cast to integers, indices within the axis that they index, and observed values in the
+            support of their distribution.
         """
         self._require_own_rows()
         callback = self._driver = FitCallback(self)

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pymc.variational._streaming.batches.prefetch import Prefetcher, read_epochs
-from pymc.variational._streaming.batches.rebatch import Batch, Chunk, EpochEnd, rebatch
+from pymc.variational._streaming.batches.rebatch import Batch, EpochEnd, rebatch
 from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.order.check import OrderCheck
@@ -81,7 +81,7 @@ class BatchReader:
         self._dtype = dtype
         self._total_size = total_size
         self._order = order
-        self._examine = _Examine(order)
+        self._contract: Contract | None = None
         self._cycle = cycle
         self._prefetch = prefetch
         self._items: Prefetcher | Generator[Any] | None = None
@@ -107,7 +107,6 @@ class BatchReader:
             self._thread.join()  # it may still be in a read that was interrupted
         self._order.check_sample()
         self._next = self.position
-        self.hold_to(self._examine.held[0])
         items = read_epochs(
             self._source,
             self._sample_shape,
@@ -115,7 +114,7 @@ class BatchReader:
             epoch=self.position.epoch,
             start=self.position.offset,
             cycle=self._cycle,
-            compare=self._examine,
+            compare=self._order.compare,
         )
         self._items = items
         if self._prefetch:
@@ -131,7 +130,8 @@ class BatchReader:
         batch = self._read()
         self.ended = batch is None
         if batch is not None:
-            self._examine.late(batch)
+            if self._contract is not None:
+                self._contract.check(batch.rows, batch.offset)
             rows_seen = self.position.rows_seen
             self.position = Position(batch.epoch, batch.offset, rows_seen)
             self._next = Position(*batch.end, rows_seen + len(batch.rows))
@@ -139,13 +139,12 @@ class BatchReader:
 
     def hold_to(self, contract: Contract | None) -> None:
         """Check that all rows from now on meet a contract."""
-        self._examine.held = [contract, None]
+        self._contract = contract
 
     def require(self, rows: np.ndarray) -> None:
         """Raise StreamError if rows that are not of the stream break what the model needs."""
-        contract = self._examine.held[0]
-        if contract is not None:
-            contract.check(rows, support=False)
+        if self._contract is not None:
+            self._contract.check(rows, support=False)
 
     def stop(self) -> None:
         """End the thread, and close the files."""
@@ -155,7 +154,13 @@ class BatchReader:
             opened.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_items": None, "_batches": iter(()), "_thread": None}
+        return {
+            **self.__dict__,
+            "_items": None,
+            "_batches": iter(()),
+            "_thread": None,
+            "_contract": None,
+        }
 
     def _read(self) -> Batch | None:
         for item in self._batches:
@@ -167,34 +172,6 @@ class BatchReader:
             else:
                 self._order.raise_or_warn(item)
         return None
-
-
-class _Examine:
-    """Hold the chunks that are read to a contract, and compare their order.
-
-    The thread that reads refers to this, and must not refer to the reader.
-    """
-
-    def __init__(self, order: OrderCheck):
-        self._order = order
-        self.held: list[Any] = [None, None]
-        """Contract, and the place from which on all chunks have been held to it."""
-
-    def __call__(self, item: Chunk | EpochEnd) -> Any:
-        held = self.held
-        if held[0] is not None and isinstance(item, Chunk):
-            held[0].check(item.rows, item.offset)
-            held[1] = held[1] or (item.epoch, item.offset)
-        return self._order.compare(item)
-
-    def late(self, batch: Batch) -> None:
-        """Hold a batch to the contract if it was read before there was one."""
-        contract, first = self.held
-        if contract is not None and (first is None or (batch.epoch, batch.offset) < first):
-            contract.check(batch.rows, batch.offset)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "held": [None, None]}
 
 
 class TotalSize:

@@ -27,7 +27,7 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["are_whole_within", "compiled", "insert_shuffled"]
+__all__ = ["are_within", "compiled", "insert_shuffled"]
 
 _AHEAD = 128
 """Rows whose places are fetched into the cache together."""
@@ -114,8 +114,8 @@ def insert_shuffled(window, n, rows, key):
 
 
 @compiled()
-def are_whole_within(rows, columns, lower, upper):
-    """Tell whether some columns hold whole numbers, each within its interval.
+def are_within(rows, columns, lower, upper, whole):
+    """Tell whether the values of some columns lie within an interval for each.
 
     Parameters
     ----------
@@ -124,12 +124,18 @@ def are_whole_within(rows, columns, lower, upper):
         Numbers of the columns.
     lower, upper : ndarray of float64
         Ends of the interval of each.
+    whole : ndarray of bool
+        Whether its values must be whole numbers, too.
     """
     for i in range(len(columns)):
-        column, low, high, n_good = columns[i], lower[i], upper[i], 0
+        column, low, high = columns[i], lower[i], upper[i]
         for row in range(len(rows)):
             value = np.float64(rows[row, column])
-            n_good += (value >= low) & (value <= high) & (value == np.floor(value))
-        if n_good < len(rows):
-            return False
+            if not (value >= low and value <= high):
+                return False
+        if whole[i]:
+            for row in range(len(rows)):
+                value = np.float64(rows[row, column])
+                if value != np.floor(value):
+                    return False
     return True
