@@ -36,7 +36,7 @@ PACKAGE = "pymc.variational._streaming"
 FACADE = "pymc.variational.streaming"
 ORDER = (
     *("errors", "utils", "sources", "batches", "order"),
-    *("guards", "reader", "callback", "dataset", "fit", "preshuffle"),
+    *("likelihood", "contract", "guards", "reader", "callback", "dataset", "fit", "preshuffle"),
 )
 """What lies in the package; a part imports itself and earlier ones."""
 OF_PRESHUFFLE = {"errors", "utils", "sources", "preshuffle"}

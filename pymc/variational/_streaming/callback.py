@@ -41,13 +41,17 @@ class FitCallback(Callback):
     def __init__(self, dataset: Any):
         self.dataset = dataset
         self._checked: tuple[Any, ...] = ()
+        self._step: tuple[int, Any] = (0, None)
         self._approx: Any = None
 
     def check(self, model: Model) -> None:
         """Refuse a wrong model; one that has not changed since is not checked again."""
+        model = model.root  # a nested model lacks the variables of those around it
         factors = (model, *model.basic_RVs, *model.potentials)
         if factors != self._checked:
-            check_model(model, self.dataset.as_tensor(), self.dataset.total_size)
+            ds = self.dataset
+            contract = check_model(model, ds.as_tensor(), ds.total_size, ds.columns)
+            ds._reader.hold_to(contract)
             self._checked = factors
 
     def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
@@ -58,12 +62,26 @@ class FitCallback(Callback):
                 "advance() or a newer fit_callback() of this dataset has taken the stream over; "
                 "use the newest callback, or a dataset for each fit"
             )
+        if self._is_repeated(approx, losses, i):
+            raise StreamError(
+                f"the callback was called twice for step {i}, so that each step would skip a batch; "
+                "pass it to the fit once"
+            )
         if approx is not self._approx:
             self.check(approx.model)
             check_other_streams(approx.model)
             self._approx = approx
-        if not self.dataset._advance():
+        # PyMC shows the part of an array of all steps that has been filled.
+        is_last = losses is not None and len(losses) == getattr(losses.base, "size", None)
+        if not self.dataset._advance(is_last=is_last) and not is_last:
             raise StopIteration(f"the stream ended at step {i}")
+
+    def _is_repeated(self, approx: Any, losses: np.ndarray | None, i: int) -> bool:
+        """Whether no step was made since the last call: another fit has other losses."""
+        mark = approx.params[0].get_value().sum() if losses is None else id(losses.base)
+        repeated = self._step == (i, mark) and (losses is None or losses.base is not None)
+        self._losses, self._step = losses, (i, mark)
+        return repeated
 
 
 class _OfferedCallback(Callback):

@@ -72,7 +72,7 @@ class StreamingDataset:
         :class:`OrderError`. A sample is checked before the first step, and the rows while they
         stream; see :func:`check_order`.
     prefetch : bool, default True
-        Read ahead in a thread; the batches are the same either way. While such a stream is open,
+        Read ahead in a thread; the batches are the same either way. While its batches are used,
         all threads of the process are switched every 0.1 ms (``sys.setswitchinterval``).
     name : str, default "stream"
         Name of the shared variable.
@@ -82,8 +82,8 @@ class StreamingDataset:
     ValueError, TypeError
         If an argument does not fit the source.
     StreamError
-        While streaming: if a value is NaN, infinite or not exact in *dtype*, the data changed,
-        or a one-shot source ran out. With ``order_check="raise"`` also an :class:`OrderError`.
+        While streaming: if a value is NaN, infinite or not exact in *dtype*, or not what the model
+        needs (see :meth:`fit_callback`), the data changed, or a one-shot source ran out. With ``order_check="raise"`` also an :class:`OrderError`.
 
     Notes
     -----
@@ -237,6 +237,9 @@ class StreamingDataset:
             If the model in whose context this is called uses the stream wrongly: no observed
             variable depends on it, or one has another ``total_size``, or its log-likelihood is
             not one independent term per row. Without a context, the first step finds it.
+            From then on every row must be what the model needs: whole numbers where a column is
+            cast to integers, indices within the axis that they index, and observed values in the
+            support of their distribution.
         """
         self._require_own_rows()
         callback = self._driver = FitCallback(self)
@@ -244,7 +247,7 @@ class StreamingDataset:
             if not self._reader.is_open:
                 self._advance()
             model = Model.get_context(error_if_none=False)
-            if isinstance(model, Model) and (model.observed_RVs or model.potentials):
+            if isinstance(model, Model) and (model.root.observed_RVs or model.root.potentials):
                 callback.check(model)
         except BaseException:
             self.close()
@@ -291,8 +294,9 @@ class StreamingDataset:
         """
         self._require_own_rows()
         source = with_columns(rows, self.columns)
-        blocks = self._read_once(source, self._batch_size)
-        return self._replace(np.concatenate(list(blocks)))
+        own = np.concatenate(list(self._read_once(source, self._batch_size)))
+        self._reader.require(own)
+        return self._replace(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the current batch, as plain JSON."""
@@ -388,8 +392,11 @@ class StreamingDataset:
         if self._replaced is not None:
             raise StreamError("the buffer holds other rows; leave the `with ds.rows(...)` first")
 
-    def _advance(self) -> bool:
-        """Put the next batch in; that is the current one where the stream is not open."""
+    def _advance(self, *, is_last: bool = False) -> bool:
+        """Put the next batch in; that is the current one where the stream is not open.
+
+        Nothing is said of the end of the source after the *last* step that was asked for.
+        """
         self._require_own_rows()
         was_open = self._reader.is_open
         try:
@@ -408,10 +415,11 @@ class StreamingDataset:
             raise
         self._pause()
         n_left = 0 if batch is None else len(batch.rows)
-        warn(
-            f"the source ended after {self.rows_seen // self._batch_size} batches of "
-            f"{self._batch_size} rows, with {n_left} rows left over (cycle=False)"
-        )
+        if not is_last:
+            warn(
+                f"the source ended after {self.rows_seen // self._batch_size} batches of "
+                f"{self._batch_size} rows, with {n_left} rows left over (cycle=False)"
+            )
         if not was_open:
             self.close()
             raise StreamError(

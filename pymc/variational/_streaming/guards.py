@@ -13,25 +13,26 @@
 #   limitations under the License.
 """Refuse models whose posterior would be wrong in minibatches."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pytensor import function
-from pytensor.compile.mode import Mode
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, Variable
-from pytensor.graph.rewriting.basic import in2out
-from pytensor.graph.traversal import ancestors, explicit_graph_inputs
+from pytensor.graph.traversal import ancestors
 from pytensor.tensor.type_other import NoneConst
+from pytensor.xtensor.type import XTensorType
 
-from pymc.initial_point import make_initial_point_expression
-from pymc.logprob.utils import local_remove_check_parameter
 from pymc.model.core import Model
-from pymc.pytensorf import replace_rng_nodes
+from pymc.variational._streaming.contract import Contract, derive_contract
 from pymc.variational._streaming.errors import StreamError, warn
+from pymc.variational._streaming.likelihood import (
+    LikelihoodGraph,
+    RowAxes,
+    TiedError,
+    is_of,
+    same,
+)
 from pymc.variational.minibatch_rv import MinibatchRandomVariable
 
 __all__ = [
@@ -42,20 +43,6 @@ __all__ = [
     "total_size_of",
 ]
 
-_UNCOMPILED = Mode(linker="py", optimizer="minimum_compile")
-
-_UNCHECKED = _UNCOMPILED.register((in2out(local_remove_check_parameter), 0))
-"""Parameters are checked for all rows at once, and some of the rows tried here may fail."""
-
-_JITTERS = (0.1, 0.1, 0.1, 0.01, 0.01, 0.001)
-"""How far from the initial point to look for one where the log-likelihood is finite."""
-
-_FAR = 1e6
-"""A value beyond the numbers that stand for missing values, such as -999 and 99999."""
-
-_Terms = Callable[[np.ndarray], list[np.ndarray]]
-"""Function from a batch to the log-likelihood of each row, for each likelihood."""
-
 WITHOUT_LOSS = (
     "the fit has no loss, because of score=False or a method without one, such as ASVGD: PyMC "
     "then makes every step with the same random draw, and the posterior is wrong; leave score out, "
@@ -64,12 +51,22 @@ WITHOUT_LOSS = (
 """Why a stream refuses a fit that does not compute its loss."""
 
 
-def check_model(model: Model, buffer: SharedVariable, total_size: int | None) -> None:
+def check_model(
+    model: Model,
+    buffer: SharedVariable,
+    total_size: int | None,
+    columns: tuple[str, ...] | None = None,
+) -> Contract:
     """Refuse a model whose posterior would be wrong with minibatches in *buffer*.
 
-    The checks use the batch that is there. They raise a StreamError if the model does not depend
-    on the stream, if an unobserved variable does, or if an observed one that does has no or
-    another *total_size*, or a log-likelihood that is not one term per row.
+    Raises a StreamError if the model does not depend on the stream, if an unobserved variable
+    does, or if an observed one that does has no or another *total_size*, or a log-likelihood that
+    is not one term per row.
+
+    Returns
+    -------
+    Contract
+        Conditions on the rows, which those of the batch that is there meet.
     """
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     potentials = [p for p in model.potentials if depends_on(model, p, buffer)]
@@ -86,15 +83,21 @@ def check_model(model: Model, buffer: SharedVariable, total_size: int | None) ->
                 f"{buffer.name!r}; only likelihoods can be fitted in minibatches"
             )
     for rv in likelihoods:
-        _check_total_size(rv, total_size)
+        _check_total_size(model, rv, total_size)
+    batch = buffer.get_value(borrow=True)
+    graph = LikelihoodGraph(model, likelihoods, buffer, potentials)
+    axes = RowAxes(graph, batch)
+    contract = derive_contract(graph, axes, likelihoods, columns)
+    contract.check(batch)
     if likelihoods:
-        _check_rows(model, likelihoods, buffer)
+        _check_rows(model, likelihoods, graph, axes, batch)
     for potential in potentials:
         warn(
             f"the Potential {potential.name!r} depends on the stream {buffer.name!r}, and PyMC "
             "never scales a Potential to the whole data; scale it yourself, or write it as an "
             "observed variable with total_size"
         )
+    return contract
 
 
 def check_other_streams(model: Model) -> None:
@@ -119,20 +122,33 @@ def depends_on(model: Model, var: Variable, buffer: SharedVariable) -> bool:
     """
     value = model.rvs_to_values.get(var)
     roots = [var] if value is None else [var, value]
-    return any(getattr(a, "container", None) is buffer.container for a in ancestors(roots))
+    return any(is_of(a, buffer) for a in ancestors(roots))
 
 
-def _check_total_size(rv: Variable, total_size: int | None) -> None:
+def _check_total_size(model: Model, rv: Variable, total_size: int | None) -> None:
     found = total_size_of(rv)
-    if found == ([] if total_size is None else [total_size]):
+    wanted = [] if total_size is None else [total_size]
+    shape = model.rvs_to_values[rv].type.shape
+    if found[:1] == wanted and all(n in (None, m) for n, m in zip(found[1:], shape[1:])):
         return
     if not found:
         problem = "has no total_size, so its likelihood counts one batch instead of all rows"
     else:
         problem = f"has total_size={found if len(found) > 1 else found[0]}"
-    raise StreamError(
-        f"{rv.name!r} depends on the stream but {problem}; pass total_size={total_size}, "
-        "which is the stream's total_size"
+    raise StreamError(f"{rv.name!r} depends on the stream but {problem}; {_remedy(rv, total_size)}")
+
+
+def _remedy(rv: Variable, total_size: int | None) -> str:
+    """Return how the variable can be given its total_size: some kinds of variables take none."""
+    inner = getattr(rv.owner.op, "fgraph", None)
+    if inner is not None and any(
+        isinstance(node.op, MinibatchRandomVariable) for node in inner.apply_nodes
+    ):
+        return "write the sum over the latent variable as a pm.Mixture with total_size"
+    if isinstance(rv.type, XTensorType):
+        return f"write it with pm instead of pymc.dims, of mu.values, with total_size={total_size}"
+    return (
+        f"pass total_size={total_size}, which is the stream's total_size, together with observed="
     )
 
 
@@ -152,22 +168,31 @@ def _constant(size: Variable) -> int | str | None:
     return int(size.data) if isinstance(size, Constant) else str(size)
 
 
-def _check_rows(model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable) -> None:
+def _check_rows(
+    model: Model,
+    likelihoods: Sequence[Variable],
+    graph: LikelihoodGraph,
+    axes: RowAxes,
+    batch: np.ndarray,
+) -> None:
     """Check that each log-likelihood has one term per row, which depends on that row alone."""
-    batch = buffer.get_value()
-    logps = _row_logps(model, likelihoods, buffer)
-    terms = logps(batch)
-    for rv, term in zip(likelihoods, terms):
+    terms = graph.evaluate(batch)
+    is_known = True
+    for rv, var, term in zip(likelihoods, graph.terms, terms):
         _check_shape(rv, term, len(batch))
-    for rv, term, rolled in zip(likelihoods, terms, logps(np.roll(batch, 1, axis=0))):
-        # At another place in the batch, products of matrices may round a row differently.
-        if not _same(rolled, np.roll(term, 1, axis=0), rtol=1e-9, atol=1e-8):
-            raise _tied(rv)
-    for kept, others in _with_other_rows(batch, logps):
+        try:
+            is_known &= axes.of(var) == 0
+        except TiedError as err:
+            raise _tied(model, rv, err, len(batch)) from None
+        except Exception:  # an operation that cannot be tried by itself
+            is_known = False
+    if is_known:
+        return
+    for kept, others in _with_other_rows(batch, graph):
         for rv, term, other in zip(likelihoods, terms, others):
             _check_shape(rv, other, len(batch), " for other values of the rows")
-            if not _same(other[kept], term[kept]):
-                raise _tied(rv)
+            if not same(other[kept], term[kept], rtol=1e-9, atol=1e-8):
+                raise _tied(model, rv, TiedError("a row's term changes with others"), len(batch))
 
 
 def _check_shape(rv: Variable, term: np.ndarray, n_rows: int, when: str = "") -> None:
@@ -178,104 +203,30 @@ def _check_shape(rv: Variable, term: np.ndarray, n_rows: int, when: str = "") ->
         )
 
 
-def _tied(rv: Variable) -> StreamError:
+def _tied(model: Model, rv: Variable, err: TiedError, n_rows: int) -> StreamError:
+    used = set(ancestors([] if err.constant is None else [err.constant]))
+    latents = [
+        repr(v.name)
+        for v in model.free_RVs
+        if model.rvs_to_values[v] in used and n_rows in model.rvs_to_values[v].type.shape
+    ]
+    if latents:
+        return StreamError(
+            f"{', '.join(latents)} has one latent value for each row of a batch, which would stand "
+            f"for other rows in every step; integrate it out of the likelihood of {rv.name!r}"
+        )
     return StreamError(
-        f"the log-likelihood of {rv.name!r} ties the rows of a batch together: a row's "
-        "term changes with the other rows or with its place in the batch; minibatches "
-        "of rows need a likelihood that is a product over rows"
+        f"the log-likelihood of {rv.name!r} ties the rows of a batch together: {err}; "
+        "minibatches of rows need a likelihood that is a product over rows"
     )
 
 
-def _with_other_rows(batch: np.ndarray, logps: _Terms) -> Iterator[tuple[slice, list[np.ndarray]]]:
+def _with_other_rows(
+    batch: np.ndarray, graph: LikelihoodGraph
+) -> Iterator[tuple[slice, list[np.ndarray]]]:
     """Yield slices of the rows that are kept, and the terms where the others are replaced."""
-    # First, other rows of the batch: a row's term must not change when its neighbours do.
     for first in (0, 1):
         replaced, kept = slice(first, None, 2), slice(1 - first, None, 2)
         other = batch.copy()
         other[replaced] = np.resize(batch[kept], batch[replaced].shape)
-        yield kept, logps(other)
-    # Then values that this batch may not have: a model can filter on them or divide by them.
-    limits = np.iinfo(batch.dtype) if batch.dtype.kind in "iu" else np.finfo(batch.dtype)
-    far = _FAR + 10 * np.abs(batch.astype("float64")).max(axis=0)
-    for row in (0 * far, -far, far):
-        extreme = np.clip(row, limits.min / 2, limits.max / 2).astype(batch.dtype)
-        columns = np.arange(extreme.size)
-        for terms in _with_extreme_row(batch, extreme.ravel(), columns, logps):
-            yield slice(1, None, 2), terms
-
-
-def _with_extreme_row(
-    batch: np.ndarray, row: np.ndarray, columns: np.ndarray, logps: _Terms
-) -> Iterator[list[np.ndarray]]:
-    """Yield the terms where every other row has the values of *row* in *columns*.
-
-    Where the model fails, as it does for an index that is out of range, each half of the columns
-    is tried by itself, and so on.
-    """
-    other = batch.copy()
-    other.reshape(len(batch), -1)[::2, columns] = row[columns]
-    try:
-        terms = logps(other)
-    except Exception:
-        for half in np.array_split(columns, 2) if len(columns) > 1 else ():
-            yield from _with_extreme_row(batch, row, half, logps)
-    else:
-        yield terms
-
-
-def _row_logps(model: Model, likelihoods: Sequence[Variable], buffer: SharedVariable) -> _Terms:
-    """Compile the log-likelihood terms as a function of the batch, at a random point."""
-    graphs: Any = model.logp(list(likelihoods), sum=False)
-    batch = buffer.type(name="batch")
-    roots = list(explicit_graph_inputs(graphs))
-    copies = [v for v in ancestors(graphs) if getattr(v, "container", None) is buffer.container]
-    values = [v for v in model.value_vars if v in roots]
-    compiled = function(
-        [batch, *values],
-        graphs,
-        givens=dict.fromkeys(copies, batch),
-        mode=_UNCHECKED,
-        on_unused_input="ignore",
-    )
-
-    def terms(rows: np.ndarray, point: Sequence[np.ndarray]) -> list[np.ndarray]:
-        with np.errstate(all="ignore"):
-            return compiled(rows, *point)
-
-    start = _initial_point(model)
-    point = _finite_point(partial(terms, buffer.get_value()), [start[v] for v in values])
-    return lambda rows: terms(rows, point)
-
-
-def _finite_point(
-    terms: Callable[[Sequence[np.ndarray]], list[np.ndarray]], start: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """Return the one of some random points near *start* where most terms are finite."""
-    rng = np.random.default_rng(0)
-    points = [[_jitter(value, size, rng) for value in start] for size in _JITTERS]
-    shares = [min(np.isfinite(t).sum() / max(1, t.size) for t in terms(p)) for p in points]
-    return points[int(np.argmax(shares))]
-
-
-def _initial_point(model: Model) -> dict[Variable, np.ndarray]:
-    """Return what ``model.initial_point`` does, without waiting for a compiler."""
-    expressions = make_initial_point_expression(
-        free_rvs=model.free_RVs,
-        rvs_to_transforms=model.rvs_to_transforms,
-        initval_strategies=model.rvs_to_initial_values,
-        return_transformed=True,
-    )
-    found = function([], replace_rng_nodes(expressions), mode=_UNCOMPILED)()
-    values = [model.rvs_to_values[rv] for rv in model.free_RVs]
-    return {value: np.asarray(number) for value, number in zip(values, found)}
-
-
-def _jitter(value: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarray:
-    if value.dtype.kind != "f":
-        return value
-    return (value + rng.uniform(-size, size, value.shape)).astype(value.dtype)
-
-
-def _same(a: np.ndarray, b: np.ndarray, *, rtol: float = 1e-12, atol: float = 0) -> bool:
-    rtol = 1e-5 if a.dtype == np.float32 else rtol
-    return np.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
+        yield kept, graph.evaluate(other)

@@ -24,6 +24,7 @@ import numpy as np
 
 from pymc.variational._streaming.batches.prefetch import Prefetcher, read_epochs
 from pymc.variational._streaming.batches.rebatch import Batch, EpochEnd, rebatch
+from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.sources.base import Source
@@ -81,6 +82,7 @@ class BatchReader:
         self._dtype = dtype
         self._total_size = total_size
         self._order = order
+        self._contract: Contract | None = None
         self._cycle = cycle
         self._prefetch = prefetch
         self._items: Prefetcher | Generator[Any] | None = None
@@ -123,14 +125,27 @@ class BatchReader:
 
     def next(self) -> Batch | None:
         """Move to the next batch; one that is not full, or None, ends the stream."""
+        if isinstance(self._items, Prefetcher):
+            self._items.touch()
         self.position = self._next  # also if the read fails: a step has used the batch before
         batch = self._read()
         self.ended = batch is None
         if batch is not None:
+            if self._contract is not None:
+                self._contract.check(batch.rows, batch.offset)
             rows_seen = self.position.rows_seen
             self.position = Position(batch.epoch, batch.offset, rows_seen)
             self._next = Position(*batch.end, rows_seen + len(batch.rows))
         return batch
+
+    def hold_to(self, contract: Contract | None) -> None:
+        """Check that all rows from now on meet a contract."""
+        self._contract = contract
+
+    def require(self, rows: np.ndarray) -> None:
+        """Raise StreamError if rows that are not of the stream break what the model needs."""
+        if self._contract is not None:
+            self._contract.check(rows, support=False)
 
     def stop(self) -> None:
         """End the thread, and close the files."""
@@ -140,7 +155,13 @@ class BatchReader:
             opened.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_items": None, "_batches": iter(()), "_thread": None}
+        return {
+            **self.__dict__,
+            "_items": None,
+            "_batches": iter(()),
+            "_thread": None,
+            "_contract": None,
+        }
 
     def _read(self) -> Batch | None:
         for item in self._batches:

@@ -63,7 +63,7 @@ REFUSED = {
         lambda buf, n: pm.Normal("y", buf[:, :2], observed=buf[:, 1:3], total_size=(None, n)),
         r"'y' depends on the stream but has total_size=\[None, 60\]",
     ),
-    "total_size of two axes": (
+    "total_size that differs from another axis": (
         lambda buf, n: pm.Normal("y", buf[:, :2], observed=buf[:, 1:3], total_size=(n, 4)),
         r"'y' depends on the stream but has total_size=\[60, 4\]",
     ),
@@ -84,7 +84,7 @@ REFUSED = {
         lambda buf, n: pm.Normal(
             "y", pm.Normal("z", 0, 1, shape=12), observed=buf[:, 1], total_size=n
         ),
-        "'y' ties the rows of a batch together",
+        "'z' has one latent value for each row of a batch, .* integrate it out",
     ),
     "transposed": (
         lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:, :3].T, total_size=n),
@@ -145,7 +145,7 @@ REFUSED = {
         lambda buf, n: pm.Normal(
             "y", pm.Normal("b"), observed=buf[:, 0][buf[:, 0] > -900], total_size=n
         ),
-        r"'y' has shape \(6,\) for other values of the rows; streaming needs one term per row",
+        "'y' ties the rows of a batch together: AdvancedSubtensor.* does not keep the rows apart",
     ),
     "missing values that are left out, beside an index": (
         lambda buf, n: pm.Normal(
@@ -154,7 +154,7 @@ REFUSED = {
             observed=buf[:, 0][buf[:, 0] < 900],
             total_size=n,
         ),
-        r"'y' has shape \(6,\) for other values",
+        "'y' ties the rows of a batch together: AdvancedSubtensor",
     ),
     "sliced": (
         lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:5, 0], total_size=n),
@@ -189,6 +189,63 @@ REFUSED = {
         r"'y' has shape \(\)",
     ),
 }
+
+_LATENT = "'z' has one latent value for each row of a batch, .* integrate it out"
+RARE = {
+    "a code that is imputed": (
+        lambda buf, b, z: pt.switch(pt.eq(buf[:, 0], -999), z, buf[:, 0]),
+        _LATENT,
+    ),
+    "a range that is imputed": (
+        lambda buf, b, z: pt.where(buf[:, 0] > 90, 2 * z + b, buf[:, 0]),
+        _LATENT,
+    ),
+    "a group that is imputed": (
+        lambda buf, b, z: pt.as_tensor([0.0, 0, 0, 0, 0, 1])[buf[:, 4].astype("int64")] * z,
+        _LATENT,
+    ),
+    "values that are set": (
+        lambda buf, b, z: (
+            pt.set_subtensor(pt.zeros_like(buf)[:, 0], z)[:, 0] * pt.exp(-((buf[:, 0] - 50) ** 2))
+        ),
+        _LATENT,
+    ),
+    "the place in the batch": (
+        lambda buf, b, z: b * pt.switch(buf[:, 0] > 90, pt.arange(buf.shape[0]), 0),
+        "'y' ties .* a value for each place in the batch is used",
+    ),
+    "weights by place": (
+        lambda buf, b, z: b * pt.maximum(buf[:, 0] - 90, 0) * np.arange(12.0),
+        "'y' ties .* a value for each place in the batch is used",
+    ),
+    "the number of rare rows": (
+        lambda buf, b, z: b * (buf[:, 0] > 90) * (buf[:, 0] > 90).sum(),
+        "'y' ties .* Sum.* does not keep the rows apart",
+    ),
+    "the row before a rare one": (
+        lambda buf, b, z: b * pt.switch(pt.eq(buf[:, 5], 7), pt.roll(buf[:, 0], 1), buf[:, 0]),
+        "'y' ties .* does not keep the rows apart",
+    ),
+    "pairs of rows": (
+        lambda buf, b, z: b * pt.eq(buf[:, 4][:, None], buf[:, 4][None, :]).all(axis=1),
+        "'y' ties .* each row is combined with the others",
+    ),
+    "the rank of a row": (
+        lambda buf, b, z: b * pt.switch(buf[:, 0] > 90, pt.argsort(buf[:, 0]), 0),
+        "'y' ties .* does not keep the rows apart",
+    ),
+}
+
+
+@pytest.mark.parametrize("mean, message", RARE.values(), ids=RARE)
+def test_ties_through_values_that_no_row_has_are_refused(ds, mean, message):
+    with pm.Model():
+        buf, b = ds.as_tensor(), pm.Normal("b")
+        z = pm.Normal("z", shape=12) if message is _LATENT else None
+        pm.Normal("y", mean(buf, b, z), 1, observed=buf[:, 1], total_size=60)
+        with pytest.raises(StreamError, match=message):
+            ds.fit_callback()
+
 
 ACCEPTED = {
     "regression": lambda buf, n: pm.Normal("y", linear(buf), observed=buf[:, 1], total_size=n),
@@ -291,6 +348,78 @@ def test_right_models_are_accepted_and_the_batch_is_left_alone(ds, build):
         callback = ds.fit_callback()
         np.testing.assert_array_equal(ds.as_tensor().get_value(), next(iter(ds)))
         del callback
+
+
+def test_a_latent_value_per_row_that_is_integrated_out_is_accepted(ds):
+    with pm.Model():
+        sd = pm.HalfNormal("sd")
+        pm.Normal("y", 0, pt.sqrt(1 + sd**2), observed=ds.as_tensor()[:, 0], total_size=60)
+        ds.fit_callback()
+
+
+def test_a_variable_that_pm_observe_made_is_given_its_total_size_where_it_is_written(ds):
+    def model(**kwargs):
+        with pm.Model() as model:
+            pm.Normal("y", linear(ds.as_tensor()), 1, **kwargs)
+        return model
+
+    rows = ds.as_tensor()[:, 1]
+    with pm.observe(model(), {"y": rows}):
+        with pytest.raises(StreamError, match=r"pass total_size=60, .* together with observed="):
+            ds.fit_callback()
+    with model(observed=rows, total_size=60):
+        ds.fit_callback()
+
+
+def test_a_likelihood_of_pymc_dims_is_written_with_pm(ds):
+    pmd = pytest.importorskip("pymc.dims")
+    with pm.Model(coords={"group": range(5), "row": range(12)}):
+        x, y = (pmd.as_xtensor(ds.as_tensor()[:, i], dims=("row",)) for i in (0, 1))
+        mean = pmd.Normal("b", dims="group").sum("group") * x
+        pmd.Normal("y", mean, 1, observed=y)
+        with pytest.raises(StreamError, match=r"write it with pm instead of pymc\.dims"):
+            ds.fit_callback()
+    with pm.Model(coords={"group": range(5)}):
+        mean = pmd.Normal("b", dims="group").sum("group") * x
+        pm.Normal("y", mean.values, 1, observed=ds.as_tensor()[:, 1], total_size=60)
+        ds.fit_callback()
+
+
+def test_a_marginalised_latent_is_written_as_a_mixture(ds):
+    pmx = pytest.importorskip("pymc_extras")
+    with pm.Model() as model:
+        z = pm.Bernoulli("z", 0.5, shape=12)
+        pm.Normal("y", pm.Normal("m", shape=2)[z], 1, observed=ds.as_tensor()[:, 0], total_size=60)
+    with pmx.marginalize(model, ["z"]), pytest.raises(StreamError, match=r"as a pm\.Mixture"):
+        ds.fit_callback()
+
+
+def test_a_nested_model_is_checked_with_the_variables_around_it(ds):
+    with pm.Model() as parent:
+        b = pm.Normal("b")
+        with pm.Model(name="child"):
+            pm.Normal("y", b, 1, observed=ds.as_tensor()[:, 1], total_size=60)
+            callback = ds.fit_callback()
+        pm.fit(2, callbacks=[callback], **ONE_STEP)
+    assert [rv.name for rv in parent.observed_RVs] == ["child::y"]
+
+
+def test_a_variable_of_another_model_is_refused(ds):
+    with pm.Model():
+        b = pm.Normal("b")
+    with pm.Model():
+        pm.Normal("y", b, 1, observed=ds.as_tensor()[:, 1], total_size=60)
+        with pytest.raises(StreamError, match="variables that are not in this model; call fit_c"):
+            ds.fit_callback()
+
+
+def test_a_stream_in_more_replacements_is_refused(ds):
+    with pm.Model():
+        data = pm.Data("data", np.zeros(12))
+        pm.Normal("y", pm.Normal("b"), observed=data, total_size=60)
+        callback = ds.fit_callback
+        with pytest.raises(StreamError, match="build the likelihood from as_tensor"):
+            pm.fit(2, more_replacements={data: ds.as_tensor()[:, 1]}, callbacks=[callback()])
 
 
 def test_a_potential_over_the_stream_is_warned_of(ds):

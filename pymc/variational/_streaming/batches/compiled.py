@@ -27,7 +27,7 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["compiled", "insert_shuffled"]
+__all__ = ["are_within", "compiled", "insert_shuffled"]
 
 _AHEAD = 128
 """Rows whose places are fetched into the cache together."""
@@ -111,3 +111,31 @@ def insert_shuffled(window, n, rows, key):
                     window[end, word] = window[place, word]
                     window[place, word] = new[row, word]
     return fetched  # or the compiler would leave the second pass out
+
+
+@compiled()
+def are_within(rows, columns, lower, upper, whole):
+    """Tell whether the values of some columns lie within an interval for each.
+
+    Parameters
+    ----------
+    rows : ndarray, shape (n_rows, n_columns)
+    columns : ndarray of int64
+        Numbers of the columns.
+    lower, upper : ndarray of float64
+        Ends of the interval of each.
+    whole : ndarray of bool
+        Whether its values must be whole numbers, too.
+    """
+    for i in range(len(columns)):
+        column, low, high = columns[i], lower[i], upper[i]
+        for row in range(len(rows)):
+            value = np.float64(rows[row, column])
+            if not (value >= low and value <= high):
+                return False
+        if whole[i]:
+            for row in range(len(rows)):
+                value = np.float64(rows[row, column])
+                if value != np.floor(value):
+                    return False
+    return True

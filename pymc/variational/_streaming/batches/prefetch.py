@@ -16,6 +16,7 @@
 import os
 import sys
 import threading
+import time
 import weakref
 
 from collections.abc import Callable, Generator, Iterator
@@ -40,6 +41,8 @@ _SWITCH_INTERVAL = 1e-4
 it every 5 ms only: many steps, during which nothing would be read."""
 _WAIT = 0.1
 """Seconds.  A signal between two bytecodes does not end a wait that begins just after it."""
+_REST = 1.0
+"""Seconds without a call of :meth:`Prefetcher.touch` after which the usual interval returns."""
 _CLOSING = 0.8
 """Seconds that closing waits for a read that has begun.  One that takes longer ends by itself."""
 
@@ -93,18 +96,19 @@ class Prefetcher:
 
     An exception in the thread is raised where the consumer would have met it.  The thread ends when
     the items do, on :meth:`close`, or when nothing refers to the prefetcher.  A forked process has
-    no copy of it, and is refused.  Until it is closed, the interpreter switches between threads
-    more often than usual.
+    no copy of it, and is refused.  While its items are used, the interpreter switches between
+    threads more often than usual.
     """
 
     def __init__(self, items: Generator[Any]):
         self._queue: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self._permits: SimpleQueue[None] = SimpleQueue()  # a semaphore, but each call is one in C
         stop, ended = threading.Event(), threading.Event()
+        self._use = _Use()
         # The thread must not refer to self, or self would never be collected.
         self.thread = threading.Thread(
             target=_run,
-            args=(items, self._queue, self._permits, stop, ended),
+            args=(items, self._queue, self._permits, stop, ended, self._use),
             name="pymc-streaming-prefetch",
             daemon=True,
         )
@@ -149,6 +153,13 @@ class Prefetcher:
             except Empty:
                 continue
 
+    def touch(self) -> None:
+        """Tell that the items are used: a thread whose items nobody uses rests."""
+        self._use.last = time.monotonic()
+        if self._use.rests:
+            self._use.rests = False
+            _switch_interval.shorten(self.thread)
+
     def close(self) -> None:
         """End the thread, which closes *items*.
 
@@ -156,6 +167,24 @@ class Prefetcher:
         *items* and ends.
         """
         self._finalizer()
+
+
+class _Use:
+    """When the items of a prefetcher were used last, and whether its thread rests."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+        self.rests = False
+
+    def wait(self, permits: SimpleQueue) -> None:
+        """Wait for a permit, without hurrying the interpreter if that takes long."""
+        while True:
+            try:
+                return permits.get(timeout=_REST)
+            except Empty:
+                if not self.rests and time.monotonic() - self.last > _REST:
+                    self.rests = True
+                    _switch_interval.restore(threading.current_thread())
 
 
 class _SwitchInterval:
@@ -197,6 +226,7 @@ def _run(
     permits: SimpleQueue,
     stop: threading.Event,
     ended: threading.Event,
+    use: _Use,
 ) -> None:
     err: BaseException | None = None
     try:
@@ -206,13 +236,14 @@ def _run(
             # consumer has done with when it takes this one.  Items without rows need no permit.
             if _has_rows(item):
                 del item  # or its memory would stay while the next one is read
-                permits.get()
+                use.wait(permits)
             if stop.is_set():
                 break
     except BaseException as raised:
         err = raised
     finally:
         items.close()
+        _switch_interval.restore(threading.current_thread())
         queue.put((None, err))
         ended.set()
 

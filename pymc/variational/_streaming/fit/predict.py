@@ -30,10 +30,12 @@ from pymc.logprob.utils import replace_rvs_by_values
 from pymc.model.core import Model
 from pymc.pytensorf import compile
 from pymc.variational._streaming.batches.window import ShuffleBuffer
+from pymc.variational._streaming.contract import Contract, derive_contract
 from pymc.variational._streaming.dataset import StreamingDataset, with_columns
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.bins import Moments, merge
 from pymc.variational._streaming.guards import depends_on, total_size_of
+from pymc.variational._streaming.likelihood import LikelihoodGraph, RowAxes
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.minibatch_rv import get_scaling
@@ -306,14 +308,22 @@ class _Posterior:
             raise TypeError("rows is a shuffle_buffer; pass the source that it shuffles")
         source = with_columns(rows, self._stream.columns)
         size = max(1, _BLOCK_VALUES // self._n_draws)
-        n_rows = 0
+        n_rows, contract = 0, None
         with progress_bar(description, source.n_rows, show=show) as advance:
             for block in self._stream._read_once(source, size):
+                contract = contract or self._contract(block)
+                contract.check(block, n_rows, support=False)
                 yield block
                 n_rows += len(block)
                 advance(len(block))
         if not n_rows:
             raise ValueError("rows has no rows")
+
+    def _contract(self, block: np.ndarray) -> Contract:
+        """Return what the likelihood needs of rows, such as indices within their axis."""
+        observed = self._observed()
+        graph = LikelihoodGraph(self._model, observed, self._buffer, [])
+        return derive_contract(graph, RowAxes(graph, block), observed, self._stream.columns)
 
     def _observed(self) -> list[Variable]:
         model, buffer = self._model, self._buffer

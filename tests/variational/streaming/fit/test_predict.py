@@ -40,6 +40,7 @@ TABLE = pa.table(
     }
 )
 GROUPS, X, Y, COUNTS = (column.to_numpy() for column in TABLE.columns)
+OTHER_GROUP = TABLE[:5].set_column(0, "group", pa.array([3, 0, 1, 2, 0]))
 MEANS, SD = np.array([-1.0, 0.5, 2.0]), 0.7
 """Means and standard deviation of the approximation of each group's parameter."""
 
@@ -158,9 +159,10 @@ def test_the_stream_must_be_named_where_there_are_two(approx):
     [
         (TABLE[:0], ValueError, "no blocks"),
         (TABLE.drop_columns(["x"]), Exception, "x"),
+        (OTHER_GROUP, StreamError, "row 0 .* holds 3.0 in column 'group', which indexes an axis"),
         (shuffle_buffer(TABLE, buffer_size=9, batch_size=3), TypeError, "pass the source"),
     ],
-    ids=["empty", "without a column", "shuffled"],
+    ids=["empty", "without a column", "another group", "shuffled"],
 )
 def test_unusable_rows_are_refused(ds, approx, rows, error, message):
     with pytest.raises(error, match=message):

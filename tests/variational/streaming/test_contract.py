@@ -1,0 +1,283 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Every row is held to what the model demands, whichever batch it comes in."""
+
+import numpy as np
+import pytensor.tensor as pt
+import pytest
+
+import pymc as pm
+
+from pymc.variational.streaming import StreamError, StreamingDataset
+
+N, BATCH, LATE = 60, 10, 47
+
+
+def table(**columns) -> np.ndarray:
+    """Return rows whose columns are 1, but for one value of each late in the table."""
+    rows = np.ones((N, 4))
+    for name, value in columns.items():
+        rows[LATE, "xguy".index(name)] = value
+    return rows
+
+
+def effect(buf):
+    return pm.Normal("b") * buf[:, 0]
+
+
+def counts(observe):
+    return lambda buf: pm.Poisson("y", pt.exp(effect(buf)), observed=observe(buf), total_size=N)
+
+
+def groups(index, shape=3):
+    return lambda buf: pm.Normal(
+        "y", pm.Normal("a", shape=shape)[index(buf)], observed=buf[:, 0], total_size=N
+    )
+
+
+def matrix(buf):
+    index = pt.set_subtensor(pt.zeros_like(buf)[:, 1], buf[:, 2])[:, 1].astype("int64")
+    pm.Normal("y", pm.Normal("a", shape=3)[index], observed=buf[:, 0], total_size=N)
+
+
+def by_dims(buf):
+    with pm.modelcontext(None) as model:
+        model.add_coord("group", ["a", "b"])
+        a = pm.Normal("a", dims="group")
+        pm.Normal("y", a[buf[:, 1].astype("int32")], observed=buf[:, 0], total_size=N)
+
+
+def one_hot(buf):
+    rows, index = pt.arange(buf.shape[0]), buf[:, 1].astype("int64")
+    dummies = pt.set_subtensor(pt.zeros((buf.shape[0], 3))[rows, index], 1.0)
+    pm.Normal("y", dummies @ pm.Normal("a", shape=3), observed=buf[:, 0], total_size=N)
+
+
+def whole(buf):
+    return buf[:, 1].astype("int64")
+
+
+FRACTION = "which the model casts to int"
+BROKEN = {
+    "fraction of a count": (counts(lambda buf: buf[:, 3]), {"y": 2.5}, FRACTION),
+    "soft label": (
+        lambda buf: pm.Bernoulli("y", logit_p=effect(buf), observed=buf[:, 3], total_size=N),
+        {"y": 0.3},
+        FRACTION,
+    ),
+    "share instead of a count": (
+        lambda buf: pm.Binomial(
+            "y", 10, pm.math.invlogit(effect(buf)), observed=buf[:, 3], total_size=N
+        ),
+        {"y": 0.7},
+        FRACTION,
+    ),
+    "category that is nearly whole": (
+        lambda buf: pm.Categorical(
+            "y", pm.Dirichlet("p", np.ones(3)), observed=buf[:, 3], total_size=N
+        ),
+        {"y": 1.999999},
+        FRACTION,
+    ),
+    "fraction of one of several counts": (
+        lambda buf: pm.Multinomial(
+            "y", 3, pm.Dirichlet("p", np.ones(3)), observed=buf[:, 1:4], total_size=N
+        ),
+        {"u": 1.5},
+        FRACTION,
+    ),
+    "fraction of an index": (groups(whole), {"g": 1.5}, FRACTION),
+    "fraction of an index from one": (
+        groups(lambda buf: (buf[:, 1] - 1).astype("int64")),
+        {"g": 1.5},
+        FRACTION,
+    ),
+    "number beyond the integers": (
+        counts(lambda buf: buf[:, 3].astype("uint8").astype("int64")),
+        {"y": 300},
+        "which the model casts to uint8",
+    ),
+    "index too large": (groups(whole), {"g": 3}, "axis of length 3"),
+    "index too negative": (groups(whole), {"g": -4}, "axis of length 3"),
+    "index of two arrays": (
+        groups(lambda buf: (whole(buf), buf[:, 2].astype("int64")), (3, 2)),
+        {"u": 2},
+        "axis of length 2",
+    ),
+    "index by take": (
+        lambda buf: pm.Normal(
+            "y",
+            pt.take(pm.Normal("a", shape=(2, 3)), whole(buf), axis=1)[0],
+            observed=buf[:, 0],
+            total_size=N,
+        ),
+        {"g": 5},
+        "axis of length 3",
+    ),
+    "index after arithmetic": (groups(lambda buf: 2 * whole(buf) - 1), {"g": 2}, "of length 3"),
+    "index after a switch": (
+        groups(lambda buf: pt.switch(buf[:, 1] < 0, 0, buf[:, 1]).astype("int64")),
+        {"g": 3},
+        "of length 3",
+    ),
+    "index of an index": (
+        groups(lambda buf: pt.as_tensor([0, 1, 7])[whole(buf)]),
+        {"g": 2},
+        "of length 3",
+    ),
+    "index into a table": (
+        groups(lambda buf: pt.as_tensor([0, 1, 2])[whole(buf)]),
+        {"g": 5},
+        "of length 3",
+    ),
+    "index of two columns": (
+        groups(lambda buf: (2 * buf[:, 1] + buf[:, 2]).astype("int64"), 5),
+        {"g": 2, "u": 2},
+        "2.0 in column 'g' and 2.0 in column 'u', which indexes an axis of length 5",
+    ),
+    "index in a slice of all columns": (
+        groups(lambda buf: buf.astype("int64")[:, 1]),
+        {"g": 3, "x": 0.5},
+        "of length 3",
+    ),
+    "index in a stack": (
+        groups(lambda buf: pt.stack([buf[:, 2], buf[:, 1]], axis=1).astype("int64")[:, 1]),
+        {"g": 3},
+        "of length 3",
+    ),
+    "index that was set": (matrix, {"u": 3}, "3.0 in column 'u', which indexes"),
+    "index of a dimension": (by_dims, {"g": 2}, "of length 2"),
+    "place of a one": (one_hot, {"g": 3}, "of length 3"),
+    "index in a potential": (
+        lambda buf: [
+            counts(lambda buf: buf[:, 3])(buf),
+            pm.Potential("p", pm.Normal("a", shape=3)[whole(buf)].sum()),
+        ],
+        {"g": 3},
+        "of length 3",
+    ),
+    "negative count": (counts(lambda buf: buf[:, 3]), {"y": -1}, "outside the support of 'y'"),
+    "label that is none": (
+        lambda buf: pm.Bernoulli("y", logit_p=effect(buf), observed=buf[:, 3], total_size=N),
+        {"y": 2},
+        "outside the support of 'y'",
+    ),
+    "more successes than trials": (
+        lambda buf: pm.Binomial(
+            "y", buf[:, 2], pm.math.invlogit(effect(buf)), observed=buf[:, 3], total_size=N
+        ),
+        {"y": 2},
+        "1.0 in column 'u' and 2.0 in column 'y', outside the support of 'y'",
+    ),
+    "category that is none": (
+        lambda buf: pm.Categorical(
+            "y",
+            logit_p=pt.outer(buf[:, 0], pm.Normal("b", shape=3)),
+            observed=buf[:, 3],
+            total_size=N,
+        ),
+        {"y": 3},
+        "outside the support of 'y'",
+    ),
+    "ordered category that is none": (
+        lambda buf: pm.OrderedLogistic(
+            "y", eta=effect(buf), cutpoints=[0.0, 1.0], observed=buf[:, 3], total_size=N
+        ),
+        {"y": 3},
+        "outside the support of 'y'",
+    ),
+    "negative amount": (
+        lambda buf: pm.Gamma("y", 2, pt.exp(effect(buf)), observed=buf[:, 3], total_size=N),
+        {"y": -0.5},
+        "-0.5 in column 'y', outside the support of 'y'",
+    ),
+    "beyond the bound of a censored value": (
+        lambda buf: pm.Censored(
+            "y", pm.Normal.dist(effect(buf)), None, 2, observed=buf[:, 3], total_size=N
+        ),
+        {"y": 2.5},
+        "outside the support of 'y'",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the Potential:UserWarning")
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("build, late, message", BROKEN.values(), ids=BROKEN)
+def test_a_row_of_a_late_batch_is_refused(build, late, message, prefetch):
+    pa = pytest.importorskip("pyarrow")
+    rows = pa.table(dict(zip("xguy", table(**late).T)))
+    options = {"batch_size": BATCH, "order_check": "off", "prefetch": prefetch}
+    with StreamingDataset(rows, **options) as ds, pm.Model():
+        build(ds.as_tensor())
+        with pytest.raises(StreamError, match=f"row {LATE} of the stream holds .*{message}"):
+            callback = ds.fit_callback()
+            while ds.rows_seen < N:
+                ds.advance()
+        del callback
+
+
+REPAIRED = {
+    "rounded": (counts(lambda buf: pt.floor(buf[:, 3])), {"y": 2.5}),
+    "scaled": (counts(lambda buf: (2 * buf[:, 3]).astype("int64")), {"y": 2.5}),
+    "longer axis": (groups(whole, 4), {"g": 3}),
+    "clipped": (groups(lambda buf: pt.clip(buf[:, 1], 0, 2).astype("int64")), {"g": 7}),
+    "from the end": (groups(whole), {"g": -3}),
+    "column that is not read": (groups(whole), {"u": 0.5, "y": -7}),
+}
+
+
+@pytest.mark.parametrize("build, late", REPAIRED.values(), ids=REPAIRED)
+def test_what_the_messages_advise_is_accepted(build, late):
+    with StreamingDataset(table(**late), batch_size=BATCH, order_check="off") as ds, pm.Model():
+        build(ds.as_tensor())
+        callback = ds.fit_callback()
+        while ds.rows_seen < N:
+            ds.advance()
+        del callback
+
+
+@pytest.mark.parametrize("size", [1, 7, N])
+def test_rows_are_checked_in_blocks_of_any_size(size):
+    rows = table(g=3)
+    source = [rows[i : i + size] for i in range(0, N, size)]
+    with StreamingDataset(source, batch_size=BATCH, order_check="off") as ds, pm.Model():
+        groups(whole)(ds.as_tensor())
+        with pytest.raises(StreamError, match=f"row {LATE} of the stream holds 3.0"):
+            callback = ds.fit_callback()
+            while ds.rows_seen < N:
+                ds.advance()
+        del callback
+
+
+def test_a_model_that_is_met_at_the_first_step_is_held_to_it_too():
+    with StreamingDataset(table(g=3), batch_size=BATCH, order_check="off") as ds:
+        callback = ds.fit_callback()
+        with pm.Model():
+            groups(whole)(ds.as_tensor())
+            options = {"progressbar": False, "compile_kwargs": {"mode": "FAST_COMPILE"}}
+            with pytest.raises(StreamError, match=f"row {LATE} of the stream holds 3.0"):
+                pm.fit(20, callbacks=[callback], **options)
+
+
+def test_rows_of_ones_own_are_held_to_the_indices_of_the_model():
+    with StreamingDataset(table(), batch_size=BATCH, order_check="off") as ds, pm.Model():
+        groups(whole)(ds.as_tensor())
+        counts(lambda buf: buf[:, 3])
+        callback = ds.fit_callback()
+        with pytest.raises(StreamError, match=r"row 47 of the stream holds 3\.0"):
+            ds.rows(table(g=3))
+        with ds.rows(table(y=-1)):  # where the observed value is not known yet
+            pass
+        del callback
