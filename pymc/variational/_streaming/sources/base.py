@@ -22,7 +22,7 @@ import numpy as np
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.utils import progress_bar
 
-__all__ = ["Source", "describe_value", "is_arrow", "require_finite", "seems_finite", "skip_rows"]
+__all__ = ["Source", "describe_value", "is_arrow", "require_finite", "skip_rows"]
 
 
 class Source(ABC):
@@ -104,16 +104,13 @@ def is_arrow(block: Any) -> bool:
     return hasattr(block, "__arrow_c_array__") or hasattr(block, "__arrow_c_stream__")
 
 
-def seems_finite(rows: np.ndarray) -> bool:
-    """Whether the sum of *rows* is finite; it never is with a value that is not."""
-    with np.errstate(all="ignore"):
-        return rows.dtype.kind != "f" or bool(np.isfinite(rows.sum()))
-
-
 def require_finite(rows: np.ndarray, offset: int) -> None:
     """Raise StreamError if a value is NaN or infinite; *offset* is the position of the first row."""
-    if seems_finite(rows):
+    if rows.dtype.kind != "f":
         return
+    with np.errstate(all="ignore"):  # a value that is not finite makes the sum so
+        if np.isfinite(rows.sum()):
+            return
     places = np.argwhere(~np.isfinite(rows))
     if len(places):
         raise StreamError(f"{describe_value(rows, places[0], offset, None)}; repair the data")

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.base import seems_finite
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 
 if TYPE_CHECKING:
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["PIECE_ROWS", "RowFormat", "exact_limit", "piece_rows"]
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
-_TILE = 2048
-"""Rows; many columns are interleaved in tiles that stay in the cache, few at once: each call gives
-up the interpreter lock."""
-
 PIECE_ROWS = 1 << 18
 _PIECE_VALUES = 1 << 20
 """What is decoded or converted at a time, at most.  Each call gives up the interpreter lock, and
@@ -130,18 +125,16 @@ class RowFormat:
         """
         arrays = [_decode(batch.column(name)) for name in self.columns]
         values = [_to_numpy(array, kind) for array, kind in zip(arrays, self.types)]
-        rows = _interleave(values, self.dtype)
-        masks: dict[int, Any] = {}
-        for j, (array, column) in enumerate(zip(arrays, values)):
-            if array.null_count:
-                masks[j] = array.is_null().to_numpy(zero_copy_only=False)
-            if self.integral[j] and column.itemsize == 8 and self.dtype.kind == "f":
-                masks[j] = masks.get(j, False) | _exceeds(column, exact_limit(self.dtype))
-        if not any(mask.any() for mask in masks.values()) and seems_finite(rows):
+        rows = np.empty((batch.num_rows, len(values)), self.dtype)
+        complete = _interleave(values, self.integral, rows)
+        if complete and not any(array.null_count for array in arrays):
             return rows, None
         bad = ~np.isfinite(rows)
-        for j, mask in masks.items():
-            bad[:, j] |= mask
+        for j, (array, column) in enumerate(zip(arrays, values)):
+            if array.null_count:
+                bad[:, j] |= array.is_null().to_numpy(zero_copy_only=False)
+            if self.integral[j] and self.dtype.kind == "f":
+                bad[:, j] |= _exceeds(column, exact_limit(self.dtype))
         return rows, bad if bad.any() else None
 
     def fault(self, batch: "pyarrow.RecordBatch", bad: np.ndarray) -> tuple[int, str]:
@@ -199,22 +192,40 @@ def _to_numpy(array: "pyarrow.Array", kind: "pyarrow.DataType") -> np.ndarray:
     if array.null_count:
         array = array.fill_null(pa.scalar(0).cast(array.type))
     if pa.types.is_boolean(array.type):
-        return array.to_numpy(zero_copy_only=False)
-    return np.from_dlpack(array)
+        return array.to_numpy(zero_copy_only=False).view(np.uint8)
+    values = np.from_dlpack(array)
+    return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def _exceeds(values: np.ndarray, limit: float) -> np.ndarray:
     """Mark integers that a float with this limit cannot hold; decimals arrive as floats."""
-    if values.dtype.kind == "f":
-        return np.abs(values) >= limit
-    return (values > limit) | (values < -limit)
+    low, high = _bounds(values.dtype, True, limit)
+    return (values < low) | (values > high)
 
 
-def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """Return columns as the rows of a C-contiguous array."""
-    rows = np.empty((len(values[0]), len(values)), dtype)
-    tile = _TILE if len(values) > 8 else max(len(rows), 1)
-    for start in range(0, len(rows), tile):
-        for j, column in enumerate(values):
-            rows[start : start + tile, j] = column[start : start + tile]
-    return rows
+def _bounds(kind: np.dtype, integral: bool, limit: float) -> np.ndarray:
+    """Return the least and the greatest value of a type that stay exact, in this type.
+
+    An integer that arrives as a float was rounded already if it is the limit or more.
+    """
+    if kind.kind == "f":
+        high = limit - 1 if integral and np.isfinite(limit) else np.finfo(kind).max
+        return np.array([-high, high], kind)
+    info = np.iinfo(kind)
+    return np.array([max(info.min, -limit), min(info.max, limit)], kind)
+
+
+def _interleave(values: Sequence[np.ndarray], integral: Sequence[bool], rows: np.ndarray) -> bool:
+    """Copy columns into *rows*, and return whether all values are finite and exact there."""
+    from pymc.variational._streaming.sources.compiled import interleave
+
+    limit = exact_limit(rows.dtype)
+    groups: dict[tuple[np.dtype, bool], list[int]] = {}
+    for j, column in enumerate(values):
+        groups.setdefault((column.dtype, integral[j]), []).append(j)
+    complete = True
+    for (kind, whole), places in groups.items():
+        addresses = [values[j].__array_interface__["data"][0] for j in places]
+        bounds = _bounds(kind, whole, limit)
+        complete &= interleave(np.array(addresses), np.array(places), bounds, rows)
+    return complete
