@@ -16,15 +16,12 @@
 import gc
 import json
 import os
-import zipfile
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from pymc.variational._streaming.sources.parquet import remote
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
@@ -35,141 +32,6 @@ from pymc.variational.streaming import (
 )
 from tests.variational.streaming.held import open_files
 from tests.variational.streaming.strategies import numbered, rows_of, table, write_layout
-
-
-class TestPaths:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        (tmp_path / "day=1").mkdir()
-        (tmp_path / "day=2").mkdir()
-        pq.write_table(table(9).slice(0, 4), tmp_path / "day=1" / "a.parquet")
-        pq.write_table(table(9).slice(4, 2), tmp_path / "day=1" / "b.parquet")
-        pq.write_table(table(9).slice(6), tmp_path / "day=2" / "a.parquet")
-        (tmp_path / "_temporary.parquet").write_bytes(b"not Parquet")
-        (tmp_path / "day=2" / ".hidden.parquet").write_bytes(b"not Parquet")
-        (tmp_path / "README.txt").write_text("not data")
-        return tmp_path
-
-    @pytest.mark.parametrize(
-        "path, n_rows",
-        [
-            ("", 9),
-            ("day=1/b.parquet", 2),
-            ("day=*", 9),
-            ("day=1/*.parquet", 6),
-            ("**/a.parquet", 7),
-            ("day=[2-9]/?.parquet", 3),
-            ("d*", 9),
-            ("**/*.parquet", 9),
-        ],
-    )
-    def test_a_directory_a_file_and_a_glob_are_paths(self, folder, path, n_rows):
-        assert parquet_source(folder / path).n_rows == n_rows
-        assert parquet_source(str(folder / path)).n_rows == n_rows
-
-    def test_files_come_in_order_of_name_and_a_list_in_its_own(self, folder):
-        np.testing.assert_array_equal(rows_of(parquet_source(folder)), numbered(9))
-        listed = parquet_source([folder / "day=2", folder / "day=1" / "a.parquet"])
-        assert rows_of(listed)[:, 0].tolist() == [6, 7, 8, 0, 1, 2, 3]
-
-    def test_uris_and_filesystems_lead_to_the_same_rows(self, folder):
-        local = pa.fs.LocalFileSystem()
-        root, name = os.path.split(folder)
-        for source in (
-            parquet_source(folder.as_uri()),
-            parquet_source(folder, filesystem=local),
-            parquet_source(name, filesystem=pa.fs.SubTreeFileSystem(root, local)),
-        ):
-            np.testing.assert_array_equal(rows_of(source), numbered(9))
-
-    def test_fsspec_filesystems_and_uris_lead_to_the_same_rows(self, folder):
-        fsspec = pytest.importorskip("fsspec")
-        memory = fsspec.filesystem("memory")
-        memory.pipe("/streaming/a.parquet", (folder / "day=1" / "a.parquet").read_bytes())
-        for source in (
-            parquet_source("/streaming", filesystem=memory),
-            parquet_source("memory://streaming/a.parquet"),
-        ):
-            np.testing.assert_array_equal(rows_of(source), numbered(4))
-
-    def test_what_a_filesystem_does_not_know_is_asked_once(self, folder, monkeypatch):
-        waits = []
-        monkeypatch.setattr(remote.time, "sleep", waits.append)
-        with zipfile.ZipFile(folder / "a.zip", "w") as archive:
-            archive.write(folder / "day=1" / "a.parquet", "a.parquet")
-        zipped = pytest.importorskip("fsspec").filesystem("zip", fo=str(folder / "a.zip"))
-        np.testing.assert_array_equal(
-            rows_of(parquet_source("a.parquet", filesystem=zipped)), numbered(4)
-        )
-        assert not waits
-
-    @pytest.mark.parametrize("path", ["b/in", "b/in/*.parquet", "/b/i?/*", "memory://b/in/**/a*"])
-    def test_a_filesystem_knows_a_path_by_any_spelling(self, path):
-        memory = pytest.importorskip("fsspec").filesystem("memory")
-        with memory.open("/b/in/a.parquet", "wb") as file:
-            pq.write_table(table(5), file)
-        assert parquet_source(path, filesystem=memory).n_rows == 5
-
-    def test_relative_paths_stay_where_they_were(self, folder, monkeypatch):
-        monkeypatch.chdir(folder)
-        local = parquet_source("day=1", filesystem=pa.fs.LocalFileSystem())
-        monkeypatch.chdir("day=2")
-        np.testing.assert_array_equal(rows_of(local), numbered(6))
-
-    def test_hidden_files_are_data_where_they_are_spelled_out(self, folder):
-        write_layout(folder / "day=1", [[1, 2]])
-        for hidden in ("_old", ".tmp"):
-            (folder / hidden).mkdir()
-            write_layout(folder / hidden, [[100]])
-            assert parquet_source(folder / hidden).n_rows == 100
-            assert parquet_source(folder / f"{hidden[:2]}*" / "*.parquet").n_rows == 100
-        assert parquet_source(folder / "**" / "*.parquet").n_rows == 12
-        assert parquet_source(folder / "*" / "*").n_rows == 12
-
-    def test_folders_may_be_called_like_files(self, tmp_path):
-        (tmp_path / "in[1]" / "a.parquet").mkdir(parents=True)
-        write_layout(tmp_path / "in[1]" / "a.parquet", [[3], [4]])
-        assert parquet_source(tmp_path / "in[1]").n_rows == 7
-        assert parquet_source(tmp_path / "i*").n_rows == 7
-
-    def test_files_that_come_twice_are_refused(self, folder):
-        with pytest.raises(ValueError, match=r"names .*b.parquet more than once"):
-            parquet_source([folder / "day=1", folder / "day=1" / "b.parquet"])
-        (folder / "day=2" / "again.parquet").symlink_to(folder / "day=1" / "a.parquet")
-        with pytest.raises(ValueError, match=r"names .*a.parquet more than once, as .*again"):
-            parquet_source(folder)
-
-    def test_links_that_lead_up_or_nowhere_are_noticed(self, folder):
-        (folder / "day=1" / "up").symlink_to("..")
-        with pytest.raises(ValueError, match=r"more than once, as .*up/day=1"):
-            parquet_source(folder)
-        (folder / "day=1" / "up").unlink()
-        (folder / "day=2" / "gone.parquet").symlink_to("nowhere")
-        with pytest.raises(StreamError, match=r"gone\.parquet: not a readable Parquet file"):
-            parquet_source(folder)
-
-    def test_folders_that_cannot_be_read_are_no_empty_ones(self, folder, monkeypatch):
-        scandir = os.scandir
-
-        def refuse(path):
-            if str(path).endswith("day=2"):
-                raise PermissionError(13, "Permission denied", path)
-            return scandir(path)
-
-        monkeypatch.setattr(os, "scandir", refuse)
-        with pytest.raises(PermissionError, match="day=2"):
-            parquet_source(folder)
-
-    def test_missing_paths_and_empty_directories_are_named(self, folder):
-        with pytest.raises(FileNotFoundError, match=r"path='.*nowhere' does not exist"):
-            parquet_source(folder / "nowhere")
-        (folder / "empty").mkdir()
-        with pytest.raises(ValueError, match=r"path='.*empty' holds no file whose .* in \.parquet"):
-            parquet_source(folder / "empty")
-        with pytest.raises(ValueError, match=r"path='.*\*\.csv' holds no file"):
-            parquet_source(folder / "*.csv")
-        with pytest.raises(ValueError, match=r"path=\[\] names no file"):
-            parquet_source([])
 
 
 class TestColumns:

@@ -30,6 +30,7 @@ from pymc.variational._streaming.sources.parquet.files import (
     import_pyarrow,
     inspect,
     open_parquet,
+    warn_of_copies,
 )
 from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
@@ -59,7 +60,8 @@ def parquet_source(
     path : path_like or sequence of path_like
         A file, a directory (searched for ``*.parquet``, in order of name), a glob, or a list
         of these; local, or a URI that pyarrow or fsspec understands. Names that begin with
-        ``_`` or ``.`` are left out unless they are spelled out.
+        ``_`` or ``.`` are left out unless they are spelled out. The files of a Delta, Iceberg or
+        Hudi table are read with :func:`arrow_source`, because not all of them count.
     columns : sequence of str, optional
         The columns of a row, in this order. Default: all columns, in the files' own order,
         which must then be the same in every file.
@@ -85,13 +87,19 @@ def parquet_source(
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no file or one comes twice, or columns are missing or not numeric, or differ
-        between files.
+        If there is no file or one comes twice, a folder is a table of another format, or columns
+        are missing or not numeric, or differ between files.
     StreamError
         If pre-shuffled files are incomplete, or mixed with files of another shuffle or of none.
         While reading: if a file changed since the source was made, is truncated or corrupt,
         an object store fails in spite of retries, or a value is invalid; the message names
         file, row group, column and row.
+
+    Warns
+    -----
+    StreamWarning
+        If a folder has files that may be Parquet under other names, or a file looks like a copy of
+        another one.
 
     Notes
     -----
@@ -162,6 +170,7 @@ class _ParquetSource(Source):
             ranges.append(column_ranges(metadata, frozen.columns))
             self._files.append(file)
         assert frozen is not None
+        warn_of_copies(self._fs, self._files)
         self._format, self._part_ranges = frozen, np.concatenate(ranges)
         self.columns, self.integral = frozen.columns, frozen.integral
         self.sample_shape = (len(self.columns),)
