@@ -41,6 +41,7 @@ from pymc.variational._streaming.errors import (
 )
 from pymc.variational._streaming.fit.average import EpochAverage
 from pymc.variational._streaming.fit.check import check_fit
+from pymc.variational._streaming.fit.predict import LogScore, log_score, predict
 from pymc.variational._streaming.fit.report import FitReport
 from pymc.variational._streaming.fit.resume import resumable_fit
 from pymc.variational._streaming.order.check import check_order
@@ -53,6 +54,7 @@ from pymc.variational._streaming.sources.parquet.parquet import parquet_source
 __all__ = [
     "EpochAverage",
     "FitReport",
+    "LogScore",
     "OrderError",
     "OrderReport",
     "OrderWarning",
@@ -63,7 +65,9 @@ __all__ = [
     "arrow_source",
     "check_fit",
     "check_order",
+    "log_score",
     "parquet_source",
+    "predict",
     "preshuffle",
     "resumable_fit",
     "shuffle_buffer",

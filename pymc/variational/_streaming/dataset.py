@@ -63,6 +63,9 @@ class StreamingDataset:
         Type of the values of a minibatch. Default: ``pytensor.config.floatX``.
     cycle : bool, default True
         Start another epoch when the source ends. If False, the fit stops there.
+    endless : bool, default False
+        Whether the source never ends, as a generator of new rows. The *total_size*, which must be
+        an int, then says how many rows the posterior stands for, and counts as an epoch.
     order_check : {"warn", "raise", "off"}, default "warn"
         What to do when windows of the stream differ more than random ones would, so that the
         posterior would be wrong: warn once with an :class:`OrderWarning`, or raise an
@@ -113,6 +116,7 @@ class StreamingDataset:
         total_size: int | Literal["auto"] | None = "auto",
         dtype: Any = None,
         cycle: bool = True,
+        endless: bool = False,
         order_check: Literal["warn", "raise", "off"] = "warn",
         prefetch: bool = True,
         name: str = "stream",
@@ -128,7 +132,8 @@ class StreamingDataset:
         self._dtype = np.dtype(pytensor.config.floatX if dtype is None else dtype)
         if self._dtype.kind not in "iuf":
             raise TypeError(f"dtype={dtype!r} is not a number; pass an integer or float dtype")
-        self._total_size = TotalSize(total_size, self._source)
+        self._endless = endless
+        self._total_size = TotalSize(total_size, self._source, endless=endless)
         self._order = OrderCheck(self._source, self._batch_size, self.total_size, order_check)
         self._reader = BatchReader(
             self._source,
@@ -162,6 +167,11 @@ class StreamingDataset:
         return self._total_size.rows
 
     @property
+    def endless(self) -> bool:
+        """Whether the source was declared to have no end."""
+        return self._endless
+
+    @property
     def columns(self) -> tuple[str, ...] | None:
         """Names of the columns, where the source has them."""
         self._source.probe()
@@ -175,6 +185,8 @@ class StreamingDataset:
     @property
     def epoch(self) -> int:
         """Epoch of the first row of the current batch, from 0; at the end, the number of epochs."""
+        if self._endless and self.total_size:
+            return self.rows_seen // self.total_size
         return self._reader.position.epoch + self._reader.ended
 
     @property
@@ -196,9 +208,15 @@ class StreamingDataset:
             )
         return self._buffer[:, columns.index(column)]
 
+    def __repr__(self) -> str:
+        return (
+            f"<StreamingDataset {self._buffer.name!r}: batches of {self._batch_size:,} from "
+            f"{self._source.describe()}; epoch {self.epoch}, {self.rows_seen:,} rows seen>"
+        )
+
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the batches of one epoch, the last as short as it comes; the buffer stays."""
-        return self._read_once(self._source)
+        return self._read_once(self._source, self._batch_size)
 
     def fit_callback(self) -> FitCallback:
         """Put the first batch in, and return the callback that puts in the next ones.
@@ -272,8 +290,9 @@ class StreamingDataset:
         array([0., 0., 0.])
         """
         self._require_own_rows()
-        source = _with_columns(rows, self.columns)
-        return self._replace(np.concatenate(list(self._read_once(source))))
+        source = with_columns(rows, self.columns)
+        blocks = self._read_once(source, self._batch_size)
+        return self._replace(np.concatenate(list(blocks)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the current batch, as plain JSON."""
@@ -339,14 +358,15 @@ class StreamingDataset:
             if driven is not None:
                 driven.close()
                 driven._driver_ref = None
-                driven._order.warn_if_incomplete(driven.rows_seen)
+                if not driven._endless:
+                    driven._order.warn_if_incomplete(driven.rows_seen)
 
         self._driver_ref = None if callback is None else weakref.ref(callback, close)
 
-    def _read_once(self, source: Source) -> Iterator[np.ndarray]:
-        """Yield the batches of one epoch of *source*, the last as short as it comes."""
+    def _read_once(self, source: Source, n_rows: int) -> Iterator[np.ndarray]:
+        """Yield one epoch of *source* in blocks of *n_rows*, the last as short as it comes."""
         chunks = read_epochs(source, self._sample_shape, self._dtype, cycle=False)
-        items = rebatch(chunks, self._batch_size)
+        items = rebatch(chunks, n_rows)
         return (cast(item.rows, self._dtype) for item in items if isinstance(item, Batch))
 
     def _no_rows(self) -> np.ndarray:
@@ -408,7 +428,7 @@ class StreamingDataset:
             self._reader.stop()
 
 
-def _with_columns(rows: Any, columns: tuple[str, ...] | None) -> Source:
+def with_columns(rows: Any, columns: tuple[str, ...] | None) -> Source:
     """Return a source of *rows* that has the *columns* of a stream."""
     if is_arrow(rows) and columns is not None:
         table = import_pyarrow().table(rows)  # a reader gives its rows only once

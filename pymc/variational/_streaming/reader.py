@@ -17,6 +17,7 @@ import logging
 import threading
 
 from collections.abc import Generator, Iterator
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -162,14 +163,26 @@ class TotalSize:
         Number of rows.  "auto" asks the source, or counts in one pass; None leaves likelihoods
         unscaled, with a warning.
     source : Source
+    endless : bool
+        Whether the stream has no end, so that only the declared number can be meant.
     """
 
-    def __init__(self, declared: int | Literal["auto"] | None, source: Source):
+    def __init__(
+        self, declared: int | Literal["auto"] | None, source: Source, *, endless: bool = False
+    ):
         self._known = source.n_rows
         """Number of rows that the source has, if it is known before an epoch ends."""
-        self._warned = False
+        self._warned = endless
         self.rows: int | None = None
         """Number for the ``total_size`` of observed variables."""
+        if endless and (self._known is not None or not isinstance(declared, Integral)):
+            held = (
+                f"the source has {self._known} rows" if self._known else f"total_size={declared!r}"
+            )
+            raise ValueError(
+                f"endless=True but {held}; pass the number of rows that the likelihood stands for "
+                "as total_size, with a source that does not know its rows"
+            )
         if declared is None:
             warn(
                 "total_size=None leaves the likelihood of one batch unscaled against the "
@@ -198,7 +211,8 @@ class TotalSize:
         self._warned = True
         warn(
             f"total_size={self.rows} but the source holds {found}, so the likelihood is weighted "
-            'wrongly; pass total_size="auto" or the number of rows in an epoch, which must end'
+            'wrongly; pass total_size="auto" or the number of rows in an epoch, or endless=True if '
+            "the stream has no end"
         )
 
 

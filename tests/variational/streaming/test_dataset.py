@@ -17,12 +17,14 @@ import copy
 import gc
 import itertools
 import json
+import logging
 import pickle
 import sys
 import warnings
 
 import cloudpickle
 import numpy as np
+import pyarrow as pa
 import pytensor
 import pytest
 
@@ -33,6 +35,7 @@ from pytensor.graph.traversal import ancestors
 import pymc as pm
 
 from pymc.variational.streaming import (
+    EpochAverage,
     StreamError,
     StreamingDataset,
     StreamWarning,
@@ -636,6 +639,30 @@ class TestTotalSize:
             for _ in range(80):
                 ds.advance()
 
+    def test_a_declared_endless_stream_is_silent_and_counts_on(self, recwarn, caplog):
+        def blocks():
+            rng = np.random.default_rng(0)
+            while True:
+                yield rng.normal(1, 1, (50, 1))
+
+        ds = StreamingDataset(blocks, batch_size=50, total_size=1_000, endless=True)
+        average = EpochAverage(ds)
+        with normal_model(ds):
+            approx = pm.fit(100, callbacks=[average, ds.fit_callback()], **QUICK)
+        average.apply(approx)
+        assert not recwarn.list
+        assert not [record for record in caplog.records if record.levelno > logging.INFO]
+        assert (ds.rows_seen, ds.epoch, average.epochs) == (5_000, 5, 2)
+
+    @pytest.mark.parametrize(
+        ("source", "total_size"),
+        [(numbered(7), 7), (lambda: [numbered(7)], "auto"), (lambda: [numbered(7)], None)],
+        ids=["known rows", "auto", "none"],
+    )
+    def test_an_endless_stream_needs_a_number_of_rows(self, source, total_size):
+        with pytest.raises(ValueError, match="endless=True but"):
+            StreamingDataset(source, batch_size=2, total_size=total_size, endless=True)
+
     def test_an_array_that_grows_is_an_error(self):
         class Growing:
             dtype, rows = np.dtype("float64"), numbered(7).astype("float64")
@@ -664,6 +691,23 @@ class TestTotalSize:
         assert ds.total_size is None
         with normal_model(ds):
             pm.fit(2, callbacks=[ds.fit_callback()], **QUICK)
+
+
+class TestShownInANotebook:
+    def test_a_stream_and_its_source_say_what_they_hold(self, tmp_path):
+        write_layout(tmp_path, [[7]])
+        source = parquet_source(tmp_path)
+        assert repr(source) == "<ParquetSource: 7 rows of row, twice>"
+        ds = StreamingDataset(shuffle_buffer(source, buffer_size=4, batch_size=2), batch_size=2)
+        assert repr(ds) == (
+            "<StreamingDataset 'stream': batches of 2 from 7 rows of row, twice; epoch 0, 0 rows seen>"
+        )
+
+    def test_what_is_not_known_is_not_shown(self):
+        ds = StreamingDataset(lambda: [np.ones((9, 20))], batch_size=2, total_size=9)
+        assert "an unknown number of rows" in repr(ds)
+        many = StreamingDataset(pa.table({f"c{i}": [1.0] for i in range(9)}), batch_size=1)
+        assert "c7, 1 more; epoch" in repr(many)
 
 
 class TestCycle:

@@ -35,12 +35,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Numba will use object mode:UserW
 
 
 @pytest.fixture(scope="module")
-def page() -> dict:
+def page(tmp_path_factory) -> dict:
     """Return what the script of the page defines."""
     text = (ROOT / "docs/source/streaming/models.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict = {}
-    exec(compile("\n".join(blocks), "models.md", "exec"), names)
+    with contextlib.chdir(tmp_path_factory.mktemp("page")):
+        exec(compile("\n".join(blocks), "models.md", "exec"), names)
+        names["predicted"] = pq.read_table("predictions.parquet")
     return names
 
 
@@ -108,6 +110,16 @@ class TestAfterTheFit:
                 page["trace"], extend_inferencedata=False, progressbar=False
             )
         np.testing.assert_allclose(page["log_likelihood"]["y"], expected["y"])
+
+    def test_files_of_predictions_agree_with_draws(self, page):
+        draws = page["predictions"].posterior_predictive["y"].mean(("chain", "draw"))
+        np.testing.assert_allclose(page["predicted"]["y_mean"], draws, atol=6 / np.sqrt(100))
+
+    def test_a_stream_without_an_end_goes_on(self, page):
+        with page["endless"] as endless:
+            for _ in range(1_100):
+                endless.advance()
+            assert (endless.epoch, endless.rows_seen) == (1, 1_099_000)
 
     def test_dimensions_follow_the_rows(self, page):
         with page["named"], page["ds"].rows(page["held_out"]):

@@ -14,7 +14,8 @@
 """What a source of rows is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy as np
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.utils import progress_bar
 
-__all__ = ["Source", "describe_value", "is_arrow", "require_finite", "skip_rows"]
+__all__ = ["Source", "describe_value", "is_arrow", "require_finite", "shorten", "skip_rows"]
 
 
 class Source(ABC):
@@ -39,6 +40,8 @@ class Source(ABC):
     """Shape of one row, where it is known without reading one."""
     integral: tuple[bool, ...] | None = None
     """Which columns hold integers, where the blocks' dtype does not tell."""
+    levels: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
+    """Levels of the category columns, by name; a row holds their positions."""
     seed: int | None = None
     fingerprint: str | None = None
     """What the stream of rows depends on, besides the epoch; None where nobody can know."""
@@ -98,10 +101,25 @@ class Source(ABC):
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.blocks()
 
+    def describe(self) -> str:
+        """Say how many rows there are and what they hold, as far as it is known."""
+        rows = "an unknown number of rows" if self.n_rows is None else f"{self.n_rows:,} rows"
+        if self.columns is not None:
+            return f"{rows} of {', '.join(shorten(self.columns))}"
+        return rows if self.sample_shape is None else f"{rows} of shape {self.sample_shape}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__.lstrip('_')}: {self.describe()}>"
+
 
 def is_arrow(block: Any) -> bool:
     """Whether *block* can be read through Arrow's C interface."""
     return hasattr(block, "__arrow_c_array__") or hasattr(block, "__arrow_c_stream__")
+
+
+def shorten(names: Sequence[str], n: int = 8) -> list[str]:
+    """Return the first *n* names, and how many more there are."""
+    return [*names[:n], *([f"{len(names) - n} more"] if len(names) > n else [])]
 
 
 def require_finite(rows: np.ndarray, offset: int) -> None:

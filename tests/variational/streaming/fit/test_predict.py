@@ -1,0 +1,181 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xarray as xr
+
+from scipy.stats import binom, norm
+
+import pymc as pm
+
+from pymc.variational.streaming import (
+    StreamError,
+    StreamingDataset,
+    log_score,
+    predict,
+    shuffle_buffer,
+)
+
+RNG = np.random.default_rng(5)
+N_ROWS = 10_000
+TABLE = pa.table(
+    {
+        "group": np.arange(N_ROWS) % 3,
+        "x": RNG.normal(size=N_ROWS),
+        "y": RNG.normal(size=N_ROWS),
+        "count": RNG.binomial(10, 0.3, N_ROWS),
+    }
+)
+GROUPS, X, Y, COUNTS = (column.to_numpy() for column in TABLE.columns)
+MEANS, SD = np.array([-1.0, 0.5, 2.0]), 0.7
+"""Means and standard deviation of the approximation of each group's parameter."""
+
+
+@pytest.fixture(scope="module")
+def ds() -> StreamingDataset:
+    return StreamingDataset(TABLE, batch_size=1_000, total_size=N_ROWS)
+
+
+@pytest.fixture(scope="module")
+def approx(ds) -> pm.MeanField:
+    """Return an approximation that is known, of a model with groups and two observed variables."""
+    other = StreamingDataset(TABLE.select(["x"]), batch_size=10, total_size=N_ROWS, name="other")
+    with pm.Model(coords={"group": list("abc")}) as model:
+        effect = pm.Normal("effect", 0, 1, dims="group")
+        mean = pm.Deterministic("mean", effect[ds["group"].astype("int64")] + ds["x"])
+        pm.Deterministic("both", pm.math.stack([mean, 2 * mean], axis=1))
+        pm.Deterministic("total", effect.sum())
+        pm.Deterministic("range", ds["x"].max())
+        pm.Normal("y", mean, 2, observed=ds["y"], total_size=ds.total_size)
+        pm.Binomial("count", 10, 0.3, observed=ds["count"], total_size=ds.total_size)
+        pm.Normal("z", effect[0], 1, observed=other["x"], total_size=other.total_size)
+    model.streams = ds, other
+    approx = pm.MeanField(model=model)
+    set_approx(approx, SD)
+    return approx
+
+
+def set_approx(approx, sd: float) -> None:
+    parameters = approx.groups[0].shared_params
+    parameters["mu"].set_value(MEANS)
+    parameters["rho"].set_value(np.full(3, np.log(np.expm1(sd))))
+
+
+def test_log_score_is_the_exact_predictive_density_of_each_row_once(ds, approx):
+    score = log_score(approx, TABLE, ds=ds, draws=1_000, progressbar=False)
+    exact = norm.logpdf(Y, MEANS[GROUPS] + X, np.hypot(2, SD)) + binom.logpmf(COUNTS, 10, 0.3)
+    assert score.rows == N_ROWS
+    assert score.mean == pytest.approx(exact.mean(), abs=5 * 0.4 / np.sqrt(1_000))
+    assert score.se == pytest.approx(exact.std() / np.sqrt(N_ROWS), rel=0.1)
+
+
+def test_rows_may_take_the_place_of_any_stream_of_the_model(approx):
+    other = approx.model.streams[1]
+    score = log_score(approx, X[:, None], ds=other, draws=1_000, progressbar=False)
+    exact = norm.logpdf(X, MEANS[0], np.hypot(1, SD))
+    assert score.mean == pytest.approx(exact.mean(), abs=5 * 0.8 / np.sqrt(1_000))
+
+
+def test_predictions_describe_the_draws_of_each_row_in_order(ds, approx, tmp_path):
+    to = tmp_path / "predictions.parquet"
+    names = ["y", "mean", "both"]
+    predict(approx, TABLE, to=to, var_names=names, ds=ds, draws=1_000, progressbar=False)
+    predicted = pq.read_table(to)
+    centre = MEANS[GROUPS] + X
+    tolerance = 6 * SD / np.sqrt(1_000)
+    np.testing.assert_allclose(predicted["mean_mean"], centre, atol=tolerance)
+    np.testing.assert_allclose(predicted["both[1]_mean"], 2 * centre, atol=2 * tolerance)
+    np.testing.assert_allclose(predicted["mean_sd"], SD, rtol=0.15)
+    noisy = np.hypot(2, SD)
+    np.testing.assert_allclose(predicted["y_sd"], noisy, rtol=0.15)
+    expected = centre + noisy * norm.ppf(0.95)
+    assert np.mean(predicted["y_q95"].to_numpy() - expected) == pytest.approx(0, abs=tolerance)
+    assert [path.name for path in tmp_path.iterdir()] == [to.name]
+
+
+def test_rows_are_predicted_in_blocks_and_by_name(ds, approx, tmp_path, monkeypatch):
+    set_approx(approx, 1e-8)
+    shuffled = TABLE.select(["y", "count", "x", "group"])
+    to = tmp_path / "predictions.parquet"
+    predict(approx, shuffled, to=to, var_names=["mean"], ds=ds, draws=1_000, progressbar=False)
+    set_approx(approx, SD)
+    table = pq.ParquetFile(to)
+    assert table.num_row_groups > 5
+    np.testing.assert_allclose(table.read()["mean_mean"], MEANS[GROUPS] + X, atol=1e-6)
+
+
+def test_nothing_is_left_of_predictions_that_failed(ds, approx, tmp_path):
+    bad = TABLE.set_column(1, "x", pa.array(np.r_[X[:-1], np.nan]))
+    with pytest.raises(StreamError, match="is nan in row 9999"):
+        predict(approx, bad, to=tmp_path / "p.parquet", ds=ds, progressbar=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_is_replaced_only_if_asked_for(ds, approx, tmp_path):
+    to = tmp_path / "p.parquet"
+    to.write_text("precious")
+    few = TABLE[:3]
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        predict(approx, few, to=to, ds=ds, progressbar=False)
+    assert to.read_text() == "precious"
+    predict(approx, few, to=to, ds=ds, overwrite=True, progressbar=False)
+    assert pq.read_table(to).num_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("total", StreamError, "does not depend on the rows"),
+        ("range", StreamError, "one value or vector per row"),
+        ("absent", KeyError, "absent"),
+    ],
+)
+def test_what_has_no_value_per_row_is_refused(ds, approx, tmp_path, name, error, message):
+    with pytest.raises(error, match=message):
+        predict(approx, TABLE, to=tmp_path / "p", var_names=[name], ds=ds, progressbar=False)
+
+
+def test_the_stream_must_be_named_where_there_are_two(approx):
+    with pytest.raises(StreamError, match=r"observes 2 streams .* pass ds="):
+        log_score(approx, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (TABLE[:0], ValueError, "no blocks"),
+        (TABLE.drop_columns(["x"]), Exception, "x"),
+        (shuffle_buffer(TABLE, buffer_size=9, batch_size=3), TypeError, "pass the source"),
+    ],
+    ids=["empty", "without a column", "shuffled"],
+)
+def test_unusable_rows_are_refused(ds, approx, rows, error, message):
+    with pytest.raises(error, match=message):
+        log_score(approx, rows, ds=ds, progressbar=False)
+
+
+def test_a_score_prints_as_a_line(ds, approx):
+    score = log_score(approx, TABLE[:10], ds=ds, progressbar=False)
+    assert str(score).startswith("log score -") and str(score).endswith("per row, 10 rows")
+
+
+def test_saved_draws_open_again_without_invented_rows(approx, tmp_path):
+    trace = approx.sample(10, random_seed=1)
+    trace.to_zarr(tmp_path / "trace.zarr", consolidated=False)
+    opened = xr.open_datatree(tmp_path / "trace.zarr", engine="zarr", consolidated=False)
+    assert list(opened.posterior["effect"].coords["group"].values) == list("abc")
+    assert opened.posterior["mean"].sizes["mean_dim_0"] == 0
+    assert opened.observed_data["y"].size == 0
