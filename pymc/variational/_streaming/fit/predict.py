@@ -304,7 +304,7 @@ class _Posterior:
         """Yield the rows in their order, in blocks."""
         if isinstance(rows, ShuffleBuffer):
             raise TypeError("rows is a shuffle_buffer; pass the source that it shuffles")
-        source = with_columns(rows, self._stream.columns)
+        source = with_columns(rows, self._stream.columns, self._stream._source.levels)
         size = max(1, _BLOCK_VALUES // self._n_draws)
         n_rows = 0
         with progress_bar(description, source.n_rows, show=show) as advance:

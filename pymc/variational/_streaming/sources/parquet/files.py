@@ -112,10 +112,12 @@ def inspect(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[ParquetInput, Any]:
     return ParquetInput(path, *identity, tuple(group_rows)), metadata
 
 
-def column_ranges(metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[str]) -> np.ndarray:
+def column_ranges(
+    metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[str | None]
+) -> np.ndarray:
     """Return least and greatest value of flat columns, shape (n_row_groups, n_columns, 2).
 
-    They are NaN where the footer has none.
+    They are NaN where the footer has none, and for a column that is None.
     """
     leaves = [metadata.schema.column(j) for j in range(metadata.num_columns)]
     # A flat column "s.x" and the field x of a struct s share the path "s.x", but not the name.
@@ -123,7 +125,9 @@ def column_ranges(metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[st
     ranges = np.full((metadata.num_row_groups, len(columns), 2), np.nan)
     for group in range(metadata.num_row_groups):
         chunks = metadata.row_group(group)
-        ranges[group] = [_bounds(chunks.column(index[name])) for name in columns]
+        for j, name in enumerate(columns):
+            if name is not None:
+                ranges[group, j] = _bounds(chunks.column(index[name]))
     return ranges
 
 
