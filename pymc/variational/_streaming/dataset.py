@@ -212,8 +212,8 @@ class StreamingDataset:
         missing = [name for name in names if name not in columns]
         if missing or not names:
             raise KeyError(
-                f"{missing} are not columns of the source, which names {list(columns)}; "
-                "slice ds.as_tensor() by position"
+                f"{', '.join(map(repr, missing)) or '[]'} is not a column of the source, which "
+                f"names {list(columns)}; slice ds.as_tensor() by position"
             )
         slices = [self._buffer[:, columns.index(name)] for name in names]
         return slices[0] if isinstance(column, str) else pt.stack(slices, axis=1)

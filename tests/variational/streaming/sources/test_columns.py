@@ -31,6 +31,7 @@ from pymc.variational.streaming import (
     parquet_source,
     shuffle_buffer,
 )
+from tests.variational.streaming.sources.libraries import run
 from tests.variational.streaming.strategies import rows_of
 
 
@@ -397,6 +398,10 @@ class TestCategories:
 
 
 class TestTables:
+    def test_the_example_of_the_page_names_the_levels(self):
+        found = run("sources.md", "Strings, dates and types that change")
+        assert found["ds"].coords == {"carrier": ("AA", "B6", "UA")}
+
     @pytest.mark.parametrize("names", [["x", "dtype"], ["shape", "x"], ["dtype", "shape"]])
     def test_columns_may_be_called_like_attributes_of_arrays(self, names):
         frame = pd.DataFrame({name: [1.0, 2.0, 3.0] for name in names})
@@ -419,5 +424,5 @@ class TestTables:
         with ds:
             ds.advance()
             assert ds[["z", "x"]].eval().tolist() == [[3, 1]]
-        with pytest.raises(KeyError, match=r"\['a', 'b'\] are not columns of the source"):
+        with pytest.raises(KeyError, match="'a', 'b' is not a column of the source"):
             ds[["a", "x", "b"]]
