@@ -15,13 +15,14 @@
 
 import weakref
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
 import pytensor
+import pytensor.tensor as pt
 
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.tensor.variable import TensorVariable
@@ -123,11 +124,8 @@ class StreamingDataset:
     ):
         self._source = as_source(source)
         self._batch_size = positive_int("batch_size", batch_size)
-        if isinstance(self._source, ShuffleBuffer) and self._source.batch_size != self._batch_size:
-            raise ValueError(
-                f"batch_size={batch_size} but the shuffle_buffer was made with "
-                f"batch_size={self._source.batch_size}; pass the same to both"
-            )
+        if isinstance(self._source, ShuffleBuffer):
+            self._source.require_batch(self._batch_size)
         self._sample_shape = _match_shape(self._source, sample_shape)
         self._dtype = np.dtype(pytensor.config.floatX if dtype is None else dtype)
         if self._dtype.kind not in "iuf":
@@ -198,15 +196,35 @@ class StreamingDataset:
         """Return the buffer that holds the current batch, ``(batch_size, *sample_shape)``."""
         return self._buffer
 
-    def __getitem__(self, column: str) -> TensorVariable:
-        """Return the named column of the current batch, shape (batch_size,)."""
+    @property
+    def coords(self) -> dict[str, tuple[Any, ...]]:
+        """Levels of the category columns, for ``pm.Model(coords=ds.coords)``; a null is "null"."""
+        self._source.probe()
+        return {
+            name: tuple("null" if level is None else level for level in levels)
+            for name, levels in self._source.levels.items()
+        }
+
+    def __getitem__(self, column: str | list[str]) -> TensorVariable:
+        """Return a column of the current batch, shape (batch_size,), or a matrix of several."""
         columns = self.columns or ()
-        if column not in columns:
+        names = [column] if isinstance(column, str) else list(column)
+        missing = [name for name in names if name not in columns]
+        if missing or not names:
             raise KeyError(
-                f"{column!r} is not a column of the source, which names {list(columns)}; "
-                "slice ds.as_tensor() by position"
+                f"{', '.join(map(repr, missing)) or '[]'} is not a column of the source, which "
+                f"names {list(columns)}; slice ds.as_tensor() by position"
             )
-        return self._buffer[:, columns.index(column)]
+        slices = [self._buffer[:, columns.index(name)] for name in names]
+        return slices[0] if isinstance(column, str) else pt.stack(slices, axis=1)
+
+    def index(self, column: str) -> TensorVariable:
+        """Return the positions of a category column among its levels, int64, (batch_size,)."""
+        if column not in self.coords:
+            raise KeyError(
+                f"{column!r} is not a category column; pass categories=[{column!r}] to the source"
+            )
+        return pt.cast(self[column], "int64")
 
     def __repr__(self) -> str:
         return (
@@ -293,7 +311,7 @@ class StreamingDataset:
         array([0., 0., 0.])
         """
         self._require_own_rows()
-        source = with_columns(rows, self.columns)
+        source = with_columns(rows, self.columns, self._source.levels)
         own = np.concatenate(list(self._read_once(source, self._batch_size)))
         self._reader.require(own)
         return self._replace(own)
@@ -436,11 +454,13 @@ class StreamingDataset:
             self._reader.stop()
 
 
-def with_columns(rows: Any, columns: tuple[str, ...] | None) -> Source:
-    """Return a source of *rows* that has the *columns* of a stream."""
+def with_columns(
+    rows: Any, columns: tuple[str, ...] | None, levels: Mapping[str, Any] | None = None
+) -> Source:
+    """Return a source of *rows* that has the *columns* of a stream, and *levels* of categories."""
     if is_arrow(rows) and columns is not None:
         table = import_pyarrow().table(rows)  # a reader gives its rows only once
-        rows = arrow_source(lambda: table, columns=columns)
+        rows = arrow_source(lambda: table, columns=columns, categories=levels)
     source = as_source(rows)
     source.probe()
     if columns is not None and source.columns not in (None, columns):

@@ -292,7 +292,9 @@ class TestScaling:
 class TestArguments:
     def test_batch_sizes_of_buffer_and_dataset_agree(self):
         buffer = shuffle_buffer(numbered(9), buffer_size=8, batch_size=4)
-        with pytest.raises(ValueError, match=r"batch_size=3 but .* batch_size=4; pass the same"):
+        with pytest.raises(
+            ValueError, match=r"batch_size=3 but .* batch_size=4; leave it out there"
+        ):
             StreamingDataset(buffer, batch_size=3)
 
     def test_a_wrong_sample_shape_is_refused_with_the_columns(self, tmp_path):

@@ -11,38 +11,19 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Loops that NumPy has no call for, compiled without the interpreter lock.
+"""The shuffle of a window, compiled without the interpreter lock.
 
-A thread that reads ahead gives the lock up in every call of NumPy or Arrow, and then waits for the
-step that compiled code makes meanwhile.  One call for many rows keeps it ahead, and leaves the step
-alone.
-
-numba takes a second and a hundred megabytes to import, and PyTensor imports it with the first
-compiled model, so import this module where it is used.
+Import this module where it is used, like ``sources.compiled``.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 
-__all__ = ["are_within", "compiled", "insert_shuffled"]
+from pymc.variational._streaming.sources.compiled import compiled
+
+__all__ = ["are_within", "insert_shuffled"]
 
 _AHEAD = 128
 """Rows whose places are fetched into the cache together."""
-
-
-def compiled(**options: Any) -> Callable[[Callable], Callable]:
-    """Compile a function when it is called, and keep it on disk where there is room for it."""
-
-    def decorate(function: Callable) -> Callable:
-        try:
-            return numba.njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # neither this folder nor one of the user's can be written to
-            return numba.njit(nogil=True, **options)(function)
-
-    return decorate
 
 
 @compiled()

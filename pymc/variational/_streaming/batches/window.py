@@ -32,7 +32,7 @@ _MOST_ROWS = 2**32 - 1
 
 
 def shuffle_buffer(
-    source: Any, *, buffer_size: int, batch_size: int, seed: int | None = None
+    source: Any, *, buffer_size: int, batch_size: int | None = None, seed: int | None = None
 ) -> "ShuffleBuffer":
     """Shuffle a stream of rows within windows of bounded size.
 
@@ -45,8 +45,9 @@ def shuffle_buffer(
         Whatever :class:`StreamingDataset` accepts.
     buffer_size : int
         Number of rows in a window.
-    batch_size : int
+    batch_size : int, optional
         Number of rows in the batches that iterating the buffer yields; the last one may be shorter.
+        Default: that of the :class:`StreamingDataset` around the buffer.
     seed : int, optional
         Seed of the permutations. Default: one is drawn once, and shown as ``.seed``.
 
@@ -90,15 +91,11 @@ def shuffle_buffer(
 class ShuffleBuffer(Source):
     """See :func:`shuffle_buffer`."""
 
-    def __init__(self, source: Source, buffer_size: int, batch_size: int, seed: int | None):
+    def __init__(self, source: Source, buffer_size: int, batch_size: int | None, seed: int | None):
         self.source = source
         self.buffer_size = positive_int("buffer_size", buffer_size)
-        self.batch_size = positive_int("batch_size", batch_size)
-        if self.buffer_size < self.batch_size:
-            raise ValueError(
-                f"buffer_size={buffer_size} must be at least batch_size={batch_size}; "
-                "a window of many batches shuffles better"
-            )
+        self.batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
+        self.require_batch(self.batch_size or 1)
         if self.buffer_size > _MOST_ROWS:
             raise ValueError(f"buffer_size={buffer_size} must be at most {_MOST_ROWS}")
         self.seed = draw_seed(seed)
@@ -107,6 +104,7 @@ class ShuffleBuffer(Source):
         window.begin(0, 0)
         window.insert(np.zeros((1, 1)))
 
+    levels = property(lambda self: self.source.levels)  # type: ignore[assignment]
     n_rows = property(lambda self: self.source.n_rows)  # type: ignore[assignment]
     columns = property(lambda self: self.source.columns)  # type: ignore[assignment]
     sample_shape = property(lambda self: self.source.sample_shape)  # type: ignore[assignment]
@@ -116,6 +114,19 @@ class ShuffleBuffer(Source):
     def fingerprint(self) -> str:  # type: ignore[override]
         return digest(self.source.fingerprint, self.seed, self.buffer_size)
 
+    def require_batch(self, batch_size: int) -> None:
+        """Raise ValueError unless batches of this size are what was asked for, and fit a window."""
+        if batch_size != (self.batch_size or batch_size):
+            raise ValueError(
+                f"batch_size={batch_size} but the shuffle_buffer was made with "
+                f"batch_size={self.batch_size}; leave it out there"
+            )
+        if self.buffer_size < batch_size:
+            raise ValueError(
+                f"buffer_size={self.buffer_size} must be at least batch_size={batch_size}; "
+                "a window of many batches shuffles better"
+            )
+
     def probe(self) -> None:
         self.source.probe()
 
@@ -123,6 +134,8 @@ class ShuffleBuffer(Source):
         return self.source.count()
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        if self.batch_size is None:
+            raise ValueError("batch_size is not known; pass it to shuffle_buffer")
         # Copies, since windows are overwritten and batches are the caller's.
         chunks = (Chunk(0, 0, rows.copy()) for rows in self.blocks())
         return (batch.rows for batch in rebatch(chunks, self.batch_size))

@@ -122,7 +122,7 @@ def log_score(
     --------
     >>> import numpy as np
     >>> import pymc as pm
-    >>> from pymc.variational.streaming import StreamingDataset, with_columns
+    >>> from pymc.variational.streaming import StreamingDataset
     >>> table = np.random.default_rng(0).normal(1.0, 2.0, size=(11_000, 1))
     >>> ds = StreamingDataset(table[:10_000], batch_size=100)
     >>> with pm.Model():
@@ -209,7 +209,7 @@ def predict(
     >>> import numpy as np
     >>> import pyarrow.parquet as pq
     >>> import pymc as pm
-    >>> from pymc.variational.streaming import StreamingDataset, with_columns
+    >>> from pymc.variational.streaming import StreamingDataset
     >>> table = np.random.default_rng(0).normal(1.0, 2.0, size=(10_000, 1))
     >>> ds = StreamingDataset(table, batch_size=100)
     >>> with pm.Model():
@@ -306,7 +306,7 @@ class _Posterior:
         """Yield the rows in their order, in blocks."""
         if isinstance(rows, ShuffleBuffer):
             raise TypeError("rows is a shuffle_buffer; pass the source that it shuffles")
-        source = with_columns(rows, self._stream.columns)
+        source = with_columns(rows, self._stream.columns, self._stream._source.levels)
         size = max(1, _BLOCK_VALUES // self._n_draws)
         n_rows, contract = 0, None
         with progress_bar(description, source.n_rows, show=show) as advance:

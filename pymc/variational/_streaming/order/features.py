@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pymc.variational._streaming.batches.compiled import compiled
 from pymc.variational._streaming.order.anova import PILOT_ROWS, PowerSums
+from pymc.variational._streaming.sources.compiled import compiled
 
 __all__ = ["Features"]
 

@@ -15,7 +15,7 @@
 
 import os
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain
 from typing import Any
 
@@ -23,11 +23,12 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import Source, is_arrow, require_finite, skip_rows
+from pymc.variational._streaming.sources.categories import LevelFinder
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.rows import RowFormat
-from pymc.variational._streaming.utils import digest
+from pymc.variational._streaming.utils import digest, progress_bar
 
-__all__ = ["IterableSource", "as_source"]
+__all__ = ["IterableSource", "as_source", "is_table"]
 
 _BLOCK_BYTES = 1 << 22
 _CHUNKED_BYTES = 1 << 18
@@ -46,6 +47,8 @@ def as_source(data: Any) -> Source:
         raise TypeError(f"source={data!r} is a path; pass parquet_source({data!r})")
     if hasattr(data, "as_tensor"):
         raise TypeError("source is a StreamingDataset; pass the source that it was made of")
+    if is_table(data):
+        return IterableSource(lambda: data, n_rows=len(data))
     if all(hasattr(data, name) for name in ("shape", "dtype", "__getitem__")):
         return _ArraySource(data)
     if isinstance(data, Iterator):  # readers of Arrow among them
@@ -58,6 +61,14 @@ def as_source(data: Any) -> Source:
         f"source={type(data).__name__} is not a source; pass parquet_source(...), "
         "arrow_source(...), an array, or an iterable or factory of blocks of rows"
     )
+
+
+def is_table(data: Any) -> bool:
+    """Whether *data* is a table or data frame of Arrow, pandas, Polars or another library.
+
+    Frames have attributes named like their columns, which can be "dtype" or "shape".
+    """
+    return is_arrow(data) and isinstance(data, Sized) and hasattr(data, "columns")
 
 
 class _ArraySource(Source):
@@ -106,9 +117,18 @@ class _ArraySource(Source):
 class IterableSource(Source):
     """Blocks from whatever *make* returns; Arrow batches become rows of numbers."""
 
-    def __init__(self, make: Callable[[], Any], *, columns=None, n_rows=None):
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        *,
+        columns: Sequence[str] | None = None,
+        levels: Mapping[str, Any] | None = None,
+        n_rows: int | None = None,
+    ):
         self._make = make
         self._names = columns
+        self._levels = dict(levels or {})
+        """Levels of the category columns as Arrow arrays, None until they are found."""
         self.n_rows = n_rows
         self._format: RowFormat | None = None
         self._kind: tuple[Any, ...] | None = None
@@ -117,20 +137,39 @@ class IterableSource(Source):
 
     def probe(self) -> None:
         if self.sample_shape is None:
-            self._probed = self._make()
+            self._find_levels()
+            self._probed = self._open()
             _first_of(self._convert(_arrow_batches(self._probed)))
 
     def blocks(
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
-        made = self._make()
-        if made is self._probed and isinstance(made, Iterator):
+        self._find_levels()
+        return skip_rows(self._counted(self._convert(_arrow_batches(self._open()))), start)
+
+    def _open(self) -> Any:
+        made, probed, self._probed = self._make(), self._probed, None
+        if made is probed and isinstance(made, Iterator):
             raise StreamError(
                 "source returned the iterator of an earlier pass, which has lost its first block; "
                 "make a new one in each call"
             )
-        self._probed = None
-        return skip_rows(self._counted(self._convert(_arrow_batches(made))), start)
+        return made
+
+    def _find_levels(self) -> None:
+        """Find in one pass the levels that were not given."""
+        missing = [name for name, levels in self._levels.items() if levels is None]
+        if not missing:
+            return
+        finder = LevelFinder(missing)
+        self._probed = self._open()
+        with progress_bar(f"Finding levels of {', '.join(missing)}", self.n_rows) as add:
+            for block in _arrow_batches(self._probed):
+                batch = import_pyarrow().record_batch(block)
+                RowFormat.from_schema(batch.schema, self._names, "block 0", self._levels)
+                finder.add(batch)
+                add(batch.num_rows)
+        self._levels |= finder.finish()
 
     def _counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Pass blocks on as long as they keep what ``n_rows`` promises."""
@@ -169,8 +208,9 @@ class IterableSource(Source):
     def _arrow_rows(self, batch: Any, where: str) -> Iterator[np.ndarray]:
         batch = import_pyarrow().record_batch(batch)
         if self._format is None:
-            self._format = RowFormat.from_schema(batch.schema, self._names, where)
+            self._format = RowFormat.from_schema(batch.schema, self._names, where, self._levels)
             self.columns, self.integral = self._format.columns, self._format.integral
+            self.levels = self._format.listed_levels()
         self._format.require(batch.schema, where, whole=self._names is None)
         return self._format.pieces(batch, where)
 

@@ -15,7 +15,7 @@
 
 import os
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.arrays import IterableSource
+from pymc.variational._streaming.sources.arrays import IterableSource, is_table
 from pymc.variational._streaming.sources.base import Source, skip_rows
+from pymc.variational._streaming.sources.categories import Categories, LevelFinder, given_levels
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
-from pymc.variational._streaming.sources.parquet.paths import Paths, list_ipc
+from pymc.variational._streaming.sources.parquet.paths import list_ipc
 from pymc.variational._streaming.sources.rows import RowFormat
 from pymc.variational._streaming.utils import digest, positive_int
 
@@ -34,23 +35,28 @@ __all__ = ["arrow_source"]
 
 
 def arrow_source(
-    make_reader: Callable[[], Any] | Paths,
+    make_reader: Any,
     *,
     columns: Sequence[str] | None = None,
+    categories: Categories | None = None,
     n_rows: int | None = None,
 ) -> Source:
     """Stream the record batches of anything that speaks Arrow, or of Arrow IPC files.
 
     Parameters
     ----------
-    make_reader : callable, path_like or sequence of path_like
+    make_reader : callable, table, path_like or sequence of path_like
         A function that is called afresh for each pass over the data, and returns a
         ``RecordBatchReader``, a table, an iterable of record batches, or an object with
-        ``__arrow_c_stream__``. Or the path of Arrow IPC (Feather version 2) files: a file, a
+        ``__arrow_c_stream__``. Or a table or data frame (Arrow, pandas, Polars). Or the path of Arrow IPC (Feather version 2) files: a file, a
         directory (searched for ``*.arrow``, ``*.feather`` and ``*.ipc``, in order of name), a
         glob, or a list of these.
     columns : sequence of str, optional
         The columns of a row, in this order. Default: all columns of the first batch.
+    categories : sequence of str, or mapping from str to sequence, optional
+        Columns of strings, booleans or integers that stream as positions among their levels, and
+        the levels of each, as in :func:`parquet_source`. Levels that are not given take one more
+        pass.
     n_rows : int, optional
         Number of rows of one pass, if you know it; it is checked in every pass. The number of
         rows in files is known.
@@ -87,18 +93,22 @@ def arrow_source(
     """
     if isinstance(columns, str):
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
+    levels = given_levels(categories)
     size = None if n_rows is None else positive_int("n_rows", n_rows)
     if isinstance(make_reader, str | os.PathLike | list | tuple):
-        source = _IpcSource(list_ipc(make_reader), columns)
+        source = _IpcSource(list_ipc(make_reader), columns, levels)
         if size not in (None, source.n_rows):
             raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
         return source
+    if is_table(make_reader):
+        table, make_reader = make_reader, lambda: table
+        size = size or len(table) or None
     if not callable(make_reader):
         raise TypeError(
             f"make_reader={type(make_reader).__name__} is not callable; "
             "pass a function that opens the reader afresh, e.g. lambda: table.to_reader()"
         )
-    return IterableSource(make_reader, columns=columns, n_rows=size)
+    return IterableSource(make_reader, columns=columns, levels=levels, n_rows=size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,27 +131,38 @@ class _IpcFile:
 class _IpcSource(Source):
     concurrent = True
 
-    def __init__(self, paths: Sequence[str], columns: Sequence[str] | None):
+    def __init__(self, paths: Sequence[str], columns: Sequence[str] | None, levels: dict[str, Any]):
         frozen: RowFormat | None = None
         self._files = []
         for path in paths:
             with _reading(path) as reader:
                 schema = reader.schema
             if frozen is None:
-                frozen = RowFormat.from_schema(schema, columns, path)
-            frozen.require(schema, path, whole=columns is None)
+                frozen = RowFormat.from_schema(schema, columns, path, levels)
+            frozen = frozen.widen(schema, path, whole=columns is None)
             fields = tuple(schema.get_field_index(name) for name in frozen.columns)
             self._files.append(_inspect(path, fields))
         assert frozen is not None
-        self._format = frozen
-        self.columns, self.integral = frozen.columns, frozen.integral
+        self.columns = frozen.columns
         self.sample_shape = (len(self.columns),)
+        self._format = frozen.with_levels(levels | self._find_levels(levels))
+        self.levels, self.integral = self._format.listed_levels(), self._format.integral
         rows = np.array([n for file in self._files for n in file.batch_rows], np.int64)
         self._starts = np.cumsum(rows) - rows
         self.n_rows = int(rows.sum())
         if not self.n_rows:
             raise ValueError(f"{paths[0]}: no rows to stream in {len(paths)} file(s)")
-        self.fingerprint = digest(self.columns, [file.identity for file in self._files])
+        self.fingerprint = digest(
+            self.columns, self.levels, [file.identity for file in self._files]
+        )
+
+    def _find_levels(self, levels: dict[str, Any]) -> dict[str, Any]:
+        """Find in one pass the levels that are not given."""
+        finder = LevelFinder([name for name, known in levels.items() if known is None])
+        for file in self._files if None in levels.values() else ():
+            for _, batch in self._batches(file, 0):
+                finder.add(batch)
+        return finder.finish()
 
     def read_starts(self, rows: np.ndarray) -> np.ndarray:
         return self._starts[np.searchsorted(self._starts, rows, side="right") - 1]
@@ -160,12 +181,16 @@ class _IpcSource(Source):
             first -= len(file.batch_rows)
 
     def _read(self, file: _IpcFile, first: int) -> Iterator[np.ndarray]:
+        for number, batch in self._batches(file, first):
+            yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
+
+    def _batches(self, file: _IpcFile, first: int) -> Iterator[tuple[int, Any]]:
         with _reading(file.path, file.fields) as reader:
             file.require_unchanged("since the source was made")
             for number in range(first, len(file.batch_rows)):
                 batch = reader.get_batch(number)
                 batch.validate(full=True)
-                yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
+                yield number, batch
             file.require_unchanged("while it was read")
 
 

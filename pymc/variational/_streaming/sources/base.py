@@ -14,7 +14,8 @@
 """What a source of rows is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,7 @@ import numpy as np
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.utils import progress_bar
 
-__all__ = [
-    "Source",
-    "describe_value",
-    "is_arrow",
-    "require_finite",
-    "seems_finite",
-    "shorten",
-    "skip_rows",
-]
+__all__ = ["Source", "describe_value", "is_arrow", "require_finite", "shorten", "skip_rows"]
 
 
 class Source(ABC):
@@ -47,6 +40,8 @@ class Source(ABC):
     """Shape of one row, where it is known without reading one."""
     integral: tuple[bool, ...] | None = None
     """Which columns hold integers, where the blocks' dtype does not tell."""
+    levels: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
+    """Levels of the category columns, by name; a row holds their positions."""
     seed: int | None = None
     fingerprint: str | None = None
     """What the stream of rows depends on, besides the epoch; None where nobody can know."""
@@ -127,16 +122,13 @@ def shorten(names: Sequence[str], n: int = 8) -> list[str]:
     return [*names[:n], *([f"{len(names) - n} more"] if len(names) > n else [])]
 
 
-def seems_finite(rows: np.ndarray) -> bool:
-    """Whether the sum of *rows* is finite; it never is with a value that is not."""
-    with np.errstate(all="ignore"):
-        return rows.dtype.kind != "f" or bool(np.isfinite(rows.sum()))
-
-
 def require_finite(rows: np.ndarray, offset: int) -> None:
     """Raise StreamError if a value is NaN or infinite; *offset* is the position of the first row."""
-    if seems_finite(rows):
+    if rows.dtype.kind != "f":
         return
+    with np.errstate(all="ignore"):  # a value that is not finite makes the sum so
+        if np.isfinite(rows.sum()):
+            return
     places = np.argwhere(~np.isfinite(rows))
     if len(places):
         raise StreamError(f"{describe_value(rows, places[0], offset, None)}; repair the data")

@@ -15,14 +15,15 @@
 
 import re
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.base import seems_finite
+from pymc.variational._streaming.sources.categories import describe_levels, encode
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 
 if TYPE_CHECKING:
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["PIECE_ROWS", "RowFormat", "exact_limit", "piece_rows"]
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
-_TILE = 2048
-"""Rows; many columns are interleaved in tiles that stay in the cache, few at once: each call gives
-up the interpreter lock."""
-
 PIECE_ROWS = 1 << 18
 _PIECE_VALUES = 1 << 20
 """What is decoded or converted at a time, at most.  Each call gives up the interpreter lock, and
@@ -51,28 +48,64 @@ def piece_rows(n_columns: int) -> int:
     return max(1, min(_PIECE_VALUES // n_columns, PIECE_ROWS))
 
 
-@dataclass(frozen=True, slots=True)
+class _Type(NamedTuple):
+    """What the values of a column become."""
+
+    dtype: np.dtype
+    integral: bool = False
+    """Whether the values must survive every later cast: integers, levels and times."""
+    is_time: bool | None = False
+    """Whether the values are seconds since 1970; None where all are null."""
+
+    def join(self, other: "_Type") -> "_Type":
+        """Return what holds the values of both exactly."""
+        is_time = self.is_time if other.is_time is None else other.is_time
+        dtype = np.result_type(self.dtype, other.dtype)
+        return _Type(dtype, self.integral and other.integral, is_time)
+
+
+@dataclass(frozen=True)
 class RowFormat:
     """The columns of a stream, frozen by name and type."""
 
     columns: tuple[str, ...]
-    types: tuple["pyarrow.DataType", ...]
-    """Types of the values; a dictionary has the type of its values."""
-    dtype: np.dtype
-    """The smallest type that holds all columns exactly."""
-    integral: tuple[bool, ...]
-    """Which columns hold integers, and so must survive every later cast."""
+    types: tuple[_Type, ...]
+    levels: Mapping[str, Any]
+    """Levels of the category columns as Arrow arrays; None until they are found."""
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        """The smallest type that holds all columns exactly; 64-bit integers are checked by value."""
+        common = np.result_type(*(kind.dtype for kind in self.types))
+        return np.dtype({"bool": "uint8", "float16": "float32"}.get(common.name, common))
+
+    @cached_property
+    def integral(self) -> tuple[bool, ...]:
+        """Which columns hold integers, and so must survive every later cast."""
+        return tuple(kind.integral for kind in self.types)
+
+    @property
+    def plain_columns(self) -> tuple[str | None, ...]:
+        """The columns whose numbers are those of the table; None for levels and times."""
+        return tuple(
+            None if name in self.levels or kind.is_time is not False else name
+            for name, kind in zip(self.columns, self.types)
+        )
 
     @classmethod
     def from_schema(
-        cls, schema: "pyarrow.Schema", columns: Sequence[str] | None, where: str
+        cls,
+        schema: "pyarrow.Schema",
+        columns: Sequence[str] | None,
+        where: str,
+        levels: Mapping[str, Any] | None = None,
     ) -> "RowFormat":
         """Freeze the *columns* (default: all) of *schema*.
 
-        A ValueError that names *where* is raised for a column that is missing, ambiguous or not
+        A ValueError that names *where* is raised for columns that are missing, ambiguous or not
         numeric, and for the index of a data frame that *columns* does not name.
         """
-        names = tuple(schema.names if columns is None else columns)
+        names, levels = tuple(schema.names if columns is None else columns), levels or {}
         index = [name for name in names if _PANDAS_INDEX.fullmatch(name)]
         if columns is None and index:
             raise ValueError(
@@ -81,25 +114,52 @@ class RowFormat:
             )
         if not names:
             raise ValueError(f"{where}: no columns to stream; columns={columns!r}")
-        types = tuple(_value_type(schema, name, where) for name in names)
+        for name in levels.keys() - set(names):
+            raise ValueError(f"{where}: categories names {name!r}, which is not in {list(names)}")
+        types = _types(schema, names, where, levels)
         if len(set(names)) < len(names):
             raise ValueError(f"{where}: columns={list(names)} names a column twice")
-        return cls(names, types, _common_dtype(types), tuple(_is_integral(t) for t in types))
+        return cls(names, types, levels)
 
-    def require(self, schema: "pyarrow.Schema", where: str, *, whole: bool) -> None:
-        """Raise ValueError unless *schema* holds these columns, and only them if *whole*."""
-        if whole and tuple(schema.names) != self.columns:
+    def widen(self, schema: "pyarrow.Schema", where: str, *, whole: bool) -> "RowFormat":
+        """Return the format that also holds these columns of *schema*, all of it if *whole*.
+
+        Columns are matched by name.  A ValueError is raised for others, and for times beside plain
+        numbers.
+        """
+        if whole and sorted(schema.names) != sorted(self.columns):
             raise ValueError(
                 f"{where}: columns {schema.names} where {list(self.columns)} came before; "
                 "pass columns=[...] to stream columns by name"
             )
-        for name, expected in zip(self.columns, self.types):
-            found = _value_type(schema, name, where)
-            if found != expected:
+        types = _types(schema, self.columns, where, self.levels)
+        for name, mine, other in zip(self.columns, self.types, types):
+            if None not in (mine.is_time, other.is_time) and mine.is_time != other.is_time:
                 raise ValueError(
-                    f"{where}: column {name!r} is {found} where it was {expected} before; "
-                    "write the files with one type"
+                    f"{where}: column {name!r} has times where it had none before, or none where "
+                    "it had times; write the files with one type"
                 )
+        return replace(self, types=tuple(map(_Type.join, self.types, types)))
+
+    def require(self, schema: "pyarrow.Schema", where: str, *, whole: bool) -> None:
+        """Raise ValueError unless rows of *schema* keep their names and fit ``dtype``."""
+        if self.widen(schema, where, whole=whole).dtype != self.dtype:
+            raise ValueError(
+                f"{where}: types {schema.types} do not fit rows of {self.dtype}, as they came "
+                "before; cast all batches to one schema"
+            )
+
+    def with_levels(self, levels: Mapping[str, Any]) -> "RowFormat":
+        """Return the format with these levels of all category columns."""
+        types = (
+            _level_type(levels[name]) if name in levels else kind
+            for name, kind in zip(self.columns, self.types)
+        )
+        return replace(self, types=tuple(types), levels=levels)
+
+    def listed_levels(self) -> dict[str, tuple[Any, ...]]:
+        """Return the levels of each category column, by name."""
+        return {name: tuple(levels.to_pylist()) for name, levels in self.levels.items()}
 
     def pieces(self, batch: "pyarrow.RecordBatch", where: str) -> Iterator[np.ndarray]:
         """Yield the rows of *batch* in bounded pieces.
@@ -128,93 +188,157 @@ class RowFormat:
         bad : ndarray of bool, shape (n, n_columns), or None
             Which values are null, NaN, infinite or not exact in ``dtype``; None if none is.
         """
-        arrays = [_decode(batch.column(name)) for name in self.columns]
-        values = [_to_numpy(array, kind) for array, kind in zip(arrays, self.types)]
-        rows = _interleave(values, self.dtype)
-        masks: dict[int, Any] = {}
-        for j, (array, column) in enumerate(zip(arrays, values)):
-            if array.null_count:
-                masks[j] = array.is_null().to_numpy(zero_copy_only=False)
-            if self.integral[j] and column.itemsize == 8 and self.dtype.kind == "f":
-                masks[j] = masks.get(j, False) | _exceeds(column, exact_limit(self.dtype))
-        if not any(mask.any() for mask in masks.values()) and seems_finite(rows):
+        arrays = [self._numbers(name, batch.column(name)) for name in self.columns]
+        values = [_to_numpy(array) for array in arrays]
+        rows = np.empty((batch.num_rows, len(values)), self.dtype)
+        complete = _interleave(values, self.integral, rows)
+        if complete and not any(array.null_count for array in arrays):
             return rows, None
         bad = ~np.isfinite(rows)
-        for j, mask in masks.items():
-            bad[:, j] |= mask
+        for j, (array, column) in enumerate(zip(arrays, values)):
+            if array.null_count:
+                bad[:, j] |= array.is_null().to_numpy(zero_copy_only=False)
+            if (self.integral[j] or column.dtype.kind in "iu") and self.dtype.kind == "f":
+                bad[:, j] |= _exceeds(column, exact_limit(self.dtype))
         return rows, bad if bad.any() else None
 
     def fault(self, batch: "pyarrow.RecordBatch", bad: np.ndarray) -> tuple[int, str]:
         """Return the row of the first bad value of *batch*, and what is wrong with it."""
         row, j = (int(i) for i in np.argwhere(bad)[0])
-        value = batch.column(self.columns[j])[row].as_py()
-        problem = f"is {'null' if value is None else value}"
-        if value is not None and np.isfinite(float(value)):
-            problem += f", which {self.dtype} cannot hold exactly"
-        return row, f"column {self.columns[j]!r} {problem}"
+        name = self.columns[j]
+        scalar, is_time = batch.column(name)[row], self.types[j].is_time
+        value = scalar.cast(import_pyarrow().string()).as_py() if is_time else scalar.as_py()
+        problem = ""
+        if value is None:
+            value = "null"
+        elif name in self.levels:
+            value = repr(value)
+            problem = f", which is none of its levels {describe_levels(self.levels[name])}"
+        elif is_time or np.isfinite(float(value)):
+            problem = f", which {self.dtype} cannot hold exactly"
+        return row, f"column {name!r} is {value}{problem}"
+
+    def _numbers(self, name: str, array: "pyarrow.Array") -> "pyarrow.Array":
+        """Return numbers, and null for what is no number or none of the levels."""
+        pa = import_pyarrow()
+        if name in self.levels:
+            return encode(name, array, self.levels[name])
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()  # a value can be null in the dictionary itself
+        if pa.types.is_temporal(array.type):
+            return _seconds(array)
+        if pa.types.is_decimal(array.type):
+            return array.cast(pa.float64())
+        return array.cast(pa.int8()) if pa.types.is_null(array.type) else array
 
 
-def _value_type(schema: "pyarrow.Schema", name: str, where: str) -> "pyarrow.DataType":
-    pa = import_pyarrow()
-    found = schema.get_all_field_indices(name)
-    if len(found) != 1:
-        problem = "has no column" if not found else "has more than one column"
-        raise ValueError(f"{where}: {problem} {name!r}; its columns are {schema.names}")
-    kind = schema.field(found[0]).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    is_number = pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal
-    if not any(test(kind) for test in is_number):
+def _types(
+    schema: "pyarrow.Schema", names: Sequence[str], where: str, levels: Mapping[str, Any]
+) -> tuple[_Type, ...]:
+    """Return the types of these columns, or name all that cannot be used."""
+    for name in names:
+        if len(schema.get_all_field_indices(name)) != 1:
+            problem = "more than one column" if name in schema.names else "no column"
+            raise ValueError(f"{where}: has {problem} {name!r}; its columns are {schema.names}")
+    kinds = {name: _value_type(schema.field(name).type) for name in names}
+    types = {name: _number_type(kind) for name, kind in kinds.items() if name not in levels}
+    unusable = [name for name, kind in types.items() if kind is None]
+    unusable += [name for name in levels if import_pyarrow().types.is_nested(kinds[name])]
+    if unusable:
+        found = ", ".join(f"{name!r} ({kinds[name]})" for name in unusable)
+        usable = [name for name in names if name not in unusable]
+        text = [name for name in unusable if _is_text(kinds[name])]
+        remedies = [f"leave them out with columns={usable}"] if usable else []
+        remedies += [f"stream levels with categories={text}"] if text else []
         raise ValueError(
-            f"{where}: column {name!r} has type {kind}, which is not a number; "
-            "leave it out with columns=[...] or write it as numbers"
+            f"{where}: not numbers: {found}; {' or '.join(remedies) or 'write them as numbers'}"
         )
-    return kind
+    return tuple(types.get(name) or _level_type(levels[name]) for name in names)
 
 
-def _common_dtype(types: Sequence["pyarrow.DataType"]) -> np.dtype:
-    """Return the smallest exact type; 64-bit integers beside floats are checked by value."""
-    is_decimal = import_pyarrow().types.is_decimal
-    dtypes = [np.float64 if is_decimal(kind) else kind.to_pandas_dtype() for kind in types]
-    common = np.result_type(*dtypes)
-    return np.dtype({"bool": "uint8", "float16": "float32"}.get(common.name, common))
+def _value_type(kind: "pyarrow.DataType") -> "pyarrow.DataType":
+    return kind.value_type if import_pyarrow().types.is_dictionary(kind) else kind
 
 
-def _is_integral(kind: "pyarrow.DataType") -> bool:
-    types = import_pyarrow().types
-    return not types.is_floating(kind) and not (types.is_decimal(kind) and kind.scale > 0)
+def _is_text(kind: "pyarrow.DataType") -> bool:
+    is_ = import_pyarrow().types
+    return is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind)
 
 
-def _decode(array: "pyarrow.Array") -> "pyarrow.Array":
-    """Return the values of a dictionary array, which can be null in the dictionary itself."""
-    is_dictionary = import_pyarrow().types.is_dictionary(array.type)
-    return array.dictionary_decode() if is_dictionary else array
+def _level_type(levels: Any) -> _Type:
+    return _Type(np.min_scalar_type(0 if levels is None else len(levels) - 1), True)
 
 
-def _to_numpy(array: "pyarrow.Array", kind: "pyarrow.DataType") -> np.ndarray:
+def _number_type(kind: "pyarrow.DataType") -> _Type | None:
+    """Return what the values of an Arrow type become, None if they are no numbers."""
+    is_ = import_pyarrow().types
+    if is_.is_null(kind):
+        return _Type(np.dtype(bool), True, None)
+    if is_.is_timestamp(kind) or is_.is_date(kind):
+        return _Type(np.dtype(float), True, True)
+    if is_.is_decimal(kind):
+        return _Type(np.dtype(float), kind.scale <= 0)
+    if is_.is_integer(kind) or is_.is_boolean(kind) or is_.is_floating(kind):
+        return _Type(np.dtype(kind.to_pandas_dtype()), not is_.is_floating(kind))
+    return None
+
+
+def _seconds(array: "pyarrow.Array") -> "pyarrow.Array":
+    """Return times as seconds since 1970, and null for those that cannot be got back exactly."""
+    pa = import_pyarrow()
+    if pa.types.is_date(array.type):
+        array = array.cast(pa.timestamp("s"))
+    unit = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[array.type.unit]
+    is_null = array.is_null().to_numpy(zero_copy_only=False)
+    ticks = array.cast(pa.int64()).fill_null(0).to_numpy()
+    lost = np.zeros(len(ticks), bool)
+    if unit == 10**9:  # a float64 holds microseconds of this time, but not nanoseconds
+        lost, ticks, unit = ticks % 1000 != 0, ticks // 1000, 10**6
+    seconds = ticks / unit
+    lost |= np.rint(seconds * unit).astype(np.int64) != ticks
+    return pa.array(seconds, mask=lost | is_null)
+
+
+def _to_numpy(array: "pyarrow.Array") -> np.ndarray:
     """Return the values of an array, and zeros for its nulls."""
     pa: Any = import_pyarrow()
-    if pa.types.is_decimal(kind):
-        array = array.cast(pa.float64())
     if array.null_count:
         array = array.fill_null(pa.scalar(0).cast(array.type))
     if pa.types.is_boolean(array.type):
-        return array.to_numpy(zero_copy_only=False)
-    return np.from_dlpack(array)
+        return array.to_numpy(zero_copy_only=False).view(np.uint8)
+    values = np.from_dlpack(array)
+    return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def _exceeds(values: np.ndarray, limit: float) -> np.ndarray:
     """Mark integers that a float with this limit cannot hold; decimals arrive as floats."""
-    if values.dtype.kind == "f":
-        return np.abs(values) >= limit
-    return (values > limit) | (values < -limit)
+    low, high = _bounds(values.dtype, True, limit)
+    return (values < low) | (values > high)
 
 
-def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """Return columns as the rows of a C-contiguous array."""
-    rows = np.empty((len(values[0]), len(values)), dtype)
-    tile = _TILE if len(values) > 8 else max(len(rows), 1)
-    for start in range(0, len(rows), tile):
-        for j, column in enumerate(values):
-            rows[start : start + tile, j] = column[start : start + tile]
-    return rows
+def _bounds(kind: np.dtype, integral: bool, limit: float) -> np.ndarray:
+    """Return the least and the greatest value of a type that stay exact, in this type.
+
+    An integer that arrives as a float was rounded already if it is the limit or more.
+    """
+    if kind.kind == "f":
+        high = limit - 1 if integral and np.isfinite(limit) else np.finfo(kind).max
+        return np.array([-high, high], kind)
+    info = np.iinfo(kind)
+    return np.array([max(info.min, -limit), min(info.max, limit)], kind)
+
+
+def _interleave(values: Sequence[np.ndarray], integral: Sequence[bool], rows: np.ndarray) -> bool:
+    """Copy columns into *rows*, and return whether all values are finite and exact there."""
+    from pymc.variational._streaming.sources.compiled import interleave
+
+    limit = exact_limit(rows.dtype)
+    groups: dict[tuple[np.dtype, bool], list[int]] = {}
+    for j, column in enumerate(values):
+        groups.setdefault((column.dtype, integral[j]), []).append(j)
+    complete = True
+    for (kind, whole), places in groups.items():
+        addresses = [values[j].__array_interface__["data"][0] for j in places]
+        bounds = _bounds(kind, whole, limit)
+        complete &= interleave(np.array(addresses), np.array(places), bounds, rows)
+    return complete

@@ -13,6 +13,7 @@
 #   limitations under the License.
 """Parquet files on any filesystem, and whether they are still the same."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.sources.parquet.remote import RemoteFile, fsspec_of, retried
 from pymc.variational._streaming.utils import digest
 
@@ -36,6 +37,7 @@ __all__ = [
     "inspect",
     "is_local",
     "open_parquet",
+    "warn_of_copies",
 ]
 
 _MAGIC = b"PAR1"
@@ -110,10 +112,12 @@ def inspect(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[ParquetInput, Any]:
     return ParquetInput(path, *identity, tuple(group_rows)), metadata
 
 
-def column_ranges(metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[str]) -> np.ndarray:
+def column_ranges(
+    metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[str | None]
+) -> np.ndarray:
     """Return least and greatest value of flat columns, shape (n_row_groups, n_columns, 2).
 
-    They are NaN where the footer has none.
+    They are NaN where the footer has none, and for a column that is None.
     """
     leaves = [metadata.schema.column(j) for j in range(metadata.num_columns)]
     # A flat column "s.x" and the field x of a struct s share the path "s.x", but not the name.
@@ -121,8 +125,28 @@ def column_ranges(metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[st
     ranges = np.full((metadata.num_row_groups, len(columns), 2), np.nan)
     for group in range(metadata.num_row_groups):
         chunks = metadata.row_group(group)
-        ranges[group] = [_bounds(chunks.column(index[name])) for name in columns]
+        for j, name in enumerate(columns):
+            if name is not None:
+                ranges[group, j] = _bounds(chunks.column(index[name]))
     return ranges
+
+
+def warn_of_copies(fs: "pyarrow.fs.FileSystem", files: Sequence[ParquetInput]) -> None:
+    """Warn of the first file with the size, the footer and the sampled bytes of another one."""
+    alike = defaultdict(list)
+    for file in files:
+        if file.n_rows:
+            alike[file.size, file.digest].append(file.path)
+    for paths in alike.values():
+        known: dict[str, str] = {}
+        for path in paths if len(paths) > 1 else ():
+            first = known.setdefault(_sample(fs, path), path)
+            if first is not path:
+                warn(
+                    f"{path} looks like a copy of {first}, so its rows are used twice; "
+                    "remove one of them"
+                )
+                return
 
 
 def chunk_extent(chunk: Any) -> tuple[int, int]:
@@ -182,6 +206,12 @@ def _read_footer(handle: Any, size: int) -> bytes:
     if length + len(_MAGIC) > size:
         raise OSError("its footer is longer than the file; truncated, or corrupt")
     return tail[-length:] if length <= len(tail) else handle.read_at(length, size - length)
+
+
+def _sample(fs: "pyarrow.fs.FileSystem", path: str) -> str:
+    """Return a digest of bytes from the start and the middle: equal footers can have other rows."""
+    with _open(fs, path) as (handle, _, (size, *_)), _as_stream_error(path, _UNREADABLE):
+        return digest(*(handle.read_at(min(size - at, _TAIL), at) for at in (0, size // 2)))
 
 
 def _parse(footer: bytes) -> Any:

@@ -24,17 +24,24 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import Source
+from pymc.variational._streaming.sources.categories import (
+    Categories,
+    LevelFinder,
+    given_levels,
+    read_levels,
+)
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
     column_ranges,
     import_pyarrow,
     inspect,
     open_parquet,
+    warn_of_copies,
 )
 from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
-from pymc.variational._streaming.sources.rows import RowFormat, piece_rows
+from pymc.variational._streaming.sources.rows import PIECE_ROWS, RowFormat, piece_rows
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
 if TYPE_CHECKING:
@@ -47,6 +54,7 @@ def parquet_source(
     path: Paths,
     *,
     columns: Sequence[str] | None = None,
+    categories: Categories | None = None,
     shuffle_row_groups: bool = False,
     seed: int | None = None,
     invalid: Literal["raise", "drop"] = "raise",
@@ -59,10 +67,16 @@ def parquet_source(
     path : path_like or sequence of path_like
         A file, a directory (searched for ``*.parquet``, in order of name), a glob, or a list
         of these; local, or a URI that pyarrow or fsspec understands. Names that begin with
-        ``_`` or ``.`` are left out unless they are spelled out.
+        ``_`` or ``.`` are left out unless they are spelled out. The files of a Delta, Iceberg or
+        Hudi table are read with :func:`arrow_source`, because not all of them count.
     columns : sequence of str, optional
-        The columns of a row, in this order. Default: all columns, in the files' own order,
-        which must then be the same in every file.
+        The columns of a row, in this order. Default: all columns, in the order of the first file;
+        every file must then have the same ones, in any order.
+    categories : sequence of str, or mapping from str to sequence, optional
+        Columns of strings, booleans or integers that stream as positions among their levels, and
+        the levels of each (see ``StreamingDataset.coords``). Default levels: those that
+        :func:`preshuffle` kept, or those that one pass finds, sorted, or in the order that a
+        dictionary has. A null is a level only if the given ones hold None.
     shuffle_row_groups : bool, default False
         Read the row groups in another random order each epoch. This is *not* a shuffle of
         the rows: it helps a :func:`shuffle_buffer` only if row groups are much smaller than
@@ -70,8 +84,8 @@ def parquet_source(
     seed : int, optional
         Seed of the order of the row groups. Default: drawn once, and shown as ``.seed``.
     invalid : {"raise", "drop"}, default "raise"
-        What to do with a row that holds a null, a NaN, an infinity or an integer that the
-        rows' dtype cannot hold exactly. "drop" reads the table once to count such rows, so
+        What to do with a row that holds a null, a NaN, an infinity, a value that the rows' dtype
+        cannot hold exactly, or one that is none of the given levels. "drop" reads the table once to count such rows, so
         that ``n_rows`` is right, and shows their number as ``.n_dropped``.
     filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
         Filesystem of *path*. Default: the local one, or the one that a URI names.
@@ -85,19 +99,26 @@ def parquet_source(
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no file or one comes twice, or columns are missing or not numeric, or differ
-        between files.
+        If there is no file or one comes twice, a folder is a table of another format, or columns
+        are missing or not numeric, or differ between files.
     StreamError
         If pre-shuffled files are incomplete, or mixed with files of another shuffle or of none.
         While reading: if a file changed since the source was made, is truncated or corrupt,
         an object store fails in spite of retries, or a value is invalid; the message names
         file, row group, column and row.
 
+    Warns
+    -----
+    StreamWarning
+        If a folder has files that may be Parquet under other names, or a file looks like a copy of
+        another one.
+
     Notes
     -----
     Integer, floating, boolean, decimal and dictionary-of-number columns are accepted, and
-    converted to the smallest type that holds all of them exactly (decimals with a fraction
-    are rounded to float64).
+    converted to the smallest type that holds all of them exactly, also where it differs between
+    files (decimals with a fraction are rounded to float64). Timestamps and dates become float64
+    seconds since 1970, and must come back from there to their own unit.
 
     Memory is bounded by one read of 262,144 rows or fewer and one decoded page per column, whatever
     the size of files and row groups. Page checksums are verified where the files have them;
@@ -117,7 +138,8 @@ def parquet_source(
     if isinstance(columns, str):
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     fs, paths = list_parquet(path, filesystem)
-    source = _ParquetSource(fs, paths, columns, shuffle_row_groups, seed, invalid)
+    levels = given_levels(categories)
+    source = _ParquetSource(fs, paths, columns, levels, shuffle_row_groups, seed, invalid)
     source.path = os.fspath(path) if isinstance(path, str | os.PathLike) else list(path)
     return source
 
@@ -128,13 +150,14 @@ class _ParquetSource(Source):
         fs: Any,
         paths: Sequence[str],
         columns: Sequence[str] | None,
+        levels: dict[str, Any],
         shuffle_row_groups: bool,
         seed: int | None,
         invalid: Literal["raise", "drop"],
     ):
         self._fs = fs
         self.concurrent = fsspec_of(fs) is None  # fsspec's own need not be safe to share
-        self._open_all(paths, columns)
+        self._open_all(paths, columns, levels)
         self._piece_rows = piece_rows(len(self._format.columns))
         self.seed = draw_seed(seed) if shuffle_row_groups else None
         self._drop = invalid == "drop"
@@ -145,9 +168,11 @@ class _ParquetSource(Source):
         if not self.n_rows:
             raise ValueError(f"{paths[0]}: no rows to stream in {len(paths)} file(s)")
         contents = [(file.size, file.digest) for file in self._files]
-        self.fingerprint = digest(self.columns, self.seed, self._drop, contents)
+        self.fingerprint = digest(self.columns, self.levels, self.seed, self._drop, contents)
 
-    def _open_all(self, paths: Sequence[str], columns: Sequence[str] | None) -> None:
+    def _open_all(
+        self, paths: Sequence[str], columns: Sequence[str] | None, levels: dict[str, Any]
+    ) -> None:
         """Read the footer of each file once, and keep what is needed of it."""
         frozen: RowFormat | None = None
         marks, ranges = {}, []
@@ -156,17 +181,41 @@ class _ParquetSource(Source):
             file, metadata = inspect(self._fs, path)
             schema = metadata.schema.to_arrow_schema()
             if frozen is None:
-                frozen = RowFormat.from_schema(schema, columns, path)
-            frozen.require(schema, path, whole=columns is None)
+                frozen = RowFormat.from_schema(schema, columns, path, levels)
+                kept = read_levels(path, metadata)
+            frozen = frozen.widen(schema, path, whole=columns is None)
             marks[path] = read_mark(path, metadata)
-            ranges.append(column_ranges(metadata, frozen.columns))
+            ranges.append(column_ranges(metadata, frozen.plain_columns))
             self._files.append(file)
         assert frozen is not None
-        self._format, self._part_ranges = frozen, np.concatenate(ranges)
-        self.columns, self.integral = frozen.columns, frozen.integral
-        self.sample_shape = (len(self.columns),)
+        warn_of_copies(self._fs, self._files)
         self.mark = check_marks(marks)
         self.shuffled = self.mark is not None
+        if self.mark is None:  # the rows need not be those that the levels were kept of
+            kept = {}
+        self._format = frozen.with_levels(self._find_levels(levels, kept))
+        self._part_ranges = np.concatenate(ranges)
+        self.columns, self.integral = frozen.columns, self._format.integral
+        self.levels = self._format.listed_levels()
+        self.sample_shape = (len(self.columns),)
+
+    def _find_levels(self, levels: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+        """Return all levels: those that are given or *kept*, and others from one pass."""
+        known = {n: kept.get(n) if values is None else values for n, values in levels.items()}
+        missing = [name for name, values in known.items() if values is None]
+        if not missing:
+            return known
+        finder = LevelFinder(missing)
+        total = sum(file.n_rows for file in self._files)
+        with progress_bar(f"Finding levels of {', '.join(missing)}", total) as add:
+            for file in self._files:
+                groups = range(len(file.group_rows))
+                for _, batch in read_batches(
+                    self._fs, file, columns=missing, row_groups=groups, batch_rows=PIECE_ROWS
+                ):
+                    finder.add(batch)
+                    add(batch.num_rows)
+        return known | finder.finish()
 
     def _count_invalid_rows(self) -> int:
         """Count the rows that are dropped, and set how many each row group has left."""

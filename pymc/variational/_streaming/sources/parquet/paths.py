@@ -18,9 +18,12 @@ import glob
 import os
 import re
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pymc.variational._streaming.errors import warn
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
 
@@ -31,13 +34,49 @@ __all__ = ["Paths", "list_ipc", "list_parquet", "resolve", "stands_for"]
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+"""A scheme has two letters or more; one letter is a drive of Windows."""
 _WILDCARD = re.compile(r"[*?\[]")
 _HIDDEN = ("_", ".")
 """Files and folders whose names begin like this are no data, or no data yet."""
+_TABLES = {
+    "_delta_log": ("a Delta table", "deltalake.DeltaTable({!r}).to_pyarrow_table()"),
+    ".hoodie": (
+        "a Hudi table",
+        "hudi.HudiTableBuilder.from_base_uri({!r}).build().read_snapshot()",
+    ),
+    "_spark_metadata": ("the output of a Spark stream", "spark.read.parquet({!r}).toArrow()"),
+    "metadata": ("an Iceberg table", "catalog.load_table(name).scan().to_arrow_batch_reader()"),
+}
+"""Names of folders with a log which says what files of a table count, and who reads such a table."""
+_ICEBERG_LOG = ".metadata.json"
+_MOST_NAMED = 3
 
 
-_PARQUET = (".parquet",)
-_IPC = (".arrow", ".feather", ".ipc")
+class _Format(NamedTuple):
+    """How the files of a format are told from others."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    """Ends of the names of files that are chosen from a folder."""
+    resembling: re.Pattern
+    """Names that say that a file could have been meant too."""
+    magic: bytes
+    """First bytes of a file."""
+
+
+_PARQUET = _Format(
+    "Parquet",
+    (".parquet",),
+    re.compile(r"\.(parquet|parq|pq)(\.(gz|bz2|zst|xz|lz4|zip))?$", re.IGNORECASE),
+    b"PAR1",
+)
+_IPC = _Format(
+    "Arrow IPC",
+    (".arrow", ".feather", ".ipc"),
+    re.compile(r"\.(arrow|feather|ipc)(\.(gz|bz2|zst|xz|lz4|zip))?$", re.IGNORECASE),
+    b"ARROW1",
+)
 
 
 def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", str]:
@@ -48,8 +87,8 @@ def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.f
     fs = import_pyarrow().fs
     inner = os.fspath(path)
     if filesystem is None:
-        if "://" not in inner:
-            return fs.LocalFileSystem(), os.path.abspath(inner)
+        if not _URI.match(inner):
+            return fs.LocalFileSystem(), local_path(inner)
         try:
             return fs.FileSystem.from_uri(inner)
         except import_pyarrow().ArrowInvalid:  # pyarrow does not know the scheme
@@ -60,8 +99,17 @@ def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.f
     if fsspec is not None:
         inner = fsspec._strip_protocol(inner)
     elif is_local(filesystem):
-        inner = os.path.abspath(inner)
+        return filesystem, local_path(inner)
     return filesystem, inner.rstrip("/") or "/"
+
+
+def local_path(path: str, module: ModuleType = os.path) -> str:
+    """Return the absolute path with slashes, by the rules of *module* (``ntpath`` for Windows)."""
+    absolute = module.abspath(path)
+    for prefix, short in (("\\\\?\\UNC\\", "\\\\"), ("\\\\?\\", "")):
+        if module.sep == "\\" and absolute.startswith(prefix):  # its ? is no wildcard
+            absolute = short + absolute.removeprefix(prefix)
+    return absolute.replace(module.sep, "/")
 
 
 def list_parquet(path: Paths, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", list[str]]:
@@ -72,8 +120,8 @@ def list_parquet(path: Paths, filesystem: Any = None) -> tuple["pyarrow.fs.FileS
 def list_ipc(path: Paths) -> list[str]:
     """List the local Arrow IPC files that a path of :func:`arrow_source` stands for."""
     for each in [path] if isinstance(path, str | os.PathLike) else path:
-        scheme, is_uri, _ = os.fspath(each).partition("://")
-        if is_uri and scheme != "file":
+        scheme = _URI.match(os.fspath(each))
+        if scheme and scheme[0] != "file://":
             raise ValueError(
                 f"{each!r} is not local; pass a function that opens it, and returns a "
                 "RecordBatchReader or record batches"
@@ -84,12 +132,10 @@ def list_ipc(path: Paths) -> list[str]:
 def stands_for(fs: "pyarrow.fs.FileSystem", path: str, file: str) -> bool:
     """Whether a Parquet file, were it there, would be one of those that *path* stands for."""
     found = fs.get_file_info(path).type
-    return _selects(_pattern(path, found), file, _PARQUET)
+    return _selects(_pattern(path, found), file, _PARQUET.suffixes)
 
 
-def _list(
-    suffixes: tuple[str, ...], path: Paths, filesystem: Any
-) -> tuple["pyarrow.fs.FileSystem", list[str]]:
+def _list(kind: _Format, path: Paths, filesystem: Any) -> tuple["pyarrow.fs.FileSystem", list[str]]:
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     if not paths:
         raise ValueError("path=[] names no file; pass at least one")
@@ -97,10 +143,10 @@ def _list(
     fs = resolved[0][0]
     if not all(fs.equals(other) for other, _ in resolved):
         raise ValueError("path=[...] names more than one filesystem; pass files of one")
-    files = [file for _, inner in resolved for file in _find(suffixes, fs, inner)]
+    files = [file for _, inner in resolved for file in _find(kind, fs, inner)]
     known: dict[str, str] = {}
     for file in files:
-        real = os.path.realpath(file) if is_local(fs) else file
+        real = os.path.normcase(os.path.realpath(file)) if is_local(fs) else file
         if real in known:
             raise ValueError(
                 f"path names {real} more than once, as {known[real]!r} and {file!r}; "
@@ -110,7 +156,7 @@ def _list(
     return fs, files
 
 
-def _find(suffixes: tuple[str, ...], fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
+def _find(kind: _Format, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
     """Return the files of one path, sorted."""
     types = import_pyarrow().fs.FileType
     found = fs.get_file_info(path).type
@@ -119,13 +165,85 @@ def _find(suffixes: tuple[str, ...], fs: "pyarrow.fs.FileSystem", path: str) -> 
     if found == types.NotFound and not _WILDCARD.search(path):
         raise FileNotFoundError(f"path={path!r} does not exist")
     pattern = _pattern(path, found)
-    fixed = path if found == types.Directory else _WILDCARD.split(path)[0].rpartition("/")[0]
+    fixed = path if found == types.Directory else fixed_folder(path)
     walk = _walk_local if is_local(fs) else _walk_remote
-    files = walk(fs, fixed or "/", pattern)
-    selected = sorted(file for file in files if _selects(pattern, file, suffixes))
-    if not selected:
-        raise ValueError(f"path={path!r} holds no file whose name ends in {' or '.join(suffixes)}")
+    files = list(walk(fs, fixed, pattern))
+    selected = sorted(file for file in files if _selects(pattern, file, kind.suffixes))
+    _refuse_tables(selected, os.listdir if is_local(fs) else _listing(files))
+    others = set(files).difference(selected)
+    inside = sorted(file for file in others if _selects(pattern, file, ("",)))
+    _name_resembling(kind, path, selected, [f for f in inside if _resembles(fs, f, kind)])
     return selected
+
+
+def fixed_folder(pattern: str) -> str:
+    """Return the folder below which all files lie that a pattern can match."""
+    return _WILDCARD.split(pattern)[0].rpartition("/")[0] + "/"
+
+
+def _refuse_tables(files: Iterable[str], list_names: Callable[[str], Iterable[str]]) -> None:
+    """Raise ValueError if a file lies in a table whose log says which files hold rows."""
+    folders = {file.rpartition("/")[0] for file in files}
+    above = {folder[:i] for folder in folders for i, c in enumerate(folder) if c == "/"}
+    for folder in sorted(folders | above):
+        marker = _find_log(folder, list_names)
+        if marker is not None:
+            table, reader = _TABLES[marker]
+            raise ValueError(
+                f"{folder or '/'}: is {table}, and its log says which of its files count; "
+                f"read it with arrow_source(lambda: {reader.format(folder)})"
+            )
+
+
+def _find_log(folder: str, list_names: Callable[[str], Iterable[str]]) -> str | None:
+    """Return the name of the log of a table, if the folder holds one."""
+    try:
+        for name in _TABLES.keys() & set(list_names(f"{folder}/")):
+            inner = list_names(f"{folder}/{name}/") if name == "metadata" else [_ICEBERG_LOG]
+            if any(_ICEBERG_LOG in each for each in inner):
+                return name
+    except OSError:  # a folder above the data that cannot be listed
+        pass
+    return None
+
+
+def _listing(files: Iterable[str]) -> Callable[[str], Iterable[str]]:
+    """Return what lists the names in a folder, as far as *files* tell."""
+    names = defaultdict(set)
+    for file in files:
+        parts = file.split("/")
+        for depth, name in enumerate(parts):
+            names["/".join([*parts[:depth], ""])].add(name)
+    return lambda folder: names.get(folder, ())
+
+
+def _name_resembling(
+    kind: _Format, path: str, selected: Sequence[str], resembling: Sequence[str]
+) -> None:
+    """Warn of files that were not selected, or raise ValueError where none is."""
+    names = ", ".join(file.removeprefix(f"{path}/") for file in resembling[:_MOST_NAMED])
+    if len(resembling) > _MOST_NAMED:
+        names += f" and {len(resembling) - _MOST_NAMED} more"
+    if not selected:
+        problem = f"holds no file whose name ends in {' or '.join(kind.suffixes)}"
+        if resembling:
+            problem += f", but {names}; pass a list of the files to read"
+        raise ValueError(f"path={path!r} {problem}")
+    if resembling:
+        warn(
+            f"path={path!r} leaves out {names}, which may be {kind.name} too; "
+            "pass a list of the files to read"
+        )
+
+
+def _resembles(fs: "pyarrow.fs.FileSystem", file: str, kind: _Format) -> bool:
+    """Whether a file looks like one of a format, by its name or, on a disk, its first bytes."""
+    if kind.resembling.search(file):
+        return True
+    if not is_local(fs) or not os.path.isfile(file):
+        return False
+    with open(file, "rb") as opened:
+        return opened.read(len(kind.magic)) == kind.magic
 
 
 def _pattern(path: str, found: "pyarrow.fs.FileType") -> list[str]:
@@ -152,7 +270,7 @@ def _walk_local(fs: "pyarrow.fs.FileSystem", folder: str, pattern: list[str]) ->
 
 def _walk_remote(fs: "pyarrow.fs.FileSystem", folder: str, pattern: list[str]) -> Iterator[str]:
     pafs = import_pyarrow().fs
-    selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
+    selector = pafs.FileSelector(folder.rstrip("/") or "/", recursive=True, allow_not_found=True)
     return (info.path for info in fs.get_file_info(selector) if info.type == pafs.FileType.File)
 
 
