@@ -50,6 +50,9 @@ __all__ = ["check_fit"]
 _SAMPLE_VALUES = 2**23
 """Values of rows up to which a sample is held in memory."""
 
+_BLOCK_VALUES = 2**16
+"""Values of a block of a sample, at most."""
+
 _SAMPLE_BLOCKS = 64
 """Blocks of a sample, whose scatter shows what it is worth."""
 
@@ -290,7 +293,10 @@ def _sample_size(streams: Sequence[StreamingDataset], scales: np.ndarray) -> int
 
 def _sample(part: _Pass, term: Term) -> Sample:
     rows = np.concatenate([p.first_rows for p in part.parts])
-    blocks = np.array_split(rows, min(len(rows), _SAMPLE_BLOCKS))
+    n_blocks = math.ceil(rows.size / _BLOCK_VALUES)
+    if len(rows) < part.total:
+        n_blocks = max(n_blocks, min(len(rows), _SAMPLE_BLOCKS))
+    blocks = np.array_split(rows, n_blocks)
     size = len(part.sums[1])
     return Sample(term, blocks, part.total / len(rows), np.ones(size), np.zeros(size))
 
