@@ -30,6 +30,7 @@ from scipy.stats import chi2
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.density import Term
+from pymc.variational._streaming.fit.krylov import estimate_diagonal, krylov
 
 __all__ = ["Optimum", "Sample", "find_optimum", "is_dense", "lower_bound"]
 
@@ -45,15 +46,6 @@ _FEW_ROWS = 2**18
 _PRIOR_PAIRS = 128
 """The same of what does not depend on rows: it costs nothing beside them, and the priors of
 hierarchical models are far from quadratic."""
-
-_KRYLOV = 40
-"""Hessian-vector products that find the extreme directions of many parameters."""
-
-_MAX_KRYLOV = 128
-"""Hessian-vector products of a Newton step of many parameters, at most."""
-
-_SIGNS = 32
-"""Random vectors of signs that estimate the diagonal of the Hessian of many parameters."""
 
 
 class Sample(NamedTuple):
@@ -275,14 +267,14 @@ def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
     def precision(v: np.ndarray) -> np.ndarray:
         return precision_at_mean(v) + departure * v
 
-    diagonal, diagonal_error = _estimate_diagonal(precision, size, rng)
+    diagonal, diagonal_error = estimate_diagonal(precision, size, rng)
     s, concave = 1 - diagonal, bool((diagonal > 0).all())
     root = np.sqrt(np.where(diagonal > 0, diagonal, 1))
 
     def normalised(v: np.ndarray) -> np.ndarray:
         return precision(v / root) / root
 
-    ritz = _krylov(normalised, rng.normal(size=size), _KRYLOV)
+    ritz = krylov(normalised, rng.normal(size=size))
     concave &= bool(ritz.values[0] > 0)
     # Eigenvectors that are known enter the inverse one by one, and the others by their mean.
     known = ritz.errors < 0.1 * np.abs(ritz.values)
@@ -294,7 +286,7 @@ def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
     def solve(g: np.ndarray) -> np.ndarray:
         if not concave:
             return scale**2 * g
-        return scale / root * _solve(normalised, scale / root * g)
+        return scale / root * solve_by_krylov(normalised, scale / root * g)
 
     step = solve(gradient)
     error = solve(even.std(axis=0)) / math.sqrt(_PAIRS)
@@ -313,84 +305,6 @@ def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
         expected=float(rest.mean() - (diagonal - departure).sum() / 2),
         expected_variance=float(rest.var(ddof=1) / _PAIRS + (diagonal_error**2).sum() / 4),
     )
-
-
-class _Ritz(NamedTuple):
-    """Approximate eigenpairs of a symmetric operator, the smallest value first."""
-
-    values: np.ndarray
-    vectors: np.ndarray
-    products: np.ndarray
-    """The operator times the vectors."""
-    errors: np.ndarray
-    """Norms of the residuals."""
-    weights: np.ndarray
-    """Weights of a Gauss quadrature of the spectrum."""
-
-
-def _lanczos(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, n_steps: int):
-    """Yield basis, tridiagonal matrix and residual norm after each step of Lanczos's method."""
-    basis = [start / np.linalg.norm(start)]
-    alphas: list[float] = []
-    betas: list[float] = []
-    for _ in range(min(n_steps, len(start))):
-        w = product(basis[-1])
-        alphas.append(float(basis[-1] @ w))
-        for _ in range(2):  # twice is enough, in the words of Kahan and Parlett
-            for q in basis:
-                w = w - (q @ w) * q
-        betas.append(float(np.linalg.norm(w)))
-        tridiagonal = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
-        yield basis, tridiagonal, betas[-1]
-        if betas[-1] < 1e-10 * max(map(abs, alphas)):
-            return
-        basis.append(w / betas[-1])
-
-
-def _krylov(product, start: np.ndarray, n_steps: int) -> _Ritz:
-    for basis, tridiagonal, beta in _lanczos(product, start, n_steps):
-        pass
-    values, vectors = np.linalg.eigh(tridiagonal)
-    q = np.array(basis[: len(values)]).T
-    products = q @ tridiagonal
-    if len(basis) > len(values):
-        products[:, -1] += beta * basis[-1]
-    return _Ritz(
-        values, q @ vectors, products @ vectors, beta * np.abs(vectors[-1]), vectors[0] ** 2
-    )
-
-
-def _solve(product, target: np.ndarray) -> np.ndarray:
-    """Solve for *target* by conjugate gradients in the form of Lanczos's method."""
-    size = np.linalg.norm(target)
-    if not size:
-        return target
-    for basis, tridiagonal, beta in _lanczos(product, target, _MAX_KRYLOV):
-        y = size * np.linalg.solve(tridiagonal, np.eye(len(tridiagonal))[0])
-        if beta * abs(y[-1]) < 1e-4 * size:
-            break
-    return np.array(basis[: len(y)]).T @ y
-
-
-def _estimate_diagonal(product, size: int, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Return the diagonal of a symmetric operator, and standard errors.
-
-    Directions that stand out are taken exactly, the rest from random signs (Bekas, Kokiopoulou
-    and Saad 2007).
-    """
-    ritz = _krylov(product, rng.normal(size=size), _KRYLOV)
-    chosen = np.argsort(-np.abs(ritz.values - np.median(ritz.values)))[: _KRYLOV // 2]
-    vectors = ritz.vectors[:, chosen]
-    exact = (vectors * ritz.products[:, chosen]).sum(axis=1)
-    total, squares = np.zeros(size), np.zeros(size)
-    for _ in range(_SIGNS):
-        signs = rng.choice([-1.0, 1.0], size)
-        w = product(signs)
-        rest = signs * (w - vectors @ (vectors.T @ w))
-        total, squares = total + rest, squares + rest**2
-    mean = total / _SIGNS
-    variance = np.maximum(squares / _SIGNS - mean**2, 0) / (_SIGNS - 1)
-    return exact + mean, np.sqrt(variance)
 
 
 def _sampling_error(samples: Sequence[Sample], size: int) -> float:
