@@ -30,10 +30,11 @@ from pymc.logprob.utils import replace_rvs_by_values
 from pymc.model.core import Model
 from pymc.pytensorf import compile
 from pymc.variational._streaming.batches.window import ShuffleBuffer
-from pymc.variational._streaming.dataset import StreamingDataset, with_columns
+from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.bins import Moments, merge
 from pymc.variational._streaming.guards import depends_on, total_size_of
+from pymc.variational._streaming.sources.arrow import with_columns
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.minibatch_rv import get_scaling
@@ -120,7 +121,7 @@ def log_score(
     --------
     >>> import numpy as np
     >>> import pymc as pm
-    >>> from pymc.variational.streaming import StreamingDataset, with_columns
+    >>> from pymc.variational.streaming import StreamingDataset
     >>> table = np.random.default_rng(0).normal(1.0, 2.0, size=(11_000, 1))
     >>> ds = StreamingDataset(table[:10_000], batch_size=100)
     >>> with pm.Model():
@@ -207,7 +208,7 @@ def predict(
     >>> import numpy as np
     >>> import pyarrow.parquet as pq
     >>> import pymc as pm
-    >>> from pymc.variational.streaming import StreamingDataset, with_columns
+    >>> from pymc.variational.streaming import StreamingDataset
     >>> table = np.random.default_rng(0).normal(1.0, 2.0, size=(10_000, 1))
     >>> ds = StreamingDataset(table, batch_size=100)
     >>> with pm.Model():
