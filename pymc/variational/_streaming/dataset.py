@@ -206,7 +206,7 @@ class StreamingDataset:
     def __getitem__(self, column: str | list[str]) -> TensorVariable:
         """Return a column of the current batch, shape (batch_size,), or a matrix of several."""
         columns = self.columns or ()
-        names = [column] if isinstance(column, str) else list(column)
+        names = list(column) if isinstance(column, list | tuple) else [column]
         missing = [name for name in names if name not in columns]
         if missing or not names:
             raise KeyError(
@@ -214,7 +214,7 @@ class StreamingDataset:
                 f"names {list(columns)}; slice ds.as_tensor() by position"
             )
         slices = [self._buffer[:, columns.index(name)] for name in names]
-        return slices[0] if isinstance(column, str) else pt.stack(slices, axis=1)
+        return pt.stack(slices, axis=1) if isinstance(column, list | tuple) else slices[0]
 
     def index(self, column: str) -> TensorVariable:
         """Return the positions of a category column among its levels, int64, (batch_size,)."""
