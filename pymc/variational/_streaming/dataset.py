@@ -15,9 +15,8 @@
 
 import weakref
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -36,9 +35,8 @@ from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.reader import BatchReader, Position, TotalSize
 from pymc.variational._streaming.sources.arrays import as_source
-from pymc.variational._streaming.sources.arrow import arrow_source
-from pymc.variational._streaming.sources.base import Source, is_arrow
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.arrow import with_columns
+from pymc.variational._streaming.sources.base import Source, match_shape
 from pymc.variational._streaming.utils import positive_int
 
 __all__ = ["StreamingDataset"]
@@ -126,7 +124,7 @@ class StreamingDataset:
         self._batch_size = positive_int("batch_size", batch_size)
         if isinstance(self._source, ShuffleBuffer):
             self._source.require_batch(self._batch_size)
-        self._sample_shape = _match_shape(self._source, sample_shape)
+        self._sample_shape = match_shape(self._source, sample_shape)
         self._dtype = np.dtype(pytensor.config.floatX if dtype is None else dtype)
         if self._dtype.kind not in "iuf":
             raise TypeError(f"dtype={dtype!r} is not a number; pass an integer or float dtype")
@@ -208,7 +206,7 @@ class StreamingDataset:
     def __getitem__(self, column: str | list[str]) -> TensorVariable:
         """Return a column of the current batch, shape (batch_size,), or a matrix of several."""
         columns = self.columns or ()
-        names = [column] if isinstance(column, str) else list(column)
+        names = list(column) if isinstance(column, list | tuple) else [column]
         missing = [name for name in names if name not in columns]
         if missing or not names:
             raise KeyError(
@@ -216,7 +214,7 @@ class StreamingDataset:
                 f"names {list(columns)}; slice ds.as_tensor() by position"
             )
         slices = [self._buffer[:, columns.index(name)] for name in names]
-        return slices[0] if isinstance(column, str) else pt.stack(slices, axis=1)
+        return pt.stack(slices, axis=1) if isinstance(column, list | tuple) else slices[0]
 
     def index(self, column: str) -> TensorVariable:
         """Return the positions of a category column among its levels, int64, (batch_size,)."""
@@ -452,36 +450,3 @@ class StreamingDataset:
             self.close()
         else:
             self._reader.stop()
-
-
-def with_columns(
-    rows: Any, columns: tuple[str, ...] | None, levels: Mapping[str, Any] | None = None
-) -> Source:
-    """Return a source of *rows* that has the *columns* of a stream, and *levels* of categories."""
-    if is_arrow(rows) and columns is not None:
-        table = import_pyarrow().table(rows)  # a reader gives its rows only once
-        rows = arrow_source(lambda: table, columns=columns, categories=levels)
-    source = as_source(rows)
-    source.probe()
-    if columns is not None and source.columns not in (None, columns):
-        raise ValueError(
-            f"rows has columns {source.columns} where the stream has {columns}; "
-            "pass columns=[...] to the source"
-        )
-    return source
-
-
-def _match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    if sample_shape is None:
-        source.probe()
-        assert source.sample_shape is not None
-        return source.sample_shape
-    if isinstance(sample_shape, Integral):
-        raise TypeError(f"sample_shape={sample_shape} must be a tuple; pass ({sample_shape},)")
-    shape = tuple(positive_int("sample_shape", n) for n in sample_shape)
-    if source.sample_shape not in (None, shape):
-        raise ValueError(
-            f"sample_shape={shape} but a row of the source has shape {source.sample_shape}"
-            + (f", columns {list(source.columns)}" if source.columns else "")
-        )
-    return shape

@@ -30,7 +30,7 @@ from scipy.stats import chi2
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.density import Term
-from pymc.variational._streaming.fit.krylov import estimate_diagonal, krylov
+from pymc.variational._streaming.fit.krylov import estimate_diagonal, krylov, solve_by_krylov
 
 __all__ = ["Optimum", "Sample", "find_optimum", "is_dense", "lower_bound"]
 

@@ -31,11 +31,12 @@ from pymc.model.core import Model
 from pymc.pytensorf import compile
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.contract import Contract, derive_contract
-from pymc.variational._streaming.dataset import StreamingDataset, with_columns
+from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.bins import Moments, merge
 from pymc.variational._streaming.guards import depends_on, total_size_of
 from pymc.variational._streaming.likelihood import LikelihoodGraph, RowAxes
+from pymc.variational._streaming.sources.arrow import with_columns
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.minibatch_rv import get_scaling

@@ -15,7 +15,7 @@
 
 import os
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.arrays import IterableSource, is_table
-from pymc.variational._streaming.sources.base import Source, skip_rows
+from pymc.variational._streaming.sources.arrays import IterableSource, as_source, is_table
+from pymc.variational._streaming.sources.base import Source, is_arrow, skip_rows
 from pymc.variational._streaming.sources.categories import Categories, LevelFinder, given_levels
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.parquet.paths import list_ipc
 from pymc.variational._streaming.sources.rows import RowFormat
 from pymc.variational._streaming.utils import digest, positive_int
 
-__all__ = ["arrow_source"]
+__all__ = ["arrow_source", "with_columns"]
 
 
 def arrow_source(
@@ -109,6 +109,23 @@ def arrow_source(
             "pass a function that opens the reader afresh, e.g. lambda: table.to_reader()"
         )
     return IterableSource(make_reader, columns=columns, levels=levels, n_rows=size)
+
+
+def with_columns(
+    rows: Any, columns: tuple[str, ...] | None, levels: Mapping[str, Any] | None = None
+) -> Source:
+    """Return a source of *rows* that has the *columns* of a stream, and *levels* of categories."""
+    if is_arrow(rows) and columns is not None:
+        table = import_pyarrow().table(rows)  # a reader gives its rows only once
+        rows = arrow_source(lambda: table, columns=columns, categories=levels)
+    source = as_source(rows)
+    source.probe()
+    if columns is not None and source.columns not in (None, columns):
+        raise ValueError(
+            f"rows has columns {source.columns} where the stream has {columns}; "
+            "pass columns=[...] to the source"
+        )
+    return source
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,24 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.utils import progress_bar
+from pymc.variational._streaming.utils import positive_int, progress_bar
 
-__all__ = ["Source", "describe_value", "is_arrow", "require_finite", "shorten", "skip_rows"]
+__all__ = [
+    "Source",
+    "describe_value",
+    "is_arrow",
+    "match_shape",
+    "require_finite",
+    "shorten",
+    "skip_rows",
+]
 
 
 class Source(ABC):
@@ -151,3 +160,20 @@ def skip_rows(blocks: Iterator[np.ndarray], n: int) -> Generator[np.ndarray]:
             yield block[n:] if n else block
         del block  # while the next one is read
         n = max(0, n - size)
+
+
+def match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the shape of a row of *source*, which must be *sample_shape* where that is given."""
+    if sample_shape is None:
+        source.probe()
+        assert source.sample_shape is not None
+        return source.sample_shape
+    if isinstance(sample_shape, Integral):
+        raise TypeError(f"sample_shape={sample_shape} must be a tuple; pass ({sample_shape},)")
+    shape = tuple(positive_int("sample_shape", n) for n in sample_shape)
+    if source.sample_shape not in (None, shape):
+        raise ValueError(
+            f"sample_shape={shape} but a row of the source has shape {source.sample_shape}"
+            + (f", columns {list(source.columns)}" if source.columns else "")
+        )
+    return shape
