@@ -222,10 +222,12 @@ class StreamingDataset:
         """
         self._require_own_rows()
         callback = self._driver = FitCallback(self)
+        model = Model.get_context(error_if_none=False)
         try:
             if not self._reader.is_open:
+                if isinstance(model, Model):
+                    self._order.use_model(model, self._buffer)
                 self._advance()
-            model = Model.get_context(error_if_none=False)
             if isinstance(model, Model) and (model.observed_RVs or model.potentials):
                 callback.check(model)
         except BaseException:
@@ -339,7 +341,7 @@ class StreamingDataset:
             if driven is not None:
                 driven.close()
                 driven._driver_ref = None
-                driven._order.warn_if_incomplete(driven.rows_seen)
+                driven._order.tell_the_rest(driven.rows_seen)
 
         self._driver_ref = None if callback is None else weakref.ref(callback, close)
 

@@ -27,7 +27,7 @@ from scipy import stats
 
 import pymc as pm
 
-from pymc.variational._streaming.order.anova import PowerSums, anova, group_squares
+
 from pymc.variational._streaming.order.features import Features
 from pymc.variational.streaming import (
     OrderError,
