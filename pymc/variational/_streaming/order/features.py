@@ -25,8 +25,8 @@ __all__ = ["PILOT_ROWS", "Features", "Statistic", "rare_rows"]
 PILOT_ROWS = 4_096
 """Number of rows from which a statistic is made."""
 
-_CLIP = 5.0
-"""Limit of scaled values, so that heavy tails do not hide a drift."""
+_LIMIT = 5.0
+"""What scaled values approach, so that heavy tails do not hide a drift."""
 _ALL_PRODUCTS = 8
 """With more columns than this, products are squares and those with the last column."""
 _RARE = 0.1
@@ -36,7 +36,7 @@ _RARE = 0.1
 class Statistic(Protocol):
     """Sums over rows whose distribution is the same in all windows of shuffled rows."""
 
-    names: Sequence[str]
+    names: list[str]
     """What each coordinate is about."""
     columns: np.ndarray
     """Whether a column takes part, shape (n_columns,)."""
@@ -47,7 +47,12 @@ class Statistic(Protocol):
         """Return the coordinates of *rows*, shape (n_coordinates,)."""
 
     def drift(
-        self, units: np.ndarray, groups: np.ndarray, found: Differences, unit_rows: int, n_rows: int
+        self,
+        units: np.ndarray,
+        groups: np.ndarray,
+        found: Differences,
+        unit_rows: float,
+        n_rows: int,
     ) -> np.ndarray:
         """Return how far the mean follows the groups, in posterior sd, (n_coordinates,)."""
 
@@ -69,8 +74,8 @@ class Features:
         pilot = _flat(pilot)
         self._centre = np.median(pilot, axis=0)
         spread = 1.4826 * np.median(np.abs(pilot - self._centre), axis=0)
-        # Columns of two values, or mostly of one, are not clipped: that would make them constant.
-        self._limit = np.where(spread > 0, _CLIP, np.inf)
+        # Columns of two values, or mostly of one, are left as they are.
+        self._limit = np.where(spread > 0, _LIMIT, np.inf)
         self._scale = np.where(spread > 0, spread, 1.0)
         d = pilot.shape[1]
         left, right = np.triu_indices(d)
@@ -86,17 +91,22 @@ class Features:
     def sums(self, rows: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):  # of values that are too large to be scaled or squared
             x = (_flat(rows) - self._centre) / self._scale
-            x = np.clip(x, -self._limit, self._limit)
+            x /= 1 + np.abs(x) / self._limit
             return np.append(x.sum(axis=0), (x.T @ x)[self._pairs])
 
     def drift(
-        self, units: np.ndarray, groups: np.ndarray, found: Differences, unit_rows: int, n_rows: int
+        self,
+        units: np.ndarray,
+        groups: np.ndarray,
+        found: Differences,
+        unit_rows: float,
+        n_rows: int,
     ) -> np.ndarray:
         """Return √(ρN): a group's mean is off by σ √ρ, and a posterior's is known to σ / √N."""
         return np.sqrt(n_rows * correlation(found, unit_rows))
 
 
-def correlation(found: Differences, unit_rows: int) -> np.ndarray:
+def correlation(found: Differences, unit_rows: float) -> np.ndarray:
     """Return the correlation ρ of rows in the same group, shape (n_coordinates,)."""
     return found.component / (found.component + unit_rows * found.within)
 

@@ -24,9 +24,9 @@ from pymc.variational._streaming.order.report import OrderReport, Part, Stream, 
 
 __all__ = ["Monitor"]
 
-_MAX_UNITS = 640
+_MAX_UNITS = 1_280
 """As soon as there are more units, pairs of neighbours become one."""
-_PER_WINDOW = 32
+_PER_WINDOW = 64
 """Units of a window, as long as all have room."""
 _MAX_GROUPS = 40
 _MIN_ROWS = 16
@@ -62,12 +62,15 @@ class Monitor:
         self._statistic: Statistic | None = None
         self._waiting: np.ndarray | None = None
         """Rows that are too few for a pilot sample."""
-        self._span = max(1, stream.window // _PER_WINDOW)
+        whole = -(-(stream.n_rows or 0) // _MAX_UNITS)
+        self._span = max(1, min(max(whole, stream.window // _PER_WINDOW), stream.window // 32))
         """Number of rows of the table in a unit."""
         self._units: list[np.ndarray] = []
         """Sums over each unit, first of any rows and then of those with rare values."""
         self._parts: tuple[list[np.ndarray], list[np.ndarray]] = [], []
         """Rows of the unit that is not complete."""
+        self._used = 0
+        """Number of rows at the start of a unit that are used."""
         self._rows_read = self._n_comparisons = 0
         self._next_comparison = start + _FIRST_COMPARISON * stream.window
 
@@ -127,17 +130,12 @@ class Monitor:
             parts.append(Part(units[:, 1], self._span / self._every, rare))
         return parts
 
-    @property
-    def _used(self) -> int:
-        """Number of rows at the start of a unit that are used."""
-        assert self._statistic is not None
-        return min(self._span, max(_MIN_ROWS, int(self._span * self._statistic.share)))
-
     def _sum_up(self, rows: np.ndarray) -> None:
         """Add *rows*, the last ones so far, to the sums over units."""
         origin = first = self.stop - len(rows)
         if self._statistic is None:
             self._statistic = self._make_statistic(rows[:: -(-len(rows) // PILOT_ROWS)])
+            self._used = min(self._span, max(_MIN_ROWS, int(self._span * self._statistic.share)))
             self._find_rare(rows[:PILOT_ROWS])
             self._units = [self._no_sums()] * (first // self._span)
         rare = self._rare_among(rows)
@@ -169,8 +167,15 @@ class Monitor:
         return np.zeros((2, len(self._statistic.names)))
 
     def _join_units(self) -> None:
-        self._units = [one + other for one, other in zip(self._units[::2], self._units[1::2])]
+        assert self._statistic is not None
+        units = np.array(self._units).reshape(-1, 2, *self._units[0].shape)
+        joined = units.sum(axis=1)
         self._span *= 2
+        if self._used < _MIN_ROWS or 2 * self._used <= self._span * self._statistic.share:
+            self._used *= 2
+        else:  # the least number of rows is still more than the share
+            joined[:, 0] = units[:, 0, 0]
+        self._units = list(joined)
 
     def _find_rare(self, pilot: np.ndarray) -> None:
         """Find the columns with rare values, and how many of these rows can be used."""

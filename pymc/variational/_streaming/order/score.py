@@ -24,7 +24,7 @@ from pytensor.compile.sharedvalue import SharedVariable
 from scipy.optimize import minimize
 
 from pymc.model.core import Model
-from pymc.variational._streaming.likelihood import columns_read, compile_density, flat_names
+from pymc.variational._streaming.order.density import columns_read, compile_density, flat_names
 from pymc.variational._streaming.order.features import correlation
 from pymc.variational._streaming.order.ranks import Differences, variance_components
 
@@ -109,7 +109,12 @@ class Score:
         return np.concatenate([self._project(self._gradient(rows, x)) for x in self._points])
 
     def drift(
-        self, units: np.ndarray, groups: np.ndarray, found: Differences, unit_rows: int, n_rows: int
+        self,
+        units: np.ndarray,
+        groups: np.ndarray,
+        found: Differences,
+        unit_rows: float,
+        n_rows: int,
     ) -> np.ndarray:
         """Return the spread of the steps that Newton's method would make to the groups' optima."""
         if self._hessians is None:

@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The log-likelihood of a stream's rows, as a function of the rows and of flat parameters."""
+"""The log density of a model as a function of a stream's rows and of flat parameters."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,12 @@ from pytensor.graph.basic import Apply, Variable
 from pytensor.graph.replace import clone_replace
 from pytensor.graph.traversal import ancestors
 from pytensor.tensor.shape import Shape, Shape_i
-from pytensor.tensor.subtensor import Subtensor, get_constant_idx
+from pytensor.tensor.subtensor import (
+    AdvancedSubtensor,
+    Subtensor,
+    get_constant_idx,
+    get_idx_list,
+)
 
 from pymc.model.core import Model
 from pymc.pytensorf import compile, join_nonshared_inputs
@@ -49,16 +54,18 @@ def row_likelihoods(model: Model, buffer: SharedVariable) -> list[Variable]:
 
 def compile_density(model: Model, buffer: SharedVariable) -> Density:
     """Compile the weighted sum of likelihood and prior, and its gradient."""
-    likelihood = pt.add(0.0, *(term.sum() for term in row_likelihoods(model, buffer)))
-    prior = pt.add(0.0, *(term.sum() for term in model.logp(model.free_RVs, sum=False)))
+    likelihood = sum(pt.sum(term) for term in row_likelihoods(model, buffer))
+    prior = sum(pt.sum(term) for term in model.logp(model.free_RVs, sum=False))
     rows, weights = buffer.type("rows"), (pt.scalar("likelihood"), pt.scalar("prior"))
     [total], flat = join_nonshared_inputs(
         model.initial_point(0), [weights[0] * likelihood + weights[1] * prior], model.value_vars
     )
     total = clone_replace(total, dict.fromkeys(_copies([total], buffer), rows))
+    total = _within_bounds(total, rows)
     gradient = pt.grad(total, flat, disconnected_inputs="ignore")
     function = compile([rows, flat, *weights], [total, gradient], on_unused_input="ignore")
-    return lambda x, point, *by: function(x.astype(buffer.dtype), point.astype(flat.dtype), *by)
+    types = rows.type.dtype, flat.type.dtype
+    return lambda x, point, *by: function(x.astype(types[0]), point.astype(types[1]), *by)
 
 
 def flat_names(model: Model) -> list[str]:
@@ -87,6 +94,24 @@ def columns_read(model: Model, buffer: SharedVariable) -> np.ndarray:
         if columns is not None:
             read[columns if buffer.type.ndim == 2 else slice(None)] = True
     return read
+
+
+def _within_bounds(total: Variable, rows: Variable) -> Variable:
+    """Clip the indices that *rows* give: numba reads and writes other memory where one is wrong.
+
+    Rows with such an index are refused before a step uses them, but may be compared before.
+    """
+    clipped = {}
+    for node in {v.owner for v in ancestors([total]) if v.owner}:
+        if not isinstance(node.op, AdvancedSubtensor):
+            continue
+        for axis, index in enumerate(get_idx_list(node.inputs, node.op.idx_list)):
+            if not isinstance(index, Variable) or index.type.dtype == "bool":
+                continue
+            if rows in ancestors([index]):
+                n = node.inputs[0].shape[axis]
+                clipped[index] = pt.clip(index, -n, n - 1).astype(index.type.dtype)
+    return clone_replace(total, clipped) if clipped else total
 
 
 def _columns_taken(node: Apply) -> int | slice | None:
