@@ -15,6 +15,7 @@
 
 import logging
 
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,6 @@ from pymc.model.core import Model
 from pymc.variational._streaming.batches.rebatch import Chunk, EpochEnd
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.errors import OrderError, OrderWarning, warn
-from pymc.variational._streaming.guards import depends_on
 from pymc.variational._streaming.order.features import Features, Statistic
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
@@ -110,7 +110,7 @@ def check_order(
     if report is not None:
         return report
     monitor = Monitor(stream, check.make_statistic)
-    for block in rows.blocks():
+    for block in ShuffleBuffer(rows, window, 1, seed).blocks():
         monitor.add(monitor.stop, block)
     return monitor.compare(last=True) or report_one_window(stream._replace(n_rows=monitor.stop))
 
@@ -149,11 +149,14 @@ class OrderCheck:
         """Whether the monitor has compared all of an epoch; others would count twice."""
 
     def use_model(self, model: Model, buffer: SharedVariable) -> None:
-        """Compare the rows that are still to come by the score of *model*, which observes *buffer*."""
+        """Compare the rows that are still to come by the score of *model*, which observes *buffer*.
+
+        A model that cannot be used is refused by name when it is checked.
+        """
         n_rows, window = self._stream.n_rows, self._stream.window
-        watches = not (self._watched or self._monitor or (n_rows and n_rows <= window))
-        if watches and any(depends_on(model, rv, buffer) for rv in model.observed_RVs):
-            self._model = ModelScore(model, buffer)
+        if not (self._watched or (n_rows and n_rows <= window)):
+            with suppress(Exception):
+                self._model, self._monitor, self._epoch = ModelScore(model, buffer), None, -1
 
     @property
     def columns_read(self) -> np.ndarray | None:
@@ -172,6 +175,9 @@ class OrderCheck:
                     f"evaluated with {len(pilot)} rows ({str(error).splitlines()[0]})"
                 )
         return self._statistic or Features(pilot, self._stream.source.columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_statistic": None, "_monitor": None, "_epoch": -1}
 
     def check_sample(self) -> None:
         """Sample the source, once, and raise or warn if its rows are in an order."""
@@ -219,16 +225,15 @@ class OrderCheck:
                 )
         elif rows_used and not self._watched and self._epoch <= 0:
             self._watched = True
-            known = (
-                "was not compared"
-                if self._sample is None
-                else (f"was compared by a sample of {self._sample.rows_read:,} rows only")
-            )
+            level, known = logging.WARNING, "was not compared"
+            if self._sample is not None:
+                level = logging.INFO
+                known = f"is known from a sample of {self._sample.rows_read:,} rows only"
             logger.log(
-                logging.WARNING if self._sample is None else logging.INFO,
+                level,
                 f"The fit used {rows_used:,} rows, less than one epoch, and the order of the rows "
-                f"beyond them {known}. If the rows may be in an order, run check_order or "
-                "check_fit, or fit one epoch at least.",
+                f"beyond them {known}; if they may be in an order, run check_fit, which reads all "
+                "rows, or fit one epoch at least",
             )
 
 

@@ -44,6 +44,8 @@ Density = Callable[[np.ndarray, np.ndarray, float, float], tuple[np.ndarray, np.
 def row_likelihoods(model: Model, buffer: SharedVariable) -> list[Variable]:
     """Return the log-likelihoods of the rows in *buffer*, one term per row, not scaled to all."""
     observed = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
+    if not observed:
+        raise ValueError(f"no observed variable depends on {buffer.name!r}")
     return [
         term / get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)
         if total_size_of(rv)

@@ -42,9 +42,9 @@ from pymc.variational._streaming.sources.base import Source
 
 __all__ = ["preflight"]
 
-_DESIGNS = [(64, 640), (20, 160), (8, 64)]
+_DESIGNS = [(64, 1_280), (20, 320), (8, 64)]
 """Windows, and blocks in all; the first that is not too expensive is used."""
-_MAX_BLOCKS = 32
+_MAX_BLOCKS = 64
 """Number of blocks of a window."""
 _MAX_ROWS, _MAX_VALUES = 1 << 18, 1 << 21
 """Number of rows, and of values, that are sampled in all windows."""

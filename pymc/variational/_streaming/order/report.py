@@ -114,7 +114,7 @@ class OrderReport:
     ordered: bool = False
     """Whether the rows are in an order that windows do not mix and a posterior would notice."""
     feature: str = ""
-    """Name of the column, square or product that differs most between windows."""
+    """Name of what differs most between windows: a parameter's gradient, a column or a product."""
     p_value: float = 1.0
     """Probability that windows of shuffled rows differ as much in this feature."""
     threshold: float = 0.0
@@ -122,7 +122,10 @@ class OrderReport:
     design_effect: float = 1.0
     """Variance of a window's mean, over that of as many random rows (Kish)."""
     drift: float = 0.0
-    """How far the last iterate drifts, about, in posterior standard deviations: √(ρN)."""
+    """How far the posterior mean would follow the windows, in posterior standard deviations.
+
+    By the Hessian of some of the rows; without a model, √(ρN) with the correlation ρ of rows in the
+    same window."""
     visible: float = 0.0
     """Drift that this check would just have seen."""
     rows_read: int = 0
@@ -188,7 +191,7 @@ class OrderReport:
             f"The posterior mean would follow them by about {self.drift:,.0f} posterior standard "
             f"deviations (p = {self.p_value:.1g}, alarm below {self.threshold:.1g}), the design "
             f"effect is {self.design_effect:,.0f} (means vary that many times as much as those of "
-            f"random rows), and one window covers {share:.2g} % of the {self.n_rows:,} rows."
+            f"random rows), and one window covers {share:.2g} % of the {self.n_rows:,} rows"
         )
 
     def _all_clear(self, groups: str) -> str:
