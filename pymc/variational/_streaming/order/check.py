@@ -215,14 +215,14 @@ class OrderCheck:
             warn(str(report), OrderWarning)
 
     def tell_the_rest(self, rows_used: int) -> None:
-        """At the end of a fit, tell a finding that came after the last step, and what is unknown."""
+        """At the end of a fit, tell what was found after the last step, and what is unknown."""
+        if self._finding is None and self._monitor is not None and not self._watched:
+            report = self._monitor.compare(last=True)
+            self._finding = report if report is not None and report.ordered else None
         if self._finding is not None:
             if not self._told:
                 self._told = True
-                warn(
-                    f"{self._finding} The rows that show it were read after the last step.",
-                    OrderWarning,
-                )
+                warn(f"{self._finding}; found when the last step had been made", OrderWarning)
         elif rows_used and not self._watched and self._epoch <= 0:
             self._watched = True
             level, known = logging.WARNING, "was not compared"

@@ -31,10 +31,9 @@ ALPHA = 3e-5
 
 _EXTREMES = (6, 12, 24, 48)
 """Numbers of the highest and of the lowest units that are looked for in one group."""
-_ADJACENT = 4
-"""Number of adjacent groups that are compared as one, too: a slow drift hides in small groups."""
-_TESTS = 4
-"""Number of tests of a coordinate: two, at two sizes of groups."""
+_JOINED = 4
+"""Number of adjacent units, and groups, that are compared as one, too: a slow drift hides in the noise
+of small groups, and rare values in units most of which have none."""
 
 
 class Differences(NamedTuple):
@@ -59,7 +58,8 @@ def compare_groups(units: np.ndarray, groups: np.ndarray, seed: int = 0) -> Diff
     test): the share of their variance that lies between random groups has a Beta distribution.
     All coordinates are pooled by the sum of their squares, a weighted sum of chi-squares, whose
     first three cumulants a gamma distribution has, too.  A change of few units hardly shows in
-    that; so the highest and the lowest units are counted in each group.
+    that; so the highest and the lowest units are counted in each group.  All this is done at two sizes
+    of units and groups.
 
     Parameters
     ----------
@@ -69,20 +69,30 @@ def compare_groups(units: np.ndarray, groups: np.ndarray, seed: int = 0) -> Diff
     seed : int
         Seed of the order of ties.
     """
-    ranks = _ranks(units, np.random.default_rng(seed))
-    scores = ndtri((ranks + 0.5) / len(units))
-    single = np.ones(units.shape[1])
-    pooled = 1.0
+    rng = np.random.default_rng(seed)
     groups = np.unique(groups, return_inverse=True)[1]
-    several = groups // _ADJACENT
-    for labels in [groups, several] if several[-1] else [groups]:
-        between, total, k = _squares(scores, labels)
-        by_score = betainc((len(units) - k) / 2, (k - 1) / 2, 1 - np.minimum(between / total, 1))
-        single = np.minimum(single, np.minimum(by_score, _count_extremes(ranks, labels)))
-        pooled = min(pooled, _pool(scores, between.sum(), total[0], k))
+    tests = [_test(units, groups, rng)]
+    if groups[-1] >= _JOINED:
+        n = len(units) // _JOINED * _JOINED
+        joined = units[:n].reshape(-1, _JOINED, units.shape[1]).sum(axis=1)
+        tests.append(_test(joined, groups[:n:_JOINED] // _JOINED, rng))
+    single, pooled = (np.minimum(2 * np.min(p, axis=0), 1) for p in zip(*tests))
     component, within = variance_components(units, groups)
+    scores = ndtri((_ranks(units, rng) + 0.5) / len(units))
     ratio = np.divide(*variance_components(scores, groups))
-    return Differences(np.minimum(_TESTS * single, 1), min(2 * pooled, 1), component, within, ratio)
+    return Differences(single, float(pooled), component, within, ratio)
+
+
+def _test(
+    units: np.ndarray, groups: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
+    """Return p-values of each coordinate, shape (n_coordinates,), and of all together."""
+    ranks = _ranks(units, rng)
+    scores = ndtri((ranks + 0.5) / len(units))
+    between, total, k = _squares(scores, groups)
+    by_score = betainc((len(units) - k) / 2, (k - 1) / 2, 1 - np.minimum(between / total, 1))
+    single = 2 * np.minimum(by_score, _count_extremes(ranks, groups))
+    return single, _pool(scores, between.sum(), total[0], k)
 
 
 def variance_components(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
