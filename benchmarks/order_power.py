@@ -27,6 +27,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytensor.tensor as pt
 
 from rich.progress import track
 
@@ -84,7 +85,7 @@ def false_alarms(n_datasets: int, seed: int = 0) -> dict:
         rows = np.column_stack([MARGINALS[name](rng, SHUFFLED_ROWS) for name in names])
         rows = rng.permutation(rows.astype(float))
         four = np.column_stack([rows, np.ones((SHUFFLED_ROWS, 4 - len(names)))])
-        by_score = lambda pilot: model.at(pilot, SHUFFLED_ROWS, 500) or Features(pilot, None)  # noqa: E731
+        by_score = lambda pilot: model.at(pilot, SHUFFLED_ROWS) or Features(pilot, None)  # noqa: E731
         found = {
             "sample, columns": _sample(rows, SHUFFLED_WINDOW, seed=i),
             "stream, columns": _stream(rows, SHUFFLED_WINDOW),
@@ -113,7 +114,7 @@ def _regression() -> ModelScore:
     """Return a linear regression with an unknown scale, whose score has even heavier tails."""
     ds = StreamingDataset(np.zeros((1, 4)), batch_size=1, total_size=1, order_check="off")
     with pm.Model() as model:
-        b, x = pm.Normal("b", 0, 10, shape=4), ds.as_tensor()
+        b, x = pm.Normal("b", 0, 10, shape=4), pt.as_tensor(ds.as_tensor())
         mean = b[0] + b[1] * x[:, 0] + b[2] * x[:, 1] + b[3] * x[:, 2]
         pm.Normal("y", mean, pm.HalfNormal("s", 10), observed=x[:, 3], total_size=SHUFFLED_ROWS)
     return ModelScore(model, ds.as_tensor())

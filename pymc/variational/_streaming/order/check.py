@@ -133,7 +133,7 @@ class OrderCheck:
                 f"order_check={action!r} is not a choice; pass 'warn', 'raise' or 'off'"
             )
         rows, window = _windows(source, batch_size)
-        self._stream = Stream(rows, window, rows.n_rows or n_rows, batch_size)
+        self._stream = Stream(rows, window, rows.n_rows or n_rows)
         self._action = action
         self._model: ModelScore | None = None
         self._statistic: Statistic | None = None
@@ -168,7 +168,7 @@ class OrderCheck:
         if self._statistic is None and self._model is not None:
             n_rows = self._stream.n_rows or len(pilot)
             try:
-                self._statistic = self._model.at(pilot, n_rows, self._stream.batch_size)
+                self._statistic = self._model.at(pilot, n_rows)
             except Exception as error:
                 logger.info(
                     "The order of the rows is judged by their columns: the likelihood cannot be "

@@ -66,8 +66,13 @@ def compile_density(model: Model, buffer: SharedVariable) -> Density:
     total = _within_bounds(total, rows)
     gradient = pt.grad(total, flat, disconnected_inputs="ignore")
     function = compile([rows, flat, *weights], [total, gradient], on_unused_input="ignore")
-    types = rows.type.dtype, flat.type.dtype
-    return lambda x, point, *by: function(x.astype(types[0]), point.astype(types[1]), *by)
+    function.trust_input = True  # the types of its inputs take longer to check than a few rows
+
+    def density(x: np.ndarray, point: np.ndarray, *by: float) -> tuple[np.ndarray, np.ndarray]:
+        values = zip((x, point, *by), (rows, flat, *weights))
+        return function(*(np.asarray(value, var.type.dtype) for value, var in values))
+
+    return density
 
 
 def flat_names(model: Model) -> list[str]:

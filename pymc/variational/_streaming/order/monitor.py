@@ -27,7 +27,8 @@ __all__ = ["Monitor"]
 _MAX_UNITS = 1_280
 """As soon as there are more units, pairs of neighbours become one."""
 _PER_WINDOW = 64
-"""Units of a window, as long as all have room."""
+"""Units of a window, as long as all have room; half as many of a large one, to call less often."""
+_LARGE_WINDOW = 1 << 16
 _MAX_GROUPS = 40
 _MIN_ROWS = 16
 """Number of rows of a unit that are used, if it has as many."""
@@ -62,8 +63,9 @@ class Monitor:
         self._statistic: Statistic | None = None
         self._waiting: np.ndarray | None = None
         """Rows that are too few for a pilot sample."""
+        fine = stream.window // (_PER_WINDOW if stream.window < _LARGE_WINDOW else _PER_WINDOW // 2)
         whole = -(-(stream.n_rows or 0) // _MAX_UNITS)
-        self._span = max(1, min(max(whole, stream.window // _PER_WINDOW), stream.window // 32))
+        self._span = max(1, min(max(whole, fine), stream.window // 32))
         """Number of rows of the table in a unit."""
         self._units: list[np.ndarray] = []
         """Sums over each unit, first of any rows and then of those with rare values."""
@@ -184,7 +186,7 @@ class Monitor:
         self._every = 1
         self._n_rare = 0
         share = len(self._rare_among(pilot)) / len(pilot)
-        self._every = max(1, round(share / self._statistic.share))
+        self._every = max(1, round(2 * share / self._statistic.share))
         self._n_rare = 0
 
     def _rare_among(self, rows: np.ndarray) -> np.ndarray:

@@ -57,7 +57,6 @@ class Stream(NamedTuple):
     """Number of rows that are shuffled together, or of a batch where nothing is shuffled."""
     n_rows: int | None
     """Number of rows in the table, or of those seen so far where it is unknown."""
-    batch_size: int = 4_096
 
 
 class Part(NamedTuple):
@@ -233,6 +232,7 @@ def compare(
     sizes = np.bincount(groups)[:, None]
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     for units, unit_rows, _ in parts:
+        units = np.nan_to_num(units, posinf=0.0, neginf=0.0)
         found = compare_groups(units, groups)
         rows = correlation(found, unit_rows)
         drift = statistic.drift(units, groups, found, unit_rows, n_rows)

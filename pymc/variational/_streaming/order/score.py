@@ -13,8 +13,6 @@
 #   limitations under the License.
 """The score of a model: the gradient of the rows' log-likelihood in its parameters."""
 
-import time
-
 from collections.abc import Callable
 from functools import partial
 
@@ -36,11 +34,6 @@ _JITTERS = (0.3, 0.1, 0.01, 0.0)
 """How far from the initial point to look for one where the gradient is finite."""
 _STEPS = 50
 """Number of steps towards the optimum of the pilot sample."""
-_SHARES = (1 / 16, 1 / 40)
-_CHEAP = 1.2e-4
-"""Seconds.  Where the gradient of a batch takes no longer, a step is mostly other work, and the larger
-share of the rows at two points costs less than 5 % of it, as the smaller one does elsewhere."""
-_TRIALS = 20
 
 
 class ModelScore:
@@ -59,14 +52,14 @@ class ModelScore:
         point = model.initial_point(0)
         self.initial = np.concatenate([np.ravel(point[v.name]) for v in model.value_vars])
 
-    def at(self, pilot: np.ndarray, n_rows: int, batch_size: int) -> "Score | None":
+    def at(self, pilot: np.ndarray, n_rows: int) -> "Score | None":
         """Return the score at two points near which *pilot* has a finite likelihood, if any."""
         rng = np.random.default_rng(0)
         for jitter in _JITTERS:
             point = self.initial + jitter * rng.normal(size=self.initial.shape)
             value, gradient = self.density(pilot, point, 1.0, 1.0)
             if np.isfinite(value) and np.isfinite(gradient).all():
-                return Score(self, point, pilot, n_rows, batch_size)
+                return Score(self, point, pilot, n_rows)
         return None
 
 
@@ -78,13 +71,12 @@ class Score:
     points serve that do not depend on the order of the rows.
     """
 
-    def __init__(
-        self, model: ModelScore, point: np.ndarray, pilot: np.ndarray, n_rows: int, batch_size: int
-    ):
+    share = 1 / 32
+    """The gradient of so few rows at two points costs less than 5 % of the steps."""
+
+    def __init__(self, model: ModelScore, point: np.ndarray, pilot: np.ndarray, n_rows: int):
         self.columns = _columns_that_matter(model, point, pilot)
-        self._gradient: Callable = lambda rows, x: np.nan_to_num(
-            model.density(rows, x, 1.0, 0.0)[1]
-        )
+        self._gradient: Callable = lambda rows, x: model.density(rows, x, 1.0, 0.0)[1]
         target = partial(_negative, model.density, pilot, max(1.0, n_rows / len(pilot)), 1.0)
         found = minimize(target, point, jac=True, method="L-BFGS-B", options={"maxiter": _STEPS})
         self._points = [found.x if np.isfinite(found.x).all() else point, point]
@@ -101,9 +93,6 @@ class Score:
             ]
         places = "", " near the initial point"
         self.names = [f"gradient of {name}{place}" for place in places for name in names]
-        batch = np.resize(pilot, (batch_size, *pilot.shape[1:]))
-        cheap = any(_timed(self._gradient, batch, point) < _CHEAP for _ in range(_TRIALS))
-        self.share = _SHARES[not cheap]
 
     def sums(self, rows: np.ndarray) -> np.ndarray:
         return np.concatenate([self._project(self._gradient(rows, x)) for x in self._points])
@@ -173,9 +162,3 @@ def _columns_that_matter(model: ModelScore, point: np.ndarray, pilot: np.ndarray
         changed = model.density(other.reshape(pilot[:64].shape), point, 1.0, 0.0)[0] != value
         read[j] = changed
     return read
-
-
-def _timed(function: Callable, *args) -> float:
-    start = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - start
