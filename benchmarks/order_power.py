@@ -11,31 +11,39 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""How often the order check is wrong: false alarms on shuffled rows, and power.
+"""How often the order check is wrong: false alarms on shuffled rows, power, and kinds of order.
 
-Feeds both checks, the sample before streaming and the stream itself, with shuffled data sets
-of many marginals, and with data sets whose means drift by a known design effect; and follows
-the last iterate of Adam on the latter.  Writes ``order_power.json`` and ``order_power.png``::
+Feeds both checks, the sample before streaming and the stream itself, by columns and by the score
+of a model, with shuffled data sets of many marginals, with data sets whose means drift by a known
+design effect, and with orders that bias a model; and follows the last iterate of Adam.  Writes
+``order_power.json`` and ``order_power.png``, and a table into a page::
 
-    python -m benchmarks.order_power --datasets 10000
+    python -m benchmarks.order_power --datasets 10000 --page docs/source/streaming/order.md
 """
 
 import argparse
 import json
 
-from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
+import pytensor.tensor as pt
 
 from rich.progress import track
 
-from pymc.variational._streaming.order import preflight
-from pymc.variational._streaming.order.anova import ALPHA
+import pymc as pm
+
+from benchmarks.pages import filled
+from pymc.variational._streaming.order.features import Features
 from pymc.variational._streaming.order.monitor import Monitor
+from pymc.variational._streaming.order.preflight import preflight
+from pymc.variational._streaming.order.ranks import ALPHA
 from pymc.variational._streaming.order.report import OrderReport, Stream
+from pymc.variational._streaming.order.score import ModelScore
 from pymc.variational._streaming.sources.arrays import as_source
-from pymc.variational._streaming.sources.base import Source
+from pymc.variational.streaming import StreamingDataset, check_order
+from tests.variational.streaming.order.test_score import CASES, model_of
+from tests.variational.streaming.order.test_score import WINDOW as CASE_WINDOW
 
 __all__ = ["false_alarms", "power"]
 
@@ -50,13 +58,15 @@ MARGINALS = {
     "binary, 1 in 1,000": lambda rng, n: rng.random(n) < 1e-3,
     "binary, 1 in 10,000": lambda rng, n: rng.random(n) < 1e-4,
     "constant": lambda rng, n: np.full(n, 0.1),
+    "Student-t(1/2)": lambda rng, n: rng.standard_t(0.5, n),
+    "Pareto(1)": lambda rng, n: rng.pareto(1, n),
+    "one value of 1e9": lambda rng, n: 1e9 * (np.arange(n) == n // 2),
     "mostly zero": lambda rng, n: rng.lognormal(0, 2, n) * (rng.random(n) < 0.01),
     "counts": lambda rng, n: rng.poisson(0.05, n),
     "classes": lambda rng, n: rng.integers(0, 10, n),
+    "zero-inflated Cauchy": lambda rng, n: rng.standard_cauchy(n) * (rng.random(n) < 0.05),
 }
-STREAM_ROWS, STREAM_WINDOW = 41_000, 1_000
-SAMPLE_VALUES = 1 << 12
-"""Of each window; a twentieth of what the check really reads, to be quick."""
+SHUFFLED_ROWS, SHUFFLED_WINDOW = 20_500, 1_000
 LEVELS = [0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4]
 
 EFFECTS = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 25.0, 50.0, 100.0]
@@ -64,38 +74,28 @@ N_ROWS, WINDOW, BATCH = 400_000, 20_000, 1_000
 EPOCHS = 5
 
 
-class _Shuffled(Source):
-    """A shuffled table of a billion rows: wherever it is read, new independent rows come."""
-
-    n_rows = 1_000_000_000
-    random_access = True
-
-    def __init__(self, rows: np.ndarray):
-        self.sample_shape = rows.shape[1:]
-        self._rows = rows
-        self._next = 0
-
-    def read_starts(self, rows: np.ndarray) -> np.ndarray:
-        return rows
-
-    def blocks(
-        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
-    ) -> Generator[np.ndarray]:
-        first, self._next = self._next, self._next + 64
-        yield self._rows[first : self._next]
-
-
 def false_alarms(n_datasets: int, seed: int = 0) -> dict:
-    """Check shuffled data sets of two to four random marginals."""
-    scores: dict[str, list[float]] = {"sample": [], "stream": []}
-    alarms = {"sample": 0, "stream": 0}
+    """Check shuffled data sets of two to four random marginals, by columns and by a model."""
+    model = _regression()
+    scores: dict[str, list[float]] = {}
+    alarms: dict[str, int] = {}
     for i in track(range(n_datasets), "shuffled data sets"):
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i,)))
         names = rng.choice(list(MARGINALS), rng.integers(2, 5), replace=False)
-        rows = np.column_stack([MARGINALS[name](rng, STREAM_ROWS) for name in names])
-        for stage, reports in (("sample", _sample(rows, i)), ("stream", _stream(rows))):
-            scores[stage].append(min(r.p_value / r.threshold * ALPHA for r in reports))
-            alarms[stage] += any(r.ordered for r in reports)
+        rows = np.column_stack([MARGINALS[name](rng, SHUFFLED_ROWS) for name in names])
+        rows = rng.permutation(rows.astype(float))
+        four = np.column_stack([rows, np.ones((SHUFFLED_ROWS, 4 - len(names)))])
+        by_score = lambda pilot: model.at(pilot, SHUFFLED_ROWS) or Features(pilot, None)  # noqa: E731
+        found = {
+            "sample, columns": _sample(rows, SHUFFLED_WINDOW, seed=i),
+            "stream, columns": _stream(rows, SHUFFLED_WINDOW),
+            "sample, score": _sample(four, SHUFFLED_WINDOW, by_score, seed=i),
+            "stream, score": _stream(four, SHUFFLED_WINDOW, by_score),
+        }
+        for stage, reports in found.items():
+            least = min(r.p_value / r.threshold * ALPHA for r in reports)
+            scores.setdefault(stage, []).append(least)
+            alarms[stage] = alarms.get(stage, 0) + any(r.ordered for r in reports)
     return {
         "datasets": n_datasets,
         "marginals": list(MARGINALS),
@@ -110,6 +110,56 @@ def false_alarms(n_datasets: int, seed: int = 0) -> dict:
     }
 
 
+def _regression() -> ModelScore:
+    """Return a linear regression with an unknown scale, whose score has even heavier tails."""
+    ds = StreamingDataset(np.zeros((1, 4)), batch_size=1, total_size=1, order_check="off")
+    with pm.Model() as model:
+        b, x = pm.Normal("b", 0, 10, shape=4), pt.as_tensor(ds.as_tensor())
+        mean = b[0] + b[1] * x[:, 0] + b[2] * x[:, 1] + b[3] * x[:, 2]
+        pm.Normal("y", mean, pm.HalfNormal("s", 10), observed=x[:, 3], total_size=SHUFFLED_ROWS)
+    return ModelScore(model, ds.as_tensor())
+
+
+def cases() -> list[dict]:
+    """Check orders that bias a model, by columns and by its score."""
+    found = []
+    for name, (make, observe) in CASES.items():
+        rows = make(np.random.default_rng(0))
+        model, _ = model_of(observe, rows.shape[1])
+        shuffled = np.random.default_rng(1).permutation(rows)
+        case: dict = {"case": name}
+        for by, chosen in (("columns", None), ("score", model)):
+            for stage in ("sample", "stream"):
+                reports = [
+                    check_order(
+                        x if stage == "sample" else (lambda x=x: iter(np.array_split(x, 17))),
+                        model=chosen,
+                        buffer_size=CASE_WINDOW,
+                    )
+                    for x in (rows, shuffled)
+                ]
+                case[f"{stage}, {by}"] = [r.ordered for r in reports]
+                case["drift"] = reports[0].drift if by == "score" and stage == "sample" else 0.0
+        found.append(case)
+    return found
+
+
+def make_table(found: list[dict]) -> str:
+    text = (
+        "| order | by columns: sample | stream | by the model's score: sample | stream |\n"
+        "|---|---|---|---|---|\n"
+    )
+    for case in found:
+        cells = [
+            "found" if case[f"{stage}, {by}"][0] else "not found"
+            for by in ("columns", "score")
+            for stage in ("sample", "stream")
+        ]
+        text += f"| {case['case']} | {' | '.join(cells)} |\n"
+    alarms = sum(case[key][1] for case in found for key in case if "," in key)
+    return f"{text}\nThe same rows, shuffled, raised {alarms or 'no'} alarm in any of them.\n"
+
+
 def power(n_repeats: int, seed: int = 1) -> list[dict]:
     """Check data sets whose window means have a known variance, and fit their mean."""
     found = []
@@ -120,7 +170,10 @@ def power(n_repeats: int, seed: int = 1) -> list[dict]:
             sequence = np.random.SeedSequence(seed, spawn_key=(int(10 * effect), i))
             rng = np.random.default_rng(sequence)
             rows = _drifting(effect, rng)
-            for stage, reports in (("sample", _sample_of(rows)), ("stream", _stream(rows, WINDOW))):
+            for stage, reports in (
+                ("sample", _sample(rows, WINDOW)),
+                ("stream", _stream(rows, WINDOW)),
+            ):
                 seen[stage] += any(r.ordered for r in reports)
             drifts.append(_last_iterate(rows[:, 0], rng))
         found.append(
@@ -134,22 +187,19 @@ def power(n_repeats: int, seed: int = 1) -> list[dict]:
     return found
 
 
-def _sample(rows: np.ndarray, seed: int) -> list[OrderReport]:
-    source = _Shuffled(rows)
-    report = preflight.preflight(Stream(source, source.n_rows // 100, source.n_rows), seed)
+def _by_columns(pilot: np.ndarray) -> Features:
+    return Features(pilot, None)
+
+
+def _sample(rows: np.ndarray, window: int, by=_by_columns, seed: int = 0) -> list[OrderReport]:
+    report = preflight(Stream(as_source(rows), window, len(rows)), by, seed)
     assert report is not None
     return [report]
 
 
-def _sample_of(rows: np.ndarray) -> list[OrderReport]:
-    report = preflight.preflight(Stream(as_source(rows), WINDOW, len(rows)), 0)
-    assert report is not None
-    return [report]
-
-
-def _stream(rows: np.ndarray, window: int = STREAM_WINDOW) -> list[OrderReport]:
+def _stream(rows: np.ndarray, window: int, by=_by_columns) -> list[OrderReport]:
     """Return the reports of all comparisons in one epoch."""
-    monitor = Monitor(Stream(as_source(rows), window, len(rows)))
+    monitor = Monitor(Stream(as_source(rows), window, len(rows)), by)
     reports = []
     for first in range(0, len(rows), window):
         monitor.add(first, rows[first : first + window])
@@ -199,7 +249,9 @@ def plot(results: dict, path: Path) -> None:
     top.legend(frameon=False, loc="lower right")
     low, middle, high = np.array([point["last_iterate"] for point in curve]).T
     expected = [point["expected_drift"] for point in curve]
-    bottom.plot(effects, expected, "k--", lw=1, label="√(ρN), which the report gives")
+    bottom.plot(
+        effects, expected, "k--", lw=1, label="√(ρN), which the report gives without a model"
+    )
     bottom.plot(effects, middle, "o-", ms=4, label="last iterate of Adam (median, quartiles)")
     bottom.fill_between(effects, low, high, alpha=0.2, lw=0)
     bottom.set(xscale="log", xlabel="design effect", ylabel="posterior sd", title="Drift")
@@ -221,19 +273,22 @@ def main() -> None:
     parser.add_argument("--datasets", type=int, default=10_000, help="shuffled data sets")
     parser.add_argument("--repeats", type=int, default=100, help="data sets per design effect")
     parser.add_argument("--out", type=Path, default=Path("docs/source/results"))
+    parser.add_argument("--page", type=Path, help="file to put the table of orders into")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    curve = power(options.repeats)
-    preflight._WINDOW_VALUES = SAMPLE_VALUES
-    preflight._BLOCK_ROWS = 0  # no block is reached by reading on from another
+    table = cases()
     command = "python -m benchmarks.order_power"
     results = {
         "command": f"{command} --datasets {options.datasets} --repeats {options.repeats}",
+        "cases": table,
+        "power": power(options.repeats),
         "false_alarms": false_alarms(options.datasets),
-        "power": curve,
     }
     (options.out / "order_power.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, options.out / "order_power.png")
+    if options.page is not None:
+        text = filled(options.page.read_text(), "orders", command, make_table(table))
+        options.page.write_text(text)
 
 
 if __name__ == "__main__":

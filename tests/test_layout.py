@@ -35,8 +35,8 @@ VARIATIONAL = Path(streaming.__file__).parent
 PACKAGE = "pymc.variational._streaming"
 FACADE = "pymc.variational.streaming"
 ORDER = (
-    *("errors", "utils", "sources", "batches", "order"),
-    *("likelihood", "contract", "guards", "reader", "callback", "dataset", "fit", "preshuffle"),
+    *("errors", "utils", "sources", "batches", "likelihood", "contract", "guards", "order"),
+    *("reader", "callback", "dataset", "fit", "preshuffle"),
 )
 """What lies in the package; a part imports itself and earlier ones."""
 OF_PRESHUFFLE = {"errors", "utils", "sources", "preshuffle"}

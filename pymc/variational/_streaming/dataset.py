@@ -163,11 +163,6 @@ class StreamingDataset:
         return self._total_size.rows
 
     @property
-    def endless(self) -> bool:
-        """Whether the source was declared to have no end."""
-        return self._endless
-
-    @property
     def columns(self) -> tuple[str, ...] | None:
         """Names of the columns, where the source has them."""
         self._source.probe()
@@ -259,10 +254,12 @@ class StreamingDataset:
         """
         self._require_own_rows()
         callback = self._driver = FitCallback(self)
+        model = Model.get_context(error_if_none=False)
         try:
             if not self._reader.is_open:
+                if isinstance(model, Model):
+                    self._order.use_model(model, self._buffer)
                 self._advance()
-            model = Model.get_context(error_if_none=False)
             if isinstance(model, Model) and (model.root.observed_RVs or model.root.potentials):
                 callback.check(model)
         except BaseException:
@@ -379,7 +376,7 @@ class StreamingDataset:
                 driven.close()
                 driven._driver_ref = None
                 if not driven._endless:
-                    driven._order.warn_if_incomplete(driven.rows_seen)
+                    driven._order.tell_the_rest(driven.rows_seen)
 
         self._driver_ref = None if callback is None else weakref.ref(callback, close)
 

@@ -13,57 +13,68 @@
 #   limitations under the License.
 """Compare the windows of a stream while they are emitted."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
-from pymc.variational._streaming.order.anova import (
-    ALPHA,
-    PILOT_ROWS,
-    PowerSums,
-    anova,
-    group_squares,
-)
-from pymc.variational._streaming.order.report import (
-    Comparison,
-    OrderReport,
-    Stream,
-    make_report,
-)
-
-if TYPE_CHECKING:
-    from pymc.variational._streaming.order.features import Features
+from pymc.variational._streaming.order.features import PILOT_ROWS, Statistic, rare_rows
+from pymc.variational._streaming.order.ranks import ALPHA
+from pymc.variational._streaming.order.report import OrderReport, Part, Stream, compare
 
 __all__ = ["Monitor"]
 
-_SHARE = 0.25
-"""Share of the rows that is used; to use every row would cost as much as to shuffle them."""
-_MIN_PICKS = 64
-_MAX_PICKS = 1 << 20
+_MAX_UNITS = 1_280
+"""As soon as there are more units, pairs of neighbours become one."""
+_PER_WINDOW = 64
+"""Units of a window, as long as all have room; half as many of a large one, to call less often."""
+_LARGE_WINDOW = 1 << 16
 _MAX_GROUPS = 40
-"""As soon as there are more groups of windows, pairs of neighbours become one."""
+_MIN_ROWS = 16
+"""Number of rows of a unit that are used, if it has as many."""
 _FIRST_COMPARISON = 4
 """Number of windows that are compared first."""
+_GROWTH = 1.5
+"""Factor by which the rows grow from one comparison to the next."""
 
 
 class Monitor:
     """Running comparison of the windows of one epoch, whose memory does not grow with their number.
 
-    Two scales are compared, windows and groups of adjacent windows: a small window hides in its
-    own noise a drift that hurts just as much.
+    The rows are cut into units of equal length.  From each, the first rows are summed up, and all
+    that have a rare value in a column that takes part, in sums of their own.
+
+    Parameters
+    ----------
+    stream : Stream
+    make_statistic : callable
+        Function from the first rows, a pilot sample, to what is compared.
+    start : int
+        Position of the first row in its epoch.
     """
 
-    def __init__(self, stream: Stream, start: int = 0):
+    def __init__(
+        self, stream: Stream, make_statistic: Callable[[np.ndarray], Statistic], start: int = 0
+    ):
         self.start = self.stop = start
         """Range of the rows of the epoch that were added."""
         self._stream = stream
-        self._features: Features | None = None
+        self._make_statistic = make_statistic
+        self._statistic: Statistic | None = None
         self._waiting: np.ndarray | None = None
-        """Rows that are too few to fit the features on."""
-        self._total = PowerSums(0, np.zeros((4, 0)))
-        self._n_windows = 0
-        self._n_comparisons = 0
-        self._next_comparison = _FIRST_COMPARISON
+        """Rows that are too few for a pilot sample."""
+        fine = stream.window // (_PER_WINDOW if stream.window < _LARGE_WINDOW else _PER_WINDOW // 2)
+        whole = -(-(stream.n_rows or 0) // _MAX_UNITS)
+        self._span = max(1, min(max(whole, fine), stream.window // 32))
+        """Number of rows of the table in a unit."""
+        self._units: list[np.ndarray] = []
+        """Sums over each unit, first of any rows and then of those with rare values."""
+        self._parts: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+        """Rows of the unit that is not complete."""
+        self._used = 0
+        """Number of rows at the start of a unit that are used."""
+        self._rows_read = self._n_comparisons = 0
+        self._next_comparison = start + _FIRST_COMPARISON * stream.window
 
     def add(self, offset: int, rows: np.ndarray) -> None:
         """Add consecutive rows of the epoch from *offset* on, without those added before."""
@@ -73,7 +84,7 @@ class Monitor:
         self.stop = max(self.stop, offset) + len(rows)
         if self._waiting is not None:
             rows = np.concatenate([self._waiting, rows])
-        if self._features is None and len(rows) < PILOT_ROWS:
+        if self._statistic is None and len(rows) < PILOT_ROWS:
             self._waiting = rows.copy()
         else:
             self._waiting = None
@@ -84,95 +95,106 @@ class Monitor:
         if last and self._waiting is not None:
             self._sum_up(self._waiting)
             self._waiting = None
-        complete = self._n_windows - 1
-        if complete < (1 if last else self._next_comparison):
+        if not last and self.stop < self._next_comparison:
             return None
-        self._next_comparison = max(complete + 1, -(-9 * complete // 8))
+        self._next_comparison = int(_GROWTH * self.stop)
+        first = -(-self.start // self._span)
+        places = (first + np.arange(len(self._units) - first)) * self._span
+        windows = places // self._stream.window
+        per_group = 1
+        while len(places) and windows[-1] // per_group - windows[0] // per_group >= _MAX_GROUPS:
+            per_group *= 2
+        groups = np.unique(windows // per_group, return_inverse=True)[1]
+        n_groups = groups.max(initial=0) + 1
+        if n_groups < 2 or len(groups) < 2 * n_groups:
+            return None
         self._n_comparisons += 1
-        window = self._stream.window
-        reports = [self._report(self._squares, self._n_windows, window)]
-        used = self._group_rows > 0
-        n_groups = int(used.sum())
-        if self._per_group > 1 and n_groups >= _FIRST_COMPARISON:
-            squares = group_squares(self._groups[used], self._group_rows[used])
-            reports.append(self._report(squares, n_groups, window * self._per_group))
-        return min(reports, key=lambda report: (not report.ordered, report.p_value))
+        n_rows = self._stream.n_rows or self.stop
+        span = self._stream.window * per_group
+        return compare(
+            self._stream._replace(n_rows=n_rows),
+            cast(Statistic, self._statistic),
+            self._parts_of(np.array(self._units[first:])),
+            groups,
+            span=min(span, n_rows),
+            rows_read=self._rows_read,
+            middles=np.bincount(groups, places + self._span / 2) / np.bincount(groups),
+            # The shares of all comparisons sum up to ALPHA, as those of 1 / (m (m + 1)) do to 1.
+            alpha=ALPHA / (self._n_comparisons * (self._n_comparisons + 1)),
+        )
+
+    def _parts_of(self, units: np.ndarray) -> list[Part]:
+        assert self._statistic is not None
+        names = self._statistic.names
+        parts = [Part(units[:, 0], self._used, names)]
+        if self._rare:
+            rare = [f"{name} of rows with rare values" for name in names]
+            parts.append(Part(units[:, 1], self._span / self._every, rare))
+        return parts
 
     def _sum_up(self, rows: np.ndarray) -> None:
-        """Add *rows*, the last ones so far, to the sums over windows."""
-        if self._features is None:
-            self._features = self._fit_features(rows)
-        offset, window = self.stop - len(rows), self._stream.window
-        total, sums, sizes = self._features.sums(rows, offset, window, self._picks)
-        if total.n:
-            self._total = PowerSums(self._total.n + total.n, self._total.sums + total.sums)
-            used = np.flatnonzero(sizes)
-            windows = used + offset // window
-            self._add_to_groups(windows, sums[used], sizes[used])
-            self._add_to_windows(windows, sums[used], sizes[used])
+        """Add *rows*, the last ones so far, to the sums over units."""
+        origin = first = self.stop - len(rows)
+        if self._statistic is None:
+            self._statistic = self._make_statistic(rows[:: -(-len(rows) // PILOT_ROWS)])
+            self._used = min(self._span, max(_MIN_ROWS, int(self._span * self._statistic.share)))
+            self._find_rare(rows[:PILOT_ROWS])
+            self._units = [self._no_sums()] * (first // self._span)
+        rare = self._rare_among(rows)
+        while first < self.stop:
+            if len(self._units) == _MAX_UNITS:
+                self._join_units()
+            start = len(self._units) * self._span
+            end = min(start + self._span, self.stop)
+            used = min(end, start + self._used)
+            self._add_to_unit(rows[first - origin : max(first, used) - origin], 0)
+            low, high = np.searchsorted(rare, [first - origin, end - origin])
+            self._add_to_unit(rows[rare[low:high]], 1)
+            if end == start + self._span:
+                self._units.append(np.array([self._sum(some) for some in self._parts]))
+                self._parts = [], []
+            first = end
 
-    def _fit_features(self, rows: np.ndarray) -> "Features":
-        from pymc.variational._streaming.order.features import Features
+    def _add_to_unit(self, rows: np.ndarray, kind: int) -> None:
+        if len(rows):
+            self._rows_read += len(rows)
+            self._parts[kind].append(rows.copy())
 
-        features = Features.fit(rows, self._stream.source.columns)
-        n = len(features.names)
-        self._picks = _choose_picks(self._stream.window, n)
-        self._total = PowerSums(0, np.zeros((4, n)))
-        self._squares = np.zeros(n)
-        self._last, self._last_sum, self._last_rows = -1, np.zeros(n), 0
-        self._per_group = 1
-        self._groups, self._group_rows = np.zeros((_MAX_GROUPS, n)), np.zeros(_MAX_GROUPS)
-        return features
+    def _sum(self, some: list[np.ndarray]) -> np.ndarray:
+        assert self._statistic is not None
+        return self._statistic.sums(np.concatenate(some)) if some else self._no_sums()[0]
 
-    def _add_to_windows(self, windows: np.ndarray, sums: np.ndarray, sizes: np.ndarray) -> None:
-        if windows[0] == self._last:
-            # More rows of a window replace its square by that of all its rows so far.
-            self._squares -= self._last_sum**2 / self._last_rows
-            self._n_windows -= 1
-            sums[0] += self._last_sum
-            sizes[0] += self._last_rows
-        self._squares += group_squares(sums, sizes)
-        self._n_windows += len(windows)
-        self._last, self._last_sum, self._last_rows = windows[-1], sums[-1], sizes[-1]
+    def _no_sums(self) -> np.ndarray:
+        assert self._statistic is not None
+        return np.zeros((2, len(self._statistic.names)))
 
-    def _add_to_groups(self, windows: np.ndarray, sums: np.ndarray, sizes: np.ndarray) -> None:
-        while windows[-1] // self._per_group >= _MAX_GROUPS:
-            self._per_group *= 2
-            for array in (self._groups, self._group_rows):
-                array[: _MAX_GROUPS // 2] = array[::2] + array[1::2]
-                array[_MAX_GROUPS // 2 :] = 0.0
-        np.add.at(self._groups, windows // self._per_group, sums)
-        np.add.at(self._group_rows, windows // self._per_group, sizes)
+    def _join_units(self) -> None:
+        assert self._statistic is not None
+        units = np.array(self._units).reshape(-1, 2, *self._units[0].shape)
+        joined = units.sum(axis=1)
+        self._span *= 2
+        if self._used < _MIN_ROWS or 2 * self._used <= self._span * self._statistic.share:
+            self._used *= 2
+        else:  # the least number of rows is still more than the share
+            joined[:, 0] = units[:, 0, 0]
+        self._units = list(joined)
 
-    def _report(self, squares: np.ndarray, n_groups: int, span: int) -> OrderReport:
-        assert self._features is not None
-        total, names = self._total, self._features.names
-        n_rows = self._stream.n_rows or self.stop
-        found = anova(squares, n_groups, total)
-        # The shares of all comparisons sum up to ALPHA, as those of 1 / (m (m + 1)) do to 1.
-        n_tests = 2 * len(names) * self._n_comparisons * (self._n_comparisons + 1)
-        variance = np.maximum(total.variance, 1e-300)
-        used = np.flatnonzero(self._group_rows)
-        sizes = self._group_rows[used, None]
-        means = (self._groups[used] / sizes - total.mean) / np.sqrt(variance)
-        comparison = Comparison(
-            names=names,
-            p_value=found.p_value,
-            correlation=np.minimum(found.component / variance, 1.0),
-            threshold=ALPHA / n_tests,
-            span=min(span, n_rows),
-            n_groups=n_groups,
-            n_units=total.n,
-            rows_read=total.n,
-            middles=(used + 0.5) * self._per_group * self._stream.window,
-            means=means,
-            noise=np.broadcast_to(1 / np.sqrt(sizes), means.shape),
-        )
-        return make_report(self._stream._replace(n_rows=n_rows), comparison)
+    def _find_rare(self, pilot: np.ndarray) -> None:
+        """Find the columns with rare values, and how many of these rows can be used."""
+        assert self._statistic is not None
+        self._rare = rare_rows(pilot, self._statistic.columns)
+        self._every = 1
+        self._n_rare = 0
+        share = len(self._rare_among(pilot)) / len(pilot)
+        self._every = max(1, round(2 * share / self._statistic.share))
+        self._n_rare = 0
 
-
-def _choose_picks(window: int, n_features: int) -> np.ndarray:
-    """Choose which rows of each window are used, at random positions, the same in each."""
-    share = min(_SHARE, 4.0 / n_features)
-    n = min(window, max(_MIN_PICKS, int(window * share)), _MAX_PICKS)
-    return np.sort(np.random.default_rng(0).choice(window, n, replace=False, shuffle=False))
+    def _rare_among(self, rows: np.ndarray) -> np.ndarray:
+        """Return the places of the rows with rare values that are used."""
+        if not self._rare:
+            return np.zeros(0, np.int64)
+        flat = rows.reshape(len(rows), -1)
+        found = np.flatnonzero(np.any([flat[:, j] != value for j, value in self._rare], axis=0))
+        chosen = found[-self._n_rare % self._every :: self._every]
+        self._n_rare += len(found)
+        return chosen

@@ -18,6 +18,7 @@ Windows are given by their first rows and their ends, shape (k, 2).
 
 import os
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import cast
@@ -26,17 +27,14 @@ import numpy as np
 
 from scipy.special import gammaln
 
-from pymc.variational._streaming.order.anova import (
-    ALPHA,
-    Anova,
-    PowerSums,
-    anova,
-    group_squares,
-)
+from pymc.variational._streaming.order.features import PILOT_ROWS, Statistic
+from pymc.variational._streaming.order.ranks import ALPHA
 from pymc.variational._streaming.order.report import (
     Comparison,
     OrderReport,
+    Part,
     Stream,
+    compare,
     make_report,
     report_one_window,
 )
@@ -44,33 +42,33 @@ from pymc.variational._streaming.sources.base import Source
 
 __all__ = ["preflight"]
 
-_DESIGNS = [(20, 32), (20, 8), (8, 8)]
-"""Windows, and blocks in each; the first that is not too expensive is used."""
-_WINDOW_VALUES = 1 << 17
-"""Number of values sampled from each window, in all its blocks and columns."""
+_DESIGNS = [(64, 1_280), (20, 320), (8, 64)]
+"""Windows, and blocks in all; the first that is not too expensive is used."""
+_MAX_BLOCKS = 64
+"""Number of blocks of a window."""
+_MAX_ROWS, _MAX_VALUES = 1 << 18, 1 << 21
+"""Number of rows, and of values, that are sampled in all windows."""
 _BLOCK_ROWS = 1 << 16
 """Number of rows that are decoded at a time."""
 _BUDGET = 3 << 24
 """Number of values that may be decoded, in about half a second of processor time."""
 _THREADS = min(4, os.cpu_count() or 1)
 """Number of threads that read the sample, each a file or row group at a time."""
-_HALF_LEVEL = 1e-2
-"""Each random half of the blocks must show the order by itself."""
-_MIN_EVENTS = 20
-"""Effective number of blocks: an event that comes in few blocks is no order."""
 _MIN_BLOCKS = 8
-"""Number of blocks in a window; fewer have no halves to speak of."""
-_RARE_NOTE = (
-    "{!r} stands out in so few places of the sample that it may be chance; the check while "
-    "streaming decides after an epoch."
-)
+"""Number of blocks in a window, at least."""
 
 
-def preflight(stream: Stream, seed: int) -> OrderReport | None:
+def preflight(
+    stream: Stream,
+    make_statistic: Callable[[np.ndarray], Statistic],
+    seed: int,
+    read: np.ndarray | None = None,
+) -> OrderReport | None:
     """Compare windows in the order of epoch 0, on a sample of the rows.
 
     None if the rows can only be read in sequence, or not within the budget, or if the sample
-    holds values that are not finite, which are refused when they are streamed.
+    holds values that are not finite, which are refused when they are streamed.  *read* marks the
+    columns that take part, by default all.
     """
     n_rows, window = stream.n_rows, stream.window
     if n_rows is None or stream.source.read_starts(np.zeros(1, np.int64)) is None:
@@ -84,11 +82,12 @@ def preflight(stream: Stream, seed: int) -> OrderReport | None:
     if np.diff(windows).min() < _MIN_BLOCKS:
         return None
     rng = np.random.default_rng(seed)
-    return _compare_footers(stream, windows, rng) or _compare_sample(stream, windows, rng)
+    report = _compare_footers(stream, windows, rng, read)
+    return report or _compare_sample(stream, windows, make_statistic, rng)
 
 
 def _compare_footers(
-    stream: Stream, windows: np.ndarray, rng: np.random.Generator
+    stream: Stream, windows: np.ndarray, rng: np.random.Generator, read: np.ndarray | None
 ) -> OrderReport | None:
     """Report a column whose values in some windows all lie below those in others."""
     chosen = _stratified(windows, _DESIGNS[0][0], rng)
@@ -102,6 +101,8 @@ def _compare_footers(
     below = (high[None] <= high[:, None]).mean(axis=1)
     above = (low[None] > high[:, None]).mean(axis=1)
     correlation = 2 * np.sqrt((below * above).max(axis=0))
+    if read is not None:
+        correlation = np.where(read, correlation, 0.0)
     # The probability that all rows of one of two random windows lie below those of the other.
     rows = int(np.diff(chosen).min())
     log_p = np.log(2 * k**2 * d) + 2 * gammaln(rows + 1) - gammaln(2 * rows + 1)
@@ -110,6 +111,7 @@ def _compare_footers(
         names=stream.source.columns or (),
         p_value=np.where(correlation > 0, np.exp(log_p), 1.0),
         correlation=correlation,
+        drift=np.sqrt(correlation * cast(int, stream.n_rows)),
         threshold=ALPHA / d,
         span=stream.window,
         n_groups=k,
@@ -125,13 +127,18 @@ def _compare_footers(
 
 
 def _compare_sample(
-    stream: Stream, windows: np.ndarray, rng: np.random.Generator
+    stream: Stream,
+    windows: np.ndarray,
+    make_statistic: Callable[[np.ndarray], Statistic],
+    rng: np.random.Generator,
 ) -> OrderReport | None:
     """Compare windows by blocks of their rows, if those are cheap enough to read."""
     width = max(1, int(np.prod(stream.source.sample_shape or (1,))))
+    most = min(_MAX_ROWS, _MAX_VALUES // width)
     for k, n_blocks in _DESIGNS:
         chosen = _stratified(windows, k, rng)
-        places, block = _draw_blocks(chosen, n_blocks, _WINDOW_VALUES // width, rng)
+        per_window = min(_MAX_BLOCKS, max(_MIN_BLOCKS, n_blocks // len(chosen)))
+        places, block = _draw_blocks(chosen, per_window, most // len(chosen), rng)
         reads, cost = _plan_reads(stream.source, places.ravel(), block, width)
         if cost <= _BUDGET:
             break
@@ -142,15 +149,26 @@ def _compare_sample(
         rows = np.concatenate(list(parts))
     if not np.isfinite(rows).all():
         return None
-    with np.errstate(all="ignore"):  # of values that are too large to be squared
-        return make_report(stream, _compare_blocks(stream, chosen, rows, block))
+    statistic = make_statistic(rows[:: -(-len(rows) // PILOT_ROWS)])
+    blocks = rows.reshape(places.size, block, *rows.shape[1:])
+    return compare(
+        stream,
+        statistic,
+        [Part(np.array([statistic.sums(b) for b in blocks]), block, statistic.names)],
+        np.repeat(np.arange(len(chosen)), places.shape[1]),
+        span=stream.window,
+        rows_read=len(rows),
+        middles=chosen.mean(axis=1),
+    )
 
 
 def _stratified(windows: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw *k* windows, one from each stratum of the table, or all if they are fewer."""
+    """Draw *k* windows, the first, the last, and one from each stratum between, or take all."""
     k = min(len(windows), k)
     edges = np.arange(k + 1) * len(windows) // k
-    return windows[rng.integers(edges[:-1], edges[1:])]
+    drawn = rng.integers(edges[:-1], edges[1:])
+    drawn[[0, -1]] = 0, len(windows) - 1
+    return windows[drawn]
 
 
 def _draw_blocks(
@@ -192,50 +210,3 @@ def _read_blocks(source: Source, start: int, places: np.ndarray, *, block: int) 
                 parts.append(rows[max(0, place - start) : place + block - start].copy())
             start += len(rows)
     return np.concatenate(parts)
-
-
-def _compare_blocks(
-    stream: Stream, windows: np.ndarray, rows: np.ndarray, block: int
-) -> Comparison:
-    """Compare *windows* by the means of blocks of *block* rows each, which are *rows*."""
-    from pymc.variational._streaming.order.features import Features
-
-    features = Features.fit(rows, stream.source.columns)
-    single, sums, _ = features.sums(rows, 0, block, np.arange(block))
-    blocks = (sums / block).reshape(len(windows), -1, len(features.names))
-    k, n_blocks, _ = blocks.shape
-    found = _test(blocks, single)
-    threshold = ALPHA / len(features.names)
-    in_few_blocks = PowerSums.of(blocks.reshape(k * n_blocks, -1)).events() < _MIN_EVENTS
-    rare = np.flatnonzero(in_few_blocks & (found.p_value < threshold))
-    variance = np.maximum(single.variance, 1e-300)
-    means = (blocks.mean(axis=1) - single.mean) / np.sqrt(variance)
-    return Comparison(
-        names=features.names,
-        p_value=np.where(in_few_blocks, 1.0, found.p_value),
-        correlation=np.minimum(found.component / variance, 1.0),
-        threshold=threshold,
-        span=stream.window,
-        n_groups=k,
-        n_units=k * n_blocks,
-        rows_read=len(rows),
-        middles=windows.mean(axis=1),
-        means=means,
-        noise=np.broadcast_to(np.sqrt(found.within / n_blocks / variance), means.shape),
-        note=_RARE_NOTE.format(features.names[rare[0]]) if len(rare) else "",
-    )
-
-
-def _test(blocks: np.ndarray, single: PowerSums) -> Anova:
-    """Compare windows by their blocks; both halves of the blocks must agree on an alarm."""
-    found = _anova_of(blocks, single)
-    halves = [_anova_of(half, single).p_value for half in (blocks[:, ::2], blocks[:, 1::2])]
-    weaker = np.maximum(*halves)
-    p_value = np.where(weaker > _HALF_LEVEL, np.maximum(found.p_value, weaker), found.p_value)
-    return found._replace(p_value=p_value)
-
-
-def _anova_of(blocks: np.ndarray, single: PowerSums) -> Anova:
-    k, n_blocks, n_features = blocks.shape
-    squares = group_squares(blocks.sum(axis=1), np.full(k, n_blocks))
-    return anova(squares, k, PowerSums.of(blocks.reshape(-1, n_features)), single.events())

@@ -24,12 +24,22 @@ import numpy as np
 
 from scipy import stats
 
+from pymc.variational._streaming.order.features import Statistic, correlation
+from pymc.variational._streaming.order.ranks import ALPHA, compare_groups
 from pymc.variational._streaming.sources.base import Source
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Comparison", "OrderReport", "Stream", "make_report", "report_one_window"]
+__all__ = [
+    "Comparison",
+    "OrderReport",
+    "Part",
+    "Stream",
+    "compare",
+    "make_report",
+    "report_one_window",
+]
 
 _MAX_DESIGN_EFFECT = 5.0
 _MAX_DRIFT = 10.0
@@ -49,30 +59,40 @@ class Stream(NamedTuple):
     """Number of rows in the table, or of those seen so far where it is unknown."""
 
 
+class Part(NamedTuple):
+    """Sums over rows of one kind, of each unit that is compared."""
+
+    units: np.ndarray
+    """shape (n_units, n_coordinates)"""
+    unit_rows: float
+    """Number of rows that a unit stands for."""
+    names: Sequence[str]
+
+
 class Comparison(NamedTuple):
-    """Groups of rows that were compared feature by feature."""
+    """Groups of units that were compared, coordinate by coordinate."""
 
     names: Sequence[str]
-    """Names of the features."""
     p_value: np.ndarray
-    """shape (n_features,)"""
+    """shape (n_coordinates,)"""
     correlation: np.ndarray
-    """Correlation ρ of rows in the same group, shape (n_features,)."""
+    """Correlation ρ of rows in the same group, shape (n_coordinates,)."""
+    drift: np.ndarray
+    """How far the posterior mean follows the groups, in its sd, shape (n_coordinates,)."""
     threshold: float
-    """P-value below which a feature may raise the alarm."""
+    """P-value below which a coordinate may raise the alarm."""
     span: int
     """Number of rows of the table that a group stands for."""
     n_groups: int
     n_units: int
-    """Number of units (rows, or blocks of rows) in all groups."""
     rows_read: int
     """Number of rows that the comparison used."""
     middles: np.ndarray
     """Row in the middle of each group of the figure, shape (k,)."""
     means: np.ndarray
-    """Mean of each feature there, in its standard deviations; shape (k, n_features)."""
+    """Mean of each coordinate there, in standard deviations of a row; shape (k, n_coordinates)."""
     noise: np.ndarray
-    """Standard error that random groups would have; shape (k, n_features)."""
+    """Standard error that random groups would have; shape (k, n_coordinates)."""
     note: str = ""
     """What limits the comparison, or what else it found."""
 
@@ -93,7 +113,7 @@ class OrderReport:
     ordered: bool = False
     """Whether the rows are in an order that windows do not mix and a posterior would notice."""
     feature: str = ""
-    """Name of the column, square or product that differs most between windows."""
+    """Name of what differs most between windows: a parameter's gradient, a column or a product."""
     p_value: float = 1.0
     """Probability that windows of shuffled rows differ as much in this feature."""
     threshold: float = 0.0
@@ -101,7 +121,10 @@ class OrderReport:
     design_effect: float = 1.0
     """Variance of a window's mean, over that of as many random rows (Kish)."""
     drift: float = 0.0
-    """How far the last iterate drifts, about, in posterior standard deviations: √(ρN)."""
+    """How far the posterior mean would follow the windows, in posterior standard deviations.
+
+    By the Hessian of some of the rows; without a model, √(ρN) with the correlation ρ of rows in the
+    same window."""
     visible: float = 0.0
     """Drift that this check would just have seen."""
     rows_read: int = 0
@@ -164,11 +187,10 @@ class OrderReport:
         return (
             f"The rows are in an order that the stream does not mix: {self.feature!r} differs "
             f"between {groups}. Shuffle the table once: {self.repair}. "
-            f"The design effect is {self.design_effect:,.0f} (means vary that many times as much "
-            f"as those of random rows; p = {self.p_value:.1g}, alarm below "
-            f"{self.threshold:.1g}), one window covers {share:.2g} % of the "
-            f"{self.n_rows:,} rows, and posterior means can drift by about {self.drift:,.0f} "
-            "posterior standard deviations."
+            f"The posterior mean would follow them by about {self.drift:,.0f} posterior standard "
+            f"deviations (p = {self.p_value:.1g}, alarm below {self.threshold:.1g}), the design "
+            f"effect is {self.design_effect:,.0f} (means vary that many times as much as those of "
+            f"random rows), and one window covers {share:.2g} % of the {self.n_rows:,} rows"
         )
 
     def _all_clear(self, groups: str) -> str:
@@ -192,20 +214,65 @@ class OrderReport:
         )
 
 
+def compare(
+    stream: Stream,
+    statistic: Statistic,
+    parts: Sequence[Part],
+    groups: np.ndarray,
+    *,
+    span: int,
+    rows_read: int,
+    middles: np.ndarray,
+    alpha: float = ALPHA,
+    note: str = "",
+) -> OrderReport:
+    """Compare groups of units in all *parts*, and report what differs most."""
+    n_rows = cast(int, stream.n_rows)
+    columns: list[tuple[np.ndarray, ...]] = []
+    sizes = np.bincount(groups)[:, None]
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    for units, unit_rows, _ in parts:
+        units = np.nan_to_num(units, posinf=0.0, neginf=0.0)
+        found = compare_groups(units, groups)
+        rows = correlation(found, unit_rows)
+        drift = statistic.drift(units, groups, found, unit_rows, n_rows)
+        # Heavy tails blur variances, but not those of ranks.
+        ranked = found.rank_ratio / (found.rank_ratio + unit_rows)
+        rows = np.where(_noticed(rows, drift, span), rows, np.maximum(rows, ranked))
+        drift = np.where(drift > 0, drift, np.sqrt(n_rows * rows))
+        means = np.add.reduceat(units - units.mean(axis=0), starts) / sizes
+        means /= np.sqrt(found.within * unit_rows)
+        noise = np.broadcast_to(1 / np.sqrt(sizes * unit_rows), means.shape)
+        p_value = np.minimum(found.p_value, found.pooled)
+        columns.append((p_value, rows, drift, means, noise))
+    p_value, rows, drift, means, noise = (np.concatenate(c, axis=-1) for c in zip(*columns))
+    comparison = Comparison(
+        names=[name for part in parts for name in part.names],
+        p_value=p_value,
+        correlation=rows,
+        drift=drift,
+        threshold=alpha / (len(p_value) + len(parts)),
+        span=span,
+        n_groups=len(middles),
+        n_units=len(groups),
+        rows_read=rows_read,
+        middles=middles,
+        means=means,
+        noise=noise,
+        note=note,
+    )
+    return make_report(stream, comparison)
+
+
 def make_report(stream: Stream, found: Comparison) -> OrderReport:
-    """Report the features that differ most between groups.
+    """Report the coordinates that differ most between groups.
 
     An alarm is a difference that is significant, and large enough for a posterior to notice.
-    The mean of a group is off by σ √ρ, and the posterior's own is known to σ / √N; so the last
-    iterate drifts by about √(ρN) posterior standard deviations.
     """
     n_rows = cast(int, stream.n_rows)
-    design_effect = 1.0 + (found.span - 1.0) * found.correlation
-    drift = np.sqrt(found.correlation * n_rows)
-    noticed = (design_effect > _MAX_DESIGN_EFFECT) | (drift > _MAX_DRIFT)
-    alarming = (found.p_value < found.threshold) & noticed
-    alarms_first = np.where(alarming, -found.correlation, 1.0)
-    worst = np.lexsort((-found.correlation, found.p_value, alarms_first))
+    alarming = found.p_value < found.threshold
+    alarming &= _noticed(found.correlation, found.drift, found.span)
+    worst = np.lexsort((-found.drift, found.p_value, np.where(alarming, -found.drift, 1.0)))
     first = worst[0]
     return OrderReport(
         window=stream.window,
@@ -215,13 +282,17 @@ def make_report(stream: Stream, found: Comparison) -> OrderReport:
         feature=found.names[first],
         p_value=float(found.p_value[first]),
         threshold=found.threshold,
-        design_effect=float(design_effect[first]),
-        drift=float(drift[first]),
+        design_effect=float(1 + (found.span - 1) * found.correlation[first]),
+        drift=float(found.drift[first]),
         visible=_visible_drift(found, n_rows),
         rows_read=found.rows_read,
         _found=found,
         _shown=tuple(worst[:_SHOWN]),
     )
+
+
+def _noticed(correlation: np.ndarray, drift: np.ndarray, span: int) -> np.ndarray:
+    return ((span - 1.0) * correlation > _MAX_DESIGN_EFFECT - 1) | (drift > _MAX_DRIFT)
 
 
 def _visible_drift(found: Comparison, n_rows: int) -> float:
