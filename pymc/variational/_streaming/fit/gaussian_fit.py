@@ -22,9 +22,9 @@ import numpy as np
 
 from scipy.stats import chi2
 
-__all__ = ["Gaussian", "best_gaussian", "best_scales", "normal_draws"]
+from pymc.variational._streaming.fit.trust_region import Function
 
-Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
+__all__ = ["Gaussian", "best_gaussian", "best_scales", "normal_draws", "weigh"]
 
 _MAX_RATIO = 4.0
 """Factor by which a variance may change in one step."""
@@ -38,6 +38,15 @@ class Gaussian(NamedTuple):
     bound: float
     """Its evidence lower bound, but for a constant."""
     converged: bool
+
+
+class Moments(NamedTuple):
+    """Moments of a density."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    efficiency: float
+    """Effective number of draws over their number, 1 for a Gaussian density."""
 
 
 class _Expectation(NamedTuple):
@@ -67,7 +76,6 @@ def best_gaussian(
     *,
     tolerance: float = 0.02,
     max_steps: int = 30,
-    show: Callable[[float], None] = lambda distance: None,
 ) -> Gaussian:
     """Return the Gaussian with the highest bound, from steps that each raise it.
 
@@ -101,11 +109,36 @@ def best_gaussian(
         sd, new_sd = np.linalg.norm(factor, axis=1), np.sqrt(np.diag(covariance))
         moved = max(np.abs((new_mean - mean) / new_sd).max(), np.abs(np.log(new_sd / sd)).max())
         mean, factor, here = new_mean, new_factor, new
-        show(moved / share)
         if moved < tolerance * share:
             return Gaussian(mean, covariance, here.bound, True)
         share = min(1.0, 2 * share)
     return Gaussian(mean, factor @ factor.T, here.bound, False)
+
+
+def weigh(
+    function: Callable[[np.ndarray], float],
+    mean: np.ndarray,
+    covariance: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    pairs: int = 1_000,
+) -> Moments:
+    """Return mean and covariance of a density that is near a Gaussian, by importance sampling.
+
+    The largest weights are truncated (Ionides 2008). Standard deviations are those of the Gaussian times
+    ratios of weighted to unweighted draws, in which most of the noise cancels.
+    """
+    half = rng.normal(size=(pairs, len(mean)))
+    draws = np.concatenate([half, -half])
+    offsets = draws @ np.linalg.cholesky(covariance).T
+    logs = np.array([function(mean + offset) for offset in offsets]) + (draws**2).sum(axis=1) / 2
+    weights = np.exp(np.nan_to_num(logs, nan=-np.inf) - logs[np.isfinite(logs)].max())
+    weights = np.minimum(weights, weights.mean() * math.sqrt(len(weights)))
+    weights /= weights.sum()
+    shift = weights @ offsets
+    ratio = np.sqrt((weights @ offsets**2 - shift**2) / (offsets**2).mean(axis=0))
+    efficiency = float(1 / (weights**2).sum() / len(weights))
+    return Moments(mean + shift, covariance * np.outer(ratio, ratio), efficiency)
 
 
 def best_scales(
@@ -114,19 +147,19 @@ def best_scales(
     scales: np.ndarray,
     *,
     max_steps: int = 10,
-) -> tuple[np.ndarray, float]:
-    """Return the standard deviations of the best mean-field Gaussian, and its bound."""
+) -> np.ndarray:
+    """Return the standard deviations of the best mean-field Gaussian of a given mean."""
     best, bound = scales, -np.inf
     for _ in range(max_steps):
         here = _expect(parts, mean, np.diag(scales))
         if here.bound < bound:
-            return best, bound
+            break
         best, bound = scales, here.bound
         ratio = -np.diag(here.hessian) * scales**2
         scales = scales / np.sqrt(np.clip(ratio, 1 / _MAX_RATIO, _MAX_RATIO))
         if np.abs(np.log(scales / best)).max() < 1e-3:
             break
-    return best, bound
+    return best
 
 
 def _expect(
