@@ -35,12 +35,7 @@ from pymc.variational._streaming.fit.gaussian import (
     set_mean,
     set_scale,
 )
-from pymc.variational._streaming.fit.gaussian_fit import (
-    best_gaussian,
-    best_scales,
-    normal_draws,
-    weigh,
-)
+from pymc.variational._streaming.fit.gaussian_fit import importance_moments
 from pymc.variational._streaming.fit.mean_field import (
     MeanField,
     best_mean_field,
@@ -68,7 +63,7 @@ _MAX_DENSE = 500
 _SIZES = (4_096, 32_768, 262_144)
 """Rows of the samples, each of which starts from the optimum of the one before."""
 
-_DRAW_ROWS = 65_536
+_DRAW_ROWS = 16_384
 """Rows at which likelihoods are evaluated for draws of the approximation."""
 
 _PRIOR_PAIRS = 128
@@ -272,63 +267,30 @@ def _highest_mode(
     """Return the highest optimum from some starts, and note that there are several."""
     for _ in range(_OTHER_STARTS):
         other = find(x + rng.normal(size=len(x)), max_steps=50)
-        if not other.curvature.is_concave or not np.isfinite(other.value):
-            continue
-        distance = other.curvature.distance(other.x - optimum.x)
-        low, high = sorted((optimum, other), key=lambda mode: mode.value)
-        if distance > _SEPARATE and low.distance < 1 and high.value - low.value < _MODE_GAP:
+        low, high = sorted((optimum, other), key=lambda mode: mode.log_evidence)
+        gap = high.log_evidence - low.log_evidence
+        if gap < _MODE_GAP and low.curvature.distance(other.x - optimum.x) > _SEPARATE:
             run.notes.append(
-                f"the posterior has another mode as high, {distance:.2g} sd away; means and "
-                "standard deviations are those of one mode"
+                "the posterior has another mode that is as high; means and standard deviations "
+                "are those of one mode"
             )
             return high
-        optimum = high
+        optimum = high if np.isfinite(high.log_evidence) else optimum
     return optimum
 
 
 def _fit_gaussian(run: _Run, optimum: Optimum, is_full: bool, rng: np.random.Generator) -> bool:
-    """Fit a Gaussian around an optimum, and return whether its bound could be raised to the end."""
-    size = len(optimum.x)
+    """Keep the moments of the posterior around an optimum, if it is near a Gaussian there."""
     few = run.sample.first(_DRAW_ROWS).around(optimum)
     prior = run.density.prior.value_and_gradient
-    n_prior = max(_PRIOR_PAIRS, 8 * size)
-    parts = [
-        (few, normal_draws(size, max(8, size), rng)),
-        (prior, normal_draws(size, n_prior, rng)),
-    ]
-    q = best_gaussian(parts, optimum.x, optimum.curvature.covariance())
-    if not q.converged:
+    moments = importance_moments(
+        lambda x: few(x)[0] + prior(x)[0], optimum.x, optimum.curvature.covariance(), rng
+    )
+    if moments.efficiency < _MIN_EFFICIENCY:
         return False
-    _keep_gaussian(run, optimum, q.mean, q.covariance, is_full, rng)
-    if not is_full:
-        run.best = run.best[0], best_scales(parts, *run.best)
+    run.covariance = moments.covariance
+    run.best = moments.mean, _family(moments.covariance, is_full)
     return True
-
-
-def _keep_gaussian(
-    run: _Run,
-    optimum: Optimum,
-    mean: np.ndarray,
-    covariance: np.ndarray,
-    is_full: bool,
-    rng: np.random.Generator,
-) -> None:
-    """Keep a Gaussian, with the moments of the posterior if it is near enough to it."""
-    few = run.sample.first(_SIZES[0]).around(optimum)
-    prior = run.density.prior.value_and_gradient
-
-    def log_density(y: np.ndarray) -> float:
-        return few(y)[0] + prior(y)[0]
-
-    moments = weigh(log_density, mean, covariance, rng)
-    if moments.efficiency > _MIN_EFFICIENCY:
-        mean, covariance = moments.mean, moments.covariance
-    else:
-        run.notes.append(
-            f"the posterior is not near a Gaussian: {moments.efficiency:.1%} of draws are "
-            "effective, so that means and standard deviations may be off"
-        )
-    run.best, run.covariance = (mean, _family(covariance, is_full)), covariance
 
 
 def _fit_ridge(

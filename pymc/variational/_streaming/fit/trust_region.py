@@ -153,6 +153,17 @@ class Optimum(NamedTuple):
     distance: float
     """Standard deviations to go, infinite where the function is not concave."""
 
+    @property
+    def log_evidence(self) -> float:
+        """Laplace's approximation of the logarithm of the integral, but for a constant.
+
+        It compares modes, as heights do not: that of a hierarchy without spread is infinite.
+        """
+        if not self.curvature.is_concave or not np.isfinite(self.value):
+            return -np.inf
+        log_scales = np.log(self.curvature.scale) - np.log(self.curvature.values) / 2
+        return float(self.value + log_scales.sum())
+
 
 def maximize(
     function: Function,
