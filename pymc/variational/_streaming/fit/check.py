@@ -50,10 +50,10 @@ __all__ = ["check_fit"]
 _SAMPLE_VALUES = 2**23
 """Values of rows up to which a sample is held in memory."""
 
-_SAMPLE_BLOCKS = 256
+_SAMPLE_BLOCKS = 64
 """Blocks of a sample, whose scatter shows what it is worth."""
 
-_SMALL_BLOCKS = 2048
+_SMALL_BLOCKS = 1024
 """Blocks of a sample in which parameters are looked for that few rows depend on."""
 
 _MAX_FACTOR = 30.0
@@ -165,9 +165,8 @@ def check_fit(
         read = partial(_read_all, density, rows=rows, executor=executor, advance=advance)
         passes = read(partial(_score, x=at), keep=_sample_size(streams, scales))
         samples = [_sample(part, term) for part, term in zip(passes, density.likelihoods)]
-        offset = rng.choice([-1.0, 1.0], len(at)) * marginal_sd(scales)
-        few = [_has_few(sample, part, at, offset) for sample, part in zip(samples, passes)]
-        offset[~np.any(few, axis=0)] = 0
+        few = [_has_few(sample, part, at) for sample, part in zip(samples, passes)]
+        offset = rng.choice([-1.0, 1.0], len(at)) * marginal_sd(scales) * np.any(few, axis=0)
         if offset.any():
             again = read(partial(_secant, x=at, offset=offset))
             samples = [_corrected(*pair, at, offset) for pair in zip(samples, again)]
@@ -295,15 +294,15 @@ def _sample(part: _Pass, term: Term) -> Sample:
     return Sample(term, blocks, part.total / len(rows), np.ones(size), np.zeros(size))
 
 
-def _has_few(sample: Sample, part: _Pass, x: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Return of which parameters a sample has few rows, shape (d,)."""
+def _has_few(sample: Sample, part: _Pass, x: np.ndarray) -> np.ndarray:
+    """Return on which parameters few rows of a sample depend, shape (d,)."""
     if sample.weight == 1:
         return np.zeros(len(x), bool)
     rows = np.concatenate(sample.blocks)
     blocks = np.array_split(rows, min(len(rows), _SMALL_BLOCKS))
     without = np.zeros(len(x), int)
     for block in blocks:
-        without += _secant(sample.term, block, x, signs)[0] == 0
+        without += sample.term.value_and_gradient(x, block)[1] == 0
     return (without > len(blocks) / 2) & (part.sums[2] > 0)
 
 

@@ -39,6 +39,9 @@ _MAX_DENSE = 256
 _PAIRS = 8
 """Least number of pairs of draws at which the likelihoods of the sample are evaluated."""
 
+_FEW_ROWS = 2**18
+"""Likelihoods of rows below which more pairs cost nothing."""
+
 _PRIOR_PAIRS = 128
 """The same of what does not depend on rows: it costs nothing beside them, and the priors of
 hierarchical models are far from quadratic."""
@@ -46,7 +49,7 @@ hierarchical models are far from quadratic."""
 _KRYLOV = 40
 """Hessian-vector products that find the extreme directions of many parameters."""
 
-_MAX_KRYLOV = 80
+_MAX_KRYLOV = 128
 """Hessian-vector products of a Newton step of many parameters, at most."""
 
 _SIGNS = 32
@@ -125,7 +128,8 @@ def find_optimum(
     from the *prior*.
     """
     function = _dense_optimum if is_dense(scale) else _iterative_optimum
-    return function(mean, scale, gradient, samples, prior, rng)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return function(mean, scale, gradient, samples, prior, rng)
 
 
 class _Probe:
@@ -188,7 +192,9 @@ def _dense_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
     factor = _factor(scale)
     probes, precision, expected, variance = [], np.zeros_like(factor), 0.0, 0.0
     for sample in samples:
-        probe = _Probe(mean, scale, pairs=_PAIRS, rng=rng)
+        pairs = _FEW_ROWS // sum(map(len, sample.blocks))
+        pairs = min(max(_PAIRS, pairs), _PRIOR_PAIRS)
+        probe = _Probe(mean, scale, pairs=pairs, rng=rng)
         for block in sample.blocks:
             probe.add(partial(sample.term.value_and_gradient, rows=block), sample.weight)
         part = _correct(probe.precision(), factor, sample)
@@ -361,7 +367,7 @@ def _solve(product, target: np.ndarray) -> np.ndarray:
         return target
     for basis, tridiagonal, beta in _lanczos(product, target, _MAX_KRYLOV):
         y = size * np.linalg.solve(tridiagonal, np.eye(len(tridiagonal))[0])
-        if beta * abs(y[-1]) < 1e-3 * size:
+        if beta * abs(y[-1]) < 1e-4 * size:
             break
     return np.array(basis[: len(y)]).T @ y
 
@@ -426,7 +432,8 @@ def _step_error(
     """
     monte_carlo = np.sqrt(sum(variance / n for variance, n in variances))
     single = np.sqrt(sum(variance for variance, _ in variances))
-    return monte_carlo + 2 * single * (np.abs(s / (1 - s)).max() + np.mean(step**2))
+    narrowest = np.maximum(np.abs(1 - s), 1e-3)
+    return monte_carlo + 2 * single * (np.abs(s / narrowest).max() + np.mean(step**2))
 
 
 def _factor(scale: np.ndarray) -> np.ndarray:
