@@ -53,6 +53,7 @@ from pymc.variational._streaming.fit.sample import Sample
 from pymc.variational._streaming.fit.trust_region import (
     RELATIVE_STEP,
     Curvature,
+    Function,
     Optimum,
     Pattern,
     maximize,
@@ -216,6 +217,7 @@ def polish(
                 set_mean(group, run.best[0])
                 set_scale(group, run.best[1])
             raise
+        run.max_passes = math.inf
         _note_flat(run)
         if run.best is None or not run.is_better(run.best, before, rng):
             run.covariance = None
@@ -249,7 +251,7 @@ class _Run:
         names: Sequence[str],
         executor: Executor | None,
         advance: Callable[..., None],
-        max_passes: int,
+        max_passes: float,
     ):
         self.density, self.names, self.max_passes = density, names, max_passes
         self._executor, self._advance = executor, advance
@@ -284,14 +286,16 @@ class _Run:
             for draw in draws
             for sign in (1, -1)
         ]
-        [values] = self.sum(partial(_values, points=points))
-        values = values + [self.density.prior.value_and_gradient(x)[0] for x in points]
-        bounds = values.reshape(2, len(draws), 2).mean(axis=2)
+        bounds = self.values(points).reshape(2, len(draws), 2).mean(axis=2)
         bounds = bounds + np.array([[_entropy(after[1])], [_entropy(before[1])]])
         gain = (bounds[0] - bounds[1])[np.isfinite(bounds[1])]
         error = gain.std() / math.sqrt(max(1, len(gain)))
         is_finite = bool(np.isfinite(bounds[0]).all())
         return is_finite and (not len(gain) or gain.mean() > -2 * error - 1e-3)
+
+    def values(self, points: Sequence[np.ndarray]) -> np.ndarray:
+        [values] = self.sum(partial(_values, points=points))
+        return values + [self.density.prior.value_and_gradient(x)[0] for x in points]
 
     def show(self, found: Optimum | MeanField) -> None:
         self._advance(0, f"Polishing, {found.distance:.2g} sd to go")
@@ -417,6 +421,7 @@ def _fit_ridge(
     prior = partial(expected, run.density.prior.value_and_gradient, draws[1])
     q = MeanField(optimum.x, optimum.curvature.scale, np.inf)
     sample = run.sample.first(_DRAW_ROWS)
+    likelihood: Function
     for likelihood in (run.sample.first(_SIZES[0]).likelihood, sample.likelihood):
         parts = [partial(expected, likelihood, draws[0]), prior]
         q = best_mean_field(parts, q.mean, q.scales, tolerance=tolerance, show=run.show)
@@ -479,16 +484,22 @@ def _note_flat(run: _Run) -> None:
         return
     mean, sample = run.best[0], run.sample.first(_SIZES[0])
     values, vectors = np.linalg.eigh(run.covariance)
+    axes = (vectors * np.sqrt(values)).T[::-1]
+    offsets = [_FAR * sign * axis for axis in axes for sign in (1, -1)]
     top = sample.value_and_gradient(mean)[0]
-    for axis in (vectors * np.sqrt(values)).T[::-1]:
-        for offset in (_FAR * axis, -_FAR * axis):
-            if sample.value_and_gradient(mean + offset)[0] > top - 1:
-                name = run.names[int(np.argmax(np.abs(axis)))]
-                run.notes.append(
-                    f"the posterior does not fall off along {name}, and may have no mean: give it "
-                    "a prior, or look for a column that separates the outcomes"
-                )
-                return
+    flat = [v for v in offsets if sample.value_and_gradient(mean + v)[0] > top - 1]
+    if not flat:
+        return
+    # The sample may lack the few rows that decide.
+    heights = run.values([mean, *(mean + offset for offset in flat)])
+    for offset, height in zip(flat, heights[1:]):
+        if height > heights[0] - 1:
+            name = run.names[int(np.argmax(np.abs(offset)))]
+            run.notes.append(
+                f"the posterior does not fall off along {name}, and may have no mean: give it a "
+                "prior, or look for a column that separates the outcomes"
+            )
+            return
 
 
 def _family(covariance: np.ndarray, is_full: bool) -> np.ndarray:
