@@ -193,4 +193,6 @@ def test_a_fit_ends_at_the_noise_floor():
             progressbar=False,
         )
     assert 400 <= len(approx.hist) < 5_000
-    assert abs(approx.mean.eval()[0] - rows.mean()) < 5 * 2 / np.sqrt(len(rows))
+    report = polish(approx, ds, progressbar=False)
+    assert abs(approx.mean.eval()[0] - rows.mean()) < 0.1 * report.sd[0]
+    np.testing.assert_allclose(report.sd, 2 / np.sqrt(len(rows)), rtol=0.01)
