@@ -41,6 +41,8 @@ from pymc.variational._streaming.errors import (
 )
 from pymc.variational._streaming.fit.average import EpochAverage
 from pymc.variational._streaming.fit.check import check_fit
+from pymc.variational._streaming.fit.noise_floor import CheckNoiseFloor
+from pymc.variational._streaming.fit.polish import polish
 from pymc.variational._streaming.fit.predict import LogScore, log_score, predict
 from pymc.variational._streaming.fit.report import FitReport
 from pymc.variational._streaming.fit.resume import resumable_fit
@@ -52,6 +54,7 @@ from pymc.variational._streaming.sources.arrow import arrow_source
 from pymc.variational._streaming.sources.parquet.parquet import parquet_source
 
 __all__ = [
+    "CheckNoiseFloor",
     "EpochAverage",
     "FitReport",
     "LogScore",
@@ -67,6 +70,7 @@ __all__ = [
     "check_order",
     "log_score",
     "parquet_source",
+    "polish",
     "predict",
     "preshuffle",
     "resumable_fit",

@@ -156,6 +156,12 @@ class FitReport:
     """Mean that was checked."""
     optimum: Optimum = field(repr=False)
     """Where one Newton step leads."""
+    passes: int = 1
+    """Passes over all rows that were made."""
+    seconds: float | None = None
+    """Time that :func:`polish` took, None for a check alone."""
+    notes: tuple[str, ...] = ()
+    """What :func:`polish` has to say about the posterior, and about how it ended."""
 
     @property
     def rows(self) -> int:
@@ -309,6 +315,9 @@ class FitReport:
 
     def _numbers(self) -> list[str]:
         lines = [f"{self.rows:,} rows; ELBO {self.elbo:,.2f} ± {self.elbo_error:.2g}"]
+        if self.seconds is not None:
+            lines.append(f"Polished in {self.passes} passes and {self.seconds:.1f} s.")
+        lines += [note[0].upper() + note[1:] + "." for note in self.notes]
         if self.z_error:
             lines.append(f"z has a standard error of {self.z_error:.2g}: not all rows were read.")
         if _FINE_Z < self.optimum.step_error < np.inf:
