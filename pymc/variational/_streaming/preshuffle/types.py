@@ -14,99 +14,83 @@
 """Arrow types that can be taken apart and put together again by rows.
 
 Dictionaries differ from batch to batch, and Arrow cannot take rows of views.  So columns of both
-are shuffled as plain values, and become what they were when the result is written.
+are shuffled as plain values; dictionary columns are encoded again when the result is written.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.summary import dictionary_of
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = [
-    "add_dictionaries",
-    "dictionaries_of",
-    "dictionary_columns",
-    "plain_schema",
-    "restore",
-    "to_plain",
-]
+__all__ = ["conform", "encode", "plain_schema", "result_schema"]
+
+
+def result_schema(schemas: Sequence["pyarrow.Schema"]) -> "pyarrow.Schema":
+    """Return types that hold the values of all *schemas*, in the order of the first.
+
+    Views become plain types, and dictionaries have int32 indices, to count the values of all.
+    """
+    pa = import_pyarrow()
+    merged = pa.unify_schemas([plain_schema(s) for s in schemas], promote_options="permissive")
+    fields = []
+    for field in schemas[0]:
+        plain, kinds = merged.field(field.name), [s.field(field.name).type for s in schemas]
+        if all(map(pa.types.is_dictionary, kinds)):
+            ordered = all(kind.ordered for kind in kinds)
+            plain = plain.with_type(pa.dictionary(pa.int32(), plain.type, ordered))
+        fields.append(plain.with_metadata(field.metadata))
+    return pa.schema(fields, schemas[0].metadata)
 
 
 def plain_schema(schema: "pyarrow.Schema") -> "pyarrow.Schema":
-    """Return *schema* with plain types, and without metadata."""
-    is_dictionary = import_pyarrow().types.is_dictionary
-    fields = []
-    for field in schema:
-        kind = field.type.value_type if is_dictionary(field.type) else field.type
-        fields.append(field.with_type(_plain(kind)).remove_metadata())
+    """Return the plain types of all columns, without metadata."""
+    fields = [_plain_field(field).remove_metadata() for field in schema]
     return import_pyarrow().schema(fields)
 
 
-def to_plain(batch: "pyarrow.RecordBatch", plain: "pyarrow.Schema") -> "pyarrow.RecordBatch":
-    """Convert a batch to the types of *plain*."""
-    columns = [_cast(column, field.type) for column, field in zip(batch.columns, plain)]
-    return import_pyarrow().RecordBatch.from_arrays(columns, schema=plain)
+def conform(batch: "pyarrow.RecordBatch", plain: "pyarrow.Schema") -> "pyarrow.RecordBatch":
+    """Return the columns of *plain*, found by name and converted to its types without loss."""
+    pa, columns = import_pyarrow(), []
+    for field in plain:
+        column = batch.column(field.name)
+        if pa.types.is_dictionary(column.type):
+            column = dictionary_of(column).take(column.indices)
+        try:
+            columns.append(column if column.type.equals(field.type) else column.cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
+            raise StreamError(
+                f"column {field.name!r} is {field.type} and {column.type} ({err}); "
+                "write it with one type that holds all values"
+            ) from None
+    return pa.RecordBatch.from_arrays(columns, schema=plain)
 
 
-def restore(
+def encode(
     batch: "pyarrow.RecordBatch",
     schema: "pyarrow.Schema",
     dictionaries: Mapping[str, "pyarrow.Array"],
 ) -> "pyarrow.RecordBatch":
-    """Convert a batch of plain types to *schema*, with these dictionaries."""
+    """Encode the dictionary columns of *schema* with these dictionaries."""
     pa = import_pyarrow()
     columns = []
     for column, field in zip(batch.columns, schema):
         if field.name in dictionaries:
             values = dictionaries[field.name]
-            indices = pa.compute.index_in(column, value_set=values).cast(field.type.index_type)
-            column = pa.DictionaryArray.from_arrays(
-                indices, values.cast(field.type.value_type), ordered=field.type.ordered
-            )
-        columns.append(_cast(column, field.type))
+            indices = pa.compute.index_in(column, value_set=values)
+            column = pa.DictionaryArray.from_arrays(indices, values, ordered=field.type.ordered)
+        columns.append(column)
     return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def dictionary_columns(schema: "pyarrow.Schema") -> list[str]:
-    """Return the names of the columns that are dictionaries themselves."""
-    is_dictionary = import_pyarrow().types.is_dictionary
-    return [field.name for field in schema if is_dictionary(field.type)]
-
-
-def dictionaries_of(batch: "pyarrow.RecordBatch") -> dict[str, "pyarrow.Array"]:
-    """Return the values of each dictionary column."""
-    return {name: batch[name].dictionary for name in dictionary_columns(batch.schema)}
-
-
-def add_dictionaries(
-    known: dict[str, "pyarrow.Array"], found: Mapping[str, "pyarrow.Array"]
-) -> None:
-    """Append to each dictionary of *known* the values that only *found* has.
-
-    A partition meets values in random order, but the order of categories has a meaning: it is
-    that of their first appearance in the source.
-    """
-    pa = import_pyarrow()
-    for name, values in found.items():
-        before = known.setdefault(name, values)
-        if not values.equals(before):
-            new = values.filter(pa.compute.invert(pa.compute.is_in(values, value_set=before)))
-            known[name] = pa.concat_arrays([before, new]) if len(new) else before
-
-
-def _cast(array: "pyarrow.Array", target: "pyarrow.DataType") -> "pyarrow.Array":
-    return array if array.type.equals(target) else array.cast(target)
 
 
 def _plain(kind: "pyarrow.DataType") -> "pyarrow.DataType":
     pa = import_pyarrow()
-    is_ = pa.types
+    is_: Any = pa.types
     if is_.is_dictionary(kind):
-        if kind.ordered:  # by values that a partition meets in another order
-            raise ValueError(f"columns must not hold nested {kind}; decode it first")
         return _plain(kind.value_type)
     if is_.is_string_view(kind):
         return pa.large_string()

@@ -152,6 +152,10 @@ class _IpcSource(Source):
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         return skip_rows(self._read_from(first), start - int(self._starts[first]))
 
+    def batches(self) -> Iterator[Any]:
+        for file in self._files:
+            yield from self._batches(file, 0)
+
     def _read_from(self, first: int) -> Iterator[np.ndarray]:
         """Read on from the record batch *first*, counted over all files."""
         for file in self._files:
@@ -160,12 +164,16 @@ class _IpcSource(Source):
             first -= len(file.batch_rows)
 
     def _read(self, file: _IpcFile, first: int) -> Iterator[np.ndarray]:
+        for number, batch in enumerate(self._batches(file, first), start=first):
+            yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
+
+    def _batches(self, file: _IpcFile, first: int) -> Iterator[Any]:
         with _reading(file.path, file.fields) as reader:
             file.require_unchanged("since the source was made")
             for number in range(first, len(file.batch_rows)):
                 batch = reader.get_batch(number)
                 batch.validate(full=True)
-                yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
+                yield batch
             file.require_unchanged("while it was read")
 
 

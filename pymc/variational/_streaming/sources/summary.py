@@ -18,7 +18,7 @@ import html
 import json
 import math
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +30,9 @@ from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["ColumnSummary", "Summarizer", "Summary"]
+__all__ = ["SUMMARY_KEY", "ColumnSummary", "Summarizer", "Summary", "dictionary_of"]
 
-_KEY = b"pymc.summary"
+SUMMARY_KEY = b"pymc.summary"
 MAX_LEVELS = 4096
 """Largest number of levels that metadata hold; a column of strings with more counts as text."""
 _FIGURES = ("rows", "nulls", "min", "max", "mean", "sd")
@@ -82,14 +82,18 @@ class Summary(Mapping[str, ColumnSummary]):
     def __len__(self) -> int:
         return len(self.columns)
 
+    def select(self, columns: Iterable[str]) -> "Summary":
+        """Return the summary of some columns."""
+        return Summary(self.rows, {name: self.columns[name] for name in columns})
+
     def to_metadata(self) -> dict[bytes, bytes]:
         """Return the key and the value for the metadata of a file."""
-        return {_KEY: json.dumps(dataclasses.asdict(self)).encode()}
+        return {SUMMARY_KEY: json.dumps(dataclasses.asdict(self)).encode()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, path: str) -> "Summary | None":
         """Read what :meth:`to_metadata` wrote to the file at *path*; None if it did not."""
-        entry = (metadata or {}).get(_KEY)
+        entry = (metadata or {}).get(SUMMARY_KEY)
         if entry is None:
             return None
         try:
@@ -149,7 +153,7 @@ class Summarizer:
         """Add the dictionaries of a batch, without its rows."""
         for column, values in zip(self._columns, batch.columns):
             if _is_dictionary(values.type):
-                column.add_levels(values.dictionary)
+                column.add_levels(dictionary_of(values))
 
     def merge(self, later: "Summarizer") -> None:
         """Add the rows that follow."""
@@ -187,7 +191,8 @@ class _Column:
     def add(self, array: "pyarrow.Array") -> None:
         """Add the values of a batch."""
         pc = import_pyarrow().compute
-        array = array.dictionary_decode() if _is_dictionary(array.type) else array
+        if _is_dictionary(array.type):
+            array = dictionary_of(array).take(array.indices)
         n_rows = len(array)
         array = array.drop_null() if array.null_count else array
         numbers = _as_numbers(array)
@@ -277,6 +282,12 @@ def _as_numbers(array: "pyarrow.Array") -> Any:
     if is_.is_float16(kind):
         return array.cast(pa.float32())
     return array if is_.is_integer(kind) or is_.is_floating(kind) else None
+
+
+def dictionary_of(array: "pyarrow.DictionaryArray") -> "pyarrow.Array":
+    """Return the values of a dictionary, which Arrow could not take if they were views."""
+    pa, values = import_pyarrow(), array.dictionary
+    return values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values
 
 
 def _is_dictionary(kind: "pyarrow.DataType") -> bool:

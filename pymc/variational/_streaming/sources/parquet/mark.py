@@ -43,7 +43,7 @@ class PreshuffleMark:
     source: str
     """Path of the rows that were shuffled, for a person to read."""
     fingerprint: str
-    """Digest of the sizes and footers of the files that were shuffled, and of the columns."""
+    """Digest of what was shuffled: the summary of the rows, and sizes and footers of files."""
     n_rows: int
     """Number of rows in all files of the shuffle."""
     n_files: int
@@ -80,8 +80,12 @@ def read_mark(path: str, metadata: "pyarrow.parquet.FileMetaData") -> Preshuffle
     return mark if mark.data_end == _data_end(metadata) else None
 
 
-def check_marks(marks: Mapping[str, PreshuffleMark | None]) -> PreshuffleMark | None:
+def check_marks(
+    marks: Mapping[str, PreshuffleMark | None], *, partial: bool = False
+) -> PreshuffleMark | None:
     """Return the first mark of the files at these paths; None if no file is marked.
+
+    With *partial*, some of the files of a shuffle are enough.
 
     Raises
     ------
@@ -103,17 +107,17 @@ def check_marks(marks: Mapping[str, PreshuffleMark | None]) -> PreshuffleMark | 
         if (mark.shuffle, mark.n_rows) != (expected.shuffle, expected.n_rows):
             raise StreamError(
                 f"{path} and {first} belong to two shuffles (seeds {mark.seed} and "
-                f"{expected.seed}); preshuffle all rows together"
+                f"{expected.seed}), or to two parts of a split; pass one of them"
             )
         if paths.setdefault(mark.index, path) != path:
             raise StreamError(
                 f"{path} and {paths[mark.index]} are the same file of a shuffle; remove one"
             )
     missing = expected.n_files - len(paths)
-    if missing:
+    if missing and not partial:
         raise StreamError(
             f"{first}: {missing} of the {expected.n_files} files of its shuffle are missing; "
-            "pass all of them, or run preshuffle(...) again"
+            "pass all of them, or partial=True if the others are left out on purpose"
         )
     return expected
 

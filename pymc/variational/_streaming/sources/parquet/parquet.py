@@ -35,6 +35,7 @@ from pymc.variational._streaming.sources.parquet.mark import check_marks, read_m
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
 from pymc.variational._streaming.sources.rows import RowFormat, piece_rows
+from pymc.variational._streaming.sources.summary import Summary
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def parquet_source(
     shuffle_row_groups: bool = False,
     seed: int | None = None,
     invalid: Literal["raise", "drop"] = "raise",
+    partial: bool = False,
     filesystem: Any = None,
 ) -> Source:
     """Stream the rows of Parquet files in bounded memory.
@@ -73,6 +75,9 @@ def parquet_source(
         What to do with a row that holds a null, a NaN, an infinity or an integer that the
         rows' dtype cannot hold exactly. "drop" reads the table once to count such rows, so
         that ``n_rows`` is right, and shows their number as ``.n_dropped``.
+    partial : bool, default False
+        Accept some of the files that :func:`preshuffle` wrote, such as all but those that are
+        held out; they hold a random sample of the rows.
     filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
         Filesystem of *path*. Default: the local one, or the one that a URI names.
 
@@ -117,7 +122,7 @@ def parquet_source(
     if isinstance(columns, str):
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     fs, paths = list_parquet(path, filesystem)
-    source = _ParquetSource(fs, paths, columns, shuffle_row_groups, seed, invalid)
+    source = _ParquetSource(fs, paths, columns, shuffle_row_groups, seed, invalid, partial)
     source.path = os.fspath(path) if isinstance(path, str | os.PathLike) else list(path)
     return source
 
@@ -131,10 +136,11 @@ class _ParquetSource(Source):
         shuffle_row_groups: bool,
         seed: int | None,
         invalid: Literal["raise", "drop"],
+        partial: bool,
     ):
         self._fs = fs
         self.concurrent = fsspec_of(fs) is None  # fsspec's own need not be safe to share
-        self._open_all(paths, columns)
+        self._open_all(paths, columns, partial)
         self._piece_rows = piece_rows(len(self._format.columns))
         self.seed = draw_seed(seed) if shuffle_row_groups else None
         self._drop = invalid == "drop"
@@ -147,10 +153,10 @@ class _ParquetSource(Source):
         contents = [(file.size, file.digest) for file in self._files]
         self.fingerprint = digest(self.columns, self.seed, self._drop, contents)
 
-    def _open_all(self, paths: Sequence[str], columns: Sequence[str] | None) -> None:
+    def _open_all(self, paths: Sequence[str], columns: Sequence[str] | None, partial: bool) -> None:
         """Read the footer of each file once, and keep what is needed of it."""
         frozen: RowFormat | None = None
-        marks, ranges = {}, []
+        marks, ranges, summary = {}, [], None
         self._files = []
         for path in paths:
             file, metadata = inspect(self._fs, path)
@@ -159,14 +165,17 @@ class _ParquetSource(Source):
                 frozen = RowFormat.from_schema(schema, columns, path)
             frozen.require(schema, path, whole=columns is None)
             marks[path] = read_mark(path, metadata)
+            summary = summary or Summary.from_metadata(metadata.metadata, path)
             ranges.append(column_ranges(metadata, frozen.columns))
             self._files.append(file)
         assert frozen is not None
         self._format, self._part_ranges = frozen, np.concatenate(ranges)
         self.columns, self.integral = frozen.columns, frozen.integral
         self.sample_shape = (len(self.columns),)
-        self.mark = check_marks(marks)
+        self.mark = check_marks(marks, partial=partial)
         self.shuffled = self.mark is not None
+        if self.shuffled and summary is not None:
+            self.summary = summary.select(self.columns)
 
     def _count_invalid_rows(self) -> int:
         """Count the rows that are dropped, and set how many each row group has left."""
@@ -221,6 +230,17 @@ class _ParquetSource(Source):
         finally:
             if block_rows is not None:  # Arrow keeps memory for a thread that may read no more
                 import_pyarrow().default_memory_pool().release_unused()
+
+    def batches(self) -> Iterator["pyarrow.RecordBatch"]:
+        if self._drop:
+            yield from super().batches()
+            return
+        for file in self._files:
+            groups, names = range(len(file.group_rows)), self.columns
+            for _, batch in read_batches(
+                self._fs, file, columns=names, row_groups=groups, batch_rows=self._piece_rows
+            ):
+                yield batch
 
     def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
         size = _divide(max(file.group_rows[group] for group in groups), size)
