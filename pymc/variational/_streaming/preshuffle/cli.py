@@ -59,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--memory-limit", default="512MB", metavar="SIZE", help="default: %(default)s")
     add("--scratch", metavar="DIR", help="for rows between the passes; default: beside DST")
-    add("--compression", default="lz4", metavar="CODEC", help="default: %(default)s")
+    add("--format", default="parquet", choices=["parquet", "arrow"], help="default: %(default)s")
+    add("--compression", metavar="CODEC", help="default: lz4 for Parquet, none for Arrow")
     add(
         "--split",
         type=_read_split,

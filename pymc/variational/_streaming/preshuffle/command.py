@@ -28,7 +28,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle.inputs import Batches, Files, open_input
@@ -42,15 +44,26 @@ from pymc.variational._streaming.preshuffle.plan import (
 )
 from pymc.variational._streaming.preshuffle.publish import Workspace, open_workspace, publish
 from pymc.variational._streaming.preshuffle.write import Writer
+from pymc.variational._streaming.sources.ipc import group_columns
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
 from pymc.variational._streaming.sources.parquet.paths import resolve
+from pymc.variational._streaming.sources.rows import piece_rows
+from pymc.variational._streaming.sources.summary import Summary
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = ["PreshuffleReport", "preshuffle"]
 
 _log = logging.getLogger(__name__)
-_CODECS = ("lz4", "zstd", "snappy", "gzip", "brotli")
+_CODECS = {
+    "parquet": ("lz4", "zstd", "snappy", "gzip", "brotli"),
+    "arrow": (None, "lz4", "zstd"),
+}
+_WIDE = 16
+"""Columns of numbers from which on row-major files are read at least twice as fast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +102,8 @@ def preshuffle(
     scratch: str | os.PathLike | None = None,
     executor: Executor | None = None,
     filesystem: Any = None,
-    compression: str = "lz4",
+    format: Literal["parquet", "arrow"] = "parquet",
+    compression: str | None = None,
     overwrite: bool = False,
     progressbar: bool = True,
 ) -> PreshuffleReport:
@@ -121,8 +135,13 @@ def preshuffle(
         ``client.get_executor()``. Default: a thread per core, at most four.
     filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
         Where *source* and *destination* are, if they are not local and no URIs.
-    compression : str, default "lz4"
-        Codec of the result. lz4 costs the least when the rows are streamed.
+    format : {"parquet", "arrow"}, default "parquet"
+        "arrow" writes the rows of each dtype side by side, for :func:`arrow_source`, which reads
+        wide rows several times as fast. All columns must then hold numbers, booleans, or up to
+        4,096 levels, and no null, NaN or infinity.
+    compression : str, optional
+        Codec of the result. Default: lz4 for Parquet, which costs the least when the rows are
+        streamed, and none for "arrow", which knows lz4 and zstd.
     overwrite : bool, default False
         Replace what is at *destination*, when the new rows are complete.
     progressbar : bool, default True
@@ -172,11 +191,18 @@ def preshuffle(
     1000
     """
     start = time.monotonic()
-    if compression not in _CODECS or not import_pyarrow().Codec.is_available(compression):
-        raise ValueError(f"compression={compression!r} is not available; pass one of {_CODECS}")
+    if format not in _CODECS:
+        raise ValueError(f"format={format!r} is not a choice; pass 'parquet' or 'arrow'")
+    codec = _CODECS[format][0] if compression is None else compression
+    if codec not in _CODECS[format] or (codec and not import_pyarrow().Codec.is_available(codec)):
+        raise ValueError(
+            f"compression={compression!r} is not available; pass one of {_CODECS[format]}"
+        )
     fractions = {"": 1.0} if split is None else _check_split(split)
     table = open_input(source, columns, filesystem)
     plan = make_plan(table, seed=draw_seed(seed), memory_limit=parse_bytes(memory_limit))
+    if format == "arrow":
+        group_columns(table.schema)
     fs, path = resolve(destination, filesystem)
     table.refuse_overlap(fs, path)
     with (
@@ -189,7 +215,7 @@ def preshuffle(
         parts = cut_parts(
             scattered.partition_rows.tolist(), fractions, scattered.bytes / scattered.rows
         )
-        writer = _make_writer(table, plan, scattered, parts, compression)
+        writer = _make_writer(table, plan, scattered, parts, format, codec)
         tasks = ((plan, work.parts, scattered.paths, part, writer) for part in parts)
         gathered = _run(gather, pool, tasks, advance)
         _log_pass("wrote", gathered.rows, middle)
@@ -202,6 +228,11 @@ def preshuffle(
             )
         table.require_unchanged()
         publish(work, dict(zip(map(writer.name, parts), gathered.paths)))
+    if format == "parquet" and len(plan.plain) >= _WIDE and _is_numeric(plan.plain):
+        _log.info(
+            f"{path} has {len(plan.plain)} columns of numbers; "
+            'format="arrow" lets arrow_source read them several times as fast'
+        )
     return PreshuffleReport(
         rows=n_rows,
         piles=plan.n_partitions,
@@ -264,15 +295,22 @@ def _scatter(
 
 
 def _make_writer(
-    table: Files | Batches, plan: Plan, scattered: Done, parts: Sequence[Part], compression: str
+    table: Files | Batches,
+    plan: Plan,
+    scattered: Done,
+    parts: Sequence[Part],
+    format: str,
+    compression: str | None,
 ) -> Writer:
     """Return what writes the files, with a mark for each folder."""
     assert scattered.summary is not None
-    summary = scattered.summary.finish()
+    summary, dictionaries = scattered.summary.finish(), scattered.dictionaries
+    if format == "arrow":
+        dictionaries = _find_levels(summary, plan.plain)
     fingerprint = digest(table.contents, summary)
     marks = {
         folder: PreshuffleMark(
-            shuffle=digest(fingerprint, plan, compression, parts, folder),
+            shuffle=digest(fingerprint, plan, format, compression, parts, folder),
             seed=plan.seed,
             source=table.name,
             fingerprint=fingerprint,
@@ -282,7 +320,36 @@ def _make_writer(
         )
         for folder in {part.folder: None for part in parts}
     }
-    return Writer(plan.schema, scattered.dictionaries, summary, compression, marks)
+    batch_rows = min(plan.row_group_rows, piece_rows(len(plan.plain)))
+    return Writer(plan.schema, dictionaries, summary, compression, marks, format, batch_rows)
+
+
+def _find_levels(summary: Summary, plain: "pyarrow.Schema") -> dict[str, "pyarrow.Array"]:
+    """Return the levels of all columns that are no numbers; refuse what has no code or number."""
+    pa, levels = import_pyarrow(), {}
+    for name, column in summary.items():
+        ends = [0 if end is None else end for end in (column.min, column.max)]
+        if column.nulls or not np.isfinite(ends).all():
+            raise StreamError(
+                f"column {name!r} holds {column.nulls} nulls or NaN, and {column.min} to "
+                f'{column.max}; filter such rows, or pass format="parquet"'
+            )
+        if column.min is None:
+            if column.levels is None:
+                raise StreamError(
+                    f"column {name!r} has more than 4,096 levels; leave it out with columns=[...], "
+                    'or pass format="parquet"'
+                )
+            levels[name] = pa.array(column.levels, plain.field(name).type)
+    return levels
+
+
+def _is_numeric(schema: "pyarrow.Schema") -> bool:
+    is_: Any = import_pyarrow().types
+    return all(
+        is_.is_integer(kind) or is_.is_floating(kind) or is_.is_boolean(kind)
+        for kind in schema.types
+    )
 
 
 def _run(

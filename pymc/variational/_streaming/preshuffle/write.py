@@ -16,12 +16,15 @@
 import dataclasses
 import os
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pymc.variational._streaming.preshuffle.plan import Part
 from pymc.variational._streaming.preshuffle.types import encode
+from pymc.variational._streaming.sources.ipc import checksum, group_columns, to_metadata
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
 from pymc.variational._streaming.sources.summary import Summary
@@ -38,18 +41,32 @@ class Writer:
 
     schema: "pyarrow.Schema"
     dictionaries: Mapping[str, "pyarrow.Array"]
+    """Values of the columns that are written as codes."""
     summary: Summary
-    compression: str
+    compression: str | None
     marks: Mapping[str, PreshuffleMark]
     """Mark of the first file in each folder."""
+
+    format: str
+    batch_rows: int
+    """Rows of a record batch in a row-major file."""
 
     def name(self, part: Part) -> str:
         """Return the path of a file below the destination."""
         n_files = self.marks[part.folder].n_files
-        return os.path.join(part.folder, f"part-{part.index:05}-of-{n_files:05}.parquet")
+        return os.path.join(part.folder, f"part-{part.index:05}-of-{n_files:05}.{self.format}")
 
     def write(self, path: str, part: Part, batches: Iterable["pyarrow.RecordBatch"]) -> int:
-        """Write a Parquet file with a row group for each batch; return its number of rows."""
+        """Write a file of the result, flush it to the disk, and return its number of rows."""
+        write = self._write_parquet if self.format == "parquet" else self._write_rows
+        rows = write(path, part, batches)
+        flush(path)
+        return rows
+
+    def _write_parquet(
+        self, path: str, part: Part, batches: Iterable["pyarrow.RecordBatch"]
+    ) -> int:
+        """Write a row group for each batch."""
         rows = 0
         with (
             import_pyarrow().OSFile(path, "wb") as sink,
@@ -69,8 +86,60 @@ class Writer:
                 self.marks[part.folder], index=part.index, data_end=sink.tell()
             )
             writer.add_key_value_metadata(mark.to_metadata() | self.summary.to_metadata())
-        flush(path)
         return rows
+
+    def _write_rows(self, path: str, part: Part, batches: Iterable["pyarrow.RecordBatch"]) -> int:
+        """Write record batches of one size, with the columns of each dtype side by side."""
+        pa, groups = import_pyarrow(), group_columns(self.schema)
+        mark = dataclasses.replace(self.marks[part.folder], index=part.index)
+        schema = pa.schema(
+            [
+                (dtype, pa.list_(pa.from_numpy_dtype(dtype), len(names)))
+                for dtype, names in groups.items()
+            ],
+            to_metadata(self.schema, part.n_rows, self.batch_rows)
+            | mark.to_metadata()
+            | self.summary.to_metadata(),
+        )
+        options = pa.ipc.IpcWriteOptions(compression=self.compression)
+        rows = 0
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as out:
+            for number, arrays in enumerate(self._interleave(groups, batches)):
+                lists = [
+                    pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+                    for array in arrays
+                ]
+                batch = pa.RecordBatch.from_arrays(lists, schema=schema)
+                out.write_batch(batch, custom_metadata=checksum(arrays, number))
+                rows += batch.num_rows
+        return rows
+
+    def _interleave(
+        self, groups: Mapping[str, list[str]], batches: Iterable["pyarrow.RecordBatch"]
+    ) -> Iterator[list[np.ndarray]]:
+        """Yield the rows of each dtype, ``batch_rows`` at a time, in memory that is used again."""
+        held = [np.empty((self.batch_rows, len(names)), dtype) for dtype, names in groups.items()]
+        filled = 0
+        for batch in batches:
+            start = 0
+            while start < batch.num_rows:
+                piece = batch.slice(start, self.batch_rows - filled)
+                for rows, names in zip(held, groups.values()):
+                    for j, name in enumerate(names):
+                        rows[filled : filled + piece.num_rows, j] = self._numbers(piece, name)
+                start, filled = start + piece.num_rows, filled + piece.num_rows
+                if filled == self.batch_rows:
+                    yield held
+                    filled = 0
+        if filled:
+            yield [rows[:filled] for rows in held]
+
+    def _numbers(self, batch: "pyarrow.RecordBatch", name: str) -> np.ndarray:
+        """Return the values of a column, codes for levels."""
+        column = batch.column(name)
+        if name in self.dictionaries:
+            column = import_pyarrow().compute.index_in(column, value_set=self.dictionaries[name])
+        return column.to_numpy(zero_copy_only=False)
 
 
 def flush(path: str) -> None:

@@ -16,7 +16,6 @@
 import os
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ import numpy as np
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import IterableSource
 from pymc.variational._streaming.sources.base import Source, skip_rows
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.ipc import ROWS_KEY, RowMajorSource, identity, reading
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_ipc
 from pymc.variational._streaming.sources.rows import RowFormat
 from pymc.variational._streaming.utils import digest, positive_int
@@ -38,6 +37,7 @@ def arrow_source(
     *,
     columns: Sequence[str] | None = None,
     n_rows: int | None = None,
+    partial: bool = False,
 ) -> Source:
     """Stream the record batches of anything that speaks Arrow, or of Arrow IPC files.
 
@@ -54,6 +54,8 @@ def arrow_source(
     n_rows : int, optional
         Number of rows of one pass, if you know it; it is checked in every pass. The number of
         rows in files is known.
+    partial : bool, default False
+        Accept some of the files that :func:`preshuffle` wrote with ``format="arrow"``.
 
     Returns
     -------
@@ -89,7 +91,7 @@ def arrow_source(
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     size = None if n_rows is None else positive_int("n_rows", n_rows)
     if isinstance(make_reader, str | os.PathLike | list | tuple):
-        source = _IpcSource(list_ipc(make_reader), columns)
+        source = _open_files(list_ipc(make_reader), columns, partial)
         if size not in (None, source.n_rows):
             raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
         return source
@@ -99,6 +101,12 @@ def arrow_source(
             "pass a function that opens the reader afresh, e.g. lambda: table.to_reader()"
         )
     return IterableSource(make_reader, columns=columns, n_rows=size)
+
+
+def _open_files(paths: Sequence[str], columns: Sequence[str] | None, partial: bool) -> Source:
+    with reading(paths[0]) as reader:
+        is_row_major = ROWS_KEY in (reader.schema.metadata or {})
+    return RowMajorSource(paths, columns, partial) if is_row_major else _IpcSource(paths, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +122,7 @@ class _IpcFile:
     """Number of rows of each record batch."""
 
     def require_unchanged(self, when: str) -> None:
-        if self.identity != _identity(self.path):
+        if self.identity != identity(self.path):
             raise StreamError(f"{self.path}: changed {when}; make the source anew")
 
 
@@ -125,7 +133,7 @@ class _IpcSource(Source):
         frozen: RowFormat | None = None
         self._files = []
         for path in paths:
-            with _reading(path) as reader:
+            with reading(path) as reader:
                 schema = reader.schema
             if frozen is None:
                 frozen = RowFormat.from_schema(schema, columns, path)
@@ -168,7 +176,7 @@ class _IpcSource(Source):
             yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
 
     def _batches(self, file: _IpcFile, first: int) -> Iterator[Any]:
-        with _reading(file.path, file.fields) as reader:
+        with reading(file.path, file.fields) as reader:
             file.require_unchanged("since the source was made")
             for number in range(first, len(file.batch_rows)):
                 batch = reader.get_batch(number)
@@ -177,32 +185,9 @@ class _IpcSource(Source):
             file.require_unchanged("while it was read")
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
-
-
 def _inspect(path: str, fields: tuple[int, ...]) -> _IpcFile:
     # A record batch must be read to learn its number of rows; one column is enough.
-    with _reading(path, fields[:1]) as reader:
-        identity = _identity(path)
+    with reading(path, fields[:1]) as reader:
+        known = identity(path)
         rows = tuple(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
-    return _IpcFile(path, identity, fields, rows)
-
-
-@contextmanager
-def _reading(path: str, fields: Sequence[int] = ()) -> Iterator[Any]:
-    """Open an IPC file to read these fields, or all.
-
-    The file is not mapped to memory: a map of a file that is truncated ends the process.
-    """
-    pa = import_pyarrow()
-    options = pa.ipc.IpcReadOptions(included_fields=list(fields), use_threads=False)
-    try:
-        with pa.OSFile(path) as handle, pa.ipc.open_file(handle, options=options) as reader:
-            yield reader
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as err:
-        raise StreamError(
-            f"{path}: not a readable Arrow IPC file ({str(err).partition(chr(10))[0]}); "
-            "a stream without footer goes through a function that opens it"
-        ) from err
+    return _IpcFile(path, known, fields, rows)

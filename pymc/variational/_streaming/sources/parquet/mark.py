@@ -26,7 +26,7 @@ from pymc.variational._streaming.sources.parquet.files import chunk_extent
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-__all__ = ["MARK_KEY", "PreshuffleMark", "check_marks", "read_mark"]
+__all__ = ["MARK_KEY", "PreshuffleMark", "check_marks", "parse_mark", "read_mark"]
 
 MARK_KEY = b"pymc.preshuffle"
 _VERSION = 2
@@ -63,21 +63,23 @@ class PreshuffleMark:
 
 
 def read_mark(path: str, metadata: "pyarrow.parquet.FileMetaData") -> PreshuffleMark | None:
-    """Read the mark in the footer of the file at *path*; None if it has none, or another file's.
+    """Read the mark in the footer of the file at *path*; None if it has none, or another file's."""
+    mark = parse_mark(path, metadata.metadata)
+    return mark if mark is not None and mark.data_end == _data_end(metadata) else None
 
-    A mark that is corrupt or of another version is a StreamError.
-    """
-    entry = (metadata.metadata or {}).get(MARK_KEY)
+
+def parse_mark(path: str, metadata: Mapping[bytes, bytes] | None) -> PreshuffleMark | None:
+    """Read a mark in *metadata*; one that is corrupt or of another version is a StreamError."""
+    entry = (metadata or {}).get(MARK_KEY)
     if entry is None:
         return None
     try:
         values = json.loads(entry)
         if values["version"] != _VERSION:
             raise ValueError(f"version {values['version']} is not {_VERSION}; update PyMC")
-        mark = PreshuffleMark(**values)
+        return PreshuffleMark(**values)
     except (KeyError, TypeError, ValueError) as err:
         raise StreamError(f"{path}: its pre-shuffle mark cannot be read ({err})") from err
-    return mark if mark.data_end == _data_end(metadata) else None
 
 
 def check_marks(
