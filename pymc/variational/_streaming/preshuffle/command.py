@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.preshuffle.inputs import Batches, Files, open_input
 from pymc.variational._streaming.preshuffle.passes import Done, gather, scatter, scatter_pieces
 from pymc.variational._streaming.preshuffle.plan import (
     Part,
@@ -50,6 +49,7 @@ from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
 from pymc.variational._streaming.sources.parquet.paths import resolve
 from pymc.variational._streaming.sources.rows import piece_rows
 from pymc.variational._streaming.sources.summary import Summary
+from pymc.variational._streaming.sources.tables import Batches, Files, open_table
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
 if TYPE_CHECKING:
@@ -191,50 +191,33 @@ def preshuffle(
     1000
     """
     start = time.monotonic()
-    if format not in _CODECS:
-        raise ValueError(f"format={format!r} is not a choice; pass 'parquet' or 'arrow'")
-    codec = _CODECS[format][0] if compression is None else compression
-    if codec not in _CODECS[format] or (codec and not import_pyarrow().Codec.is_available(codec)):
-        raise ValueError(
-            f"compression={compression!r} is not available; pass one of {_CODECS[format]}"
-        )
+    codec = _choose_codec(format, compression)
     fractions = {"": 1.0} if split is None else _check_split(split)
-    table = open_input(source, columns, filesystem)
-    plan = make_plan(table, seed=draw_seed(seed), memory_limit=parse_bytes(memory_limit))
+    table = open_table(source, columns, filesystem)
     if format == "arrow":
         group_columns(table.schema)
+    plan = make_plan(table, seed=draw_seed(seed), memory_limit=parse_bytes(memory_limit))
     fs, path = resolve(destination, filesystem)
     table.refuse_overlap(fs, path)
+    threads = ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1))
     with (
         open_workspace(fs, path, scratch=scratch, overwrite=overwrite) as work,
-        _open_pool(executor, plan) as pool,
+        threads if executor is None else contextlib.nullcontext(executor) as pool,
         progress_bar("Shuffling", table.n_rows, show=progressbar) as advance,
     ):
         scattered = _scatter(table, plan, work, pool, advance)
         middle = _log_pass("scattered", scattered.rows, start)
-        parts = cut_parts(
-            scattered.partition_rows.tolist(), fractions, scattered.bytes / scattered.rows
-        )
+        row_bytes = scattered.bytes / scattered.rows
+        parts = cut_parts(scattered.partition_rows.tolist(), fractions, row_bytes)
         writer = _make_writer(table, plan, scattered, parts, format, codec)
         tasks = ((plan, work.parts, scattered.paths, part, writer) for part in parts)
         gathered = _run(gather, pool, tasks, advance)
         _log_pass("wrote", gathered.rows, middle)
-        n_rows = scattered.rows if table.n_rows is None else table.n_rows
-        if not n_rows == scattered.rows == gathered.rows:
-            raise StreamError(
-                f"the source has {n_rows} rows, {scattered.rows} were read, "
-                f"{gathered.rows} are in the result; nothing was published; "
-                "check the disk and run preshuffle again"
-            )
-        table.require_unchanged()
+        _require_all_rows(table, scattered, gathered)
         publish(work, dict(zip(map(writer.name, parts), gathered.paths)))
-    if format == "parquet" and len(plan.plain) >= _WIDE and _is_numeric(plan.plain):
-        _log.info(
-            f"{path} has {len(plan.plain)} columns of numbers; "
-            'format="arrow" lets arrow_source read them several times as fast'
-        )
+    _suggest_rows(path, writer)
     return PreshuffleReport(
-        rows=n_rows,
+        rows=gathered.rows,
         piles=plan.n_partitions,
         bytes_read=table.n_bytes + scattered.bytes,
         bytes_written=scattered.bytes + gathered.bytes,
@@ -242,6 +225,43 @@ def preshuffle(
         peak_memory=max(scattered.peak, gathered.peak),
         destination=path,
     )
+
+
+def _choose_codec(format: str, compression: str | None) -> str | None:
+    if format not in _CODECS:
+        raise ValueError(f"format={format!r} is not a choice; pass 'parquet' or 'arrow'")
+    codec = _CODECS[format][0] if compression is None else compression
+    if codec not in _CODECS[format] or (codec and not import_pyarrow().Codec.is_available(codec)):
+        raise ValueError(
+            f"compression={compression!r} is not available; pass one of {_CODECS[format]}"
+        )
+    return codec
+
+
+def _require_all_rows(table: Files | Batches, scattered: Done, gathered: Done) -> None:
+    """Raise StreamError unless all rows of a source that is still the same are in the result."""
+    n_rows = scattered.rows if table.n_rows is None else table.n_rows
+    if not n_rows == scattered.rows == gathered.rows:
+        raise StreamError(
+            f"the source has {n_rows} rows, {scattered.rows} were read, "
+            f"{gathered.rows} are in the result; nothing was published; "
+            "check the disk and run preshuffle again"
+        )
+    table.require_unchanged()
+
+
+def _suggest_rows(path: str, writer: Writer) -> None:
+    """Tell of the format for wide tables of numbers."""
+    wide = len(writer.summary) >= _WIDE
+    if (
+        writer.format == "parquet"
+        and wide
+        and all(c.min is not None for c in writer.summary.values())
+    ):
+        _log.info(
+            f"{path} has {len(writer.summary)} columns of numbers; "
+            'format="arrow" lets arrow_source read them several times as fast'
+        )
 
 
 def _check_split(split: Mapping[str, float]) -> dict[str, float]:
@@ -261,15 +281,6 @@ def _check_split(split: Mapping[str, float]) -> dict[str, float]:
     return dict(split)
 
 
-@contextlib.contextmanager
-def _open_pool(executor: Executor | None, plan: Plan) -> Iterator[Executor]:
-    if executor is not None:
-        yield executor
-        return
-    with ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1)) as pool:
-        yield pool
-
-
 def _scatter(
     table: Files | Batches,
     plan: Plan,
@@ -284,7 +295,9 @@ def _scatter(
         done = _run(scatter_pieces, pool, tasks, advance)
     else:
         with _as_stream_error():
-            done = scatter(plan, work.scratch, 0, table.read(plan.batch_rows, advance))
+            done = scatter(
+                plan, work.scratch, 0, table.read(plan.batch_rows, lambda n: advance(n / 2))
+            )
     size = sum(values.nbytes for values in done.dictionaries.values())
     if size > plan.block_bytes:
         raise StreamError(
@@ -342,14 +355,6 @@ def _find_levels(summary: Summary, plain: "pyarrow.Schema") -> dict[str, "pyarro
                 )
             levels[name] = pa.array(column.levels, plain.field(name).type)
     return levels
-
-
-def _is_numeric(schema: "pyarrow.Schema") -> bool:
-    is_: Any = import_pyarrow().types
-    return all(
-        is_.is_integer(kind) or is_.is_floating(kind) or is_.is_boolean(kind)
-        for kind in schema.types
-    )
 
 
 def _run(

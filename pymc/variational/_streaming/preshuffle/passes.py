@@ -39,12 +39,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.preshuffle.inputs import Piece, read_piece
 from pymc.variational._streaming.preshuffle.plan import MAX_AT_ONCE, MAX_PARTITIONS, Part, Plan
-from pymc.variational._streaming.preshuffle.types import conform
 from pymc.variational._streaming.preshuffle.write import Writer
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.summary import Summarizer
+from pymc.variational._streaming.sources.tables import Piece, conform, read_piece
 
 if TYPE_CHECKING:
     import pyarrow

@@ -24,9 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pymc.variational._streaming.preshuffle.inputs import Batches, Files
-from pymc.variational._streaming.preshuffle.types import conform, plain_schema
 from pymc.variational._streaming.sources.rows import PIECE_ROWS
+from pymc.variational._streaming.sources.tables import Batches, Files, conform, plain_schema
 
 if TYPE_CHECKING:
     import pyarrow
@@ -60,9 +59,6 @@ _UNKNOWN_BLOCKS = 64
 """Size of a source whose number of rows is not known, in blocks."""
 _ROW_GROUP_BYTES = 1 << 23
 """Largest row group; nor has it more rows than a source reads at a time."""
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +99,12 @@ class Part:
 
 def parse_bytes(value: int | str) -> int:
     """Read a number of bytes, such as ``"512MB"``, ``"2 GiB"`` or 10**9."""
-    pattern = r"\s*(\d+(?:\.\d*)?)\s*(?:([KMGT]?)B?|([KMGT])IB?)\s*"
-    match = re.fullmatch(pattern, str(value).upper())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(I?)B?\s*", str(value).upper())
     if not match:
         raise ValueError(
             f"memory_limit={value!r} is not a size; pass bytes or a string like '512MB'"
         )
-    return int(float(match[1]) * (_BINARY_UNITS[match[3]] if match[3] else _UNITS[match[2]]))
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
 
 
 def make_plan(table: Files | Batches, *, seed: int, memory_limit: int) -> Plan:

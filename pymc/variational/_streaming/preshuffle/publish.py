@@ -75,15 +75,7 @@ def open_workspace(
     scratch: str | os.PathLike | None,
     overwrite: bool,
 ) -> Iterator[Workspace]:
-    """Make the folders of a run; delete them at its end, and those that a killed run left.
-
-    Raises
-    ------
-    FileExistsError
-        If there is something at the destination, and it must not be overwritten.
-    StreamError
-        If another run is building the same destination.
-    """
+    """Make the folders of a run; delete them at its end, and those that a killed run left."""
     if is_local(fs):
         destination = os.path.realpath(destination)
         _require_replaceable(destination)

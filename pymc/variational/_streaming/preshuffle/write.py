@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pymc.variational._streaming.preshuffle.plan import Part
-from pymc.variational._streaming.preshuffle.types import encode
 from pymc.variational._streaming.sources.ipc import checksum, group_columns, to_metadata
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
 from pymc.variational._streaming.sources.summary import Summary
+from pymc.variational._streaming.sources.tables import encode
 
 if TYPE_CHECKING:
     import pyarrow

@@ -140,8 +140,11 @@ class IterableSource(Source):
 
     def batches(self) -> Iterator[Any]:
         for block in _arrow_batches(self._make()):
-            batch = import_pyarrow().record_batch(block) if is_arrow(block) else None
-            yield as_batch(_as_rows(block), None) if batch is None else batch
+            if not is_arrow(block):
+                yield as_batch(_as_rows(block), None)
+                continue
+            batch = import_pyarrow().record_batch(block)
+            yield batch if self._names is None else batch.select(list(self._names))
 
     def _counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Pass blocks on as long as they keep what ``n_rows`` promises."""

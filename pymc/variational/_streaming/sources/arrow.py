@@ -162,7 +162,8 @@ class _IpcSource(Source):
 
     def batches(self) -> Iterator[Any]:
         for file in self._files:
-            yield from self._batches(file, 0)
+            for batch in self._batches(file, 0):
+                yield batch.select(list(self.columns or ()))
 
     def _read_from(self, first: int) -> Iterator[np.ndarray]:
         """Read on from the record batch *first*, counted over all files."""

@@ -13,17 +13,10 @@
 #   limitations under the License.
 """Summaries of sources."""
 
-import os
-
-from collections.abc import Iterator
 from typing import Any
 
-from pymc.variational._streaming.sources.arrays import as_source
-from pymc.variational._streaming.sources.parquet.files import inspect
-from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
-from pymc.variational._streaming.sources.parquet.parquet import read_batches
-from pymc.variational._streaming.sources.parquet.paths import list_parquet
 from pymc.variational._streaming.sources.summary import Summarizer, Summary
+from pymc.variational._streaming.sources.tables import conform, open_table, plain_schema
 from pymc.variational._streaming.utils import progress_bar
 
 __all__ = ["summarize"]
@@ -67,42 +60,12 @@ def summarize(source: Any, *, progressbar: bool = True) -> Summary:
     >>> summary["carrier"].levels
     ('AA', 'UA')
     """
-    paths = source if isinstance(source, list | tuple) else [source]
-    if paths and all(isinstance(path, str | os.PathLike) for path in paths):
-        kept, n_rows, batches = _open_files(source)
-    else:
-        opened = as_source(source)
-        kept, n_rows, batches = opened.summary, opened.n_rows, opened.batches()
-    if kept is not None and kept.rows == n_rows:
-        return kept
-    summarizer: Summarizer | None = None
-    with progress_bar("Summarizing", n_rows, show=progressbar) as advance:
-        for batch in batches:
-            summarizer = summarizer or Summarizer(batch.schema)
-            summarizer.add(batch)
-            advance(batch.num_rows)
-    if summarizer is None:
-        raise ValueError("source holds no rows to summarize")
+    table = open_table(source)
+    if table.summary is not None and table.summary.rows == table.n_rows:
+        return table.summary
+    plain, summarizer = plain_schema(table.schema), Summarizer(table.schema)
+    with progress_bar("Summarizing", table.n_rows, show=progressbar) as advance:
+        for batch in table.read(_BATCH_ROWS, advance):
+            summarizer.add_dictionaries(batch)
+            summarizer.add(conform(batch, plain))
     return summarizer.finish()
-
-
-def _open_files(source: Any) -> tuple[Summary | None, int | None, Iterator[Any]]:
-    """Return the summary that Parquet files hold, their number of rows, and all of these."""
-    fs, paths = list_parquet(source)
-    footers = [inspect(fs, path) for path in paths]
-    marks = {file.path: read_mark(file.path, metadata) for file, metadata in footers}
-    path, metadata = footers[0][0].path, footers[0][1].metadata
-    kept = Summary.from_metadata(metadata, path) if check_marks(marks, partial=True) else None
-    names = footers[0][1].schema.to_arrow_schema().names
-    batches = (
-        batch
-        for file, _ in footers
-        for _, batch in read_batches(
-            fs,
-            file,
-            columns=names,
-            row_groups=range(len(file.group_rows)),
-            batch_rows=_BATCH_ROWS,
-        )
-    )
-    return kept, sum(file.n_rows for file, _ in footers), batches

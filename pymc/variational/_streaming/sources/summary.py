@@ -141,6 +141,7 @@ class Summarizer:
     def __init__(self, schema: "pyarrow.Schema"):
         self.rows = 0
         self._columns = [_Column(field.name, field.type) for field in schema]
+        self._encoded = [column for column in self._columns if _is_dictionary(column.kind)]
 
     def add(self, batch: "pyarrow.RecordBatch") -> None:
         """Add rows; dictionaries that were decoded before go to :meth:`add_dictionaries`."""
@@ -151,7 +152,8 @@ class Summarizer:
 
     def add_dictionaries(self, batch: "pyarrow.RecordBatch") -> None:
         """Add the dictionaries of a batch, without its rows."""
-        for column, values in zip(self._columns, batch.columns):
+        for column in self._encoded:
+            values = batch.column(column.name)
             if _is_dictionary(values.type):
                 column.add_levels(dictionary_of(values))
 
@@ -163,8 +165,7 @@ class Summarizer:
 
     def dictionaries(self) -> dict[str, "pyarrow.Array"]:
         """Return the values of each dictionary column, in the order of their first appearance."""
-        known = (column for column in self._columns if _is_dictionary(column.kind))
-        return {column.name: column.levels for column in known}
+        return {column.name: column.levels for column in self._encoded}
 
     def finish(self) -> Summary:
         return Summary(self.rows, {column.name: column.finish() for column in self._columns})

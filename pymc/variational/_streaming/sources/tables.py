@@ -11,17 +11,20 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The rows that are shuffled: Parquet files, which workers share, or any other source."""
+"""Tables as they come: Parquet files, or the record batches of any other source.
+
+Dictionaries differ from batch to batch, and Arrow cannot take rows of views.  So columns of both
+are read as plain values; :func:`encode` makes dictionaries of them again.
+"""
 
 import math
 import os
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.preshuffle.types import result_schema
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
@@ -29,17 +32,26 @@ from pymc.variational._streaming.sources.parquet.files import (
     inspect,
     is_local,
 )
-from pymc.variational._streaming.sources.parquet.mark import MARK_KEY
+from pymc.variational._streaming.sources.parquet.mark import MARK_KEY, read_mark
 from pymc.variational._streaming.sources.parquet.parquet import read_batches
 from pymc.variational._streaming.sources.parquet.paths import list_parquet, resolve, stands_for
 from pymc.variational._streaming.sources.rows import is_pandas_index
-from pymc.variational._streaming.sources.summary import SUMMARY_KEY
+from pymc.variational._streaming.sources.summary import SUMMARY_KEY, Summary, dictionary_of
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
 
-__all__ = ["Batches", "Files", "Piece", "open_input", "read_piece"]
+__all__ = [
+    "Batches",
+    "Files",
+    "Piece",
+    "conform",
+    "encode",
+    "open_table",
+    "plain_schema",
+    "read_piece",
+]
 
 _PAGE_BYTES = 1 << 20
 _PAGE_ROWS = 1 << 10
@@ -52,8 +64,10 @@ Piece = tuple[ParquetInput, tuple[int, ...]]
 """A file, and some of its row groups."""
 
 
-def open_input(source: Any, columns: Sequence[str] | None, filesystem: Any) -> "Files | Batches":
-    """Open whatever *source* of :func:`preshuffle` is."""
+def open_table(
+    source: Any, columns: Sequence[str] | None = None, filesystem: Any = None
+) -> "Files | Batches":
+    """Open the paths of Parquet files, or anything else that can be streamed."""
     if isinstance(columns, str):
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     paths = source if isinstance(source, list | tuple) else [source]
@@ -71,17 +85,22 @@ class Files:
         more = f" and {len(source) - 1} more" if source[1:] else ""
         self.name = os.fspath(source[0]) + more
         self.row_bytes, self.page_bytes = 1.0, 0
-        self.files, schemas = [], []
+        self.files, schemas, marks = [], [], []
+        found: Summary | None = None
         for path in paths:
             file, metadata = inspect(self.fs, path)
             schemas.append(_choose(metadata.schema.to_arrow_schema(), columns, path))
             _refuse_int96(metadata, schemas[-1].names, path)
             self._measure(metadata, set(schemas[-1].names))
             self.files.append(file)
+            marks.append(read_mark(path, metadata))
+            found = found or Summary.from_metadata(metadata.metadata, path)
         if columns is None:
             _refuse_partitions(paths, schemas[0].names)
         self.schema = _unify(schemas, paths)
         self.n_rows = sum(file.n_rows for file in self.files)
+        is_whole = marks[0] and all(mark and mark.shuffle == marks[0].shuffle for mark in marks)
+        self.summary = found if is_whole else None
         self.n_bytes = sum(file.size for file in self.files)
         self.contents = [(file.size, file.digest) for file in self.files]
 
@@ -108,6 +127,15 @@ class Files:
                     run, n_rows = [], 0
         if run:
             yield tuple(run)
+
+    def read(
+        self, batch_rows: int, advance: Callable[[float], None]
+    ) -> Iterator["pyarrow.RecordBatch"]:
+        """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
+        for piece in chain.from_iterable(self.cut(1)):
+            for batch in read_piece(self.fs, piece, self.schema.names, batch_rows):
+                yield batch
+                advance(batch.num_rows)
 
     def require_unchanged(self) -> None:
         """Look at each file again."""
@@ -168,6 +196,7 @@ class Batches:
     def __init__(self, source: Any, columns: Sequence[str] | None):
         opened = as_source(source)
         self.name, self.n_rows = type(source).__name__, opened.n_rows
+        self.summary = opened.summary
         self._batches: Iterator[Any] = (batch for batch in opened.batches() if batch.num_rows)
         first = next(self._batches, None)
         if first is None:
@@ -199,7 +228,7 @@ class Batches:
     def read(
         self, batch_rows: int, advance: Callable[[float], None]
     ) -> Iterator["pyarrow.RecordBatch"]:
-        """Yield batches of at most *batch_rows*, and tell *advance* of half of the rows."""
+        """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
         for number, batch in enumerate(self._batches):
             if not set(self.schema.names).issubset(batch.schema.names):
                 raise StreamError(
@@ -208,7 +237,7 @@ class Batches:
                 )
             for first in range(0, batch.num_rows, batch_rows):
                 yield batch.slice(first, batch_rows)
-            advance(batch.num_rows / 2)
+            advance(batch.num_rows)
 
     def require_unchanged(self) -> None:
         """Accept that nobody can look again."""
@@ -292,3 +321,86 @@ def _refuse_partitions(paths: Sequence[str], columns: Sequence[str]) -> None:
             f"{paths[0]}: the values of {lost} are only in the names of folders; "
             "write them into the files, or pass columns=[...] to leave them out"
         )
+
+
+def result_schema(schemas: Sequence["pyarrow.Schema"]) -> "pyarrow.Schema":
+    """Return types that hold the values of all *schemas*, in the order of the first.
+
+    Views become plain types, and dictionaries have int32 indices, to count the values of all.
+    """
+    pa = import_pyarrow()
+    merged = pa.unify_schemas([plain_schema(s) for s in schemas], promote_options="permissive")
+    fields = []
+    for field in schemas[0]:
+        plain, kinds = merged.field(field.name), [s.field(field.name).type for s in schemas]
+        if all(map(pa.types.is_dictionary, kinds)):
+            ordered = all(kind.ordered for kind in kinds)
+            plain = plain.with_type(pa.dictionary(pa.int32(), plain.type, ordered))
+        fields.append(plain.with_metadata(field.metadata))
+    return pa.schema(fields, schemas[0].metadata)
+
+
+def plain_schema(schema: "pyarrow.Schema") -> "pyarrow.Schema":
+    """Return the plain types of all columns, without metadata."""
+    fields = [_plain_field(field).remove_metadata() for field in schema]
+    return import_pyarrow().schema(fields)
+
+
+def conform(batch: "pyarrow.RecordBatch", plain: "pyarrow.Schema") -> "pyarrow.RecordBatch":
+    """Return the columns of *plain*, found by name and converted to its types without loss."""
+    pa, columns = import_pyarrow(), []
+    for field in plain:
+        column = batch.column(field.name)
+        if pa.types.is_dictionary(column.type):
+            column = dictionary_of(column).take(column.indices)
+        try:
+            columns.append(column if column.type.equals(field.type) else column.cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
+            raise StreamError(
+                f"column {field.name!r} is {field.type} and {column.type} ({err}); "
+                "write it with one type that holds all values"
+            ) from None
+    return pa.RecordBatch.from_arrays(columns, schema=plain)
+
+
+def encode(
+    batch: "pyarrow.RecordBatch",
+    schema: "pyarrow.Schema",
+    dictionaries: Mapping[str, "pyarrow.Array"],
+) -> "pyarrow.RecordBatch":
+    """Encode the dictionary columns of *schema* with these dictionaries."""
+    pa = import_pyarrow()
+    columns = []
+    for column, field in zip(batch.columns, schema):
+        if field.name in dictionaries:
+            values = dictionaries[field.name]
+            indices = pa.compute.index_in(column, value_set=values)
+            column = pa.DictionaryArray.from_arrays(indices, values, ordered=field.type.ordered)
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _plain(kind: "pyarrow.DataType") -> "pyarrow.DataType":
+    pa = import_pyarrow()
+    is_: Any = pa.types
+    if is_.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if is_.is_string_view(kind):
+        return pa.large_string()
+    if is_.is_binary_view(kind):
+        return pa.large_binary()
+    if is_.is_map(kind):
+        return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field))
+    if is_.is_struct(kind):
+        return pa.struct([_plain_field(field) for field in kind])
+    if is_.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    if is_.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if is_.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+    return kind
+
+
+def _plain_field(field: "pyarrow.Field") -> "pyarrow.Field":
+    return field.with_type(_plain(field.type))
