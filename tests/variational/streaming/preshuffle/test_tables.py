@@ -59,7 +59,7 @@ def shuffle(source, destination, **options):
 
 
 class TestSplit:
-    @pytest.mark.parametrize("block", [1 << 14, 1 << 9], ids=["in memory", "scattered again"])
+    @pytest.mark.parametrize("block", [1 << 14, 1 << 12], ids=["in memory", "scattered again"])
     def test_every_row_is_in_exactly_one_part_of_exactly_the_size_asked_for(
         self, tmp_path, monkeypatch, frame, block
     ):
