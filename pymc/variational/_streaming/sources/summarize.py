@@ -15,6 +15,7 @@
 
 from typing import Any
 
+from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.sources.summary import Summarizer, Summary
 from pymc.variational._streaming.sources.tables import conform, open_table, plain_schema
 from pymc.variational._streaming.utils import progress_bar
@@ -60,6 +61,8 @@ def summarize(source: Any, *, progressbar: bool = True) -> Summary:
     >>> summary["carrier"].levels
     ('AA', 'UA')
     """
+    if isinstance(source, Source) and source.summary and source.summary.rows == source.n_rows:
+        return source.summary
     table = open_table(source)
     if table.summary is not None and table.summary.rows == table.n_rows:
         return table.summary
