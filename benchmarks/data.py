@@ -20,6 +20,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -64,10 +65,11 @@ class Data:
         """Number of a group, x and y."""
         return self._table(f"groups-{self.n_rows}", partial(_write, self.n_rows, _group_columns))
 
-    def shuffled(self, table: Path) -> Path:
+    def shuffled(self, table: Path, format: Literal["parquet", "arrow"] = "parquet") -> Path:
         """Give what ``preshuffle`` makes of a table."""
-        shuffle = partial(preshuffle, table, seed=0, progressbar=False)
-        return self._table(f"{table.name}-shuffled", shuffle)
+        shuffle = partial(preshuffle, table, seed=0, format=format, progressbar=False)
+        suffix = "" if format == "parquet" else f"-{format}"
+        return self._table(f"{table.name}-shuffled{suffix}", shuffle)
 
     def _table(self, name: str, write: Callable[[Path], object]) -> Path:
         if not (self.folder / name).exists():

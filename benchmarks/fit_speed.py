@@ -114,6 +114,9 @@ def shapes_table(data: Data, turns: int) -> str:
     book, groups = data.shuffled(data.order_book()), data.shuffled(data.groups())
     cases = {
         "64 columns": Case(data.shuffled(data.wide()), wide, buffer_size=WIDE_BUFFER),
+        '64 columns, format="arrow"': Case(
+            data.shuffled(data.wide(), "arrow"), wide, buffer_size=WIDE_BUFFER
+        ),
         "batches of 256": Case(book, order_book, batch_size=256),
         f"hierarchical, {N_GROUPS} groups": Case(groups, hierarchical),
         "order book, cold page cache": Case(book, order_book),

@@ -39,7 +39,12 @@ from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, build_model, l
 from benchmarks.peers import load_dataloader
 from benchmarks.turns import Runner
 from pymc.variational._streaming.batches.window import ShuffleBuffer
-from pymc.variational.streaming import StreamingDataset, parquet_source, shuffle_buffer
+from pymc.variational.streaming import (
+    StreamingDataset,
+    arrow_source,
+    parquet_source,
+    shuffle_buffer,
+)
 
 __all__ = [
     "BUFFER_SIZE",
@@ -77,7 +82,7 @@ class Case:
     """A model, the rows it is fitted to, and how they are cut."""
 
     rows: Path
-    """Directory of Parquet files."""
+    """Directory of Parquet files, or of row-major Arrow files."""
     model: Callable[[Any, Any, int | None], object]
     """Build the model in context, given a batch's first columns, its last one, and the number of
     rows."""
@@ -111,19 +116,24 @@ def hierarchical(x: Any, y: Any, n_rows: int | None) -> None:
     pm.Normal("y", mu, pm.HalfNormal("noise", 1.0), observed=y, total_size=n_rows)
 
 
+def open_rows(folder: Path) -> Any:
+    """Return a source of the files in a folder."""
+    return arrow_source(folder) if any(folder.glob("*.arrow")) else parquet_source(folder)
+
+
 def on_one_batch(case: Case, backend: str | None = None) -> Runner:
     """Fit to a batch that never changes, the limit: nothing is read."""
     with pm.Model():
-        batch = next(iter(parquet_source(case.rows)))[: case.batch_size]
+        batch = next(iter(open_rows(case.rows)))[: case.batch_size]
         buffer = _shared(batch)
-        case.model(buffer[:, :-1], buffer[:, -1], parquet_source(case.rows).n_rows)
+        case.model(buffer[:, :-1], buffer[:, -1], open_rows(case.rows).n_rows)
         return _fitted(case, [], backend)
 
 
 def on_ready_batches(case: Case, most: int | None = None) -> Runner:
     """Fit to at most so many batches that are in memory, in turn: nothing is read."""
     with pm.Model():
-        rows = next(iter(parquet_source(case.rows))).astype(pytensor.config.floatX)
+        rows = next(iter(open_rows(case.rows))).astype(pytensor.config.floatX)
         n_batches = len(rows) // case.batch_size
         batches = cycle(np.split(rows[: n_batches * case.batch_size], n_batches)[:most])
         buffer = _shared(next(batches))
@@ -131,7 +141,7 @@ def on_ready_batches(case: Case, most: int | None = None) -> Runner:
         def put_next(approx: Any, losses: Any, i: int) -> None:
             buffer.set_value(next(batches), borrow=True)
 
-        case.model(buffer[:, :-1], buffer[:, -1], parquet_source(case.rows).n_rows)
+        case.model(buffer[:, :-1], buffer[:, -1], open_rows(case.rows).n_rows)
         return _fitted(case, [put_next], None)
 
 
@@ -172,7 +182,7 @@ def on_changed_pytensor(make: Callable[[Case], Runner], case: Case, *, nogil: bo
 def in_memory(case: Case, backend: str | None = None) -> Runner:
     """Fit with ``pm.Minibatch`` to one matrix and the last column."""
     with pm.Model():
-        rows = np.concatenate(list(parquet_source(case.rows)))
+        rows = np.concatenate(list(open_rows(case.rows)))
         # Compiling takes long with large constants.
         x = pytensor.shared(rows[:, :-1].copy(), borrow=True)
         y = pytensor.shared(rows[:, -1].astype(pytensor.config.floatX), borrow=True)
@@ -219,7 +229,7 @@ def stream(case: Case) -> StreamingDataset:
 
 def _buffer(case: Case) -> ShuffleBuffer:
     return shuffle_buffer(
-        parquet_source(case.rows),
+        open_rows(case.rows),
         buffer_size=case.buffer_size,
         batch_size=case.batch_size,
         seed=0,

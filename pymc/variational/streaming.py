@@ -52,6 +52,8 @@ from pymc.variational._streaming.preshuffle.cli import main
 from pymc.variational._streaming.preshuffle.command import PreshuffleReport, preshuffle
 from pymc.variational._streaming.sources.arrow import arrow_source
 from pymc.variational._streaming.sources.parquet.parquet import parquet_source
+from pymc.variational._streaming.sources.summarize import summarize
+from pymc.variational._streaming.sources.summary import Summary
 
 __all__ = [
     "CheckNoiseFloor",
@@ -65,6 +67,7 @@ __all__ = [
     "StreamError",
     "StreamWarning",
     "StreamingDataset",
+    "Summary",
     "arrow_source",
     "check_fit",
     "check_order",
@@ -75,6 +78,7 @@ __all__ = [
     "preshuffle",
     "resumable_fit",
     "shuffle_buffer",
+    "summarize",
 ]
 
 if __name__ == "__main__":

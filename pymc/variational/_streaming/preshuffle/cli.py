@@ -59,8 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--memory-limit", default="512MB", metavar="SIZE", help="default: %(default)s")
     add("--scratch", metavar="DIR", help="for rows between the passes; default: beside DST")
-    add("--compression", default="lz4", metavar="CODEC", help="default: %(default)s")
-    add("--row-group-size", type=int, metavar="ROWS", help="default: about 8 MB")
+    add("--format", default="parquet", choices=["parquet", "arrow"], help="default: %(default)s")
+    add("--compression", metavar="CODEC", help="default: lz4 for Parquet, none for Arrow")
+    add(
+        "--split",
+        type=_read_split,
+        metavar="A=0.9,B=0.1",
+        help="folders below DST, and the fraction of the rows that each gets",
+    )
     add("--overwrite", action="store_true", help="replace what is at DST")
     add("--quiet", dest="progressbar", action="store_false", help="show no progress bar")
     return parser
+
+
+def _read_split(text: str) -> dict[str, float]:
+    pairs = (part.partition("=") for part in text.split(","))
+    return {name: float(fraction) for name, _, fraction in pairs}

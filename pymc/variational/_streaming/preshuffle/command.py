@@ -20,35 +20,50 @@ A table that fits in memory does not need it: ``pm.Minibatch`` draws from all ro
 """
 
 import contextlib
+import logging
 import os
 import time
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.preshuffle.passes import Done, gather, scatter
+from pymc.variational._streaming.preshuffle.passes import Done, gather, scatter, scatter_pieces
 from pymc.variational._streaming.preshuffle.plan import (
+    Part,
     Plan,
-    cut_files,
-    is_unchanged,
+    cut_parts,
     make_plan,
     parse_bytes,
 )
-from pymc.variational._streaming.preshuffle.publish import open_workspace, publish
-from pymc.variational._streaming.sources.parquet.files import ParquetInput, import_pyarrow, is_local
-from pymc.variational._streaming.sources.parquet.paths import Paths, resolve, stands_for
-from pymc.variational._streaming.utils import draw_seed, positive_int, progress_bar
+from pymc.variational._streaming.preshuffle.publish import Workspace, open_workspace, publish
+from pymc.variational._streaming.preshuffle.write import Writer
+from pymc.variational._streaming.sources.ipc import group_columns
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
+from pymc.variational._streaming.sources.parquet.paths import resolve
+from pymc.variational._streaming.sources.rows import piece_rows
+from pymc.variational._streaming.sources.summary import Summary
+from pymc.variational._streaming.sources.tables import Batches, Files, open_table
+from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
 if TYPE_CHECKING:
-    import pyarrow.fs
+    import pyarrow
 
 __all__ = ["PreshuffleReport", "preshuffle"]
 
-_CODECS = ("lz4", "zstd", "snappy", "gzip", "brotli")
+_log = logging.getLogger(__name__)
+_CODECS = {
+    "parquet": ("lz4", "zstd", "snappy", "gzip", "brotli"),
+    "arrow": (None, "lz4", "zstd"),
+}
+_WIDE = 16
+"""Columns of numbers from which on row-major files are read at least twice as fast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +74,7 @@ class PreshuffleReport:
     piles: int
     """Partitions that were each permuted by itself; a file of the result holds some of them."""
     bytes_read: int
-    """From source and scratch."""
+    """From source files and scratch."""
     bytes_written: int
     """To scratch and destination."""
     seconds: float
@@ -77,48 +92,56 @@ class PreshuffleReport:
 
 
 def preshuffle(
-    source: Paths,
+    source: Any,
     destination: str | os.PathLike,
     *,
     seed: int,
     columns: Sequence[str] | None = None,
+    split: Mapping[str, float] | None = None,
     memory_limit: int | str = "512MB",
     scratch: str | os.PathLike | None = None,
     executor: Executor | None = None,
     filesystem: Any = None,
-    compression: str = "lz4",
-    row_group_size: int | None = None,
+    format: Literal["parquet", "arrow"] = "parquet",
+    compression: str | None = None,
     overwrite: bool = False,
     progressbar: bool = True,
 ) -> PreshuffleReport:
-    """Write all rows of Parquet files in uniformly random order.
+    """Write all rows of a table in uniformly random order.
 
     Parameters
     ----------
-    source : path_like or sequence of path_like
-        A Parquet file, a directory, a glob, or a list of these; local or a URI.
+    source : path_like, sequence of path_like, data frame, Arrow table or reader, array or Source
+        Parquet files: a file, a directory, a glob, or a list of these, local or a URI, which all
+        workers read. Or anything else that can be streamed, which is read once, by one thread: a
+        data frame, an Arrow table or reader, an iterable of record batches, an array.
     destination : path_like
         A directory for the result; local or a URI. It appears when all is done, at once.
     seed : int
         Seed of the permutation. The same source, seed and memory limit give the same files.
     columns : sequence of str, optional
         The columns to keep. Default: all.
+    split : mapping from str to float, optional
+        What fraction of the rows goes to each of several folders below *destination*, such as
+        ``{"train": 0.9, "valid": 0.1}``. Every row goes to exactly one. Default: no folders.
     memory_limit : int or str, default "512MB"
         By how much the memory of each process may grow, in bytes or as "512MB" or "2GiB".
     scratch : path_like, optional
-        A directory or URI, which all workers reach, for rows between the two passes, and for a
-        result that is uploaded. Default: beside a local *destination*, else the directory for
-        temporary files.
+        A directory, which all workers reach, for rows between the two passes, and for a result
+        that is uploaded. Default: beside a local *destination*, else the directory for temporary
+        files.
     executor : concurrent.futures.Executor, optional
         Runs the tasks: threads, processes, or a cluster, such as Dask's
         ``client.get_executor()``. Default: a thread per core, at most four.
     filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
         Where *source* and *destination* are, if they are not local and no URIs.
-    compression : str, default "lz4"
-        Codec of the result. lz4 costs the least when the rows are streamed.
-    row_group_size : int, optional
-        Largest number of rows in a row group. Default: at most 8 MB of them, and 262,144, what a
-        source reads at a time.
+    format : {"parquet", "arrow"}, default "parquet"
+        "arrow" writes the rows of each dtype side by side, for :func:`arrow_source`, which reads
+        wide rows several times as fast. All columns must then hold numbers, booleans, or up to
+        4,096 levels, and no null, NaN or infinity.
+    compression : str, optional
+        Codec of the result. Default: lz4 for Parquet, which costs the least when the rows are
+        streamed, and none for "arrow", which knows lz4 and zstd.
     overwrite : bool, default False
         Replace what is at *destination*, when the new rows are complete.
     progressbar : bool, default True
@@ -136,15 +159,18 @@ def preshuffle(
         If an argument is wrong, *destination* and *source* overlap, or *memory_limit* is too
         small; the message says how much is enough.
     StreamError
-        If a source file changes or cannot be read, another run writes to *destination*, or a disk
+        If the source changes or cannot be read, another run writes to *destination*, or a disk
         fails. Nothing is published then, and nothing is left: the same call starts over.
 
     Notes
     -----
     Every row gets an independent random partition in a first pass over the source; a second pass
-    permutes each partition in memory. All permutations are equally likely. All columns keep their
-    types, except that the indices of dictionary columns are at least int32, and the schema its
-    metadata.
+    permutes each partition in memory. All permutations are equally likely. The parts of a split
+    are runs of the permutation, and so random samples, of exactly the sizes asked for.
+
+    All columns keep their types, except that dictionary columns have int32 indices, views become
+    plain types, and types that differ between files are widened. The schema keeps its metadata;
+    those of the files also hold the summary of all rows that :func:`summarize` returns.
 
     Rows between the passes and pages of the result carry checksums, which are verified when they
     are read. Before the result appears, the number of its rows is compared with that of the source.
@@ -165,53 +191,35 @@ def preshuffle(
     1000
     """
     start = time.monotonic()
-    if compression not in _CODECS or not import_pyarrow().Codec.is_available(compression):
-        raise ValueError(f"compression={compression!r} is not available; pass one of {_CODECS}")
-    if row_group_size is not None:
-        positive_int("row_group_size", row_group_size)
-    plan, files = make_plan(
-        source,
-        columns,
-        filesystem,
-        seed=draw_seed(seed),
-        memory_limit=parse_bytes(memory_limit),
-        compression=compression,
-        row_group_size=row_group_size,
-    )
+    codec = _choose_codec(format, compression)
+    fractions = {"": 1.0} if split is None else _check_split(split)
+    table = open_table(source, columns, filesystem)
+    if format == "arrow":
+        group_columns(table.schema)
+    plan = make_plan(table, seed=draw_seed(seed), memory_limit=parse_bytes(memory_limit))
     fs, path = resolve(destination, filesystem)
-    if is_local(plan.fs) == is_local(fs):
-        _refuse_overlap(source, filesystem, files, fs, path)
-    n_rows = plan.mark.n_rows
-    threads = min(plan.at_once, os.cpu_count() or 1)
+    table.refuse_overlap(fs, path)
+    threads = ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1))
     with (
         open_workspace(fs, path, scratch=scratch, overwrite=overwrite) as work,
-        ThreadPoolExecutor(threads)
-        if executor is None
-        else contextlib.nullcontext(executor) as pool,
-        progress_bar("Shuffling", n_rows, show=progressbar) as advance,
+        threads if executor is None else contextlib.nullcontext(executor) as pool,
+        progress_bar("Shuffling", table.n_rows, show=progressbar) as advance,
     ):
-        pieces = enumerate(cut_files(files, plan.task_rows))
-        scattered = _run(scatter, pool, [(plan, work, *piece) for piece in pieces], advance)
-        _require_small(scattered, plan)
-        shared = len(scattered.paths), scattered.dictionaries
-        parts = range(plan.mark.n_files)
-        gathered = _run(gather, pool, [(plan, work, part, *shared) for part in parts], advance)
-        if not n_rows == scattered.rows == gathered.rows:
-            raise StreamError(
-                f"the source has {n_rows} rows, {scattered.rows} were read, "
-                f"{gathered.rows} are in the result; nothing was published; "
-                "check the disk and run preshuffle again"
-            )
-        if not is_unchanged(plan.fs, files, source, filesystem):
-            raise StreamError(
-                f"source={plan.mark.source!r} changed while it was being shuffled; "
-                "nothing was published; run preshuffle again when it is at rest"
-            )
-        publish(work, gathered.paths)
+        scattered = _scatter(table, plan, work, pool, advance)
+        middle = _log_pass("scattered", scattered.rows, start)
+        row_bytes = scattered.bytes / scattered.rows
+        parts = cut_parts(scattered.partition_rows.tolist(), fractions, row_bytes)
+        writer = _make_writer(table, plan, scattered, parts, format, codec)
+        tasks = ((plan, work.parts, scattered.paths, part, writer) for part in parts)
+        gathered = _run(gather, pool, tasks, advance)
+        _log_pass("wrote", gathered.rows, middle)
+        _require_all_rows(table, scattered, gathered)
+        publish(work, dict(zip(map(writer.name, parts), gathered.paths)))
+    _suggest_rows(path, writer)
     return PreshuffleReport(
-        rows=n_rows,
+        rows=gathered.rows,
         piles=plan.n_partitions,
-        bytes_read=sum(file.size for file in files) + scattered.bytes,
+        bytes_read=table.n_bytes + scattered.bytes,
         bytes_written=scattered.bytes + gathered.bytes,
         seconds=time.monotonic() - start,
         peak_memory=max(scattered.peak, gathered.peak),
@@ -219,69 +227,176 @@ def preshuffle(
     )
 
 
+def _choose_codec(format: str, compression: str | None) -> str | None:
+    if format not in _CODECS:
+        raise ValueError(f"format={format!r} is not a choice; pass 'parquet' or 'arrow'")
+    codec = _CODECS[format][0] if compression is None else compression
+    if codec not in _CODECS[format] or (codec and not import_pyarrow().Codec.is_available(codec)):
+        raise ValueError(
+            f"compression={compression!r} is not available; pass one of {_CODECS[format]}"
+        )
+    return codec
+
+
+def _require_all_rows(table: Files | Batches, scattered: Done, gathered: Done) -> None:
+    """Raise StreamError unless all rows of a source that is still the same are in the result."""
+    n_rows = scattered.rows if table.n_rows is None else table.n_rows
+    if not n_rows == scattered.rows == gathered.rows:
+        raise StreamError(
+            f"the source has {n_rows} rows, {scattered.rows} were read, "
+            f"{gathered.rows} are in the result; nothing was published; "
+            "check the disk and run preshuffle again"
+        )
+    table.require_unchanged()
+
+
+def _suggest_rows(path: str, writer: Writer) -> None:
+    """Tell of the format for wide tables of numbers."""
+    wide = len(writer.summary) >= _WIDE
+    if (
+        writer.format == "parquet"
+        and wide
+        and all(c.min is not None for c in writer.summary.values())
+    ):
+        _log.info(
+            f"{path} has {len(writer.summary)} columns of numbers; "
+            'format="arrow" lets arrow_source read them several times as fast'
+        )
+
+
+def _check_split(split: Mapping[str, float]) -> dict[str, float]:
+    """Return the fractions of a split by folder, or refuse them."""
+    for folder, fraction in split.items():
+        if not fraction > 0:
+            raise ValueError(f"split={dict(split)}: {folder!r} must be more than 0")
+        if not folder or folder[0] in "._" or "/" in folder or os.sep in folder:
+            raise ValueError(
+                f"split={dict(split)}: {folder!r} is not a name for a folder of data; "
+                'pass names such as "train" and "valid"'
+            )
+    if abs(sum(split.values()) - 1) > 1e-9:
+        raise ValueError(
+            f"split={dict(split)} adds up to {sum(split.values()):g}; pass fractions that add up to 1"
+        )
+    return dict(split)
+
+
+def _scatter(
+    table: Files | Batches,
+    plan: Plan,
+    work: Workspace,
+    pool: Executor,
+    advance: Callable[[float], None],
+) -> Done:
+    """Run the first pass: tasks for files, but one in this thread for what only it can read."""
+    if isinstance(table, Files):
+        pieces = enumerate(table.cut(plan.task_rows))
+        tasks = ((plan, work.scratch, index, table.fs, run) for index, run in pieces)
+        done = _run(scatter_pieces, pool, tasks, advance)
+    else:
+        with _as_stream_error():
+            done = scatter(
+                plan, work.scratch, 0, table.read(plan.batch_rows, lambda n: advance(n / 2))
+            )
+    size = sum(values.nbytes for values in done.dictionaries.values())
+    if size > plan.block_bytes:
+        raise StreamError(
+            f"dictionary columns {list(done.dictionaries)} have {size} bytes of distinct "
+            f"values, memory_limit leaves {plan.block_bytes}; raise it, or decode them"
+        )
+    return done
+
+
+def _make_writer(
+    table: Files | Batches,
+    plan: Plan,
+    scattered: Done,
+    parts: Sequence[Part],
+    format: str,
+    compression: str | None,
+) -> Writer:
+    """Return what writes the files, with a mark for each folder."""
+    assert scattered.summary is not None
+    summary, dictionaries = scattered.summary.finish(), scattered.dictionaries
+    if format == "arrow":
+        dictionaries = _find_levels(summary, plan.plain)
+    fingerprint = digest(table.contents, summary)
+    marks = {
+        folder: PreshuffleMark(
+            shuffle=digest(fingerprint, plan, format, compression, parts, folder),
+            seed=plan.seed,
+            source=table.name,
+            fingerprint=fingerprint,
+            n_rows=sum(part.n_rows for part in parts if part.folder == folder),
+            n_files=sum(part.folder == folder for part in parts),
+            index=0,
+        )
+        for folder in {part.folder: None for part in parts}
+    }
+    batch_rows = min(plan.row_group_rows, piece_rows(len(plan.plain)))
+    return Writer(plan.schema, dictionaries, summary, compression, marks, format, batch_rows)
+
+
+def _find_levels(summary: Summary, plain: "pyarrow.Schema") -> dict[str, "pyarrow.Array"]:
+    """Return the levels of all columns that are no numbers; refuse what has no code or number."""
+    pa, levels = import_pyarrow(), {}
+    for name, column in summary.items():
+        ends = [0 if end is None else end for end in (column.min, column.max)]
+        if column.nulls or not np.isfinite(ends).all():
+            raise StreamError(
+                f"column {name!r} holds {column.nulls} nulls or NaN, and {column.min} to "
+                f'{column.max}; filter such rows, or pass format="parquet"'
+            )
+        if column.min is None:
+            if column.levels is None:
+                raise StreamError(
+                    f"column {name!r} has more than 4,096 levels; leave it out with columns=[...], "
+                    'or pass format="parquet"'
+                )
+            levels[name] = pa.array(column.levels, plain.field(name).type)
+    return levels
+
+
 def _run(
     function: Callable[..., Done],
     pool: Executor,
-    tasks: list[tuple],
+    tasks: Iterable[tuple],
     advance: Callable[[float], None],
 ) -> Done:
     """Run all tasks of a pass; if one fails, those that have not started never do."""
     total, futures = Done(), deque[Future]()
+    with _as_stream_error():
+        try:
+            for task in tasks:
+                futures.append(pool.submit(function, *task))
+            while futures:
+                done = futures[0].result()
+                futures.popleft()
+                total.add(done)
+                advance(done.rows / 2)  # every row is in two passes
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+    return total
+
+
+def _log_pass(verb: str, rows: int, start: float) -> float:
+    """Tell of a pass that began at *start*, and return the time."""
+    now = time.monotonic()
+    rate = rows / max(now - start, 1e-9)
+    _log.info(f"preshuffle {verb} {rows:,} rows in {now - start:.1f} s ({rate:,.0f} rows/s)")
+    return now
+
+
+@contextlib.contextmanager
+def _as_stream_error() -> Iterator[None]:
     try:
-        for task in tasks:
-            futures.append(pool.submit(function, *task))
-        while futures:
-            done = futures[0].result()
-            futures.popleft()
-            total.add(done)
-            advance(done.rows / 2)  # every row is in two passes
-        return total
-    except BaseException as err:
-        for future in futures:
-            future.cancel()
-        wait(futures)
-        if isinstance(err, StreamError) or not isinstance(err, Exception):
-            raise
+        yield
+    except StreamError:
+        raise
+    except Exception as err:
         text = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
         raise StreamError(
             f"preshuffle stopped ({text}); nothing was published; remove the cause and run it again"
         ) from err
-
-
-def _require_small(scattered: Done, plan: Plan) -> None:
-    """Refuse dictionaries that a task of the second pass could not hold."""
-    size = sum(values.nbytes for values in scattered.dictionaries.values())
-    if size > plan.block_bytes:
-        raise StreamError(
-            f"dictionary columns {list(scattered.dictionaries)} have {size} bytes of distinct "
-            f"values, memory_limit leaves {plan.block_bytes}; raise it, or decode them"
-        )
-
-
-def _refuse_overlap(
-    source: Paths,
-    filesystem: Any,
-    files: list[ParquetInput],
-    fs: "pyarrow.fs.FileSystem",
-    path: str,
-) -> None:
-    """Refuse to write where the source is read, or where a glob would look for it next time."""
-    real = os.path.realpath if is_local(fs) else str
-    entries = [source] if isinstance(source, str | os.PathLike) else source
-    roots = [real(resolve(entry, filesystem)[1]) for entry in entries]
-    place = real(path)
-    inside = [
-        root
-        for root in roots
-        if _is_inside(place, root) or stands_for(fs, root, f"{place}/part.parquet")
-    ]
-    below = [file.path for file in files if _is_inside(real(file.path), place)]
-    if inside or below:
-        raise ValueError(
-            f"destination={path!r} overlaps with source={(inside + below)[0]!r}; "
-            "write to a directory outside it"
-        )
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return f"{path.strip('/')}/".startswith(f"{folder.strip('/')}/")

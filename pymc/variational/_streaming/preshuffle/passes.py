@@ -23,14 +23,15 @@ those of one partition can be read without the others, and which checksums they 
 """
 
 import contextlib
-import dataclasses
+import itertools
 import math
+import os
 import sys
 import threading
 import uuid
 import zlib
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,28 +39,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.preshuffle.plan import (
-    MAX_AT_ONCE,
-    MAX_PARTITIONS,
-    Piece,
-    Plan,
-    read_piece,
-)
-from pymc.variational._streaming.preshuffle.publish import Workspace, flush
-from pymc.variational._streaming.preshuffle.types import (
-    add_dictionaries,
-    dictionaries_of,
-    dictionary_columns,
-    restore,
-    to_plain,
-)
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow, inspect, is_local
+from pymc.variational._streaming.preshuffle.plan import MAX_AT_ONCE, MAX_PARTITIONS, Part, Plan
+from pymc.variational._streaming.preshuffle.write import Writer
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.summary import Summarizer
+from pymc.variational._streaming.sources.tables import Piece, conform, read_piece
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
 
-__all__ = ["Done", "gather", "scatter"]
+__all__ = ["Done", "gather", "scatter", "scatter_pieces"]
 
 _LABELS, _ORDER, _SUBLABELS = range(3)
 """What random numbers are for: the first word of each spawn key."""
@@ -79,58 +69,69 @@ class Done:
     peak: int = 0
     """Largest resident size of a process so far, in bytes."""
     paths: list[str] = field(default_factory=list)
-    dictionaries: dict[str, "pyarrow.Array"] = field(default_factory=dict)
-    """Values of the dictionary columns that were read, as they appeared."""
+    partition_rows: Any = 0
+    """Rows of each partition, after the first pass."""
+    summary: Summarizer | None = None
+
+    @property
+    def dictionaries(self) -> dict[str, "pyarrow.Array"]:
+        """Values of the dictionary columns, in the order of their first appearance."""
+        return {} if self.summary is None else self.summary.dictionaries()
 
     def add(self, later: "Done") -> None:
+        """Add what the next task left behind."""
         self.rows += later.rows
         self.bytes += later.bytes
         self.peak = max(self.peak, later.peak)
         self.paths += later.paths
-        add_dictionaries(self.dictionaries, later.dictionaries)
+        self.partition_rows = self.partition_rows + later.partition_rows
+        if self.summary is None or later.summary is None:
+            self.summary = self.summary or later.summary
+        else:
+            self.summary.merge(later.summary)
 
 
-def scatter(plan: Plan, work: Workspace, index: int, pieces: Sequence[Piece]) -> Done:
-    """Read row groups, and write each row to a random partition of a scratch file."""
-    dictionaries: dict[str, pyarrow.Array] = {}
+def scatter(plan: Plan, folder: str, index: int, batches: Iterable["pyarrow.RecordBatch"]) -> Done:
+    """Write each row to a random partition of a scratch file."""
+    path = f"{folder}/{index:06}.rows"
+    summary = Summarizer(plan.schema)
 
     def read() -> Iterator["pyarrow.RecordBatch"]:
-        for piece in pieces:
-            for batch in read_piece(plan.fs, piece, plan.schema.names, plan.batch_rows):
-                add_dictionaries(dictionaries, dictionaries_of(batch))
-                yield to_plain(batch, plan.plain)
+        for batch in batches:
+            summary.add_dictionaries(batch)
+            yield conform(batch, plan.plain)
 
-    path = _scratch_path(work, index)
-    labels = _generator(plan.mark.seed, _LABELS, index)
+    def summarise(block: "pyarrow.RecordBatch") -> "pyarrow.RecordBatch":
+        summary.add(block)
+        return block
+
     with _memory_for_a_task(plan.at_once):
-        rows, size = _scatter_rows(
-            work.scratch_fs, path, read(), plan.n_partitions, labels, plan.block_bytes
-        )
-        return Done(rows, size, _peak_memory(), [path], dictionaries)
+        rng = _generator(plan.seed, _LABELS, index)
+        blocks = map(summarise, _join(read(), plan.block_bytes))
+        counts = _scatter_rows(path, blocks, plan.plain, plan.n_partitions, rng)
+        size = os.path.getsize(path)
+        return Done(summary.rows, size, _peak_memory(), [path], counts, summary)
 
 
-def gather(
-    plan: Plan,
-    work: Workspace,
-    index: int,
-    n_scattered: int,
-    dictionaries: Mapping[str, "pyarrow.Array"],
+def scatter_pieces(
+    plan: Plan, folder: str, index: int, fs: "pyarrow.fs.FileSystem", pieces: Sequence[Piece]
 ) -> Done:
-    """Write some partitions of *n_scattered* scratch files, each in random order, to a file."""
-    paths = [_scratch_path(work, task) for task in range(n_scattered)]
-    partitions = range(plan.n_partitions)[index * plan.partitions_per_file :]
-    batches = (
-        restore(batch, plan.schema, dictionaries)
-        for partition in partitions[: plan.partitions_per_file]
-        for batch in _shuffle(plan, work, paths, (partition,))
-    )
-    path = f"{work.parts}/{uuid.uuid4().hex}.parquet"
+    """Scatter row groups of files."""
+    read = (read_piece(fs, piece, plan.schema.names, plan.batch_rows) for piece in pieces)
+    return scatter(plan, folder, index, itertools.chain.from_iterable(read))
+
+
+def gather(plan: Plan, folder: str, scattered: Sequence[str], part: Part, writer: Writer) -> Done:
+    """Write some partitions of the scattered rows, each in random order, to a file."""
+    path = f"{folder}/{uuid.uuid4().hex}"
     with _memory_for_a_task(plan.at_once):
-        _write_part(plan, work.parts_fs, path, index, batches)
-        if is_local(work.parts_fs):
-            flush(path)
-        written, _ = inspect(work.parts_fs, path)
-        return Done(written.n_rows, written.size, _peak_memory(), [path])
+        batches = (
+            batch
+            for partition, start, stop in part.pieces
+            for batch in _between(_shuffle(plan, scattered, (partition,)), start, stop)
+        )
+        rows = writer.write(path, part, batches)
+        return Done(rows, os.path.getsize(path), _peak_memory(), [path])
 
 
 @contextlib.contextmanager
@@ -159,38 +160,35 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _scratch_path(work: Workspace, index: int) -> str:
-    return f"{work.scratch}/{index:06}.rows"
-
-
 def _generator(seed: int, *key: int) -> np.random.Generator:
     """Make the generator for one purpose and task, whoever runs it."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def _scatter_rows(
-    fs: "pyarrow.fs.FileSystem",
     path: str,
-    batches: Iterable["pyarrow.RecordBatch"],
+    blocks: Iterable["pyarrow.RecordBatch"],
+    schema: "pyarrow.Schema",
     n_partitions: int,
     rng: np.random.Generator,
-    block_bytes: int,
-) -> tuple[int, int]:
-    """Write a scratch file, holding about *block_bytes* of rows twice; return its rows and size."""
-    index, rows = [], 0
-    with fs.open_output_stream(path) as sink:
-        for block in _join(batches, block_bytes):
+) -> np.ndarray:
+    """Write a scratch file, holding each block twice; return the rows of each partition."""
+    index, total = [], np.zeros(n_partitions, np.int64)
+    with import_pyarrow().OSFile(path, "wb") as sink:
+        for block in blocks:
             labels = rng.integers(0, n_partitions, block.num_rows, dtype=np.uint16)
             counts = np.bincount(labels, minlength=n_partitions)
-            block = _take(block, np.argsort(labels, kind="stable"))
+            columns = block.columns
+            del block  # each column's memory is free when its rows have been taken
+            block = _take(columns, schema, np.argsort(labels, kind="stable"))
             index.append(_write_block(sink, block, counts))
-            rows += block.num_rows
+            total += counts
         start = sink.tell()
         # For each partition, the messages of all blocks, so that a reader finds them together.
         by_partition = np.array(index, _MESSAGE).reshape(len(index), n_partitions).T
         sink.write(np.ascontiguousarray(by_partition).tobytes())
         sink.write(np.array([start, len(index)], "<i8").tobytes())
-        return rows, sink.tell()
+    return total
 
 
 def _join(
@@ -221,13 +219,11 @@ def _write_block(sink: Any, block: "pyarrow.RecordBatch", counts: np.ndarray) ->
     return messages
 
 
-def _find_messages(
-    fs: "pyarrow.fs.FileSystem", paths: Sequence[str], partition: int
-) -> list[tuple[str, np.ndarray]]:
+def _find_messages(paths: Sequence[str], partition: int) -> list[tuple[str, np.ndarray]]:
     """Return where the rows of one partition are in each scratch file."""
     found = []
     for path in paths:
-        with fs.open_input_file(path) as file:
+        with import_pyarrow().OSFile(path) as file:
             start, n_blocks = np.frombuffer(file.read_at(16, file.size() - 16), "<i8").tolist()
             length = n_blocks * _MESSAGE.itemsize
             index = np.frombuffer(file.read_at(length, start + partition * length), _MESSAGE)
@@ -236,11 +232,12 @@ def _find_messages(
 
 
 def _read_messages(
-    fs: "pyarrow.fs.FileSystem", found: list[tuple[str, np.ndarray]], schema: "pyarrow.Schema"
+    found: list[tuple[str, np.ndarray]], schema: "pyarrow.Schema"
 ) -> Iterator["pyarrow.RecordBatch"]:
     """Yield the rows of messages in the order in which they were scattered."""
+    pa = import_pyarrow()
     for path, messages in found:
-        with fs.open_input_file(path) as file:
+        with pa.OSFile(path) as file:
             for offset, size, _, crc in messages.tolist():
                 data = file.read_at(size, offset)
                 if zlib.crc32(data) != crc:
@@ -248,69 +245,59 @@ def _read_messages(
                         f"{path}: rows between the two passes are not those that were written; "
                         "nothing was published; check the disk, or pass another scratch=..."
                     )
-                yield import_pyarrow().ipc.read_record_batch(data, schema)
+                yield pa.ipc.read_record_batch(data, schema)
 
 
 def _shuffle(
-    plan: Plan, work: Workspace, paths: Sequence[str], place: tuple[int, ...]
+    plan: Plan, paths: Sequence[str], place: tuple[int, ...]
 ) -> Iterator["pyarrow.RecordBatch"]:
     """Yield the rows of a partition in random order, at most those of a row group at a time.
 
     A partition that memory cannot hold is scattered again, into partitions of its own; *place*
     are the numbers of the partitions that it is a part of, and its own.
     """
-    found = _find_messages(work.scratch_fs, paths, place[-1])
+    found = _find_messages(paths, place[-1])
     size, n_rows = (sum(int(m[name].sum()) for _, m in found) for name in ("size", "rows"))
-    batches = _read_messages(work.scratch_fs, found, plan.plain)
+    batches = _read_messages(found, plan.plain)
     if size > plan.block_bytes and n_rows > 1:
-        path = f"{work.scratch}/{uuid.uuid4().hex}.rows"
+        path = f"{os.path.dirname(paths[0])}/{uuid.uuid4().hex}"
         n_partitions = min(math.ceil(1.5 * size / plan.block_bytes), n_rows, MAX_PARTITIONS)
-        labels = _generator(plan.mark.seed, _SUBLABELS, *place)
-        _scatter_rows(work.scratch_fs, path, batches, n_partitions, labels, plan.block_bytes)
+        labels = _generator(plan.seed, _SUBLABELS, *place)
+        _scatter_rows(path, _join(batches, plan.block_bytes), plan.plain, n_partitions, labels)
         for partition in range(n_partitions):
-            yield from _shuffle(plan, work, [path], (*place, partition))
-        work.scratch_fs.delete_file(path)
+            yield from _shuffle(plan, [path], (*place, partition))
+        os.remove(path)
     elif n_rows:
-        rows = _concatenate(list(batches))
-        order = _generator(plan.mark.seed, _ORDER, *place).permutation(rows.num_rows)
+        rows = _concatenate(list(batches)).columns
+        order = _generator(plan.seed, _ORDER, *place).permutation(n_rows)
         for chosen in np.array_split(order, math.ceil(len(order) / plan.row_group_rows)):
-            yield _take(rows, chosen)
+            yield _take(list(rows), plan.plain, chosen)
+
+
+def _between(
+    batches: Iterable["pyarrow.RecordBatch"], start: int, stop: int
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield rows *start* to *stop* of all *batches*."""
+    for batch in batches:
+        if start < batch.num_rows and stop > 0:
+            yield batch.slice(max(start, 0), min(stop, batch.num_rows) - max(start, 0))
+        start, stop = start - batch.num_rows, stop - batch.num_rows
 
 
 def _concatenate(batches: list["pyarrow.RecordBatch"]) -> "pyarrow.RecordBatch":
     """Join batches into one, and release them."""
-    joined = import_pyarrow().Table.from_batches(batches).combine_chunks()
+    pa, schema = import_pyarrow(), batches[0].schema
+    chunks = list(zip(*(batch.columns for batch in batches)))
     batches.clear()
-    return joined.to_batches()[0]
+    columns = [pa.concat_arrays(chunks.pop(0)) for _ in schema]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _take(batch: "pyarrow.RecordBatch", order: np.ndarray) -> "pyarrow.RecordBatch":
+def _take(
+    columns: list["pyarrow.Array"], schema: "pyarrow.Schema", order: np.ndarray
+) -> "pyarrow.RecordBatch":
+    """Return rows in another order, and empty the list of their columns."""
     pa = import_pyarrow()
     places = pa.array(order)
-    columns = [pa.compute.take(column, places, boundscheck=False) for column in batch.columns]
-    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
-
-
-def _write_part(
-    plan: Plan,
-    fs: "pyarrow.fs.FileSystem",
-    path: str,
-    index: int,
-    batches: Iterable["pyarrow.RecordBatch"],
-) -> None:
-    """Write a Parquet file of the result, with a row group for each batch."""
-    with (
-        fs.open_output_stream(path) as sink,
-        import_pyarrow().parquet.ParquetWriter(
-            sink,
-            plan.schema,
-            compression=plan.compression,
-            use_dictionary=dictionary_columns(plan.schema) or False,
-            write_statistics=False,
-            write_page_checksum=True,
-        ) as writer,
-    ):
-        for batch in batches:
-            writer.write_batch(batch, batch.num_rows)
-        mark = dataclasses.replace(plan.mark, index=index, data_end=sink.tell())
-        writer.add_key_value_metadata(mark.to_metadata())
+    taken = [pa.compute.take(columns.pop(0), places, boundscheck=False) for _ in schema]
+    return pa.RecordBatch.from_arrays(taken, schema=schema)

@@ -15,23 +15,24 @@
 
 A local result is built in a hidden folder beside the destination, and one rename publishes it.
 Other filesystems cannot rename folders.  There the files are uploaded when all are built, and the
-first one last: every file says how many there must be, so that a source refuses the others until
-it is there.
+first of each folder last: every file says how many there must be, so that a source refuses the
+others until it is there.
 """
 
 import contextlib
 import os
 import re
+import shutil
 import tempfile
 import uuid
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.preshuffle.write import flush
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
-from pymc.variational._streaming.sources.parquet.paths import resolve
 from pymc.variational._streaming.utils import digest
 
 try:
@@ -42,11 +43,11 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     import pyarrow.fs
 
-__all__ = ["Workspace", "flush", "open_workspace", "publish"]
+__all__ = ["Workspace", "open_workspace", "publish"]
 
-_PART = "part-{:05}-of-{:05}.parquet"
-_LATER_PART = re.compile(r"part-(?!00000)\d{5,}-of-\d{5,}\.parquet")
-"""Name of a file that is uploaded before the first one."""
+_FIRST_PART = re.compile(r"part-0+-of-\d+\.\w+")
+_LATER_PART = re.compile(r"part-(?!0+-)\d{5,}-of-\d{5,}\.\w+")
+"""Names of the files that are uploaded last, and before."""
 _REPLACED = "replaced"
 """Name of the folder that holds a destination's old contents while new ones take their place."""
 _locked_here: dict[str, object] = {}
@@ -55,15 +56,13 @@ _locked_here: dict[str, object] = {}
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """A destination, and the folders of the run that builds it."""
+    """A destination, and the local folders of the run that builds it."""
 
     fs: "pyarrow.fs.FileSystem"
     destination: str
     overwrite: bool
-    parts_fs: "pyarrow.fs.FileSystem"
     parts: str
     """Folder for the files of the result."""
-    scratch_fs: "pyarrow.fs.FileSystem"
     scratch: str
     """Folder for rows between the passes."""
 
@@ -76,83 +75,60 @@ def open_workspace(
     scratch: str | os.PathLike | None,
     overwrite: bool,
 ) -> Iterator[Workspace]:
-    """Make the folders of a run; delete them at its end, and those that a killed run left.
-
-    Raises
-    ------
-    FileExistsError
-        If there is something at the destination, and it must not be overwritten.
-    StreamError
-        If another run is building the same destination.
-    """
+    """Make the folders of a run; delete them at its end, and those that a killed run left."""
     if is_local(fs):
         destination = os.path.realpath(destination)
         _require_replaceable(destination)
-    scratch_fs, scratch_root = resolve(scratch or tempfile.gettempdir())
-    folders = [(scratch_fs, f"{scratch_root}/preshuffle-{digest(destination)}")]
+    elsewhere = os.path.abspath(scratch or tempfile.gettempdir())
+    folders = [f"{elsewhere}/preshuffle-{digest(destination)}"]
     if is_local(fs):
-        beside = fs, "/.".join(os.path.split(destination)) + ".partial"
+        beside = "/.".join(os.path.split(destination)) + ".partial"
         folders = [beside, *folders] if scratch else [beside]
     with contextlib.ExitStack() as stack:
         for folder in folders:
-            stack.enter_context(_own(*folder, destination))
-        (parts_fs, parts), (scratch_fs, scratch_folder) = folders[0], folders[-1]
+            stack.enter_context(_own(folder, destination))
         # Workers may still run tasks of a run that was killed, which must not meet these.
         run = uuid.uuid4().hex
         work = Workspace(
-            fs=fs,
-            destination=destination,
-            overwrite=overwrite,
-            parts_fs=parts_fs,
-            parts=f"{parts}/{run}",
-            scratch_fs=scratch_fs,
-            scratch=f"{scratch_folder}/{run}.scratch",
+            fs, destination, overwrite, f"{folders[0]}/{run}", f"{folders[-1]}/{run}.scratch"
         )
         _refuse_to_replace(work)
-        parts_fs.create_dir(work.parts)
-        scratch_fs.create_dir(work.scratch)
+        os.mkdir(work.parts)
+        os.mkdir(work.scratch)
         yield work
 
 
-def publish(work: Workspace, paths: Sequence[str]) -> None:
-    """Make finished files, in their order, the contents of the destination."""
+def publish(work: Workspace, files: Mapping[str, str]) -> None:
+    """Make the contents of the destination these files, whose names may begin with a folder."""
     _refuse_to_replace(work)
-    names = [_PART.format(index, len(paths)) for index in range(len(paths))]
-    (_rename if is_local(work.fs) else _upload)(work, dict(zip(names, paths)))
+    (_rename if is_local(work.fs) else _upload)(work, files)
 
 
-def flush(path: str) -> None:
-    """Wait until a local file, or the list of names in a folder, is on the disk."""
-    if os.path.isdir(path) and os.name != "posix":
-        return  # Windows cannot open folders.
-    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _rename(work: Workspace, files: dict[str, str]) -> None:
+def _rename(work: Workspace, files: Mapping[str, str]) -> None:
     finished = f"{work.parts}.finished"
-    os.mkdir(finished)
     for name, path in files.items():
+        os.makedirs(os.path.dirname(f"{finished}/{name}"), exist_ok=True)
         os.rename(path, f"{finished}/{name}")
-    flush(finished)
+    for folder in {os.path.dirname(f"{finished}/{name}") for name in files} | {finished}:
+        flush(folder)
     if os.path.lexists(work.destination):
         os.rename(work.destination, f"{os.path.dirname(work.parts)}/{_REPLACED}")
     os.rename(finished, work.destination)
     flush(os.path.dirname(work.destination))
 
 
-def _upload(work: Workspace, files: dict[str, str]) -> None:
+def _upload(work: Workspace, files: Mapping[str, str]) -> None:
+    pafs = import_pyarrow().fs
     work.fs.create_dir(work.destination, recursive=True)
     work.fs.delete_dir_contents(work.destination)
     try:
-        for name, path in reversed(files.items()):
-            import_pyarrow().fs.copy_files(
-                path,
-                f"{work.destination}/{name}",
-                source_filesystem=work.parts_fs,
+        for name in sorted(files, key=lambda name: bool(_FIRST_PART.search(name))):
+            target = f"{work.destination}/{name}"
+            work.fs.create_dir(os.path.dirname(target), recursive=True)
+            pafs.copy_files(
+                files[name],
+                target,
+                source_filesystem=pafs.LocalFileSystem(),
                 destination_filesystem=work.fs,
                 use_threads=False,
             )
@@ -164,10 +140,15 @@ def _upload(work: Workspace, files: dict[str, str]) -> None:
 
 def _refuse_to_replace(work: Workspace) -> None:
     """Refuse a destination with contents other than those of an upload that was killed."""
-    selector = import_pyarrow().fs.FileSelector(work.destination, allow_not_found=True)
-    names = {info.base_name for info in work.fs.get_file_info(selector)} - {""}
-    unfinished = not is_local(work.fs) and all(map(_LATER_PART.fullmatch, names))
-    if names and not unfinished and not work.overwrite:
+    pafs, local = import_pyarrow().fs, is_local(work.fs)
+    selector = pafs.FileSelector(work.destination, allow_not_found=True, recursive=not local)
+    infos = [
+        info
+        for info in work.fs.get_file_info(selector)
+        if local or (info.type == pafs.FileType.File and info.base_name)
+    ]
+    unfinished = not local and all(_LATER_PART.fullmatch(info.base_name) for info in infos)
+    if infos and not unfinished and not work.overwrite:
         raise FileExistsError(
             f"destination={work.destination!r} exists and is not empty; "
             "pass overwrite=True to replace it, or choose another"
@@ -189,26 +170,25 @@ def _require_replaceable(destination: str) -> None:
 
 
 @contextlib.contextmanager
-def _own(fs: "pyarrow.fs.FileSystem", folder: str, destination: str) -> Iterator[None]:
+def _own(folder: str, destination: str) -> Iterator[None]:
     """Make and lock a folder; empty it, also of what a killed run left, and delete it at the end."""
-    fs.create_dir(folder, recursive=True)
-    with _locked(folder, destination) if is_local(fs) else contextlib.nullcontext():
+    os.makedirs(folder, exist_ok=True)
+    with _locked(folder, destination):
         try:
-            _clear(fs, folder, destination)
+            _clear(folder, destination)
             yield
         finally:
-            _clear(fs, folder, destination)
-            fs.delete_dir(folder)
+            _clear(folder, destination)
+            shutil.rmtree(folder)
 
 
-def _clear(fs: "pyarrow.fs.FileSystem", folder: str, destination: str) -> None:
+def _clear(folder: str, destination: str) -> None:
     """Delete all but the lock, and put back what was to be replaced, but was not."""
-    pafs = import_pyarrow().fs
     if os.path.lexists(f"{folder}/{_REPLACED}") and not os.path.lexists(destination):
         os.rename(f"{folder}/{_REPLACED}", destination)
-    for info in fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
-        if info.type == pafs.FileType.Directory:
-            fs.delete_dir(info.path)
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,13 @@ from typing import Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.base import Source, is_arrow, require_finite, skip_rows
+from pymc.variational._streaming.sources.base import (
+    Source,
+    as_batch,
+    is_arrow,
+    require_finite,
+    skip_rows,
+)
 from pymc.variational._streaming.sources.categories import LevelFinder
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.rows import RowFormat
@@ -171,6 +177,14 @@ class IterableSource(Source):
                 add(batch.num_rows)
         self._levels |= finder.finish()
 
+    def batches(self) -> Iterator[Any]:
+        for block in _arrow_batches(self._make()):
+            if not is_arrow(block):
+                yield as_batch(_as_rows(block), None)
+                continue
+            batch = import_pyarrow().record_batch(block)
+            yield batch if self._names is None else batch.select(list(self._names))
+
     def _counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Pass blocks on as long as they keep what ``n_rows`` promises."""
         n_rows = 0
@@ -236,6 +250,12 @@ class _OneShotSource(IterableSource):
             )
         blocks, self._unread = self._unread, None
         return skip_rows(blocks, start)
+
+    def batches(self) -> Iterator[Any]:
+        if self._unread is None:
+            raise StreamError("source is a one-shot iterator and has been read; make it anew")
+        self._unread = None
+        return super().batches()
 
     def count(self) -> int:
         raise ValueError(

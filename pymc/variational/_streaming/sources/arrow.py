@@ -16,7 +16,6 @@
 import os
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import IterableSource, as_source, is_table
 from pymc.variational._streaming.sources.base import Source, is_arrow, skip_rows
 from pymc.variational._streaming.sources.categories import Categories, LevelFinder, given_levels
+from pymc.variational._streaming.sources.ipc import ROWS_KEY, RowMajorSource, identity, reading
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.parquet.paths import list_ipc
 from pymc.variational._streaming.sources.rows import RowFormat
@@ -40,6 +40,7 @@ def arrow_source(
     columns: Sequence[str] | None = None,
     categories: Categories | None = None,
     n_rows: int | None = None,
+    partial: bool = False,
 ) -> Source:
     """Stream the record batches of anything that speaks Arrow, or of Arrow IPC files.
 
@@ -60,6 +61,8 @@ def arrow_source(
     n_rows : int, optional
         Number of rows of one pass, if you know it; it is checked in every pass. The number of
         rows in files is known.
+    partial : bool, default False
+        Accept some of the files that :func:`preshuffle` wrote with ``format="arrow"``.
 
     Returns
     -------
@@ -96,7 +99,7 @@ def arrow_source(
     levels = given_levels(categories)
     size = None if n_rows is None else positive_int("n_rows", n_rows)
     if isinstance(make_reader, str | os.PathLike | list | tuple):
-        source = _IpcSource(list_ipc(make_reader), columns, levels)
+        source = _open_files(list_ipc(make_reader), columns, levels, partial)
         if size not in (None, source.n_rows):
             raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
         return source
@@ -128,6 +131,16 @@ def with_columns(
     return source
 
 
+def _open_files(
+    paths: Sequence[str], columns: Sequence[str] | None, levels: dict[str, Any], partial: bool
+) -> Source:
+    with reading(paths[0]) as reader:
+        is_row_major = ROWS_KEY in (reader.schema.metadata or {})
+    if is_row_major:
+        return RowMajorSource(paths, columns, levels, partial)
+    return _IpcSource(paths, columns, levels)
+
+
 @dataclass(frozen=True, slots=True)
 class _IpcFile:
     """One Arrow IPC file as it was when it was first opened."""
@@ -141,7 +154,7 @@ class _IpcFile:
     """Number of rows of each record batch."""
 
     def require_unchanged(self, when: str) -> None:
-        if self.identity != _identity(self.path):
+        if self.identity != identity(self.path):
             raise StreamError(f"{self.path}: changed {when}; make the source anew")
 
 
@@ -152,7 +165,7 @@ class _IpcSource(Source):
         frozen: RowFormat | None = None
         self._files = []
         for path in paths:
-            with _reading(path) as reader:
+            with reading(path) as reader:
                 schema = reader.schema
             if frozen is None:
                 frozen = RowFormat.from_schema(schema, columns, path, levels)
@@ -177,7 +190,7 @@ class _IpcSource(Source):
         """Find in one pass the levels that are not given."""
         finder = LevelFinder([name for name, known in levels.items() if known is None])
         for file in self._files if None in levels.values() else ():
-            for _, batch in self._batches(file, 0):
+            for batch in self._batches(file, 0):
                 finder.add(batch)
         return finder.finish()
 
@@ -190,6 +203,11 @@ class _IpcSource(Source):
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         return skip_rows(self._read_from(first), start - int(self._starts[first]))
 
+    def batches(self) -> Iterator[Any]:
+        for file in self._files:
+            for batch in self._batches(file, 0):
+                yield batch.select(list(self.columns or ()))
+
     def _read_from(self, first: int) -> Iterator[np.ndarray]:
         """Read on from the record batch *first*, counted over all files."""
         for file in self._files:
@@ -198,45 +216,22 @@ class _IpcSource(Source):
             first -= len(file.batch_rows)
 
     def _read(self, file: _IpcFile, first: int) -> Iterator[np.ndarray]:
-        for number, batch in self._batches(file, first):
+        for number, batch in enumerate(self._batches(file, first), start=first):
             yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
 
-    def _batches(self, file: _IpcFile, first: int) -> Iterator[tuple[int, Any]]:
-        with _reading(file.path, file.fields) as reader:
+    def _batches(self, file: _IpcFile, first: int) -> Iterator[Any]:
+        with reading(file.path, file.fields) as reader:
             file.require_unchanged("since the source was made")
             for number in range(first, len(file.batch_rows)):
                 batch = reader.get_batch(number)
                 batch.validate(full=True)
-                yield number, batch
+                yield batch
             file.require_unchanged("while it was read")
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
 
 
 def _inspect(path: str, fields: tuple[int, ...]) -> _IpcFile:
     # A record batch must be read to learn its number of rows; one column is enough.
-    with _reading(path, fields[:1]) as reader:
-        identity = _identity(path)
+    with reading(path, fields[:1]) as reader:
+        known = identity(path)
         rows = tuple(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
-    return _IpcFile(path, identity, fields, rows)
-
-
-@contextmanager
-def _reading(path: str, fields: Sequence[int] = ()) -> Iterator[Any]:
-    """Open an IPC file to read these fields, or all.
-
-    The file is not mapped to memory: a map of a file that is truncated ends the process.
-    """
-    pa = import_pyarrow()
-    options = pa.ipc.IpcReadOptions(included_fields=list(fields), use_threads=False)
-    try:
-        with pa.OSFile(path) as handle, pa.ipc.open_file(handle, options=options) as reader:
-            yield reader
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as err:
-        raise StreamError(
-            f"{path}: not a readable Arrow IPC file ({str(err).partition(chr(10))[0]}); "
-            "a stream without footer goes through a function that opens it"
-        ) from err
+    return _IpcFile(path, known, fields, rows)

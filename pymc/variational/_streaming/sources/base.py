@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.utils import positive_int, progress_bar
 
 __all__ = [
     "Source",
+    "as_batch",
     "describe_value",
     "is_arrow",
     "match_shape",
@@ -58,6 +60,8 @@ class Source(ABC):
     """Whether several threads may read at once."""
     shuffled: bool = False
     """Whether the whole table was shuffled before."""
+    summary: Any = None
+    """What is known of the columns from metadata, a ``Summary`` of all rows that were shuffled."""
     path: Any = None
     """What :func:`preshuffle` would be called with, where the rows are in Parquet files."""
 
@@ -107,6 +111,11 @@ class Source(ABC):
                 add(len(block))
         return n_rows
 
+    def batches(self) -> Iterator[Any]:
+        """Yield the rows of epoch 0 as Arrow record batches, with the types that they came with."""
+        for block in self.blocks():
+            yield as_batch(block, self.columns)
+
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.blocks()
 
@@ -119,6 +128,15 @@ class Source(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__.lstrip('_')}: {self.describe()}>"
+
+
+def as_batch(rows: np.ndarray, columns: tuple[str, ...] | None) -> Any:
+    """Return rows as a record batch; without names, columns are called "0", "1" and so on."""
+    if rows.ndim > 2:
+        raise ValueError(f"rows have shape {rows.shape[1:]}; reshape them to one dimension")
+    values = np.ascontiguousarray(rows.reshape(len(rows), -1).T)
+    names = columns or [str(j) for j in range(len(values))]
+    return import_pyarrow().RecordBatch.from_arrays(list(values), names=list(names))
 
 
 def is_arrow(block: Any) -> bool:

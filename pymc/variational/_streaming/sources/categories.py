@@ -13,22 +13,18 @@
 #   limitations under the License.
 """Category columns, whose values stream as positions among the levels of the column."""
 
-import json
-
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import shorten
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.summary import Summary
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Categories", "LevelFinder", "describe_levels", "encode", "given_levels", "read_levels"]
-
-SUMMARY_KEY = b"pymc.summary"
-"""Key of the metadata in which the summary of a table lies."""
+__all__ = ["Categories", "LevelFinder", "describe_levels", "encode", "given_levels", "levels_of"]
 
 Categories = Sequence[str] | Mapping[str, Sequence[Any]]
 
@@ -79,17 +75,10 @@ class LevelFinder:
         return self._levels
 
 
-def read_levels(path: str, metadata: "pyarrow.parquet.FileMetaData") -> dict[str, Any]:
+def levels_of(summary: Summary) -> dict[str, Any]:
     """Return the levels of the columns that :func:`preshuffle` kept in the summary of a table."""
-    entry = (metadata.metadata or {}).get(SUMMARY_KEY)
-    if entry is None:
-        return {}
-    try:
-        columns = json.loads(entry)["columns"]
-        levels = {name: column["levels"] for name, column in columns.items()}
-    except (KeyError, TypeError, ValueError) as err:
-        raise StreamError(f"{path}: its summary cannot be read ({err})") from err
-    return {name: _as_levels(name, values) for name, values in levels.items() if values}
+    kept = {name: column.levels for name, column in summary.items()}
+    return {name: _as_levels(name, list(levels)) for name, levels in kept.items() if levels}
 
 
 def encode(name: str, array: "pyarrow.Array", levels: "pyarrow.Array") -> "pyarrow.Array":

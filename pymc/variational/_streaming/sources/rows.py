@@ -29,13 +29,18 @@ from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["PIECE_ROWS", "RowFormat", "exact_limit", "piece_rows"]
+__all__ = ["PIECE_ROWS", "RowFormat", "exact_limit", "is_pandas_index", "piece_rows"]
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 PIECE_ROWS = 1 << 18
 _PIECE_VALUES = 1 << 20
 """What is decoded or converted at a time, at most.  Each call gives up the interpreter lock, and
 then waits for the step that compiled code makes meanwhile: few calls keep a stream ahead."""
+
+
+def is_pandas_index(column: str) -> bool:
+    """Tell whether pandas made a column of an index without a name."""
+    return _PANDAS_INDEX.fullmatch(column) is not None
 
 
 def exact_limit(dtype: np.dtype) -> float:
@@ -106,7 +111,7 @@ class RowFormat:
         numeric, and for the index of a data frame that *columns* does not name.
         """
         names, levels = tuple(schema.names if columns is None else columns), levels or {}
-        index = [name for name in names if _PANDAS_INDEX.fullmatch(name)]
+        index = [name for name in names if is_pandas_index(name)]
         if columns is None and index:
             raise ValueError(
                 f"{where}: column {index[0]!r} is pandas' index; leave it out with columns=[...], "

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
@@ -61,41 +60,38 @@ def balanced(monkeypatch):
     monkeypatch.setattr(passes, "_generator", Balanced)
 
 
-def shuffle_five(seed: int, n_partitions: int, block_bytes: int) -> tuple[int, ...]:
+def shuffle_five(folder, seed: int, n_partitions: int, block_bytes: int) -> tuple[int, ...]:
     """Shuffle five rows as tasks do: two scatter them, then each partition is permuted."""
-    fs = pa.fs._MockFileSystem()
-    fs.create_dir("scratch")
-    work = SimpleNamespace(scratch_fs=fs, scratch="scratch")
-    mark = SimpleNamespace(seed=seed)
-    plan = SimpleNamespace(mark=mark, plain=SCHEMA, block_bytes=block_bytes, row_group_rows=2)
+    plan = SimpleNamespace(seed=seed, plain=SCHEMA, block_bytes=block_bytes, row_group_rows=2)
     paths = []
     for task, rows in enumerate(([0, 1], [2, 3, 4])):
-        paths.append(f"{task}")
+        paths.append(f"{folder}/{task}")
         labels = passes._generator(seed, passes._LABELS, task)
         batches = [pa.record_batch([pa.array([row])], SCHEMA) for row in rows]
-        passes._scatter_rows(fs, paths[-1], batches, n_partitions, labels, 1 << 10)
+        blocks = passes._join(batches, 1 << 10)
+        passes._scatter_rows(paths[-1], blocks, SCHEMA, n_partitions, labels)
     shuffled = []
     for partition in range(n_partitions):
-        for batch in passes._shuffle(plan, work, paths, (partition,)):
+        for batch in passes._shuffle(plan, paths, (partition,)):
             shuffled += batch["row"].to_pylist()
     return tuple(shuffled)
 
 
-def count_permutations(n_partitions: int, block_bytes: int = 1 << 10) -> np.ndarray:
-    found = Counter(shuffle_five(seed, n_partitions, block_bytes) for seed in range(1200))
+def count_permutations(folder, n_partitions: int, block_bytes: int = 1 << 10) -> np.ndarray:
+    found = Counter(shuffle_five(folder, seed, n_partitions, block_bytes) for seed in range(1200))
     return np.array([*found.values(), *[0] * (factorial(5) - len(found))])
 
 
 @pytest.mark.parametrize("n_partitions, block_bytes", [(3, 1 << 10), (2, 1)], ids=str)
-def test_all_permutations_are_equally_likely(n_partitions, block_bytes):
+def test_all_permutations_are_equally_likely(tmp_path, n_partitions, block_bytes):
     """Also where partitions are larger than memory, and are scattered again."""
-    assert uniform(count_permutations(n_partitions, block_bytes))
+    assert uniform(count_permutations(tmp_path, n_partitions, block_bytes))
 
 
 @pytest.mark.usefixtures("balanced")
-def test_balanced_partitions_would_not_make_all_permutations_equally_likely():
+def test_balanced_partitions_would_not_make_all_permutations_equally_likely(tmp_path):
     """This is what the test before is for."""
-    assert not uniform(count_permutations(3))
+    assert not uniform(count_permutations(tmp_path, 3))
 
 
 def shuffle_many(folder) -> tuple[np.ndarray, np.ndarray]:

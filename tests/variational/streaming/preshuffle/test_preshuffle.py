@@ -24,7 +24,7 @@ import pytest
 
 from hypothesis import given, settings
 
-from pymc.variational._streaming.preshuffle import cli
+from pymc.variational._streaming.preshuffle import cli, plan
 from pymc.variational._streaming.preshuffle.plan import parse_bytes
 from pymc.variational.streaming import StreamError, parquet_source, preshuffle
 from tests.variational.streaming import strategies
@@ -189,7 +189,8 @@ def test_row_groups_of_a_partition_are_even(tmp_path, monkeypatch):
     cut_small(monkeypatch.setattr, tasks=1, block=1 << 20)
     source = numbered(tmp_path / "in", 1000)
     for limit, expected in ((1000, [1000]), (400, [334, 333, 333]), (1001, [1000])):
-        shuffle(source, tmp_path / "out", row_group_size=limit, overwrite=True)
+        monkeypatch.setattr(plan, "_ROW_GROUP_BYTES", 17 * limit)
+        shuffle(source, tmp_path / "out", overwrite=True)
         (file,) = (tmp_path / "out").glob("*.parquet")
         metadata = pq.read_metadata(file)
         groups = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
@@ -224,7 +225,7 @@ def test_mixed_missing_doubled_and_unmarked_files_are_noticed(tmp_path):
     one, two = (sorted((tmp_path / str(seed)).iterdir()) for seed in (1, 2))
     (tmp_path / "copy.parquet").write_bytes(one[0].read_bytes())
     for paths, message in (
-        ([*one, *two], r"belong to two shuffles \(seeds 2 and 1\)"),
+        ([*one, *two], r"two shuffles \(seeds 2 and 1\), or to two parts"),
         (one[1:], f"1 of the {len(one)} files of its shuffle are missing"),
         ([*one, tmp_path / "copy.parquet"], "are the same file of a shuffle; remove one"),
         ([source / "0.parquet", *one], r"0.parquet: not shuffled with .*; preshuffle all rows"),
@@ -265,8 +266,12 @@ def test_the_report_is_short_and_right(tmp_path):
         ({"columns": ["rows"]}, r"has no column 'rows'; it has \['row', 'twice'\]"),
         ({"columns": ["row", "row"]}, "must be at least one, and distinct"),
         ({"compression": "zip"}, "compression='zip' is not available"),
-        ({"row_group_size": 0}, "row_group_size=0 must be at least 1"),
-        ({"row_group_size": 2.0}, "row_group_size=2.0 must be an integer"),
+        ({"columns": "row"}, "columns='row' is a string; pass a list of names"),
+        ({"split": {"a": 0.5, "b": 0.4}}, "adds up to 0.9; pass fractions that add up to 1"),
+        ({"split": {"a": 1.0, "b": 0.0}}, "'b' must be more than 0"),
+        ({"split": {"a/b": 1.0}}, "'a/b' is not a name for a folder"),
+        ({"split": {"_a": 1.0}}, "'_a' is not a name for a folder"),
+        ({"split": {"a": 0.999, "b": 0.001}}, "leaves 'b' without rows, of 100"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
@@ -296,7 +301,7 @@ def test_files_that_differ_in_columns_are_refused(tmp_path):
     pq.write_table(pa.table({"y": [1]}), source / "b.parquet")
     with pytest.raises(ValueError, match=r"b.parquet: has columns \['y'\] where .* has \['x'\]"):
         shuffle(source, tmp_path / "out")
-    pq.write_table(pa.table({"x": [1.5]}), source / "b.parquet")
+    pq.write_table(pa.table({"x": ["a"]}), source / "b.parquet")
     with pytest.raises(ValueError, match=r"b.parquet: its columns differ from those of"):
         shuffle(source, tmp_path / "out")
 
@@ -435,11 +440,17 @@ def test_the_command_line_does_the_same(tmp_path, capsys):
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
-    numbered(tmp_path / "raw", 1000)
+    write(tmp_path / "raw", pa.table({"distance": np.arange(1000.0)}))
     monkeypatch.chdir(tmp_path)
-    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)[0]
-    exec(compile(code, PAGE.name, "exec"), {})
-    assert capsys.readouterr().out.endswith("\n0 raw/\n")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    for code in blocks:
+        if "distributed" not in code:
+            exec(compile(code, PAGE.name, "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert "0 raw/" in lines
+    assert "900 100" in lines
+    assert "('distance',)" in lines
+    assert any(line.startswith("499.5 288.8") for line in lines)
     command = re.search(r"\$ python -m pymc.variational.streaming (.*)", PAGE.read_text())[1]
     assert cli.main([*command.split(), "--overwrite"]) == 0
 

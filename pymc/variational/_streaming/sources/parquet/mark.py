@@ -26,7 +26,7 @@ from pymc.variational._streaming.sources.parquet.files import chunk_extent
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-__all__ = ["MARK_KEY", "PreshuffleMark", "check_marks", "read_mark"]
+__all__ = ["MARK_KEY", "PreshuffleMark", "check_marks", "parse_mark", "read_mark"]
 
 MARK_KEY = b"pymc.preshuffle"
 _VERSION = 2
@@ -43,7 +43,7 @@ class PreshuffleMark:
     source: str
     """Path of the rows that were shuffled, for a person to read."""
     fingerprint: str
-    """Digest of the sizes and footers of the files that were shuffled, and of the columns."""
+    """Digest of what was shuffled: the summary of the rows, and sizes and footers of files."""
     n_rows: int
     """Number of rows in all files of the shuffle."""
     n_files: int
@@ -63,25 +63,31 @@ class PreshuffleMark:
 
 
 def read_mark(path: str, metadata: "pyarrow.parquet.FileMetaData") -> PreshuffleMark | None:
-    """Read the mark in the footer of the file at *path*; None if it has none, or another file's.
+    """Read the mark in the footer of the file at *path*; None if it has none, or another file's."""
+    mark = parse_mark(path, metadata.metadata)
+    return mark if mark is not None and mark.data_end == _data_end(metadata) else None
 
-    A mark that is corrupt or of another version is a StreamError.
-    """
-    entry = (metadata.metadata or {}).get(MARK_KEY)
+
+def parse_mark(path: str, metadata: Mapping[bytes, bytes] | None) -> PreshuffleMark | None:
+    """Read a mark in *metadata*; one that is corrupt or of another version is a StreamError."""
+    entry = (metadata or {}).get(MARK_KEY)
     if entry is None:
         return None
     try:
         values = json.loads(entry)
         if values["version"] != _VERSION:
             raise ValueError(f"version {values['version']} is not {_VERSION}; update PyMC")
-        mark = PreshuffleMark(**values)
+        return PreshuffleMark(**values)
     except (KeyError, TypeError, ValueError) as err:
         raise StreamError(f"{path}: its pre-shuffle mark cannot be read ({err})") from err
-    return mark if mark.data_end == _data_end(metadata) else None
 
 
-def check_marks(marks: Mapping[str, PreshuffleMark | None]) -> PreshuffleMark | None:
+def check_marks(
+    marks: Mapping[str, PreshuffleMark | None], *, partial: bool = False
+) -> PreshuffleMark | None:
     """Return the first mark of the files at these paths; None if no file is marked.
+
+    With *partial*, some of the files of a shuffle are enough.
 
     Raises
     ------
@@ -103,17 +109,17 @@ def check_marks(marks: Mapping[str, PreshuffleMark | None]) -> PreshuffleMark | 
         if (mark.shuffle, mark.n_rows) != (expected.shuffle, expected.n_rows):
             raise StreamError(
                 f"{path} and {first} belong to two shuffles (seeds {mark.seed} and "
-                f"{expected.seed}); preshuffle all rows together"
+                f"{expected.seed}), or to two parts of a split; pass one of them"
             )
         if paths.setdefault(mark.index, path) != path:
             raise StreamError(
                 f"{path} and {paths[mark.index]} are the same file of a shuffle; remove one"
             )
     missing = expected.n_files - len(paths)
-    if missing:
+    if missing and not partial:
         raise StreamError(
             f"{first}: {missing} of the {expected.n_files} files of its shuffle are missing; "
-            "pass all of them, or run preshuffle(...) again"
+            "pass all of them, or partial=True if the others are left out on purpose"
         )
     return expected
 

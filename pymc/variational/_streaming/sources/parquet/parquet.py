@@ -28,7 +28,7 @@ from pymc.variational._streaming.sources.categories import (
     Categories,
     LevelFinder,
     given_levels,
-    read_levels,
+    levels_of,
 )
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
@@ -42,6 +42,7 @@ from pymc.variational._streaming.sources.parquet.mark import check_marks, read_m
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
 from pymc.variational._streaming.sources.rows import PIECE_ROWS, RowFormat, piece_rows
+from pymc.variational._streaming.sources.summary import Summary
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def parquet_source(
     shuffle_row_groups: bool = False,
     seed: int | None = None,
     invalid: Literal["raise", "drop"] = "raise",
+    partial: bool = False,
     filesystem: Any = None,
 ) -> Source:
     """Stream the rows of Parquet files in bounded memory.
@@ -87,6 +89,9 @@ def parquet_source(
         What to do with a row that holds a null, a NaN, an infinity, a value that the rows' dtype
         cannot hold exactly, or one that is none of the given levels. "drop" reads the table once to count such rows, so
         that ``n_rows`` is right, and shows their number as ``.n_dropped``.
+    partial : bool, default False
+        Accept some of the files that :func:`preshuffle` wrote, such as all but those that are
+        held out; they hold a random sample of the rows.
     filesystem : pyarrow.fs.FileSystem or fsspec filesystem, optional
         Filesystem of *path*. Default: the local one, or the one that a URI names.
 
@@ -139,7 +144,7 @@ def parquet_source(
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     fs, paths = list_parquet(path, filesystem)
     levels = given_levels(categories)
-    source = _ParquetSource(fs, paths, columns, levels, shuffle_row_groups, seed, invalid)
+    source = _ParquetSource(fs, paths, columns, levels, shuffle_row_groups, seed, invalid, partial)
     source.path = os.fspath(path) if isinstance(path, str | os.PathLike) else list(path)
     return source
 
@@ -154,10 +159,11 @@ class _ParquetSource(Source):
         shuffle_row_groups: bool,
         seed: int | None,
         invalid: Literal["raise", "drop"],
+        partial: bool,
     ):
         self._fs = fs
         self.concurrent = fsspec_of(fs) is None  # fsspec's own need not be safe to share
-        self._open_all(paths, columns, levels)
+        self._open_all(paths, columns, levels, partial)
         self._piece_rows = piece_rows(len(self._format.columns))
         self.seed = draw_seed(seed) if shuffle_row_groups else None
         self._drop = invalid == "drop"
@@ -171,28 +177,34 @@ class _ParquetSource(Source):
         self.fingerprint = digest(self.columns, self.levels, self.seed, self._drop, contents)
 
     def _open_all(
-        self, paths: Sequence[str], columns: Sequence[str] | None, levels: dict[str, Any]
+        self,
+        paths: Sequence[str],
+        columns: Sequence[str] | None,
+        levels: dict[str, Any],
+        partial: bool,
     ) -> None:
         """Read the footer of each file once, and keep what is needed of it."""
         frozen: RowFormat | None = None
-        marks, ranges = {}, []
+        marks, ranges, summary = {}, [], None
         self._files = []
         for path in paths:
             file, metadata = inspect(self._fs, path)
             schema = metadata.schema.to_arrow_schema()
             if frozen is None:
                 frozen = RowFormat.from_schema(schema, columns, path, levels)
-                kept = read_levels(path, metadata)
             frozen = frozen.widen(schema, path, whole=columns is None)
             marks[path] = read_mark(path, metadata)
+            summary = summary or Summary.from_metadata(metadata.metadata, path)
             ranges.append(column_ranges(metadata, frozen.plain_columns))
             self._files.append(file)
         assert frozen is not None
         warn_of_copies(self._fs, self._files)
-        self.mark = check_marks(marks)
+        self.mark = check_marks(marks, partial=partial)
         self.shuffled = self.mark is not None
-        if self.mark is None:  # the rows need not be those that the levels were kept of
-            kept = {}
+        kept = {}
+        if self.shuffled and summary is not None:  # others need not be of these rows
+            self.summary = summary.select(frozen.columns)
+            kept = levels_of(self.summary)
         self._format = frozen.with_levels(self._find_levels(levels, kept))
         self._part_ranges = np.concatenate(ranges)
         self.columns, self.integral = frozen.columns, self._format.integral
@@ -270,6 +282,17 @@ class _ParquetSource(Source):
         finally:
             if block_rows is not None:  # Arrow keeps memory for a thread that may read no more
                 import_pyarrow().default_memory_pool().release_unused()
+
+    def batches(self) -> Iterator["pyarrow.RecordBatch"]:
+        if self._drop:
+            yield from super().batches()
+            return
+        for file in self._files:
+            groups, names = range(len(file.group_rows)), self.columns
+            for _, batch in read_batches(
+                self._fs, file, columns=names, row_groups=groups, batch_rows=self._piece_rows
+            ):
+                yield batch
 
     def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
         size = _divide(max(file.group_rows[group] for group in groups), size)

@@ -15,6 +15,7 @@
 """Reads from object stores that return every byte or fail, and are tried again within limits."""
 
 import io
+import logging
 import time
 
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from itertools import count
 from typing import Any, TypeVar
 
 __all__ = ["RemoteFile", "fsspec_of", "retried"]
+
+_log = logging.getLogger(__name__)
 
 _WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each new attempt, besides the attempts that the filesystem makes by itself."""
@@ -48,6 +51,7 @@ def retried(call: Callable[[], T]) -> T:
             if attempt > len(_WAITS) or time.monotonic() > deadline:
                 text = str(err).strip() or type(err).__name__
                 raise OSError(f"{text}; gave up after {attempt} attempts") from err
+            _log.warning(f"reading failed ({err}); attempt {attempt + 1} follows")
             time.sleep(_WAITS[attempt - 1])
     raise AssertionError
 

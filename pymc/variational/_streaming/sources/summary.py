@@ -1,0 +1,300 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Summaries of the columns of a table: made in one pass, kept in the metadata of its files."""
+
+import dataclasses
+import html
+import json
+import math
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["SUMMARY_KEY", "ColumnSummary", "Summarizer", "Summary", "dictionary_of"]
+
+SUMMARY_KEY = b"pymc.summary"
+MAX_LEVELS = 4096
+"""Largest number of levels that metadata hold; a column of strings with more counts as text."""
+_FIGURES = ("rows", "nulls", "min", "max", "mean", "sd")
+_SHOWN_LEVELS = 4
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnSummary:
+    """What one column of a table holds."""
+
+    type: str
+    """Arrow type of the column."""
+    rows: int
+    """Number of values that are neither null nor NaN."""
+    nulls: int
+    """Number of values that are null or NaN."""
+    min: float | None = None
+    """Least value; None for a column that holds no numbers. Times are seconds since 1970."""
+    max: float | None = None
+    """Greatest value."""
+    mean: float | None = None
+    """Arithmetic mean."""
+    sd: float | None = None
+    """Sample standard deviation, with divisor *rows* - 1."""
+    levels: tuple[Any, ...] | None = None
+    """Distinct values of a column of strings or booleans, sorted, or of a dictionary, in its order.
+    None for other columns, and where there are more than 4,096."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Summary(Mapping[str, ColumnSummary]):
+    """Summary of a table by column, such as ``summary["distance"].mean``."""
+
+    rows: int
+    """Number of rows of the table."""
+    columns: dict[str, ColumnSummary]
+
+    def __getitem__(self, name: str) -> ColumnSummary:
+        if name not in self.columns:
+            raise KeyError(f"no column {name!r}; the columns are {list(self.columns)}")
+        return self.columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def select(self, columns: Iterable[str]) -> "Summary":
+        """Return the summary of some columns."""
+        return Summary(self.rows, {name: self.columns[name] for name in columns})
+
+    def to_metadata(self) -> dict[bytes, bytes]:
+        """Return the key and the value for the metadata of a file."""
+        return {SUMMARY_KEY: json.dumps(dataclasses.asdict(self)).encode()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, path: str) -> "Summary | None":
+        """Read what :meth:`to_metadata` wrote to the file at *path*; None if it did not."""
+        entry = (metadata or {}).get(SUMMARY_KEY)
+        if entry is None:
+            return None
+        try:
+            values = json.loads(entry)
+            columns = {name: ColumnSummary(**kept) for name, kept in values["columns"].items()}
+        except (KeyError, TypeError, ValueError) as err:
+            raise StreamError(f"{path}: its summary cannot be read ({err})") from err
+        for name, column in columns.items():
+            if column.levels is not None:
+                columns[name] = dataclasses.replace(column, levels=tuple(column.levels))
+        return cls(values["rows"], columns)
+
+    def __repr__(self) -> str:
+        table = [("", *_FIGURES, "levels"), *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = (
+            "  ".join((name.ljust(widths[0]), *map(str.rjust, figures, widths[1:-1]), levels))
+            for name, *figures, levels in table
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{title}</th>" for title in ("", *_FIGURES, "levels"))
+        body = (
+            f"<tr><th>{html.escape(name)}</th>"
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+            + "</tr>"
+            for name, *cells in self._cells()
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        for name, column in self.columns.items():
+            figures = (getattr(column, figure) for figure in _FIGURES)
+            levels = column.levels or ()
+            shown = ", ".join(map(str, levels[:_SHOWN_LEVELS]))
+            if len(levels) > _SHOWN_LEVELS:
+                shown += f", ... ({len(levels)})"
+            yield name, *map(_format, figures), shown
+
+
+class Summarizer:
+    """A summary in the making; those of the parts of a table can be merged in their order."""
+
+    def __init__(self, schema: "pyarrow.Schema"):
+        self.rows = 0
+        self._columns = [_Column(field.name, field.type) for field in schema]
+        self._encoded = [column for column in self._columns if _is_dictionary(column.kind)]
+
+    def add(self, batch: "pyarrow.RecordBatch") -> None:
+        """Add rows; dictionaries that were decoded before go to :meth:`add_dictionaries`."""
+        self.add_dictionaries(batch)
+        self.rows += batch.num_rows
+        for column, values in zip(self._columns, batch.columns):
+            column.add(values)
+
+    def add_dictionaries(self, batch: "pyarrow.RecordBatch") -> None:
+        """Add the dictionaries of a batch, without its rows."""
+        for column in self._encoded:
+            values = batch.column(column.name)
+            if _is_dictionary(values.type):
+                column.add_levels(dictionary_of(values))
+
+    def merge(self, later: "Summarizer") -> None:
+        """Add the rows that follow."""
+        self.rows += later.rows
+        for column, other in zip(self._columns, later._columns):
+            column.merge(other)
+
+    def dictionaries(self) -> dict[str, "pyarrow.Array"]:
+        """Return the values of each dictionary column, in the order of their first appearance."""
+        return {column.name: column.levels for column in self._encoded}
+
+    def finish(self) -> Summary:
+        return Summary(self.rows, {column.name: column.finish() for column in self._columns})
+
+
+@dataclass(slots=True)
+class _Column:
+    """Moments and levels of a part of a column (Chan, Golub and LeVeque 1983)."""
+
+    name: str
+    kind: "pyarrow.DataType"
+    n: int = 0
+    nulls: int = 0
+    low: Any = math.inf
+    high: Any = -math.inf
+    mean: float = 0.0
+    m2: float = 0.0
+    """Sum of the squared differences from the mean."""
+    levels: Any = None
+    """Distinct values as an Arrow array."""
+    is_text: bool = False
+    """Whether a column of strings has too many distinct values to be kept."""
+
+    def add(self, array: "pyarrow.Array") -> None:
+        """Add the values of a batch."""
+        pc = import_pyarrow().compute
+        if _is_dictionary(array.type):
+            array = dictionary_of(array).take(array.indices)
+        n_rows = len(array)
+        array = array.drop_null() if array.null_count else array
+        numbers = _as_numbers(array)
+        if numbers is None:
+            if _is_string(self.kind) and not self.is_text:
+                self.add_levels(array.unique())
+            self.merge(_Column(self.name, self.kind, len(array), n_rows - len(array)))
+            return
+        values = numbers.to_numpy()
+        if len(values) and np.isnan(values.max()):
+            numbers = numbers.filter(pc.invert(pc.is_nan(numbers)))
+            values = numbers.to_numpy()
+        part = _Column(self.name, self.kind, len(values), n_rows - len(values))
+        if len(values):
+            part.low, part.high = values.min().item(), values.max().item()
+            with np.errstate(invalid="ignore"):  # infinities
+                part.mean = float(values.mean(dtype=np.float64))
+            part.m2 = pc.variance(numbers).as_py() * len(values)
+        self.merge(part)
+
+    def merge(self, other: "_Column") -> None:
+        """Add what a later part of the column holds."""
+        self.nulls += other.nulls
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        if other.n:
+            n, step = self.n + other.n, other.mean - self.mean
+            self.m2 += other.m2 + step**2 * self.n * other.n / n
+            self.mean, self.n = self.mean + step * other.n / n, n
+        self.is_text |= other.is_text
+        if other.levels is not None:
+            self.add_levels(other.levels)
+
+    def add_levels(self, values: "pyarrow.Array") -> None:
+        """Append the values that are new; strings are forgotten when they are too many."""
+        pa = import_pyarrow()
+        if self.levels is None:
+            self.levels = values
+        elif not values.equals(self.levels):
+            known = pa.compute.is_in(values, value_set=self.levels)
+            new = values.filter(pa.compute.invert(known))
+            self.levels = pa.concat_arrays([self.levels, new]) if len(new) else self.levels
+        if _is_string(self.kind) and (self.is_text or len(self.levels) > MAX_LEVELS):
+            self.levels, self.is_text = None, True
+
+    def finish(self) -> ColumnSummary:
+        summary = ColumnSummary(str(self.kind), self.n, self.nulls, levels=self._kept_levels())
+        if not self.n or self.low == math.inf == -self.high:
+            return summary
+        scale = _PER_SECOND[self.kind.unit] if hasattr(self.kind, "unit") else 1
+        sd = math.sqrt(self.m2 / (self.n - 1)) if self.n > 1 else math.nan
+        figures = {"min": self.low, "max": self.high, "mean": self.mean, "sd": sd}
+        if scale > 1:
+            figures = {name: value / scale for name, value in figures.items()}
+        return dataclasses.replace(summary, **figures)
+
+    def _kept_levels(self) -> tuple[Any, ...] | None:
+        if import_pyarrow().types.is_boolean(self.kind):
+            return False, True
+        if self.levels is None or len(self.levels) > MAX_LEVELS:
+            return None
+        levels = self.levels.drop_null().to_pylist()
+        if not all(isinstance(level, str | int | float) for level in levels):
+            return None
+        return tuple(levels if _is_dictionary(self.kind) else sorted(levels))
+
+
+def _format(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
+def _as_numbers(array: "pyarrow.Array") -> Any:
+    """Return values without nulls as numbers that NumPy knows; None for values of other kinds."""
+    pa = import_pyarrow()
+    is_, kind = pa.types, array.type
+    if is_.is_boolean(kind):
+        return array.cast(pa.uint8())
+    if is_.is_date(kind):
+        return array.cast(pa.timestamp("s")).cast(pa.int64())
+    if is_.is_timestamp(kind) or is_.is_duration(kind) or is_.is_time64(kind):
+        return array.cast(pa.int64())
+    if is_.is_time32(kind):
+        return array.cast(pa.int32())
+    if is_.is_decimal(kind):
+        return array.cast(pa.float64())
+    if is_.is_float16(kind):
+        return array.cast(pa.float32())
+    return array if is_.is_integer(kind) or is_.is_floating(kind) else None
+
+
+def dictionary_of(array: "pyarrow.DictionaryArray") -> "pyarrow.Array":
+    """Return the values of a dictionary, which Arrow could not take if they were views."""
+    pa, values = import_pyarrow(), array.dictionary
+    return values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values
+
+
+def _is_dictionary(kind: "pyarrow.DataType") -> bool:
+    return import_pyarrow().types.is_dictionary(kind)
+
+
+def _is_string(kind: "pyarrow.DataType") -> bool:
+    is_ = import_pyarrow().types
+    return is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind)

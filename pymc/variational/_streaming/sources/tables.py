@@ -1,0 +1,406 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Tables as they come: Parquet files, or the record batches of any other source.
+
+Dictionaries differ from batch to batch, and Arrow cannot take rows of views.  So columns of both
+are read as plain values; :func:`encode` makes dictionaries of them again.
+"""
+
+import math
+import os
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.sources.arrays import as_source
+from pymc.variational._streaming.sources.parquet.files import (
+    ParquetInput,
+    import_pyarrow,
+    inspect,
+    is_local,
+)
+from pymc.variational._streaming.sources.parquet.mark import MARK_KEY, read_mark
+from pymc.variational._streaming.sources.parquet.parquet import read_batches
+from pymc.variational._streaming.sources.parquet.paths import list_parquet, resolve, stands_for
+from pymc.variational._streaming.sources.rows import is_pandas_index
+from pymc.variational._streaming.sources.summary import SUMMARY_KEY, Summary, dictionary_of
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.fs
+
+__all__ = [
+    "Batches",
+    "Files",
+    "Piece",
+    "conform",
+    "encode",
+    "open_table",
+    "plain_schema",
+    "read_piece",
+]
+
+_PAGE_BYTES = 1 << 20
+_PAGE_ROWS = 1 << 10
+"""Writers end a page when it has so many bytes, but count them only every so many rows."""
+_SAMPLED_GROUPS = 16
+_SAMPLED_ROWS = 256
+_PANDAS_KEY = b"pandas"
+
+Piece = tuple[ParquetInput, tuple[int, ...]]
+"""A file, and some of its row groups."""
+
+
+def open_table(
+    source: Any, columns: Sequence[str] | None = None, filesystem: Any = None
+) -> "Files | Batches":
+    """Open the paths of Parquet files, or anything else that can be streamed."""
+    if isinstance(columns, str):
+        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
+    paths = source if isinstance(source, list | tuple) else [source]
+    if paths and all(isinstance(path, str | os.PathLike) for path in paths):
+        return Files(paths, columns, filesystem)
+    return Batches(source, columns)
+
+
+class Files:
+    """Parquet files as they were when their footers were read."""
+
+    def __init__(self, source: Sequence[Any], columns: Sequence[str] | None, filesystem: Any):
+        self._source, self._filesystem = source, filesystem
+        self.fs, paths = list_parquet(source, filesystem)
+        more = f" and {len(source) - 1} more" if source[1:] else ""
+        self.name = os.fspath(source[0]) + more
+        self.row_bytes, self.page_bytes = 1.0, 0
+        self.files, schemas, marks = [], [], []
+        found: Summary | None = None
+        for path in paths:
+            file, metadata = inspect(self.fs, path)
+            schemas.append(_choose(metadata.schema.to_arrow_schema(), columns, path))
+            _refuse_int96(metadata, schemas[-1].names, path)
+            self._measure(metadata, set(schemas[-1].names))
+            self.files.append(file)
+            marks.append(read_mark(path, metadata))
+            found = found or Summary.from_metadata(metadata.metadata, path)
+        if columns is None:
+            _refuse_partitions(paths, schemas[0].names)
+        self.schema = _unify(schemas, paths)
+        self.n_rows = sum(file.n_rows for file in self.files)
+        is_whole = marks[0] and all(mark and mark.shuffle == marks[0].shuffle for mark in marks)
+        self.summary = found if is_whole else None
+        self.n_bytes = sum(file.size for file in self.files)
+        self.contents = [(file.size, file.digest) for file in self.files]
+
+    def sample(self, n_bytes: int) -> list["pyarrow.RecordBatch"]:
+        """Return the first rows of some row groups."""
+        n_rows = max(1, min(_SAMPLED_ROWS, int(n_bytes / self.row_bytes)))
+        pieces = [(f, (g,)) for f in self.files for g, rows in enumerate(f.group_rows) if rows]
+        chosen = pieces[:: math.ceil(len(pieces) / _SAMPLED_GROUPS) or 1]
+        return [next(read_piece(self.fs, piece, self.schema.names, n_rows)) for piece in chosen]
+
+    def cut(self, task_rows: int) -> Iterator[tuple[Piece, ...]]:
+        """Cut the row groups of all files into runs of about *task_rows*, one for each task."""
+        run: list[Piece] = []
+        n_rows = 0
+        for file in self.files:
+            first = 0
+            for group, rows in enumerate(file.group_rows, start=1):
+                n_rows += rows
+                if n_rows >= task_rows or group == len(file.group_rows):
+                    run.append((file, tuple(range(first, group))))
+                    first = group
+                if n_rows >= task_rows:
+                    yield tuple(run)
+                    run, n_rows = [], 0
+        if run:
+            yield tuple(run)
+
+    def read(
+        self, batch_rows: int, advance: Callable[[float], None]
+    ) -> Iterator["pyarrow.RecordBatch"]:
+        """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
+        for piece in chain.from_iterable(self.cut(1)):
+            for batch in read_piece(self.fs, piece, self.schema.names, batch_rows):
+                yield batch
+                advance(batch.num_rows)
+
+    def require_unchanged(self) -> None:
+        """Look at each file again."""
+        paths = list_parquet(self._source, self._filesystem)[1]
+        same = paths == [file.path for file in self.files]
+        if same and is_local(self.fs):
+            pairs = zip(self.fs.get_file_info(paths), self.files)
+            same = all((i.size, i.mtime_ns) == (file.size, file.mtime_ns) for i, file in pairs)
+        elif same:  # the time of the last modification may be unknown
+            same = all(inspect(self.fs, file.path)[0] == file for file in self.files)
+        if not same:
+            raise StreamError(
+                f"source={self.name!r} changed while it was being shuffled; "
+                "nothing was published; run preshuffle again when it is at rest"
+            )
+
+    def refuse_overlap(self, fs: "pyarrow.fs.FileSystem", destination: str) -> None:
+        """Refuse to write where the source is read, or where a glob would look for it next time."""
+        if is_local(self.fs) != is_local(fs):
+            return
+        real = os.path.realpath if is_local(fs) else str
+        roots = [real(resolve(entry, self._filesystem)[1]) for entry in self._source]
+        place = real(destination)
+        inside = [
+            root
+            for root in roots
+            if _is_inside(place, root) or stands_for(fs, root, f"{place}/part.parquet")
+        ]
+        below = [file.path for file in self.files if _is_inside(real(file.path), place)]
+        if inside or below:
+            raise ValueError(
+                f"destination={destination!r} overlaps with source={(inside + below)[0]!r}; "
+                "write to a directory outside it"
+            )
+
+    def _measure(self, metadata: Any, columns: Collection[str]) -> None:
+        """Learn how wide encoded rows are, and how large the pages that reading holds at once."""
+        copies = 2 if is_local(self.fs) else 3  # as stored, as decoded, and in a read buffer
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            chunks = map(group.column, range(group.num_columns))
+            sizes = [
+                chunk.total_uncompressed_size
+                for chunk in chunks
+                if _is_chosen(chunk.path_in_schema, columns)
+            ]
+            rows = max(group.num_rows, 1)
+            pages = [min(size, max(_PAGE_BYTES, _PAGE_ROWS * size // rows)) for size in sizes]
+            self.row_bytes = max(self.row_bytes, sum(sizes) / rows)
+            self.page_bytes = max(self.page_bytes, copies * sum(pages))
+
+
+class Batches:
+    """Record batches of any other source, which one thread reads once."""
+
+    row_bytes, page_bytes, n_bytes = 1.0, 0, 0
+    contents = ()
+
+    def __init__(self, source: Any, columns: Sequence[str] | None):
+        opened = as_source(source)
+        self.name, self.n_rows = type(source).__name__, opened.n_rows
+        self.summary = opened.summary
+        self._batches: Iterator[Any] = (batch for batch in opened.batches() if batch.num_rows)
+        first = next(self._batches, None)
+        if first is None:
+            raise ValueError(f"source={self.name} holds no rows; there is nothing to shuffle")
+        self._batches = chain([first], self._batches)
+        chosen = _choose(first.schema, columns, self.name)
+        if _PANDAS_KEY in chosen.metadata:  # which describe an index, whose order is lost
+            names = [name for name in chosen.names if columns or not is_pandas_index(name)]
+            chosen = _choose(chosen, names, self.name).remove_metadata()
+        self.schema = result_schema([chosen])
+        self._sample = first.slice(0, _SAMPLED_ROWS)
+
+    def sample(self, n_bytes: int) -> list["pyarrow.RecordBatch"]:
+        """Return the first rows."""
+        return [self._sample]
+
+    def peek(self, n_bytes: int) -> None:
+        """Hold *n_bytes*; if the source ends before, its number of rows is known."""
+        held = []
+        for batch in self._batches:
+            held.append(batch)
+            n_bytes -= batch.nbytes
+            if n_bytes < 0:
+                break
+        else:
+            self.n_rows = sum(batch.num_rows for batch in held)
+        self._batches = chain(held, self._batches)
+
+    def read(
+        self, batch_rows: int, advance: Callable[[float], None]
+    ) -> Iterator["pyarrow.RecordBatch"]:
+        """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
+        for number, batch in enumerate(self._batches):
+            if not set(self.schema.names).issubset(batch.schema.names):
+                raise StreamError(
+                    f"source={self.name}: batch {number} has columns {batch.schema.names} where "
+                    f"{self.schema.names} came before; give all batches the same columns"
+                )
+            for first in range(0, batch.num_rows, batch_rows):
+                yield batch.slice(first, batch_rows)
+            advance(batch.num_rows)
+
+    def require_unchanged(self) -> None:
+        """Accept that nobody can look again."""
+
+    def refuse_overlap(self, fs: "pyarrow.fs.FileSystem", destination: str) -> None:
+        """Accept any destination: it is replaced when all rows have been read."""
+
+
+def read_piece(
+    fs: "pyarrow.fs.FileSystem", piece: Piece, columns: Sequence[str], batch_rows: int
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield batches of the row groups of a piece, in bounded memory."""
+    file, groups = piece
+    for _, batch in read_batches(
+        fs, file, columns=columns, row_groups=groups, batch_rows=batch_rows
+    ):
+        yield batch
+
+
+def _choose(
+    schema: "pyarrow.Schema", columns: Sequence[str] | None, where: str
+) -> "pyarrow.Schema":
+    """Return the chosen columns of a schema, without the metadata of another shuffle."""
+    names = schema.names if columns is None else list(columns)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{where}: columns={names} must be at least one, and distinct")
+    for name in names:
+        if schema.names.count(name) != 1:
+            problem = "more than one" if name in schema.names else "no"
+            raise ValueError(f"{where}: has {problem} column {name!r}; it has {schema.names}")
+    kept = {k: v for k, v in (schema.metadata or {}).items() if k not in (MARK_KEY, SUMMARY_KEY)}
+    return import_pyarrow().schema([schema.field(name) for name in names], kept)
+
+
+def _unify(schemas: Sequence["pyarrow.Schema"], paths: Sequence[str]) -> "pyarrow.Schema":
+    """Return one schema for all files, or name the first that differs."""
+    pa = import_pyarrow()
+    names = set(schemas[0].names)
+    for schema, path in zip(schemas, paths):
+        if differ := names.symmetric_difference(schema.names):
+            raise ValueError(
+                f"{path}: has columns {schema.names} where {paths[0]} has {schemas[0].names}; "
+                f"pass columns=[...] without {sorted(differ)}"
+            )
+        try:
+            result_schema([schemas[0], schema])
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as err:
+            raise ValueError(
+                f"{path}: its columns differ from those of {paths[0]} ({err}); "
+                "write them with one type, or pass columns=[...] to leave them out"
+            ) from None
+    return result_schema(schemas)
+
+
+def _refuse_int96(metadata: Any, columns: Collection[str], path: str) -> None:
+    """Refuse timestamps that Arrow reads as nanoseconds, which end in 2262, and would wrap around."""
+    for leaf in map(metadata.schema.column, range(metadata.num_columns)):
+        if leaf.physical_type == "INT96" and _is_chosen(leaf.path, columns):
+            raise ValueError(
+                f"{path}: column {leaf.path!r} holds INT96 timestamps; rewrite it as "
+                "timestamp[us], or pass columns=[...] to leave it out"
+            )
+
+
+def _is_chosen(leaf: str, columns: Collection[str]) -> bool:
+    """Return whether a leaf of a Parquet schema is one of *columns*, or inside one of them."""
+    return leaf in columns or leaf.partition(".")[0] in columns
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return f"{path.strip('/')}/".startswith(f"{folder.strip('/')}/")
+
+
+def _refuse_partitions(paths: Sequence[str], columns: Sequence[str]) -> None:
+    """Refuse to lose columns that only the names of folders hold, such as ``day=1``."""
+    folders = [{part for part in path.split("/")[:-1] if "=" in part} for path in paths]
+    differ = folders[0].union(*folders) - folders[0].intersection(*folders)
+    lost = sorted({part.partition("=")[0] for part in differ}.difference(columns))
+    if lost:
+        raise ValueError(
+            f"{paths[0]}: the values of {lost} are only in the names of folders; "
+            "write them into the files, or pass columns=[...] to leave them out"
+        )
+
+
+def result_schema(schemas: Sequence["pyarrow.Schema"]) -> "pyarrow.Schema":
+    """Return types that hold the values of all *schemas*, in the order of the first.
+
+    Views become plain types, and dictionaries have int32 indices, to count the values of all.
+    """
+    pa = import_pyarrow()
+    merged = pa.unify_schemas([plain_schema(s) for s in schemas], promote_options="permissive")
+    fields = []
+    for field in schemas[0]:
+        plain, kinds = merged.field(field.name), [s.field(field.name).type for s in schemas]
+        if all(map(pa.types.is_dictionary, kinds)):
+            ordered = all(kind.ordered for kind in kinds)
+            plain = plain.with_type(pa.dictionary(pa.int32(), plain.type, ordered))
+        fields.append(plain.with_metadata(field.metadata))
+    return pa.schema(fields, schemas[0].metadata)
+
+
+def plain_schema(schema: "pyarrow.Schema") -> "pyarrow.Schema":
+    """Return the plain types of all columns, without metadata."""
+    fields = [_plain_field(field).remove_metadata() for field in schema]
+    return import_pyarrow().schema(fields)
+
+
+def conform(batch: "pyarrow.RecordBatch", plain: "pyarrow.Schema") -> "pyarrow.RecordBatch":
+    """Return the columns of *plain*, found by name and converted to its types without loss."""
+    pa, columns = import_pyarrow(), []
+    for field in plain:
+        column = batch.column(field.name)
+        if pa.types.is_dictionary(column.type):
+            column = dictionary_of(column).take(column.indices)
+        try:
+            columns.append(column if column.type.equals(field.type) else column.cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
+            raise StreamError(
+                f"column {field.name!r} is {field.type} and {column.type} ({err}); "
+                "write it with one type that holds all values"
+            ) from None
+    return pa.RecordBatch.from_arrays(columns, schema=plain)
+
+
+def encode(
+    batch: "pyarrow.RecordBatch",
+    schema: "pyarrow.Schema",
+    dictionaries: Mapping[str, "pyarrow.Array"],
+) -> "pyarrow.RecordBatch":
+    """Encode the dictionary columns of *schema* with these dictionaries."""
+    pa = import_pyarrow()
+    columns = []
+    for column, field in zip(batch.columns, schema):
+        if field.name in dictionaries:
+            values = dictionaries[field.name]
+            indices = pa.compute.index_in(column, value_set=values)
+            column = pa.DictionaryArray.from_arrays(indices, values, ordered=field.type.ordered)
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _plain(kind: "pyarrow.DataType") -> "pyarrow.DataType":
+    pa = import_pyarrow()
+    is_: Any = pa.types
+    if is_.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if is_.is_string_view(kind):
+        return pa.large_string()
+    if is_.is_binary_view(kind):
+        return pa.large_binary()
+    if is_.is_map(kind):
+        return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field))
+    if is_.is_struct(kind):
+        return pa.struct([_plain_field(field) for field in kind])
+    if is_.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    if is_.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if is_.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+    return kind
+
+
+def _plain_field(field: "pyarrow.Field") -> "pyarrow.Field":
+    return field.with_type(_plain(field.type))
