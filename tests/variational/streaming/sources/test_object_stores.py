@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -123,6 +124,18 @@ def test_every_client_reads_the_same_rows(proxy, rows, client):
 def test_globs_and_lists_of_uris_are_paths(proxy, rows, path):
     found = rows_of(parquet_source(path))
     np.testing.assert_array_equal(found, rows)
+
+
+@clients
+def test_many_footers_are_read_at_once_and_asked_for_once(proxy, bucket, client):
+    for number in range(40):
+        table = pa.table({"x": [float(number)]})
+        pq.write_table(table, f"bucket/many/{number:02}.parquet", filesystem=bucket)
+    proxy.fail("wait")
+    assert client("many", proxy.endpoint).n_rows == 40
+    assert proxy.most_reading >= 8
+    reads = Counter(r.path for r in proxy.requests if r.method == "GET" and "many/" in r.path)
+    assert list(reads.values()) == [1] * 40
 
 
 def test_anonymous_requests_are_not_signed(proxy, rows):

@@ -15,8 +15,11 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import batched
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +38,7 @@ __all__ = [
     "column_ranges",
     "import_pyarrow",
     "inspect",
+    "inspect_all",
     "is_local",
     "open_parquet",
     "warn_of_copies",
@@ -47,6 +51,8 @@ _READ_BUFFER = 1 << 16
 """Bytes.  Without a read buffer, reading one column chunk holds all of it."""
 _REMOTE_READ_BUFFER = 1 << 20
 """Bytes.  Each read from an object store is a request, which takes many milliseconds."""
+_MAX_REQUESTS = 32
+"""Files of an object store that are opened at once."""
 _UNREADABLE = "not a readable Parquet file"
 
 _Identity = tuple[int, int | None, str]
@@ -110,6 +116,19 @@ def inspect(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[ParquetInput, Any]:
         _check_footer(metadata, data_end=identity[0] - len(footer))
     group_rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
     return ParquetInput(path, *identity, tuple(group_rows)), metadata
+
+
+def inspect_all(
+    fs: "pyarrow.fs.FileSystem", paths: Sequence[str]
+) -> Iterator[tuple[ParquetInput, Any]]:
+    """Inspect files in their order, several at a time where each takes the time of some requests."""
+    fsspec = fsspec_of(fs)
+    if is_local(fs) or not (fsspec is None or getattr(fsspec, "async_impl", False)):
+        yield from map(partial(inspect, fs), paths)
+        return
+    with ThreadPoolExecutor(_MAX_REQUESTS) as pool:
+        for some in batched(paths, 8 * _MAX_REQUESTS):
+            yield from pool.map(partial(inspect, fs), some)
 
 
 def column_ranges(metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[str]) -> np.ndarray:
