@@ -198,10 +198,12 @@ def test_a_store_that_is_gone_when_an_epoch_begins_is_a_stream_error(proxy, monk
         rows_of(source)
 
 
-def test_short_answers_are_asked_for_again(proxy, rows):
+def test_short_answers_are_asked_for_again_and_logged(proxy, rows, caplog):
     source = open_fsspec("in", proxy.endpoint)
     proxy.fail("truncate", times=2, only="1.parquet", span=MIDDLE)
     np.testing.assert_array_equal(rows_of(source), rows)
+    told = [record.message for record in caplog.records if record.name.endswith("parquet.remote")]
+    assert len(told) == 2 and "attempt 2 follows in 0.05 s" in told[0]
 
 
 def test_short_answers_that_pyarrow_hides_are_caught_by_page_checksums(proxy):

@@ -15,6 +15,7 @@
 """Reads from object stores that return every byte or fail, and are tried again within limits."""
 
 import io
+import logging
 import time
 
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from itertools import count
 from typing import Any, TypeVar
 
 __all__ = ["RemoteFile", "fsspec_of", "retried"]
+
+logger = logging.getLogger(__name__)
 
 _WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each new attempt, besides the attempts that the filesystem makes by itself."""
@@ -45,9 +48,10 @@ def retried(call: Callable[[], T]) -> T:
         except _FINAL:
             raise
         except Exception as err:
+            text = str(err).strip() or type(err).__name__
             if attempt > len(_WAITS) or time.monotonic() > deadline:
-                text = str(err).strip() or type(err).__name__
                 raise OSError(f"{text}; gave up after {attempt} attempts") from err
+            logger.warning(f"{text}; attempt {attempt + 1} follows in {_WAITS[attempt - 1]} s")
             time.sleep(_WAITS[attempt - 1])
     raise AssertionError
 
