@@ -31,6 +31,7 @@ FAULTS = ("throttle", "error", "refuse", "drop", "truncate", "stall")
 """SlowDown, a 500, no answer, half a body, a short answer, and an answer that never ends."""
 
 _ANSWERS = {"throttle": (503, "SlowDown"), "error": (500, "InternalError")}
+_LATENCY = 0.2
 _STALL = 60.0
 """Seconds; longer than a client should wait."""
 
@@ -81,6 +82,9 @@ class Proxy:
     span: tuple[int, int] = (0, 1 << 60)
     """Bytes between which a read that fails begins."""
     requests: list[Request] = field(default_factory=list)
+    reading: int = 0
+    """Number of ranged reads that wait for their answers."""
+    most_reading: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -125,6 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
         first = int(found[1]) if found and self.command == "GET" else None
         fault = self.proxy.choose(self.path, first)
         status, headers, body = self.ask()
+        if fault == "wait":
+            self.wait()
+            fault = None
         signed = "Authorization" in self.headers
         request = Request(self.command, self.path, first or 0, len(body), signed, fault)
         self.proxy.requests.append(request)
@@ -144,6 +151,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(status, headers, body, length=length)
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def wait(self) -> None:
+        with self.proxy.lock:
+            self.proxy.reading += 1
+            self.proxy.most_reading = max(self.proxy.reading, self.proxy.most_reading)
+        self.proxy.stop.wait(_LATENCY)
+        with self.proxy.lock:
+            self.proxy.reading -= 1
 
     def ask(self) -> tuple[int, dict[str, str], bytes]:
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -125,6 +126,18 @@ def test_globs_and_lists_of_uris_are_paths(proxy, rows, path):
     np.testing.assert_array_equal(found, rows)
 
 
+@clients
+def test_many_footers_are_read_at_once_and_asked_for_once(proxy, bucket, client):
+    for number in range(40):
+        table = pa.table({"x": [float(number)]})
+        pq.write_table(table, f"bucket/many/{number:02}.parquet", filesystem=bucket)
+    proxy.fail("wait")
+    assert client("many", proxy.endpoint).n_rows == 40
+    assert proxy.most_reading >= 8
+    reads = Counter(r.path for r in proxy.requests if r.method == "GET" and "many/" in r.path)
+    assert list(reads.values()) == [1] * 40
+
+
 def test_anonymous_requests_are_not_signed(proxy, rows):
     source = parquet_source("bucket/in", filesystem=connect(proxy.endpoint, anonymous=True))
     np.testing.assert_array_equal(rows_of(source), rows)
@@ -185,10 +198,12 @@ def test_a_store_that_is_gone_when_an_epoch_begins_is_a_stream_error(proxy, monk
         rows_of(source)
 
 
-def test_short_answers_are_asked_for_again(proxy, rows):
+def test_short_answers_are_asked_for_again_and_logged(proxy, rows, caplog):
     source = open_fsspec("in", proxy.endpoint)
     proxy.fail("truncate", times=2, only="1.parquet", span=MIDDLE)
     np.testing.assert_array_equal(rows_of(source), rows)
+    told = [record.message for record in caplog.records if record.name.endswith("parquet.remote")]
+    assert len(told) == 2 and "attempt 2 follows in 0.05 s" in told[0]
 
 
 def test_short_answers_that_pyarrow_hides_are_caught_by_page_checksums(proxy):

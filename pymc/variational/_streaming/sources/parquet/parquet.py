@@ -34,7 +34,7 @@ from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
     column_ranges,
     import_pyarrow,
-    inspect,
+    inspect_all,
     open_parquet,
     warn_of_copies,
 )
@@ -187,8 +187,8 @@ class _ParquetSource(Source):
         frozen: RowFormat | None = None
         marks, ranges, summary = {}, [], None
         self._files = []
-        for path in paths:
-            file, metadata = inspect(self._fs, path)
+        for file, metadata in inspect_all(self._fs, paths):
+            path = file.path
             schema = metadata.schema.to_arrow_schema()
             if frozen is None:
                 frozen = RowFormat.from_schema(schema, columns, path, levels)

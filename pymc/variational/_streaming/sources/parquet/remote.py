@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 __all__ = ["RemoteFile", "fsspec_of", "retried"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each new attempt, besides the attempts that the filesystem makes by itself."""
@@ -48,10 +48,10 @@ def retried(call: Callable[[], T]) -> T:
         except _FINAL:
             raise
         except Exception as err:
+            text = str(err).strip() or type(err).__name__
             if attempt > len(_WAITS) or time.monotonic() > deadline:
-                text = str(err).strip() or type(err).__name__
                 raise OSError(f"{text}; gave up after {attempt} attempts") from err
-            _log.warning(f"reading failed ({err}); attempt {attempt + 1} follows")
+            logger.warning(f"{text}; attempt {attempt + 1} follows in {_WAITS[attempt - 1]} s")
             time.sleep(_WAITS[attempt - 1])
     raise AssertionError
 
