@@ -342,11 +342,8 @@ class _LineReader:
         events = self._events(table, kind, lines)
         skips = self._skips(events)
         events, at = self._with_levels(events, texts, lines)
-        codes, lines, skips = (
-            codes[at],
-            lines[at],
-            np.flatnonzero(skips[at] & (events.kind != LEVEL)),
-        )
+        codes, lines = codes[at], lines[at]
+        skips = np.flatnonzero(skips[at] & (events.kind != LEVEL))
         for start, stop in pairwise(sorted({0, *skips.tolist(), len(at)})):
             for number, rows in enumerate(_by_code(codes[start:stop])):
                 rows = start + rows
