@@ -31,8 +31,9 @@ ASV := cd benchmarks && ASV_PYTHONPATH="$(CURDIR)" "$(abspath $(VENV))/bin/pytho
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
-demo: $(INSTALLED)  ## Ordered rows go wrong, shuffled ones right, on a synthetic order book (DATA=dir: on your rows)
-	$(RUN) benchmarks.orderbook.demo $(if $(DATA),--data "$(DATA)")
+demo: $(INSTALLED)  ## Ordered rows go wrong, shuffled ones right, on a synthetic order book (DATA=dir FEATURES="a b" LABEL=c: on your rows)
+	$(RUN) benchmarks.orderbook.demo $(if $(DATA),--data "$(DATA)") \
+	    $(if $(FEATURES),--features "$(FEATURES)") $(if $(LABEL),--label "$(LABEL)")
 
 results: $(INSTALLED)  ## Run the demo and put its table and figure into the README and the docs
 	$(RUN) benchmarks.orderbook.demo --results docs/source/results --readme README.md

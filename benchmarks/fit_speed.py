@@ -22,13 +22,8 @@ nothing.  Processor time is that of all threads.  With ``--folder`` the data are
 next time.
 """
 
-import argparse
-import sys
-import tempfile
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from benchmarks.data import N_GROUPS, Data
 from benchmarks.fit_memory import forget_pages, memory_table, start_table
@@ -51,7 +46,7 @@ from benchmarks.fits import (
     wide,
 )
 from benchmarks.orderbook.experiment import parquet_files
-from benchmarks.pages import filled
+from benchmarks.pages import measure
 from benchmarks.peers import fetch_dataloader
 from benchmarks.turns import Lane, race, ratio, taking_turns
 
@@ -59,24 +54,6 @@ __all__ = ["speeds"]
 
 COMMAND = "python -m benchmarks.fit_speed"
 WIDE_BUFFER = 100_000
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="What fits on streams cost.")
-    parser.add_argument("--only", choices=TABLES, help="measure one table instead of all")
-    parser.add_argument("--rows", type=float, default=20e6, help="of the order book")
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--folder", type=Path, help="for the data, which stay; default: temporary")
-    parser.add_argument("--page", type=Path, help="file to put the tables into")
-    chosen = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as temporary:
-        data = Data(chosen.folder or Path(temporary), int(chosen.rows))
-        for name in [chosen.only] if chosen.only else TABLES:
-            text = TABLES[name](data, chosen.turns)
-            sys.stdout.write(f"{name}\n{text}\n")
-            if chosen.page is not None:
-                page = chosen.page.read_text()
-                chosen.page.write_text(filled(page, name, COMMAND, text))
 
 
 def speed_table(data: Data, turns: int) -> str:
@@ -159,6 +136,11 @@ TABLES: dict[str, Callable[[Data, int], str]] = {
     "memory": memory_table,
     "start": start_table,
 }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    measure(COMMAND, TABLES, arguments, rows=20e6, turns=9)
+
 
 if __name__ == "__main__":
     main()

@@ -21,14 +21,9 @@ asks for.  NumPyro fits with SVI, AutoNormal and Adam, in float32, one jitted up
 that comes from the host.  Needs ``jax`` and ``numpyro`` for their lines.
 """
 
-import argparse
-import sys
-import tempfile
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 from benchmarks.data import Data
 from benchmarks.fits import (
@@ -42,7 +37,7 @@ from benchmarks.fits import (
     on_stream,
     order_book,
 )
-from benchmarks.pages import filled
+from benchmarks.pages import measure
 from benchmarks.peers import fetch_dataloader
 from benchmarks.turns import Lane, Runner, race, ratio, taking_turns
 
@@ -69,21 +64,6 @@ SETTINGS = (
     Setting("JAX, float32", "jax", "float32"),
     Setting("NumPyro, float32", None, "float32"),
 )
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Settings of PyMC, and NumPyro, side by side.")
-    parser.add_argument("--rows", type=float, default=20e6)
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--folder", type=Path, help="for the data, which stay; default: temporary")
-    parser.add_argument("--page", type=Path, help="file to put the table into")
-    chosen = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as temporary:
-        data = Data(chosen.folder or Path(temporary), int(chosen.rows))
-        text = ladder(data, chosen.turns)
-    sys.stdout.write(text)
-    if chosen.page is not None:
-        chosen.page.write_text(filled(chosen.page.read_text(), "ladder", COMMAND, text))
 
 
 def ladder(data: Data, turns: int) -> str:
@@ -140,4 +120,4 @@ def _numpyro_ways() -> dict[str, Callable[..., Runner]]:
 
 
 if __name__ == "__main__":
-    main()
+    measure(COMMAND, {"ladder": ladder}, rows=20e6, turns=9)

@@ -19,11 +19,7 @@ The peak of the resident memory of a process of its own, from before the first r
 epoch through a shuffle buffer of 100,000 rows.  Libraries that are not installed are left out.
 """
 
-import argparse
 import os
-import subprocess
-import sys
-import tempfile
 import warnings
 
 from collections.abc import Callable
@@ -32,12 +28,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import filled
+from benchmarks.data import Data
+from benchmarks.orderbook.experiment import in_process
+from benchmarks.pages import measure
 from tests.variational.streaming.memory import forget_peak, peak_mb
 
 COMMAND = "python -m benchmarks.library_memory"
 SIZES = 500_000, 10_000_000, 30_000_000
-QUERY = "SELECT mid, spread, imbalance, up FROM 'book/*.parquet' WHERE spread > 0.01"
+QUERY = "SELECT mid, spread, imbalance, up FROM '*.parquet' WHERE spread > 0.01"
 
 
 def duckdb(method: str = "sql", query: str = QUERY) -> Any:
@@ -50,26 +48,26 @@ def duckdb(method: str = "sql", query: str = QUERY) -> Any:
 def polars() -> Any:
     import polars as pl
 
-    return pl.scan_parquet("book/*.parquet").filter(pl.col("spread") > 0.01)
+    return pl.scan_parquet("*.parquet").filter(pl.col("spread") > 0.01)
 
 
 def dataset() -> Any:
     import pyarrow.dataset
 
-    return pyarrow.dataset.dataset("book").to_batches()
+    return pyarrow.dataset.dataset(".").to_batches()
 
 
 def dask() -> Any:
     from dask.dataframe import read_parquet
 
-    for part in read_parquet("book", split_row_groups=1).partitions:
+    for part in read_parquet(".", split_row_groups=1).partitions:
         yield part.compute(scheduler="synchronous")
 
 
 def ray() -> Any:
     from ray.data import read_parquet
 
-    return read_parquet("book").iter_batches(batch_size=65_536, batch_format="pyarrow")
+    return read_parquet(".").iter_batches(batch_size=65_536, batch_format="pyarrow")
 
 
 READERS: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -90,57 +88,25 @@ READERS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory of libraries that feed a stream.")
-    parser.add_argument("--folder", type=Path, help="for the data; default: temporary")
-    parser.add_argument("--page", type=Path, help="file to put the table into")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.measure:
-        sys.stdout.write(f"{growth(READERS[chosen.measure][1]):.0f}\n")
-        return
-    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-        text = make_table(Path(folder))
-    sys.stdout.write(text)
-    if chosen.page is not None:
-        chosen.page.write_text(filled(chosen.page.read_text(), "libraries", COMMAND, text))
-
-
-def make_table(folder: Path) -> str:
-    from benchmarks.orderbook.rows import write_rows
-
+def make_table(data: Data, turns: int) -> str:
     names = [name for name, (module, _) in READERS.items() if find_spec(module.split(".")[0])]
     lines = {name: f"| {name} |" for name in names}
     for n_rows in SIZES:
-        write_rows(folder / str(n_rows) / "book", rows=n_rows, seed=0)
+        book = data.order_book(n_rows)
         for name in names:
-            lines[name] += f" {in_process(name, folder / str(n_rows))} |"
+            lines[name] += f" {in_process(growth, name, book):.0f} |"
     header = " | ".join(f"{n_rows / 1e6:g} million rows" for n_rows in SIZES)
     return f"| | {header} |\n|{'---|' * (len(SIZES) + 1)}\n" + "".join(
         f"{line}\n" for line in lines.values()
     )
 
 
-def in_process(name: str, folder: Path) -> str:
-    """Measure in a process of its own, which finds the table as ``book``."""
-    paths = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "benchmarks.library_memory", "--measure", name]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths},
-        text=True,
-        stdout=-1,
-        check=True,
-    )
-    return done.stdout.split()[-1]
-
-
-def growth(read: Callable[[], Any]) -> float:
-    """Return by how many MB the peak of resident memory grows in one epoch."""
+def growth(name: str, book: Path) -> float:
+    """Return by how many MB the peak of resident memory grows in one epoch of a table."""
     from pymc.variational.streaming import StreamingDataset, arrow_source, shuffle_buffer
 
-    source = arrow_source(read)
+    os.chdir(book)
+    source = arrow_source(READERS[name][1])
     forget_peak()
     before = peak_mb()
     buffer = shuffle_buffer(source, buffer_size=100_000, batch_size=4_096, seed=0)
@@ -155,4 +121,4 @@ def growth(read: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    measure(COMMAND, {"libraries": make_table}, rows=SIZES[0], turns=1)

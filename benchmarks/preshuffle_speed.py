@@ -21,11 +21,8 @@ as ``preshuffle`` has; the copy reads each file whole and writes it with lz4 and
 dictionaries, without any limit.  Needs ``duckdb``.
 """
 
-import argparse
 import shutil
 import statistics
-import sys
-import tempfile
 import time
 
 from collections.abc import Callable
@@ -33,11 +30,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from benchmarks.orderbook.rows import write_rows
-from benchmarks.pages import filled
+from benchmarks.data import Data
+from benchmarks.pages import measure
 from pymc.variational.streaming import preshuffle
 
 THREADS = 2
+MEMORY_LIMIT = "512MB"
 COMMAND = "python -m benchmarks.preshuffle_speed"
 ENCODING = {
     "compression": "lz4",
@@ -47,25 +45,11 @@ ENCODING = {
 }
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rows", type=int, default=16_000_000)
-    options.add_argument("--repeats", type=int, default=9)
-    options.add_argument("--memory-limit", default="512MB")
-    options.add_argument("--folder", type=Path, help="for the data; default: temporary")
-    options.add_argument("--page", type=Path, help="file to put the table into")
-    chosen = options.parse_args()
-    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
-        folder = Path(name)
-        write_rows(folder / "book", rows=chosen.rows, seed=0)
-        text = table(compare(folder, chosen.repeats, chosen.memory_limit), chosen.rows)
-    sys.stdout.write(text)
-    if chosen.page is not None:
-        page = chosen.page.read_text()
-        chosen.page.write_text(filled(page, "shuffling", COMMAND, text))
+def shuffling_table(data: Data, turns: int) -> str:
+    return table(compare(data.order_book(), data.folder / "result", turns), data.n_rows)
 
 
-def compare(folder: Path, repeats: int, memory_limit: str) -> dict[str, list[float]]:
+def compare(book: Path, target: Path, repeats: int) -> dict[str, list[float]]:
     """Return the seconds of each contender, of each repeat after a warm-up."""
     contenders: dict[str, Callable[[Path, Path, str], None]] = {
         "preshuffle": shuffle_ours,
@@ -75,9 +59,8 @@ def compare(folder: Path, repeats: int, memory_limit: str) -> dict[str, list[flo
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
         for name, run in contenders.items():
-            target = folder / "result"
             start = time.perf_counter()
-            run(folder / "book", target, memory_limit)
+            run(book, target, MEMORY_LIMIT)
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
             shutil.rmtree(target)
@@ -125,4 +108,4 @@ def table(seconds: dict[str, list[float]], n_rows: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    measure(COMMAND, {"shuffling": shuffling_table}, rows=16e6, turns=9)

@@ -16,6 +16,6 @@
 
     generate ─▶ messages ─▶ book ─▶ fold ─▶ rows sorted by time
 
-``generate`` makes markets with ``simulate`` and writes them with ``lines``;
+``generate`` makes markets with ``simulate`` and writes their messages;
 ``fold`` reads ``messages``, its own or real ones, through the compiled ``book``.
 """

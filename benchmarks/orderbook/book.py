@@ -15,15 +15,16 @@
 """The order book of one market, folded message by message in compiled code.
 
 >>> book = Book(close_ms=close_ms(market))
->>> book.start(path)
->>> for events, _ in read_events(path):
-...     rows, labels = book.fold(events)
+>>> for part in read_parts(path):
+...     rows, labels, label_before = book.fold(part.events, part.lines)
 
 Every number is an integer, so the book is exact: prices in 1e-4 dollars, sizes in 1e-2 contracts.
 A book belongs to one market and takes its messages in order of receipt.
-"""
 
-from pathlib import Path
+A lost message shows where the book crosses or a size would fall below zero, and a reader may tell
+of one with `Book.lose`. From then until the next snapshot the book is unknown: it makes no rows,
+and rows that wait for a label get none.
+"""
 
 import numba
 import numpy as np
@@ -43,19 +44,21 @@ __all__ = ["ROW", "Book"]
 
 DOLLAR = 10_000
 EMPTY = 0
-UNKNOWN = -1
+NO_LABEL, UNKNOWN = -1, -2
+HOLE_MS = 300_000
+"""A market that is silent for longer gives no labels across the silence."""
 
 # A mid is a multiple of 5e-5 dollars and a spread one of 1e-4, while float32 numbers below 1 lie
 # at most 6e-8 apart: float32 keeps them all apart, and round(20_000 * mid) gives the integer back.
 ROW = np.dtype([("recv_ms", "i8"), ("mid", "f4"), ("spread", "f4"), ("imbalance", "f4")])
 
 COUNTERS = (
-    *("messages", "deltas", "snapshots", "trades", "clock_set_back"),
-    *("rows", "one_sided", "crossed", "after_close"),
+    *("messages", "deltas", "snapshots", "trades", "clock_set_back", "rows", "labelled"),
+    *("one_sided", "after_close", "left_out", "crossed", "below_zero", "gaps", "holes"),
 )
-# line: number of the message in its file; mid2: twice the last mid; waiting: rows with this mid,
-# which get their label when it changes.
-PROGRESS = ("line", "levels_to_come", "seq", "recv_ms", "mid2", "waiting")
+# mid2: twice the last mid; waiting: rows with this mid, which get their label when it changes;
+# unknown: whether messages are missing since the last snapshot.
+PROGRESS = ("levels_to_come", "seq", "recv_ms", "mid2", "waiting", "unknown")
 STATE = np.dtype([(name, "i8") for name in PROGRESS + COUNTERS])
 
 FAULTS = {
@@ -63,14 +66,13 @@ FAULTS = {
     (BAD_KIND := 1): "kind must be 0 (delta), 1 (snapshot), 2 (trade) or 3 (level), it is {kind}",
     (BAD_SIDE := 2): "side must be 0 (yes) or 1 (no), it is {side}",
     (BAD_PRICE := 3): "the price must lie between $0 and $1, it is {price} times $0.0001",
-    (NEGATIVE := 4): "a size must not fall below 0, {size} times 0.01 contracts at side {side} and "
-    "price {price} times $0.0001 make it; is a message missing?",
-    (NO_SNAPSHOT := 5): "a delta must follow a snapshot of its market, none came before",
-    (BAD_SEQ := 6): "seq must grow from delta to delta, {seq} follows {last_seq}; "
+    (BAD_SIZE := 4): "the size of a level must not be negative, it is {size} times 0.01 contracts",
+    (BAD_SEQ := 5): "seq must grow from delta to delta, {seq} follows {last_seq}; "
     "messages are repeated or out of order",
-    (BAD_LEVELS := 7): "a snapshot must be followed by its levels and nothing else may be; "
+    (BAD_LEVELS := 6): "a snapshot must be followed by its levels and nothing else may be; "
     "kind {kind} with size {size} came when {last_levels_to_come} levels were due",
 }
+BELOW_ZERO = 7
 
 
 class Book:
@@ -95,7 +97,7 @@ class Book:
         self.best = np.zeros(2, np.int64)
         self._close_ms = np.iinfo(np.int64).max if close_ms is None else close_ms
         self._state = np.zeros(1, STATE)
-        self._path: Path | str = "messages"
+        self._state["unknown"] = True
 
     @property
     def waiting(self) -> int:
@@ -107,12 +109,15 @@ class Book:
         """What was seen so far, by name."""
         return {name: int(self._state[name][0]) for name in COUNTERS}
 
-    def start(self, path: Path | str) -> None:
-        """Say that the next messages are the first of the file *path*; errors name it."""
-        self._path = path
-        self._state["line"] = 0
+    def lose(self) -> int:
+        """Say that messages are missing here; return how many rows will get no label."""
+        n_waiting = self.waiting
+        self._state["waiting"] = 0
+        self._state["gaps"] += 1 - self._state["unknown"]
+        self._state["unknown"] = True
+        return n_waiting
 
-    def fold(self, events: Events) -> tuple[np.ndarray, np.ndarray, int]:
+    def fold(self, events: Events, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """Take the next messages.
 
         Returns
@@ -121,13 +126,14 @@ class Book:
             The features of each book state with two sides.
         up : ndarray of int8
             Labels of the first of these rows; the others wait for the next change of the mid.
+            Rows that can have no label have -1.
         up_before : int
-            The label of all rows that waited before, or -1 if they still wait.
+            The label of all rows that waited before, or -2 if they still wait.
 
         Raises
         ------
         MessageError
-            Where a message contradicts the book. The book is of no use after that.
+            Where a message cannot be what the exchange sent. The book is of no use after that.
         """
         rows = np.empty(len(events.kind), ROW)
         up = np.empty(len(events.kind), np.int8)
@@ -135,14 +141,10 @@ class Book:
             events, self._close_ms, self.sizes, self.best, self._state, rows, up
         )
         if fault != NO_FAULT:
-            self._fail(events, at, fault)
+            event = {name: int(column[at]) for name, column in events._asdict().items()}
+            state = {f"last_{name}": int(self._state[name][0]) for name in PROGRESS}
+            raise MessageError(f"line {lines[at]}: {FAULTS[fault].format(**event, **state)}")
         return rows[:n_rows], up[:n_labelled], up_before
-
-    def _fail(self, events: Events, at: int, fault: int) -> None:
-        event = {name: int(column[at]) for name, column in events._asdict().items()}
-        state = {f"last_{name}": int(self._state[name][0]) for name in PROGRESS}
-        reason = FAULTS[fault].format(**event, **state)
-        raise MessageError(f"{self._path}, line {state['last_line']}: {reason}")
 
 
 @numba.njit(cache=True, nogil=True)
@@ -152,19 +154,31 @@ def _fold(events, close_ms, sizes, best, state, rows, up):
     up_before = UNKNOWN
     n_before = book.waiting
     for at in range(len(events.kind)):
-        fault = _apply(events, at, sizes, best, book)
-        if fault != NO_FAULT:
-            return at, fault, n_rows, n_labelled, up_before
-        if events.kind[at] == TRADE or book.levels_to_come > 0:
+        kind, recv_ms = events.kind[at], events.recv_ms[at]
+        if recv_ms - book.recv_ms > HOLE_MS and book.messages > 0:
+            book.holes += 1
+            up_before = _label(NO_LABEL, up[n_labelled:n_rows], up_before, n_before, book)
+            n_labelled = n_rows
+        if (kind == LEVEL) != (book.levels_to_come > 0):
+            return at, BAD_LEVELS, n_rows, n_labelled, up_before
+        _count(kind, recv_ms, book)
+        fault = NO_FAULT
+        if kind != TRADE:
+            change = events.side[at], events.price[at], events.size[at], events.seq[at]
+            fault = _apply(kind, change, sizes, best, book)
+            if fault != NO_FAULT and fault != BELOW_ZERO:
+                return at, fault, n_rows, n_labelled, up_before
+        if kind == TRADE or book.levels_to_come > 0:
             continue
-        if not _is_row(events.ts_ms[at] >= close_ms, best, book):
+        if not _is_row(events.ts_ms[at] >= close_ms, fault, best, book):
+            if book.unknown and (n_rows > n_labelled or up_before == UNKNOWN):
+                up_before = _label(NO_LABEL, up[n_labelled:n_rows], up_before, n_before, book)
+                n_labelled = n_rows
             continue
         mid2 = best[YES] + DOLLAR - best[NO]
         if mid2 != book.mid2:
-            rises = mid2 > book.mid2
-            if up_before == UNKNOWN:
-                up_before = np.int64(rises)
-            up[n_labelled:n_rows] = rises
+            rises = np.int64(mid2 > book.mid2)
+            up_before = _label(rises, up[n_labelled:n_rows], up_before, n_before, book)
             n_labelled = n_rows
             book.mid2 = mid2
         _write_row(rows[n_rows], sizes, best, book.recv_ms)
@@ -176,18 +190,22 @@ def _fold(events, close_ms, sizes, best, state, rows, up):
 
 
 @numba.njit(cache=True, nogil=True)
-def _apply(events, at, sizes, best, book):
-    """Change the book by one event; tell what is wrong with the event."""
-    kind, side, price, size = events.kind[at], events.side[at], events.price[at], events.size[at]
-    book.line += kind != LEVEL
-    if (kind == LEVEL) != (book.levels_to_come > 0):
-        return BAD_LEVELS
-    _count(kind, events.recv_ms[at], book)
-    if kind == TRADE:
-        return NO_FAULT
+def _label(label, up, up_before, n_before, book):
+    """Label the rows that wait: those of this block, and *n_before* older ones if still so."""
+    up[:] = label
+    if label != NO_LABEL:
+        book.labelled += len(up) + (n_before if up_before == UNKNOWN else 0)
+    return label if up_before == UNKNOWN else up_before
+
+
+@numba.njit(cache=True, nogil=True)
+def _apply(kind, change, sizes, best, book):
+    """Change the book by one message or level; tell what is wrong with it."""
+    side, price, size, seq = change
     if kind == SNAPSHOT:
         _clear(sizes, best)
-        book.seq = events.seq[at]
+        book.seq = seq
+        book.unknown = False
         book.levels_to_come = size
         return NO_FAULT if size >= 0 else BAD_LEVELS
     if kind != DELTA and kind != LEVEL:
@@ -198,12 +216,13 @@ def _apply(events, at, sizes, best, book):
         return BAD_PRICE
     if kind == LEVEL:
         book.levels_to_come -= 1
-        return _set_size(sizes[side], best, side, price, size)
-    if book.snapshots == 0:
-        return NO_SNAPSHOT
-    if events.seq[at] <= book.seq:
-        return BAD_SEQ
-    book.seq = events.seq[at]
+        return BAD_SIZE if size < 0 else _set_size(sizes[side], best, side, price, size)
+    if seq >= 0:
+        if seq <= book.seq:
+            return BAD_SEQ
+        book.seq = seq
+    if book.unknown:
+        return NO_FAULT
     return _set_size(sizes[side], best, side, price, sizes[side, price] + size)
 
 
@@ -228,7 +247,7 @@ def _clear(sizes, best):
 @numba.njit(cache=True, nogil=True)
 def _set_size(sizes, best, side, price, size):
     if size < 0:
-        return NEGATIVE
+        return BELOW_ZERO
     sizes[price] = size
     if size > 0:
         best[side] = max(best[side], price)
@@ -240,14 +259,18 @@ def _set_size(sizes, best, side, price, size):
 
 
 @numba.njit(cache=True, nogil=True)
-def _is_row(closed, best, book):
+def _is_row(closed, fault, best, book):
     """Tell whether the book is one whose features count, and count why not."""
     one_sided = best[YES] == EMPTY or best[NO] == EMPTY
-    crossed = best[YES] + best[NO] >= DOLLAR
+    crossed = not one_sided and best[YES] + best[NO] >= DOLLAR
+    if not book.unknown:
+        book.below_zero += fault == BELOW_ZERO
+        book.crossed += crossed and not closed
+        book.unknown = fault == BELOW_ZERO or (crossed and not closed)
     book.after_close += closed
-    book.one_sided += one_sided and not closed
-    book.crossed += crossed and not closed and not one_sided
-    return not (closed or one_sided or crossed)
+    book.left_out += book.unknown and not closed
+    book.one_sided += one_sided and not closed and not book.unknown
+    return not (closed or one_sided or book.unknown)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -14,44 +14,31 @@
 """Show how ordered rows spoil a posterior, and how ``preshuffle`` repairs it.
 
     python -m benchmarks.orderbook.demo
-    python -m benchmarks.orderbook.demo --data DIR
+    python -m benchmarks.orderbook.demo --data DIR --features mid,spread --label up
 
 Without ``--data``, synthetic order-book messages are made and folded. DIR holds captures of
-Kalshi's order books (``<market>/<date>.ndjson.gz``), or Parquet files of your own whose last
-column is 0 or 1. The table and the figure are saved in ``build/demo``.
+Kalshi's order books, or Parquet files of your own with a column of 0 and 1.
+The table and the figure are saved in ``build/demo``.
 """
 
 import argparse
 import json
+import re
 import shutil
-import subprocess
 import sys
 import time
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow.parquet as pq
+from benchmarks.orderbook.columns import choose, holds_messages
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+# All else is imported when the data are known to be such that can be fitted, which is at once.
+if TYPE_CHECKING:
+    import numpy as np
 
-from benchmarks.orderbook.experiment import (
-    BATCH_SIZE,
-    TRACED_EVERY,
-    Fit,
-    Posterior,
-    exact_posterior,
-    fit_model,
-    in_process,
-    parquet_files,
-)
-from benchmarks.orderbook.fold import fold
-from benchmarks.orderbook.generate import generate
-from benchmarks.pages import filled
+    from benchmarks.orderbook.experiment import Fit, Posterior
 
 __all__ = ["main"]
 
@@ -61,31 +48,29 @@ WINDOW_SHARE = 20
 IN_MEMORY = "in memory"
 ORDERED = "ordered"
 SHUFFLED = "preshuffled"
+POLISHED = "polished"
 LEGEND = {
     IN_MEMORY: "in memory, pm.Minibatch",
     ORDERED: "streamed in order of time",
     SHUFFLED: "streamed after preshuffle",
 }
 
-console = Console(stderr=True)
 
+def run(
+    rows: Path, columns: tuple[str, ...], work: Path, n_steps: int
+) -> tuple["Posterior", dict[str, "Fit"]]:
+    """Fit the model to the *columns* of *rows* in three ways, with what is made on the way in *work*."""
+    from benchmarks.orderbook.experiment import (
+        BATCH_SIZE,
+        exact_posterior,
+        fit_model,
+        in_process,
+        shuffle,
+    )
 
-def run(data: Path | None, work: Path, n_steps: int) -> tuple[Posterior, dict[str, Fit]]:
-    """Fit the model in three ways.
-
-    Parameters
-    ----------
-    data : Path, optional
-        Captures or Parquet files. Default: synthetic messages.
-    work : Path
-        Directory for what is made on the way.
-    n_steps : int
-        Of each fit.
-    """
-    rows = _rows(data, work)
-    exact = exact_posterior(rows)
+    exact = exact_posterior(rows, columns)
     buffer_size = max(exact.n_rows // WINDOW_SHARE, BATCH_SIZE)
-    console.print(f"{exact.n_rows:,} rows; the buffer holds {buffer_size:,} of them")
+    say(f"{exact.n_rows:,} rows; the buffer holds {buffer_size:,} of them")
     shuffled = work / "shuffled"
     fits = {}
     for name, folder, size in (
@@ -94,32 +79,57 @@ def run(data: Path | None, work: Path, n_steps: int) -> tuple[Posterior, dict[st
         (SHUFFLED, shuffled, buffer_size),
     ):
         if folder is shuffled:
-            _preshuffle(rows, shuffled)
-        console.rule(LEGEND[name])
-        fits[name] = in_process(fit_model, folder, buffer_size=size, n_steps=n_steps, seed=SEED)
+            say("\nShuffling the rows once, on disk")
+            in_process(shuffle, rows, shuffled, seed=SEED, columns=columns)
+        say(f"\n{LEGEND[name]}")
+        fits[name] = in_process(
+            fit_model,
+            folder,
+            buffer_size=size,
+            n_steps=n_steps,
+            seed=SEED,
+            columns=columns,
+            finish=name == SHUFFLED,
+        )
         for warning in fits[name].warnings:
-            console.print(f"[yellow]StreamWarning:[/] {warning}", highlight=False)
+            say(f"StreamWarning: {warning}")
+    if finish := fits[SHUFFLED].finish:
+        say(f"\ncheck_fit: {finish.check}\n\npolish: {finish.polished or 'not in this version'}")
     return exact, fits
 
 
-def errors(means: tuple[float, ...], exact: Posterior) -> np.ndarray:
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def errors(means: tuple[float, ...], exact: "Posterior") -> "np.ndarray":
     """Return how far means are from the exact ones, in posterior standard deviations."""
+    import numpy as np
+
     return (np.array(means) - exact.mean) / exact.sd
 
 
-def markdown_table(exact: Posterior, fits: dict[str, Fit]) -> str:
+def markdown_table(exact: "Posterior", fits: dict[str, "Fit"]) -> str:
     """Return the results as a table for the README."""
     header = ["Rows", *exact.names, "last step", "memory", "steps/s"]
     lines = [header, ["---"] * len(header)]
     for name, fit in fits.items():
         cells = [name, *(f"{e:+.2f}" for e in errors(fit.averaged, exact))]
-        cells += [f"{np.abs(errors(fit.last, exact)).max():.1f}"]
+        cells += [f"{abs(errors(fit.last, exact)).max():.1f}"]
         lines.append([*cells, f"{fit.peak_mb:.0f} MB", f"{fit.steps_per_second:.0f}"])
+    finish = fits[SHUFFLED].finish
+    if finish is not None and finish.polished is not None:
+        cells = [f"{e:+.2f}" for e in errors(finish.state.mean, exact)]
+        lines.append([POLISHED, *cells, "", "", ""])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def show(exact: Posterior, fits: dict[str, Fit]) -> None:
+def show(exact: "Posterior", fits: dict[str, "Fit"]) -> None:
     """Print the results as a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     header, _, *lines = (
         [cell.strip() for cell in line.strip("| ").split("|")]
         for line in markdown_table(exact, fits).splitlines()
@@ -141,9 +151,13 @@ def show(exact: Posterior, fits: dict[str, Fit]) -> None:
     Console().print(table)
 
 
-def plot(exact: Posterior, fits: dict[str, Fit], file: Path) -> None:
+def plot(exact: "Posterior", fits: dict[str, "Fit"], file: Path) -> None:
     """Draw the way of the worst coefficient, and the errors of all of them."""
+    import numpy as np
+
     from matplotlib.figure import Figure
+
+    from benchmarks.orderbook.experiment import TRACED_EVERY
 
     worst = int(np.abs(errors(fits[ORDERED].averaged, exact)).argmax())
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -164,37 +178,24 @@ def plot(exact: Posterior, fits: dict[str, Fit], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _rows(data: Path | None, work: Path) -> Path:
-    """Return a directory of Parquet files, after folding messages if need be."""
-    if data is not None and not data.is_dir():
-        raise SystemExit(f"DATA={data} is not a directory")
-    if data is not None and not any(data.rglob("*.ndjson.gz")):
-        _check_label(data)
-        return data
+def _folded(data: Path | None, work: Path) -> Path:
+    """Fold messages, which are made if there are none, and return the directory of the rows."""
+    from benchmarks.orderbook.fold import fold
+    from benchmarks.orderbook.generate import generate
+
     if data is None:
         data = work / "messages"
-        console.rule("Making synthetic order-book messages")
+        say("Making synthetic order-book messages")
         generate(data, messages=MESSAGES, seed=SEED, overwrite=True)
-    console.rule("Folding messages into rows")
-    console.print(str(fold(data, work / "rows", overwrite=True)))
+    say("Folding messages into rows")
+    try:
+        say(str(fold(data, work / "rows", overwrite=True)))
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
     return work / "rows"
 
 
-def _check_label(rows: Path) -> None:
-    label = pq.read_schema(parquet_files(rows)[0]).names[-1]
-    values = set(pq.ParquetFile(parquet_files(rows)[0]).read_row_group(0, [label])[0].to_pylist())
-    if not values <= {0, 1}:
-        raise SystemExit(f"DATA={rows}: the last column, {label!r}, must hold only 0 and 1")
-
-
-def _preshuffle(rows: Path, destination: Path) -> None:
-    console.rule("Shuffling the rows once, on disk")
-    command = ["-m", "pymc.variational.streaming", "preshuffle", str(rows), str(destination)]
-    command += ["--seed", str(SEED), "--overwrite"]
-    subprocess.run([sys.executable, *command], check=True)
-
-
-def _save(exact: Posterior, fits: dict[str, Fit], results: Path) -> None:
+def _save(exact: "Posterior", fits: dict[str, "Fit"], results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     (results / "demo.md").write_text(markdown_table(exact, fits))
     posterior: dict[str, Any] = {
@@ -211,26 +212,39 @@ def _save(exact: Posterior, fits: dict[str, Fit], results: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the demonstration."""
     parser = argparse.ArgumentParser(description="Ordered rows go wrong, shuffled ones right.")
-    parser.add_argument("--data", type=Path, help="captures, or Parquet with a 0/1 last column")
+    parser.add_argument("--data", type=Path, help="captures, or Parquet with a column of 0 and 1")
+    parser.add_argument("--features", help="columns, as a,b,c; default: all but the label")
+    parser.add_argument("--label", help="column of 0 and 1; default: the last one")
     parser.add_argument("--results", type=Path, default=Path("build/demo"))
     parser.add_argument("--steps", type=int, default=8_000, help="of each fit")
     parser.add_argument("--readme", type=Path, help="file to put the table into")
     args = parser.parse_args(argv)
     started = time.perf_counter()
+    features = re.split(r"[,\s]+", args.features.strip()) if args.features else None
+    if args.data is not None and not args.data.is_dir():
+        raise SystemExit(f"DATA={args.data} is not a directory")
+    messages = args.data is None or holds_messages(args.data)
+    columns = None if messages else choose(args.data, features=features, label=args.label)
     work = Path("build/demo/tables")
     work.mkdir(parents=True, exist_ok=True)
     try:
-        exact, fits = run(args.data, work, args.steps)
+        rows = _folded(args.data, work) if messages else args.data
+        columns = columns or choose(rows, features=features, label=args.label)
+        say(
+            f"features: {', '.join(columns[:-1])}; label: {columns[-1]} "
+            '(others: FEATURES="..." LABEL=...)'
+        )
+        exact, fits = run(rows, columns, work, args.steps)
     finally:
         shutil.rmtree(work)
     _save(exact, fits, args.results)
     if args.readme is not None:
+        from benchmarks.pages import filled
+
         text = filled(args.readme.read_text(), "demo", "make results", markdown_table(exact, fits))
         args.readme.write_text(text)
     show(exact, fits)
-    console.print(
-        f"{time.perf_counter() - started:.0f} s; the figure is {args.results / 'demo.png'}"
-    )
+    say(f"{time.perf_counter() - started:.0f} s; the figure is {args.results / 'demo.png'}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import threading
 import time
 import warnings
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
@@ -41,11 +41,13 @@ import numba
 import numpy as np
 import pyarrow.parquet as pq
 
+from benchmarks.orderbook.columns import parquet_files
 from tests.variational.streaming.memory import peak_mb
 
 __all__ = [
     "BATCH_SIZE",
     "Examination",
+    "Finish",
     "Fit",
     "Order",
     "Posterior",
@@ -56,6 +58,7 @@ __all__ = [
     "in_process",
     "logistic",
     "parquet_files",
+    "shuffle",
 ]
 
 PRIOR_SD = 3.0
@@ -126,6 +129,18 @@ class Examination:
 
 
 @dataclass(frozen=True, slots=True)
+class Finish:
+    """What was said of a fit at its end, and how ``polish`` finished it."""
+
+    check: str
+    """The report of ``check_fit``."""
+    polished: str | None
+    """The report of ``polish``; None where this version has none."""
+    state: State
+    """The approximation afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fit:
     """One fit, and what it cost."""
 
@@ -144,6 +159,7 @@ class Fit:
     peak_mb: float
     """Largest resident set of the process until the end of the fit."""
     examination: Examination | None
+    finish: Finish | None
     warnings: tuple[str, ...]
     """What the stream warned of."""
 
@@ -172,14 +188,14 @@ class Tail:
         return (self.n_steps - WARM_UP_STEPS) / (time.perf_counter() - self.started)
 
 
-def exact_posterior(rows: Path) -> Posterior:
+def exact_posterior(rows: Path, columns: Sequence[str] | None = None) -> Posterior:
     """Find the posterior by Newton's method, in one bounded pass over the rows per iteration."""
     files = parquet_files(rows)
-    columns = pq.read_schema(files[0]).names
+    columns = columns or pq.read_schema(files[0]).names
     b = np.zeros(len(columns))
     step = np.ones_like(b)
     while np.abs(step).max() > 1e-10:
-        gradient, information = _derivatives(files, b)
+        gradient, information = _derivatives(files, columns, b)
         precision = information + np.eye(len(b)) / PRIOR_SD**2
         step = np.linalg.solve(precision, gradient - b / PRIOR_SD**2)
         b = b + step
@@ -199,12 +215,15 @@ def in_process(function: Callable[..., T], /, *args: Any, **options: Any) -> T:
         return pool.submit(function, *args, **options).result()
 
 
-def parquet_files(rows: Path) -> list[Path]:
-    """List the Parquet files of a table in order."""
-    files = sorted(rows.rglob("*.parquet"))
-    if not files:
-        raise SystemExit(f"{rows} holds no Parquet files")
-    return files
+def shuffle(
+    rows: Path, destination: Path, *, seed: int, columns: Sequence[str] | None = None
+) -> Any:
+    """Shuffle a table on disk, and return the report of ``preshuffle``."""
+    from pymc.variational.streaming import preshuffle
+
+    return preshuffle(
+        str(rows), str(destination), seed=seed, columns=columns, overwrite=True, progressbar=False
+    )
 
 
 def fit_model(
@@ -213,8 +232,10 @@ def fit_model(
     buffer_size: int | None,
     n_steps: int,
     seed: int,
+    columns: Sequence[str] | None = None,
     examine: bool = False,
     check_last: bool = True,
+    finish: bool = False,
     progressbar: bool = True,
 ) -> Fit:
     """Fit in this process.
@@ -226,10 +247,14 @@ def fit_model(
     buffer_size : int or None
         Rows; None holds all rows in memory.
     n_steps, seed : int
+    columns : sequence of str, optional
+        Features, then the label. Default: all columns.
     examine : bool
         Check the order of the rows before the fit, and the fit after it; only for streams.
     check_last : bool
         Check the fit also as the last step left it, not only when it is averaged.
+    finish : bool
+        Check the fit and polish it, as its user would; only for streams.
     progressbar : bool
     """
     import pymc as pm
@@ -240,7 +265,7 @@ def fit_model(
     with warnings.catch_warnings(record=True) as caught, pm.Model():
         warnings.simplefilter("always")
         began = time.perf_counter()
-        ds = build_model(rows, buffer_size, seed)
+        ds = build_model(rows, buffer_size, seed, columns)
         examiner = _Examiner(ds, _buffer(rows, buffer_size, seed), check_last) if examine else None
         callbacks = [tail, *([examiner.average] if examiner else [])]
         callbacks += [ds.fit_callback()] if ds is not None else []
@@ -263,19 +288,23 @@ def fit_model(
             seconds={"ready": ready - began, "fit": ended - ready},
             peak_mb=peak_mb(),
             examination=examiner.report(approx) if examiner else None,
+            finish=_finish(approx, ds) if finish else None,
             warnings=_of_stream(caught),
         )
 
 
-def build_model(rows: Path, buffer_size: int | None, seed: int) -> Any:
+def build_model(
+    rows: Path, buffer_size: int | None, seed: int, columns: Sequence[str] | None = None
+) -> Any:
     """Build the model in context; return the stream that it observes, if any."""
     from pymc.variational.streaming import StreamingDataset
 
+    columns = columns or pq.read_schema(parquet_files(rows)[0]).names
     if buffer_size is None:
-        _in_memory(rows)
+        _in_memory(rows, columns)
         return None
-    ds = StreamingDataset(_buffer(rows, buffer_size, seed), batch_size=BATCH_SIZE)
-    columns = pq.read_schema(parquet_files(rows)[0]).names
+    buffer = _buffer(rows, buffer_size, seed, columns)
+    ds = StreamingDataset(buffer, batch_size=BATCH_SIZE)
     logistic([ds[name] for name in columns], ds.total_size)
     return ds
 
@@ -337,6 +366,15 @@ class _Examiner:
         return check, _state(approx, verdict=check.verdict, z=worst, seconds=seconds)
 
 
+def _finish(approx: Any, ds: Any) -> Finish:
+    from pymc.variational import streaming
+
+    check = str(streaming.check_fit(approx, ds, progressbar=False))
+    polish = getattr(streaming, "polish", None)
+    polished = str(polish(approx, ds, progressbar=False)) if polish else None
+    return Finish(check, polished, _state(approx))
+
+
 def _check_order(source: Any) -> Order:
     from pymc.variational.streaming import check_order
 
@@ -357,35 +395,39 @@ def _of_stream(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
     return tuple(str(w.message) for w in caught if issubclass(w.category, StreamWarning))
 
 
-def _buffer(rows: Path, buffer_size: int | None, seed: int) -> Any:
+def _buffer(
+    rows: Path, buffer_size: int | None, seed: int, columns: Sequence[str] | None = None
+) -> Any:
     from pymc.variational.streaming import parquet_source, shuffle_buffer
 
     if buffer_size is None:
         raise ValueError("buffer_size must be given to examine a fit, got None")
-    source = parquet_source(rows)
+    source = parquet_source(rows, columns=columns)
     return shuffle_buffer(source, buffer_size=buffer_size, batch_size=BATCH_SIZE, seed=seed)
 
 
-def _in_memory(rows: Path) -> None:
+def _in_memory(rows: Path, columns: Sequence[str]) -> None:
     """Build the model in context on all rows, in the types of the table."""
     import pymc as pm
 
     files = parquet_files(rows)
     *features, up = (
         np.concatenate([pq.read_table(file, columns=[name])[0].to_numpy() for file in files])
-        for name in pq.read_schema(files[0]).names
+        for name in columns
     )
     # PyMC would cast smaller integers, and then refuse them as data.
     batch = pm.Minibatch(*features, up.astype("int32"), batch_size=BATCH_SIZE)
     logistic(batch, len(up))
 
 
-def _derivatives(files: list[Path], b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _derivatives(
+    files: list[Path], columns: Sequence[str], b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Sum gradient and information of the log-likelihood over the rows of all files."""
 
     def of_file(file: Path) -> tuple[np.ndarray, np.ndarray]:
         gradient, information = np.zeros(len(b)), np.zeros((len(b), len(b)))
-        for block in _blocks(file):
+        for block in _blocks(file, columns):
             _add_derivatives(block, b, gradient, information)
         return gradient, information
 
@@ -394,10 +436,11 @@ def _derivatives(files: list[Path], b: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.sum(gradients, axis=0), np.sum(informations, axis=0)
 
 
-def _blocks(file: Path) -> Iterator[np.ndarray]:
+def _blocks(file: Path, columns: Sequence[str]) -> Iterator[np.ndarray]:
     with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as parquet:
-        for batch in parquet.iter_batches(use_threads=False):
-            yield np.column_stack([column.to_numpy() for column in batch.columns]).astype(float)
+        for batch in parquet.iter_batches(columns=[*columns], use_threads=False):
+            arrays = (batch[name].to_numpy(zero_copy_only=False) for name in columns)
+            yield np.column_stack([*arrays]).astype(float)
 
 
 @numba.njit(cache=True, nogil=True)

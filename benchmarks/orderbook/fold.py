@@ -11,7 +11,6 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-
 """Fold order-book messages into a table of features, sorted by time.
 
     python -m benchmarks.orderbook.fold MESSAGES ROWS
@@ -21,22 +20,27 @@ Each delta or snapshot that leaves a book with two sides becomes a row: the colu
 market's mid is upward and 0 if it is downward. Rows of all markets are merged by time of receipt.
 A table in this order is not one to stream in small windows: shuffle it first.
 
-Memory is bounded: by a block of messages for each worker, then by the rows of one file and 262,144
-rows shared among the markets that overlap in time (1,024 for each beyond 256 of them).
-The label of a row may be known only at the end of its market, so the rows of each market go to
-scratch files (21 bytes a row, beside the destination) and are merged from there.
+The first snapshot of a market is a state like any other, and so are those after its close, which
+are dropped as such. Where a lost message shows, rows are left out until the market's next snapshot;
+a silence of five minutes gives no labels across it. The report counts both.
+
+Memory is bounded: by two blocks of messages, one book (160 kB) for each market, and 262,144 rows
+shared among the markets that overlap in time (1,024 for each beyond 256 of them).
+Rows go to scratch files (21 bytes a row, beside the destination) until all of them are known.
+After a kill, the same call goes on with the file that was being read.
 """
 
 import argparse
-import math
+import pickle
 import sys
 import time
+import zlib
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -44,18 +48,25 @@ import pyarrow.parquet as pq
 
 from rich.progress import Progress
 
-from benchmarks.orderbook.book import ROW, Book
-from benchmarks.orderbook.messages import close_ms, find_markets, read_events
+from benchmarks.orderbook.book import COUNTERS, NO_LABEL, ROW, Book
+from benchmarks.orderbook.merge import Sorted, merged, regrouped
+from benchmarks.orderbook.messages import (
+    DELTA,
+    DamageError,
+    Events,
+    MessageError,
+    Part,
+    close_ms,
+    find_files,
+    first_ms,
+    read_parts,
+)
 from benchmarks.orderbook.publish import bar, published
 
 __all__ = ["FoldReport", "fold", "main"]
 
-COLUMNS = ("mid", "spread", "imbalance", "up")
-LABELLED = np.dtype([*ROW.descr, ("up", "i1")])
-
-MERGED_ROWS = 1 << 18
-FEWEST_ROWS = 1 << 10
 LABEL_BLOCK = 1 << 20
+NAMED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,30 +90,48 @@ class FoldReport:
     rows: int
     """Rows written."""
     no_later_change: int
-    """States dropped because the mid of their market did not change any more."""
+    """States dropped because no change of the mid that is known of follows."""
     one_sided: int
     """States dropped because a side of the book was empty."""
-    crossed: int
-    """States dropped because the bid was not below the ask."""
     after_close: int
     """States dropped because their market had closed."""
+    left_out: int
+    """States dropped because messages are missing since the last snapshot of their market."""
+    crossed: int
+    """How often a lost message showed in a bid that was not below the ask."""
+    below_zero: int
+    """How often a lost message showed in a size below zero."""
+    gaps: int
+    """How often messages were missing in ``seq``, or at the end of a damaged file."""
+    holes: int
+    """How often a market was silent for more than five minutes."""
     clock_set_back: int
     """Messages received earlier than the one before them; their row takes the later time."""
+    others: dict[str, int]
+    """Messages of other types that were passed over, by type."""
+    findings: tuple[str, ...]
+    """Files that were damaged, and the first files in which a lost message showed."""
     seconds: float
     """Duration."""
 
     def __str__(self) -> str:
         rate = self.messages / max(self.seconds, 1e-9)
-        return (
+        lines = [
             f"{self.messages:,} messages of {self.markets:,} markets in {self.seconds:.1f} s "
-            f"({rate:,.0f} a second)\n"
-            f"  {self.deltas:,} deltas, {self.snapshots:,} snapshots, {self.trades:,} trades\n"
-            f"  {self.rows:,} rows\n"
+            f"({rate:,.0f} a second)",
+            f"  {self.deltas:,} deltas, {self.snapshots:,} snapshots, {self.trades:,} trades",
+            f"  {self.rows:,} rows",
             f"  dropped: {self.no_later_change:,} without a later change of the mid, "
-            f"{self.one_sided:,} with a one-sided book, {self.crossed:,} with a crossed one, "
-            f"{self.after_close:,} after the close\n"
-            f"  clock set back: {self.clock_set_back:,} times"
-        )
+            f"{self.one_sided:,} with a one-sided book, {self.after_close:,} after the close, "
+            f"{self.left_out:,} left out since messages before them are missing",
+            f"  lost messages: {self.crossed:,} crossed books, {self.below_zero:,} sizes below "
+            f"zero, {self.gaps:,} gaps; {self.holes:,} silences",
+            f"  clock set back: {self.clock_set_back:,} times",
+        ]
+        if self.others:
+            counts = (f"{n:,} {kind}" for kind, n in self.others.items())
+            lines.append(f"  passed over: {', '.join(counts)}")
+        return "\n".join([*lines, *(f"  {finding}" for finding in self.findings)])
 
 
 def fold(
@@ -111,6 +140,7 @@ def fold(
     *,
     rows_per_file: int = 1_000_000,
     workers: int = 2,
+    keep_going: bool = False,
     overwrite: bool = False,
     progressbar: bool = True,
 ) -> FoldReport:
@@ -119,14 +149,17 @@ def fold(
     Parameters
     ----------
     source : str or Path
-        Directory of ``<market>/<date>.ndjson.gz`` or ``<market>/<date>.parquet``.
+        Directory of files of messages: ``.ndjson`` or ``.jsonl``, also with ``.gz`` or ``.zst``,
+        of any markets in any folders, or ``<market>/<date>.parquet``.
     destination : str or Path
         Directory that appears when all of its files are complete.
         The names of the files sort by time.
     rows_per_file : int
         Rows of each file but the last.
     workers : int
-        Markets read at the same time.
+        With 2, a thread of its own reads ahead.
+    keep_going : bool
+        Read damaged files to their last whole line instead of refusing them.
     overwrite : bool
         Replace *destination* if it exists.
     progressbar : bool
@@ -139,7 +172,8 @@ def fold(
     Raises
     ------
     MessageError
-        Where a message is not in Kalshi's format or contradicts the book.
+        Where a message is not in Kalshi's format, files are damaged, or messages are there twice.
+        All such files are named.
     """
     began = time.perf_counter()
     if rows_per_file < 1:
@@ -147,173 +181,235 @@ def fold(
     source, destination = Path(source), Path(destination)
     if source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"destination must not contain the messages in {source}: {destination}")
-    files = find_markets(source)
-    with published(destination, overwrite=overwrite) as (content, scratch):
+    files = sorted(find_files(source), key=lambda file: (first_ms(file), file))
+    with published(destination, overwrite=overwrite, resumable=True) as (content, scratch):
         with bar(progressbar) as progress:
-            markets = _fold_markets(files, scratch, workers, progress)
-            n_rows = sum(market.n_rows for market in markets)
-            if n_rows == 0:
-                raise ValueError(f"the messages in {source} make no row: no mid changes in them")
-            pieces = _merged([market for market in markets if market.n_rows])
-            _write_files(pieces, content, rows_per_file, progress, n_rows)
-    return _report(markets, n_rows, time.perf_counter() - began)
+            folder = _Folder(scratch, keep_going)
+            folder.fold(files, workers, progress)
+            report = folder.report(time.perf_counter() - began)
+            if not report.rows:
+                raise ValueError(
+                    f"the messages in {source} make no row: no mid changes in them\n{report}"
+                )
+            pieces = merged([market.rows for market in folder.in_order()])
+            _write_files(pieces, content, rows_per_file, progress, report.rows)
+    return replace(report, seconds=time.perf_counter() - began)
 
 
-@dataclass(frozen=True, slots=True)
+class _Folder:
+    """The markets folded so far; after each file, their state is in a record on the disk."""
+
+    def __init__(self, scratch: Path, keep_going: bool) -> None:
+        self._scratch = scratch
+        self._keep_going = keep_going
+        self._saved: dict[str, bytes] = {}
+        self._live: dict[str, _Market] = {}
+        self._others: Counter = Counter()
+        self._findings: list[str] = []
+        self._errors: list[str] = []
+
+    def fold(self, files: list[Path], workers: int, progress: Progress) -> None:
+        sizes = [file.stat().st_size for file in files]
+        task = progress.add_task("Folding messages", total=sum(sizes))
+        n_done = self._resume(files)
+        for number, file in enumerate(files):
+            if number >= n_done:
+                self._fold_file(file, workers, lambda n: progress.advance(task, n))
+                self._save(number, file)
+            progress.update(task, completed=sum(sizes[: number + 1]))
+        if self._errors:
+            raise MessageError("\n".join(self._errors))
+
+    def in_order(self) -> list["_Market"]:
+        """List the markets that have rows, by name."""
+        markets = [_load(self._saved[name]) for name in sorted(self._saved)]
+        return [market for market in markets if market.book.counts["labelled"]]
+
+    def report(self, seconds: float) -> FoldReport:
+        counts = Counter(dict.fromkeys(COUNTERS, 0))
+        for state in self._saved.values():
+            counts.update(_load(state).book.counts)
+        made, rows = counts.pop("rows"), counts.pop("labelled")
+        more = len(self._findings) - NAMED
+        findings = self._findings[:NAMED] + [f"and {more:,} more files"] * (more > 0)
+        return FoldReport(
+            markets=len(self._saved),
+            rows=rows,
+            no_later_change=made - rows,
+            others=dict(self._others.most_common()),
+            findings=tuple(findings),
+            seconds=seconds,
+            **counts,
+        )
+
+    def _fold_file(self, file: Path, workers: int, advance: Callable[[int], None]) -> None:
+        n_read = 0
+        try:
+            for part in _ahead(read_parts(file, salvage=self._keep_going), workers):
+                self._others.update(part.others)
+                if part.gap:
+                    self._lose(file)
+                if part.market:
+                    self._market(part.market).fold(file, part)
+                advance(part.consumed - n_read)
+                n_read = part.consumed
+        except DamageError as error:
+            if self._keep_going:
+                self._findings.append(str(error))
+                self._lose(file)
+            else:
+                self._errors.append(str(error))
+        except MessageError as error:
+            self._errors.append(str(error))
+        n_lost = {name: market.n_lost() for name, market in self._live.items()}
+        for name, n in n_lost.items():
+            if n:
+                self._findings.append(f"{file}: messages of {name} are missing")
+
+    def _market(self, name: str) -> "_Market":
+        if name not in self._live:
+            number = len({*self._saved, *self._live})
+            state = self._saved.get(name)
+            self._live[name] = _load(state) if state else _Market(name, self._scratch / str(number))
+        return self._live[name]
+
+    def _lose(self, file: Path) -> None:
+        """Take messages to be missing in every market that *file* may hold."""
+        for name, state in self._saved.items():
+            if not self._live or _load(state).file.parent == file.parent:
+                self._market(name)
+        for market in self._live.values():
+            market.lose()
+
+    def _save(self, number: int, file: Path) -> None:
+        states = {name: _dump(market) for name, market in self._live.items()}
+        self._saved |= states
+        self._live.clear()
+        if not self._errors:
+            record = self._signature(file), states, self._others, self._findings
+            _write_whole(self._record(number), pickle.dumps(record))
+
+    def _resume(self, files: list[Path]) -> int:
+        """Take up the state after the last file that was read; return how many were."""
+        n_done = 0
+        for number, file in enumerate(files):
+            if not self._record(number).exists():
+                break
+            signature, states, others, findings = pickle.loads(self._record(number).read_bytes())
+            if signature != self._signature(file):
+                break
+            self._saved |= states
+            self._others, self._findings, n_done = others, findings, number + 1
+        for later in range(n_done, len(files)):
+            self._record(later).unlink(missing_ok=True)
+        for state in self._saved.values():
+            _load(state).cut()
+        return n_done
+
+    def _record(self, number: int) -> Path:
+        return self._scratch / f"{number}.done"
+
+    def _signature(self, file: Path) -> tuple:
+        return str(file), file.stat().st_size, file.stat().st_mtime_ns, self._keep_going
+
+
 class _Market:
-    """The rows of one market in its scratch files."""
+    """The book of one market, and the scratch files of its rows."""
 
-    order: int
-    """Place of the market among all, by name."""
-    rows: Path
-    """File of its rows, of type `ROW`."""
-    up: Path
-    """File of the labels of those rows, as far as they have one."""
-    counts: dict[str, int]
-    """What its book counted."""
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.book = Book(close_ms=close_ms(name))
+        self.rows = Sorted(path.with_suffix(".rows"), path.with_suffix(".up"))
+        self.file = self._file_before = path
+        self._first_ms = self._exchange_ms = self._exchange_ms_before = -1
+        self._n_lost = 0
+        for scratch in self.rows:
+            scratch.unlink(missing_ok=True)
 
-    @property
-    def n_rows(self) -> int:
-        return self.up.stat().st_size
+    def fold(self, file: Path, part: Part) -> None:
+        self._follow(file, part.events)
+        n_before = self.book.waiting
+        try:
+            rows, up, up_before = self.book.fold(part.events, part.lines)
+        except MessageError as error:
+            raise MessageError(f"{file}, {error}") from None
+        if up_before >= NO_LABEL:
+            self._label(up_before, n_before)
+        for path, array in zip(self.rows, (rows, up)):
+            with path.open("ab") as scratch:
+                array.tofile(scratch)
 
-    @property
-    def first_ms(self) -> int:
-        return int(np.fromfile(self.rows, ROW, 1)["recv_ms"][0])
+    def lose(self) -> None:
+        self._label(NO_LABEL, self.book.lose())
 
+    def n_lost(self) -> int:
+        """Return how many lost messages have shown since this was asked last."""
+        counts, before = self.book.counts, self._n_lost
+        self._n_lost = counts["crossed"] + counts["below_zero"] + counts["gaps"]
+        return self._n_lost - before
 
-def _fold_markets(
-    markets: dict[str, list[Path]], scratch: Path, workers: int, progress: Progress
-) -> list[_Market]:
-    n_bytes = sum(file.stat().st_size for files in markets.values() for file in files)
-    task = progress.add_task("Folding messages", total=n_bytes)
+    def cut(self) -> None:
+        """Drop what was written to the scratch files after this state was saved."""
+        n_rows = self.book.counts["rows"]
+        for path, size in zip(self.rows, (n_rows * ROW.itemsize, n_rows - self.book.waiting)):
+            with path.open("ab") as scratch:
+                scratch.truncate(size)
 
-    def fold_one(order: int, market: str, files: list[Path]) -> _Market:
-        book = Book(close_ms=close_ms(market))
-        paths = scratch / f"{order}.rows", scratch / f"{order}.up"
-        with paths[0].open("wb") as rows_file, paths[1].open("wb") as up_file:
-            for n_read in _fold_files(book, files, rows_file, up_file):
-                progress.advance(task, n_read)
-        return _Market(order, *paths, book.counts)
+    def _label(self, label: int, n_rows: int) -> None:
+        """Write in pieces: all rows of a market may have waited for one change."""
+        with self.rows.up.open("ab") as scratch:
+            for start in range(0, n_rows, LABEL_BLOCK):
+                np.full(min(LABEL_BLOCK, n_rows - start), label, np.int8).tofile(scratch)
 
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(fold_one, range(len(markets)), markets.keys(), markets.values()))
-
-
-def _fold_files(
-    book: Book, files: list[Path], rows_file: BinaryIO, up_file: BinaryIO
-) -> Iterator[int]:
-    """Write rows and, as soon as they are known, their labels; yield the bytes read."""
-    for file in files:
-        book.start(file)
-        so_far = 0
-        for events, consumed in read_events(file):
-            n_before = book.waiting
-            rows, up, up_before = book.fold(events)
-            rows.tofile(rows_file)
-            if up_before >= 0:
-                _write_repeated(up_file, up_before, n_before)
-            up.tofile(up_file)
-            yield consumed - so_far
-            so_far = consumed
-
-
-def _write_repeated(file: BinaryIO, label: int, n_times: int) -> None:
-    """Write in pieces: all rows of a market may have waited for one change."""
-    for start in range(0, n_times, LABEL_BLOCK):
-        file.write(bytes([label]) * min(LABEL_BLOCK, n_times - start))
-
-
-def _merged(markets: list[_Market]) -> Iterator[np.ndarray]:
-    """Yield all rows by time; rows of the same time go by market, then as they came."""
-    later = sorted(markets, key=lambda market: market.first_ms, reverse=True)
-    cursors: list[_Cursor] = []
-    while cursors or later:
-        share = max(FEWEST_ROWS, MERGED_ROWS // (len(cursors) + 1))
-        until = min((cursor.fill(share) for cursor in cursors), default=(math.inf, 0))
-        if later and later[-1].first_ms <= until[0]:
-            cursors.append(_Cursor(later.pop()))
-            cursors.sort(key=lambda cursor: cursor.order)
-            continue
-        rows = np.concatenate([cursor.take(*until) for cursor in cursors])
-        yield rows[np.argsort(rows["recv_ms"], kind="stable")]
-        cursors = [cursor for cursor in cursors if cursor.n_left]
+    def _follow(self, file: Path, events: Events) -> None:
+        """Refuse a file whose messages are not later than those of the file before it."""
+        again = False
+        if file != self.file:
+            again = events.recv_ms[0] == self._first_ms
+            self.file, self._file_before = file, self.file
+            self._first_ms, self._exchange_ms_before = events.recv_ms[0], self._exchange_ms
+        exchange_ms = events.ts_ms[events.kind == DELTA]
+        if again or (exchange_ms[:1] < self._exchange_ms_before).any():
+            raise MessageError(
+                f"{file} and {self._file_before} hold messages of {self.name} from the same time; "
+                "take one of them away"
+            )
+        if len(exchange_ms):
+            self._exchange_ms = max(self._exchange_ms, exchange_ms[-1])
 
 
-class _Cursor:
-    """A place in the rows of one market, and the rows read from there on."""
+def _dump(market: _Market) -> bytes:
+    return zlib.compress(pickle.dumps(market), 1)
 
-    def __init__(self, market: _Market) -> None:
-        self.order = market.order
-        self._market = market
-        self._n_read = 0
-        self._rows = np.empty(0, LABELLED)
 
-    @property
-    def n_left(self) -> int:
-        return self._market.n_rows - self._n_read + len(self._rows)
+def _load(state: bytes) -> _Market:
+    return pickle.loads(zlib.decompress(state))
 
-    def fill(self, n_rows: int) -> tuple[int, int]:
-        """Read up to *n_rows* rows if none are held; give the sorting key of the last one held."""
-        if not len(self._rows):
-            at, market = self._n_read, self._market
-            up = np.fromfile(market.up, np.int8, n_rows, offset=at)
-            rows = np.fromfile(market.rows, ROW, len(up), offset=at * ROW.itemsize)
-            self._rows = np.empty(len(up), LABELLED)
-            for name in ("recv_ms", *COLUMNS[:-1]):
-                self._rows[name] = rows[name]
-            self._rows["up"] = up
-            self._n_read += len(up)
-        return int(self._rows["recv_ms"][-1]), self.order
 
-    def take(self, until_ms: float, until_order: int) -> np.ndarray:
-        """Give away the rows that sort up to the key (*until_ms*, *until_order*)."""
-        side: Literal["left", "right"] = "right" if self.order <= until_order else "left"
-        cut = np.searchsorted(self._rows["recv_ms"], until_ms, side)
-        taken, self._rows = self._rows[:cut], self._rows[cut:]
-        return taken
+def _write_whole(path: Path, content: bytes) -> None:
+    path.with_suffix(".half").write_bytes(content)
+    path.with_suffix(".half").replace(path)
+
+
+def _ahead(parts: Iterator[Part], workers: int) -> Iterator[Part]:
+    """Read the next part in a thread of its own while one is folded."""
+    if workers == 1:
+        yield from parts
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, parts, None)
+        while (part := coming.result()) is not None:
+            coming = pool.submit(next, parts, None)
+            yield part
 
 
 def _write_files(
-    pieces: Iterator[np.ndarray],
-    directory: Path,
-    rows_per_file: int,
-    progress: Progress,
-    n_rows: int,
+    pieces: Iterator[pa.Table], directory: Path, rows_per_file: int, progress: Progress, n_rows: int
 ) -> None:
     task = progress.add_task("Merging rows", total=n_rows)
-    for number, rows in enumerate(_regrouped(pieces, rows_per_file)):
-        columns = {name: np.ascontiguousarray(rows[name]) for name in COLUMNS}
-        pq.write_table(
-            pa.table(columns), directory / f"part-{number:05}.parquet", compression="zstd"
-        )
+    for number, rows in enumerate(regrouped(pieces, rows_per_file)):
+        pq.write_table(rows, directory / f"part-{number:05}.parquet", compression="zstd")
         progress.advance(task, len(rows))
-
-
-def _regrouped(pieces: Iterator[np.ndarray], n_rows: int) -> Iterator[np.ndarray]:
-    """Cut and join *pieces* to *n_rows* rows each, the last as short as it comes."""
-    held: list[np.ndarray] = []
-    n_held = 0
-    for piece in pieces:
-        while n_held + len(piece) >= n_rows:
-            cut = n_rows - n_held
-            yield np.concatenate([*held, piece[:cut]])
-            held, n_held, piece = [], 0, piece[cut:]
-        held.append(piece)
-        n_held += len(piece)
-    if n_held:
-        yield np.concatenate(held)
-
-
-def _report(markets: list[_Market], n_rows: int, seconds: float) -> FoldReport:
-    counts = {name: sum(m.counts[name] for m in markets) for name in markets[0].counts}
-    made = counts.pop("rows")
-    return FoldReport(
-        markets=len(markets),
-        rows=n_rows,
-        no_later_change=made - n_rows,
-        seconds=seconds,
-        **counts,
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -325,7 +421,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="directory of messages")
     parser.add_argument("destination", type=Path, help="directory of Parquet files to make")
     parser.add_argument("--rows-per-file", type=int, default=1_000_000)
-    parser.add_argument("--workers", type=int, default=2, help="markets read at the same time")
+    parser.add_argument("--workers", type=int, default=2, help="1: read in the thread that folds")
+    parser.add_argument(
+        "--keep-going", action="store_true", help="read damaged files to their last whole line"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the destination")
     parser.add_argument("--quiet", action="store_true", help="show no progress and no report")
     options = vars(parser.parse_args(arguments))

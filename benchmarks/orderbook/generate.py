@@ -25,6 +25,9 @@ They look like Kalshi's, but no conclusion about a real market can be drawn from
 """
 
 import argparse
+import gzip
+import hashlib
+import json
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,12 +35,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.orderbook.lines import write_json
-from benchmarks.orderbook.messages import EVENT_SCHEMA, EXCHANGE_ZONE, LEVEL, MONTHS, Events
+from benchmarks.orderbook.messages import (
+    DELTA,
+    EVENT_SCHEMA,
+    EXCHANGE_ZONE,
+    LEVEL,
+    MONTHS,
+    NO,
+    SNAPSHOT,
+    YES,
+    Events,
+)
 from benchmarks.orderbook.publish import bar, published
 from benchmarks.orderbook.simulate import FEWEST_MESSAGES, Market, simulate
 
@@ -96,7 +109,7 @@ def generate(
             day = datetime.fromtimestamp(market.open_ms / 1000, UTC).date().isoformat()
             blocks = _watched(simulate(market), lambda n: progress.advance(task, n))
             if file_format == "json":
-                write_json(directory / f"{day}.ndjson.gz", market.ticker, blocks)
+                _write_json(directory / f"{day}.ndjson.gz", market.ticker, blocks)
             else:
                 _write_parquet(directory / f"{day}.parquet", blocks)
 
@@ -145,6 +158,66 @@ def _watched(blocks: Iterable[Events], advance: Callable[[int], None]) -> Iterat
     for events in blocks:
         yield events
         advance(int((events.kind != LEVEL).sum()))
+
+
+def _write_json(path: Path, market: str, blocks: Iterable[Events]) -> None:
+    """Write gzipped lines; each snapshot must be a block of its own."""
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as file:
+        with duckdb.connect(config={"threads": 1}) as connection:
+            connection.execute(f"SET VARIABLE market = '{market}'")
+            for block in blocks:
+                if len(block.kind) and block.kind[0] == SNAPSHOT:
+                    file.write(_snapshot_line(market, block))
+                else:
+                    events = pa.table(list(block), schema=EVENT_SCHEMA)
+                    for lines in connection.sql(LINES).to_arrow_table()[0].chunks:
+                        file.write("".join(lines.to_pylist()).encode())
+
+
+# Key by key as Kalshi's WebSocket sends them, with identifiers made up from other fields.
+LINES = f"""
+WITH named AS (SELECT *, if(side = {YES}, 'yes', 'no') AS outcome FROM events), line AS (
+    SELECT CASE WHEN kind = {DELTA} THEN to_json(struct_pack(
+        recv_ms := recv_ms,
+        event := struct_pack(type := 'orderbook_delta', sid := 1, seq := seq, msg := struct_pack(
+            market_ticker := getvariable('market'),
+            market_id := md5(getvariable('market')),
+            price_dollars := printf('%.4f', price / 1e4),
+            delta_fp := printf('%.2f', size / 1e2),
+            side := outcome,
+            ts := strftime(make_timestamp(1000 * ts_ms + 1 + seq % 9), '%Y-%m-%dT%H:%M:%S.%fZ'),
+            ts_ms := ts_ms))))
+    ELSE to_json(struct_pack(
+        recv_ms := recv_ms,
+        event := struct_pack(type := 'trade', sid := 2, seq := seq, msg := struct_pack(
+            trade_id := md5(seq::VARCHAR),
+            market_ticker := getvariable('market'),
+            yes_price_dollars := printf('%.4f', price / 1e4),
+            no_price_dollars := printf('%.4f', 1 - price / 1e4),
+            count_fp := printf('%.2f', size / 1e2),
+            taker_side := outcome,
+            taker_outcome_side := outcome,
+            taker_book_side := if(side = {YES}, 'bid', 'ask'),
+            ts := ts_ms // 1000,
+            ts_ms := ts_ms))))
+    END::VARCHAR AS text FROM named)
+SELECT text || chr(10) FROM line"""
+
+
+def _snapshot_line(market: str, events: Events) -> bytes:
+    message: dict[str, object] = {
+        "market_ticker": market,
+        "market_id": hashlib.md5(market.encode()).hexdigest(),
+    }
+    for side, key in ((YES, "yes_dollars_fp"), (NO, "no_dollars_fp")):
+        rows = (events.kind == LEVEL) & (events.side == side)
+        levels = zip(events.price[rows].tolist(), events.size[rows].tolist())
+        # An empty side has no key.
+        if rows.any():
+            message[key] = [[f"{price / 1e4:.4f}", f"{size / 1e2:.2f}"] for price, size in levels]
+    event = {"type": "orderbook_snapshot", "sid": 1, "seq": int(events.seq[0]), "msg": message}
+    line = {"recv_ms": int(events.recv_ms[0]), "event": event}
+    return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
 def _write_parquet(path: Path, blocks: Iterable[Events]) -> None:

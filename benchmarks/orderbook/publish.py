@@ -11,11 +11,10 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-
 """Directories that appear complete or not at all, and the bar that shows how far they are."""
 
 import contextlib
-import tempfile
+import shutil
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,9 @@ __all__ = ["bar", "published"]
 
 
 @contextlib.contextmanager
-def published(destination: str | Path, *, overwrite: bool) -> Iterator[tuple[Path, Path]]:
+def published(
+    destination: str | Path, *, overwrite: bool, resumable: bool = False
+) -> Iterator[tuple[Path, Path]]:
     """Make a directory that appears by one rename when the block ends without an error.
 
     Parameters
@@ -36,11 +37,13 @@ def published(destination: str | Path, *, overwrite: bool) -> Iterator[tuple[Pat
         The directory to make.
     overwrite : bool
         Replace what is there.
+    resumable : bool
+        After a kill or an interrupt, the next call finds the scratch directory as it was left.
 
     Yields
     ------
     content : Path
-        Directory to fill; it becomes *destination*.
+        Empty directory to fill; it becomes *destination*.
     scratch : Path
         Directory on the same disk, gone in the end.
 
@@ -52,18 +55,22 @@ def published(destination: str | Path, *, overwrite: bool) -> Iterator[tuple[Pat
     destination = Path(destination)
     if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists; choose another name, or pass overwrite")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{destination.name}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as temporary:
-        content, scratch, replaced = (
-            Path(temporary, n) for n in ("content", "scratch", "replaced")
-        )
-        content.mkdir()
-        scratch.mkdir()
+    unfinished = destination.parent / f".{destination.name}.unfinished"
+    content, scratch, replaced = (unfinished / name for name in ("content", "scratch", "replaced"))
+    kept = resumable and scratch.is_dir()
+    shutil.rmtree(content if kept else unfinished, ignore_errors=True)
+    for directory in (content, scratch):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
         yield content, scratch
         if destination.exists():
             destination.rename(replaced)
         content.rename(destination)
+    except BaseException as error:
+        if not resumable or isinstance(error, Exception):
+            shutil.rmtree(unfinished)
+        raise
+    shutil.rmtree(unfinished)
 
 
 def bar(show: bool) -> Progress:

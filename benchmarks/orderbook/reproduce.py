@@ -41,12 +41,14 @@ import pyarrow.parquet as pq
 
 from rich.console import Console
 
+from benchmarks.orderbook.columns import holds_messages
 from benchmarks.orderbook.experiment import (
     BATCH_SIZE,
     exact_posterior,
     fit_model,
     in_process,
     parquet_files,
+    shuffle,
 )
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
@@ -279,11 +281,7 @@ def _fit(rows: Path, *, buffer_size: int | None, streamed: bool, **options: Any)
 
 
 def _preshuffle(rows: Path, product: Path) -> dict[str, Any]:
-    from pymc.variational.streaming import preshuffle
-
-    report = in_process(
-        preshuffle, str(rows), str(product), seed=SEED, overwrite=True, progressbar=False
-    )
+    report = in_process(shuffle, rows, product, seed=SEED)
     return {**asdict(report), "destination": None}
 
 
@@ -303,7 +301,8 @@ def _measured_fold(messages: Path, rows: Path, *, repeats: int = 1) -> dict[str,
     """Fold in this process, and report the last of *repeats*."""
     for _ in range(repeats):
         report = fold(messages, rows, overwrite=True, progressbar=False)
-    return {**asdict(report), "bytes": _bytes(messages), "peak_mb": peak_mb()}
+    # What was found names files of this machine.
+    return {**asdict(report), "findings": None, "bytes": _bytes(messages), "peak_mb": peak_mb()}
 
 
 def _bytes(folder: Path) -> int:
@@ -345,8 +344,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _check(settings: Settings, work: Path) -> None:
     """Refuse before an hour has gone by what would fail after it."""
-    if settings.captures is not None and not any(settings.captures.rglob("*.ndjson.gz")):
-        raise SystemExit(f"captures={settings.captures} holds no <market>/<date>.ndjson.gz")
+    if settings.captures is not None and not holds_messages(settings.captures):
+        raise SystemExit(f"captures={settings.captures} holds no messages")
     if not 1 <= min(settings.sizes) <= max(settings.sizes) <= settings.table:
         raise SystemExit(f"sizes must lie between 1 and {settings.table}, got {settings.sizes}")
     work.mkdir(parents=True, exist_ok=True)

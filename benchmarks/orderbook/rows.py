@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.orderbook.book import Book
-from benchmarks.orderbook.fold import COLUMNS
 from benchmarks.orderbook.generate import SERIES, plan
+from benchmarks.orderbook.merge import COLUMNS
 from benchmarks.orderbook.messages import close_ms
 from benchmarks.orderbook.publish import published
 from benchmarks.orderbook.simulate import Market, simulate
@@ -123,8 +123,9 @@ def _market(market: Market) -> tuple[np.ndarray, np.ndarray]:
     book = Book(close_ms=close_ms(market.ticker))
     rows, labels = [], []
     for events in simulate(market):
+        lines = np.arange(len(events.kind))
         n_waiting = book.waiting
-        made, up, up_before = book.fold(events)
+        made, up, up_before = book.fold(events, lines)
         rows.append(made)
         if up_before >= 0:
             labels.append(np.full(n_waiting, up_before, np.int8))

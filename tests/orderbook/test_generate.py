@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.orderbook import fold as fold_module
+from benchmarks.orderbook import merge as merge_module
 from benchmarks.orderbook import messages as messages_module
 from benchmarks.orderbook import simulate as simulate_module
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate, main, plan
-from benchmarks.orderbook.messages import LEVEL, SNAPSHOT, close_ms, find_markets, read_events
+from benchmarks.orderbook.messages import LEVEL, SNAPSHOT, close_ms, find_files, read_parts
 from benchmarks.orderbook.simulate import simulate
 from tests.orderbook.naive import NaiveBook, anova_f, as_float32, naive_rows, read_lines
 from tests.orderbook.test_fold import KALSHI, assert_equal_rows, read_rows, with_captures
@@ -63,8 +63,8 @@ def large(tmp_path_factory):
 
 
 def all_messages(directory):
-    for market, files in find_markets(directory).items():
-        yield market, [message for file in files for message in read_lines(file)]
+    for file in find_files(directory):
+        yield file.parent.name, read_lines(file)
 
 
 def same_files(one, other):
@@ -99,8 +99,7 @@ def test_messages_have_the_keys_of_the_real_ones_in_their_order(small):
 @with_captures
 def test_keys_and_their_types_are_those_of_real_captures(small):
     def shapes(directory):
-        file = next(iter(find_markets(directory).values()))[0]
-        return {json.dumps(shape(message)) for message in read_lines(file)}
+        return {json.dumps(shape(message)) for message in read_lines(find_files(directory)[0])}
 
     def shape(value):
         if isinstance(value, dict):
@@ -152,8 +151,8 @@ def test_rows_are_those_of_the_dictionary_merged_by_time(small):
 def test_rows_do_not_depend_on_block_sizes(small, tmp_path, monkeypatch):
     monkeypatch.setattr(messages_module, "BLOCK_BYTES", 12_345)
     monkeypatch.setattr(messages_module, "BLOCK_EVENTS", 77)
-    monkeypatch.setattr(fold_module, "MERGED_ROWS", 50)
-    monkeypatch.setattr(fold_module, "FEWEST_ROWS", 5)
+    monkeypatch.setattr(merge_module, "MERGED_ROWS", 50)
+    monkeypatch.setattr(merge_module, "FEWEST_ROWS", 5)
     for file_format in ("json", "parquet"):
         rows = tmp_path / file_format
         fold(small / file_format, rows, workers=1, progressbar=False)
@@ -187,8 +186,8 @@ def test_blocks_are_bounded_whatever_the_number_of_messages(tmp_path):
     assert max(len(events.kind) for events in blocks) == simulate_module.BLOCK
     assert all(events.kind[0] == SNAPSHOT for events in blocks if SNAPSHOT in events.kind)
     generate(tmp_path / "p", messages=600_000, seed=0, file_format="parquet", progressbar=False)
-    (file, *_) = find_markets(tmp_path / "p")[market.ticker]
-    read = [len(events.kind) for events, _ in read_events(file)]
+    (file,) = (tmp_path / "p" / market.ticker).iterdir()
+    read = [len(part.events.kind) for part in read_parts(file)]
     assert max(read) <= messages_module.BLOCK_EVENTS < sum(read)
 
 
@@ -235,5 +234,5 @@ def test_bad_arguments_are_refused(tmp_path, capsys):
 
 def test_command_line_writes_messages(tmp_path):
     main([str(tmp_path / "out"), "--messages", "1_000", "--format", "parquet", "--quiet"])
-    files = [file for files in find_markets(tmp_path / "out").values() for file in files]
+    files = find_files(tmp_path / "out")
     assert [pq.read_metadata(file).num_columns for file in files] == [7] * 4

@@ -222,7 +222,7 @@ def test_the_tables_of_the_page_are_those_of_its_numbers():
 
 def test_what_cannot_work_is_refused_at_once(tmp_path, monkeypatch):
     options = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
-    with pytest.raises(SystemExit, match="holds no <market>/<date>"):
+    with pytest.raises(SystemExit, match="holds no Parquet files and no messages"):
         main([*options, "--captures", str(tmp_path)])
     with pytest.raises(SystemExit, match="sizes must lie between 1 and 121800000"):
         main([*options, "--sizes", "2e8"])
