@@ -1,0 +1,199 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""References of the zoo: NUTS of NumPyro, with control variates, and one exact answer.
+
+They share no code with what is measured but the density of PyMC's model, in JAX.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytensor
+import pytensor.tensor as pt
+import scipy.optimize
+
+from numpyro.infer import MCMC, NUTS
+from pymc.pytensorf import join_nonshared_inputs
+from pytensor.graph.replace import clone_replace
+
+import pymc as pm
+
+from benchmarks.zoo_models import N_PLANE_MONTHS, Entry
+
+__all__ = ["Moments", "log_density", "many_groups", "nuts"]
+
+Moments = dict[str, Any]
+
+jax.config.update("jax_enable_x64", True)
+
+
+def log_density(entry: Entry, n_rows: int) -> tuple[Any, np.ndarray]:
+    """Return PyMC's log density of all unconstrained values, as a function of JAX, and a start.
+
+    The function takes one vector, and the two parts of a batch or of all rows.
+    """
+    x, y = pt.matrix("x"), pt.vector("y")
+    rows = pytensor.shared(np.zeros((1, 1))), pytensor.shared(np.zeros(1))
+    with pm.Model() as model:
+        entry.model(*rows, n_rows)
+    start = model.initial_point(0)
+    [logp], flat = join_nonshared_inputs(start, [model.logp()], model.value_vars)
+    logp = clone_replace(logp, dict(zip(rows, (x, y))))
+    compiled = pytensor.function([flat, x, y], logp, mode="JAX", on_unused_input="ignore")
+    return compiled.vm.jit_fn, np.concatenate([np.ravel(start[v.name]) for v in model.value_vars])
+
+
+def nuts(entry: Entry, rows: np.ndarray, *, draws: int = 500, warmup: int = 250) -> Moments:
+    """Sample two chains, in coordinates in which the density is round where it has a mode."""
+    density, start = log_density(entry, len(rows))
+    if entry.gaussian:
+        rows = _with_the_same_moments(rows)
+    x, y = jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, -1])
+    n_levels = entry.centred
+
+    def levels(u: Any) -> Any:
+        """Return the values of a centred hierarchy from those of a non-centred one."""
+        u = jnp.asarray(u)
+        return u.at[2 : 2 + n_levels].set(u[0] + jnp.exp(u[1]) * u[2 : 2 + n_levels])
+
+    def potential(u: Any) -> Any:
+        return -density(levels(u), x, y)[0] - n_levels * u[1]
+
+    centre, root = _mode(potential, start)
+    kernel = NUTS(
+        potential_fn=lambda v: potential(centre + root @ v), dense_mass=True, max_tree_depth=8
+    )
+    draws = max(draws, 10 * len(start))  # many more than there are control variates
+    sampler = MCMC(kernel, num_warmup=warmup, num_samples=draws, num_chains=2, progress_bar=False)
+    begin = 0.1 * np.random.default_rng(0).normal(size=(2, len(start)))
+    sampler.run(jax.random.key(0), init_params=jnp.asarray(begin), extra_fields=("diverging",))
+    z = jax.vmap(lambda v: levels(centre + root @ v))(sampler.get_samples())
+    score = jax.lax.map(jax.grad(lambda each: density(each, x, y)[0]), z)
+    found = _moments(np.asarray(z), np.asarray(score))
+    return {**found, "divergences": int(sampler.get_extra_fields()["diverging"].sum())}
+
+
+def _with_the_same_moments(rows: np.ndarray) -> np.ndarray:
+    """Return a few rows with the mean and the covariance of many."""
+    offset = np.linalg.cholesky(np.cov(rows.T, ddof=0)).T * np.sqrt(rows.shape[1])
+    return rows.mean(axis=0) + np.concatenate([offset, -offset])
+
+
+def _mode(potential: Any, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a mode and a root of the covariance there, or the start and the identity if none."""
+    scale = float(np.abs(potential(start)))
+    both = jax.jit(jax.value_and_grad(lambda z: potential(z) / scale))
+    hessp = jax.jit(lambda z, v: jax.jvp(jax.grad(potential), (z,), (v,))[1] / scale)
+    found = scipy.optimize.minimize(
+        lambda z: tuple(map(np.asarray, both(z))),
+        start,
+        jac=True,
+        hessp=lambda z, v: np.asarray(hessp(z, v)),
+        method="trust-ncg",
+        options={"maxiter": 300, "gtol": 1e-9},
+    )
+    hessian = scale * np.array([hessp(found.x, v) for v in np.eye(len(start))])
+    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    if values[0] <= 0:
+        return start, np.eye(len(start))
+    return found.x, vectors / np.sqrt(values)
+
+
+def _moments(z: np.ndarray, score: np.ndarray) -> Moments:
+    """Return means and standard deviations of draws, and the standard errors of both.
+
+    The score has the mean zero, and its product with a value that of minus one; both are control
+    variates, which leave no error for a normal density (Mira, Solgi and Imparato 2013).
+    """
+    mean, mean_se = np.transpose([_controlled(values, score) for values in z.T])
+    variance, variance_se = np.transpose(
+        [
+            _controlled((values - m) ** 2, np.hstack([score, score * (values - m)[:, None] + unit]))
+            for values, m, unit in zip(z.T, mean, np.eye(z.shape[1]))
+        ]
+    )
+    sd = np.sqrt(variance)
+    return {"mean": mean, "sd": sd, "mean_se": mean_se, "sd_se": variance_se / 2 / sd}
+
+
+def _controlled(values: np.ndarray, controls: np.ndarray) -> tuple[float, float]:
+    """Return the mean of draws, corrected by variates whose mean is zero, and its error."""
+    design = np.column_stack([np.ones(len(values)), controls])
+    weights = np.linalg.lstsq(design, values, rcond=None)[0]
+    rest = values - controls @ weights[1:]
+    batches = [part.mean() for part in np.array_split(rest, 40)]
+    return float(weights[0]), float(np.std(batches, ddof=1) / np.sqrt(len(batches)))
+
+
+def many_groups(entry: Entry, rows: np.ndarray, *, n_draws: int = 2_000) -> Moments:
+    """Return the exact moments of the normal hierarchy, by importance sampling of four values.
+
+    Given those, the levels are normal and independent.
+    """
+    group, x, y = rows[:, 0].astype(int), rows[:, 1], rows[:, 2]
+    n, sx, sy = (np.bincount(group, w, N_PLANE_MONTHS) for w in (None, x, y))
+    squares = np.array([y @ y, x @ y, x @ x])
+
+    def conditional(h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the means and variances of all levels, given the other values."""
+        mean, log_spread, slope, log_sigma = h
+        variance = 1 / (n * np.exp(-2 * log_sigma) + np.exp(-2 * log_spread))
+        drawn = (sy - slope * sx) * np.exp(-2 * log_sigma) + mean * np.exp(-2 * log_spread)
+        return variance * drawn, variance
+
+    def density(h: np.ndarray) -> float:
+        """Return the log density of the other values, in which the levels are integrated out."""
+        mean, log_spread, slope, log_sigma = h
+        level, variance = conditional(h)
+        square = squares @ [1, -2 * slope, slope**2]
+        quadratic = square * np.exp(-2 * log_sigma) + len(n) * mean**2 * np.exp(-2 * log_spread)
+        quadratic -= (level**2 / variance).sum()
+        prior = -(mean**2 + slope**2) / 18 - np.exp(2 * log_spread) / 2 - np.exp(2 * log_sigma) / 8
+        logs = np.log(variance).sum() / 2 - len(n) * log_spread - len(y) * log_sigma
+        return logs - quadratic / 2 + prior + log_spread + log_sigma
+
+    start = np.array([y.mean(), -1.0, 0.0, np.log(y.std())])
+    mode = scipy.optimize.minimize(lambda h: -density(h) / len(y), start, tol=1e-12).x
+    step = np.diag([1e-2, 1e-2, 1e-2, 1e-2])
+    hessian = [
+        [
+            sum(a * b * density(mode + a * u + b * v) for a in (-1, 1) for b in (-1, 1)) / 4e-4
+            for u in step
+        ]
+        for v in step
+    ]
+    root = np.linalg.cholesky(np.linalg.inv(-np.array(hessian)))
+    e = np.random.default_rng(0).normal(size=(n_draws // 2, 4))
+    draws = np.concatenate([e, -e]) @ root.T + mode
+    log_weights = np.array([density(h) for h in draws]) + (np.concatenate([e, e]) ** 2).sum(1) / 2
+    weights = np.exp(log_weights - log_weights.max())
+    weights /= weights.sum()
+    return _mixed(draws, weights, conditional)
+
+
+def _mixed(draws: np.ndarray, weights: np.ndarray, conditional: Any) -> Moments:
+    """Return the moments of a mixture over draws of the values that are not levels."""
+    first = second = 0.0
+    for h, w in zip(draws, weights):
+        level, variance = conditional(h)
+        first, second = first + w * level, second + w * (level**2 + variance)
+    h_mean = weights @ draws
+    h_sd = np.sqrt(weights @ (draws - h_mean) ** 2)
+    level_sd = np.sqrt(second - first**2)
+    effective = 1 / (weights**2).sum()
+    mean = np.concatenate([h_mean[:2], first, h_mean[2:]])
+    sd = np.concatenate([h_sd[:2], level_sd, h_sd[2:]])
+    return {"mean": mean, "sd": sd, "mean_se": 0 * sd, "sd_se": sd / np.sqrt(2 * effective)}
