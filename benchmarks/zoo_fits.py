@@ -159,12 +159,12 @@ def _numpyro(case: Case, guide_name: str) -> Estimates:
         z = numpyro.sample(
             "z", numpyro.distributions.ImproperUniform(real, (), event_shape=start.shape)
         )
-        numpyro.factor("density", density(z, x, y)[0])
+        numpyro.factor("density", density(z, x, y))
 
     begin = numpyro.infer.init_to_value(values={"z": start})
     options = {"init_loc_fn": begin}
     if guide_name == "AutoLaplaceApproximation":  # the curvature of all rows, not of a batch
-        options["hessian_fn"] = lambda _, z: jax.hessian(lambda z: -density(z, x, y)[0])(z)
+        options["hessian_fn"] = lambda _, z: jax.hessian(lambda z: -density(z, x, y))(z)
     guide = getattr(autoguide, guide_name)(model, **options)
     optimizer = numpyro.optim.Adam(lambda i: 0.02 / (1 + i / 1_000) ** 0.75)
     svi = SVI(model, guide, optimizer, Trace_ELBO())
@@ -251,8 +251,8 @@ def _student_t(x: np.ndarray, y: np.ndarray) -> Moments:
     from statsmodels.miscmodels.tmodel import TLinearModel
 
     fit = TLinearModel(y, x).fit(disp=0, maxiter=2_000)
-    mean, sd = np.array(fit.params)[[0, 1, 2, 3, 5, 4]], np.array(fit.bse)[[0, 1, 2, 3, 5, 4]]
-    return np.append(mean[:4], np.log(mean[4:])), np.append(sd[:4], sd[4:] / mean[4:])
+    mean, sd = np.array(fit.params)[[0, 1, 2, 4, 3]], np.array(fit.bse)[[0, 1, 2, 4, 3]]
+    return np.append(mean[:3], np.log(mean[3:])), np.append(sd[:3], sd[3:] / mean[3:])
 
 
 def _ordinal(x: np.ndarray, y: np.ndarray) -> Moments:

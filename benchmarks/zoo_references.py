@@ -40,29 +40,36 @@ Moments = dict[str, Any]
 jax.config.update("jax_enable_x64", True)
 
 
-def log_density(entry: Entry, n_rows: int) -> tuple[Any, np.ndarray]:
+def log_density(entry: Entry, n_rows: int, *, weighted: bool = False) -> tuple[Any, np.ndarray]:
     """Return PyMC's log density of all unconstrained values, as a function of JAX, and a start.
 
-    The function takes one vector, and the two parts of a batch or of all rows.
+    The function takes one vector, the two parts of a batch or of all rows, and, if weighted, how
+    often each row is there, where the rows are *n_rows* in all.
     """
-    x, y = pt.matrix("x"), pt.vector("y")
+    x, y, weight = pt.matrix("x"), pt.vector("y"), pt.vector("weight")
     rows = pytensor.shared(np.zeros((1, 1))), pytensor.shared(np.zeros(1))
     with pm.Model() as model:
         entry.model(*rows, n_rows)
     start = model.initial_point(0)
-    [logp], flat = join_nonshared_inputs(start, [model.logp()], model.value_vars)
+    prior = model.logp([*model.free_RVs, *model.potentials])
+    (likelihood,) = model.logp(model.observed_RVs, sum=False)
+    if weighted:
+        likelihood = likelihood * weight * (rows[1].shape[0] / n_rows)
+    logp, flat = join_nonshared_inputs(start, [prior + likelihood.sum()], model.value_vars)
     logp = clone_replace(logp, dict(zip(rows, (x, y))))
-    compiled = pytensor.function([flat, x, y], logp, mode="JAX", on_unused_input="ignore")
-    return compiled.vm.jit_fn, np.concatenate([np.ravel(start[v.name]) for v in model.value_vars])
+    inputs = [flat, x, y, weight] if weighted else [flat, x, y]
+    compiled = pytensor.function(inputs, logp, mode="JAX", on_unused_input="ignore")
+    point = np.concatenate([np.ravel(start[v.name]) for v in model.value_vars])
+    return lambda *values: compiled.vm.jit_fn(*values)[0], point
 
 
-def nuts(entry: Entry, rows: np.ndarray, *, draws: int = 500, warmup: int = 250) -> Moments:
+def nuts(entry: Entry, rows: np.ndarray, *, draws: int = 400, warmup: int = 200) -> Moments:
     """Sample two chains, in coordinates in which the density is round where it has a mode."""
-    density, start = log_density(entry, len(rows))
-    if entry.gaussian:
-        rows = _with_the_same_moments(rows)
-    x, y = jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, -1])
-    n_levels = entry.centred
+    of_rows, start = log_density(entry, len(rows), weighted=True)
+    n_levels, distinct = entry.centred, _fewer(rows) if entry.gaussian else _distinct(rows)
+
+    def density(z: Any) -> Any:
+        return of_rows(z, *distinct)
 
     def levels(u: Any) -> Any:
         """Return the values of a centred hierarchy from those of a non-centred one."""
@@ -70,7 +77,7 @@ def nuts(entry: Entry, rows: np.ndarray, *, draws: int = 500, warmup: int = 250)
         return u.at[2 : 2 + n_levels].set(u[0] + jnp.exp(u[1]) * u[2 : 2 + n_levels])
 
     def potential(u: Any) -> Any:
-        return -density(levels(u), x, y)[0] - n_levels * u[1]
+        return -density(levels(u)) - n_levels * u[1]
 
     centre, root = _mode(potential, start)
     kernel = NUTS(
@@ -81,15 +88,23 @@ def nuts(entry: Entry, rows: np.ndarray, *, draws: int = 500, warmup: int = 250)
     begin = 0.1 * np.random.default_rng(0).normal(size=(2, len(start)))
     sampler.run(jax.random.key(0), init_params=jnp.asarray(begin), extra_fields=("diverging",))
     z = jax.vmap(lambda v: levels(centre + root @ v))(sampler.get_samples())
-    score = jax.lax.map(jax.grad(lambda each: density(each, x, y)[0]), z)
+    score = jax.lax.map(jax.grad(density), z)
     found = _moments(np.asarray(z), np.asarray(score))
     return {**found, "divergences": int(sampler.get_extra_fields()["diverging"].sum())}
 
 
-def _with_the_same_moments(rows: np.ndarray) -> np.ndarray:
-    """Return a few rows with the mean and the covariance of many."""
+def _distinct(rows: np.ndarray) -> tuple:
+    """Return both parts of rows that differ, and how often each is there."""
+    kept, counts = np.unique(rows, axis=0, return_counts=True)
+    return jnp.asarray(kept[:, :-1]), jnp.asarray(kept[:, -1]), jnp.asarray(counts, "float64")
+
+
+def _fewer(rows: np.ndarray) -> tuple:
+    """Return a few rows with the mean and the covariance of all, and weights."""
     offset = np.linalg.cholesky(np.cov(rows.T, ddof=0)).T * np.sqrt(rows.shape[1])
-    return rows.mean(axis=0) + np.concatenate([offset, -offset])
+    kept = rows.mean(axis=0) + np.concatenate([offset, -offset])
+    weights = np.full(len(kept), len(rows) / len(kept))
+    return jnp.asarray(kept[:, :-1]), jnp.asarray(kept[:, -1]), jnp.asarray(weights)
 
 
 def _mode(potential: Any, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
