@@ -41,6 +41,7 @@ from pymc.variational._streaming.errors import (
 )
 from pymc.variational._streaming.fit.average import EpochAverage
 from pymc.variational._streaming.fit.check import check_fit
+from pymc.variational._streaming.fit.polish import polish
 from pymc.variational._streaming.fit.report import FitReport
 from pymc.variational._streaming.fit.resume import resumable_fit
 from pymc.variational._streaming.order.check import check_order
@@ -64,6 +65,7 @@ __all__ = [
     "check_fit",
     "check_order",
     "parquet_source",
+    "polish",
     "preshuffle",
     "resumable_fit",
     "shuffle_buffer",

@@ -1,0 +1,392 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""The log density of a model, as a sum over the rows of its streams and a part without rows."""
+
+import math
+import threading
+import warnings
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import cloudpickle
+import numpy as np
+import pytensor.tensor as pt
+
+from pytensor.gradient import NullTypeGradError
+from pytensor.graph.basic import Variable
+from pytensor.graph.replace import clone_replace
+from pytensor.graph.traversal import ancestors
+from pytensor.tensor.random.type import RandomType
+
+from pymc.model.core import Model
+from pymc.pytensorf import compile, join_nonshared_inputs
+from pymc.variational._streaming.batches.prefetch import Prefetcher, read_epochs
+from pymc.variational._streaming.batches.rebatch import Batch, cast, rebatch
+from pymc.variational._streaming.batches.window import ShuffleBuffer
+from pymc.variational._streaming.dataset import StreamingDataset
+from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.guards import depends_on, total_size_of
+from pymc.variational._streaming.sources.base import Source
+from pymc.variational.minibatch_rv import get_scaling
+from pymc.variational.opvi import Group
+
+__all__ = ["Density", "Part", "Term", "add_up", "sample_rows", "sum_over_rows"]
+
+_BLOCK_VALUES = 2**16
+"""Values of the rows that are evaluated at once: calls then cost little, and blocks fit caches."""
+
+_MIN_BLOCKS = 256
+"""Blocks into which few rows are cut, so that the variance among blocks is known."""
+
+_PARTS = 32
+"""Parts of a stream that are summed by themselves, and can be read by different workers."""
+
+_MOST_TIMES = 10
+"""A source that gives this many times the declared rows has no end."""
+
+_compiling = threading.Lock()
+_worker = threading.local()
+"""What the thread has been sent last, so that each worker compiles once."""
+
+
+class Term:
+    """A summand of a log density: the likelihood of any number of rows, or all that needs none.
+
+    What is used is compiled when it is first used, and again in a process that it was sent to.
+    """
+
+    def __init__(self, total: Variable, flat: Variable, rows: Variable | None = None):
+        self._total, self._flat, self._rows = total, flat, rows
+        self._functions: dict[str, Callable | None] = {}
+
+    def value_and_gradient(
+        self, x: np.ndarray, rows: np.ndarray | None = None
+    ) -> tuple[float, np.ndarray]:
+        """Return the value and the gradient, shape (d,), at unconstrained parameters *x*."""
+        function = self._function("gradient")
+        assert function is not None
+        value, gradient = function(*self._given(rows), x)
+        return float(value), np.asarray(gradient, "float64")
+
+    def hessp(self, x: np.ndarray, v: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return the Hessian at *x* times *v*, shape (d,).
+
+        Where second derivatives have no fast code, as those of gammaln on numba, it is the
+        central difference of gradients along *v*.
+        """
+        function = self._function("hessp")
+        if function is not None:
+            return np.asarray(function(*self._given(rows), x, v), "float64")
+        size = np.abs(v).max()
+        if not size:
+            return np.zeros(len(v))
+        step = np.finfo(self._flat.dtype).eps ** (1 / 3) * max(1.0, np.abs(x).max()) / size
+        up = self.value_and_gradient(x + step * v, rows)[1]
+        return (up - self.value_and_gradient(x - step * v, rows)[1]) / (2 * step)
+
+    def hessian(self, x: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return the Hessian at *x*, shape (d, d)."""
+        columns = np.array([self.hessp(x, v, rows) for v in np.eye(len(x))])
+        return (columns + columns.T) / 2
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_functions": {}}
+
+    def _given(self, rows: np.ndarray | None) -> list[Any]:
+        return [] if self._rows is None else [rows]
+
+    def _function(self, name: str) -> Callable | None:
+        """Return a compiled function, None where it would run in Python."""
+        if name not in self._functions:
+            with _compiling:
+                self._functions[name] = self._compile(name)
+        return self._functions[name]
+
+    def _compile(self, name: str) -> Callable | None:
+        inputs = [] if self._rows is None else [self._rows]
+        gradient = pt.grad(self._total, self._flat, disconnected_inputs="ignore")
+        outputs: Any = [self._total, gradient]
+        inputs.append(self._flat)
+        if name == "hessp":
+            v = self._flat.type("v")
+            try:
+                outputs = pt.grad((gradient * v).sum(), self._flat, disconnected_inputs="ignore")
+            except (NotImplementedError, NullTypeGradError):
+                return None
+            inputs.append(v)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            function = compile(inputs, outputs, on_unused_input="ignore", allow_input_downcast=True)
+        slow = any("object mode" in str(warning.message) for warning in told)
+        return None if slow and name == "hessp" else function
+
+
+class Density:
+    """The log density of the unconstrained parameters of a model, in the order of *group*.
+
+    Raises
+    ------
+    StreamError
+        If a stream enters the model otherwise than through likelihoods of its rows, if another
+        stream was not passed, or :func:`pymc.Minibatch` draws rows.
+    """
+
+    def __init__(self, group: Group, streams: Sequence[StreamingDataset]):
+        model = group.model
+        variables = [*model.free_RVs, *model.observed_RVs, *model.potentials]
+        factors = dict(zip(variables, model.logp(variables, sum=False)))
+        _refuse_other_uses(model, factors, streams)
+        self.size: int = group.ddim
+        """Number of parameters."""
+        self.streams = list(streams)
+        self.likelihoods: list[Term] = []
+        """Likelihood of any number of rows of each stream, each row counted once."""
+        self.total_sizes: list[int | None] = []
+        """Number of rows to which the model scales the likelihood of each stream."""
+        for stream in streams:
+            buffer = stream.as_tensor()
+            observed = [v for v in factors if depends_on(model, v, buffer)]
+            if not observed:
+                raise StreamError(
+                    f"no observed variable of approx.model depends on the stream {buffer.name!r}; "
+                    "pass the stream that was fitted"
+                )
+            terms = [factors.pop(v) / _scaling(model, v) for v in observed]
+            sizes = {next(iter(total_size_of(rv)), None) for rv in observed}
+            self.total_sizes.append((sizes - {stream.total_size} or sizes).pop())
+            self.likelihoods.append(_term(group, terms, buffer))
+        self.prior = _term(group, list(factors.values()))
+        """All that does not depend on the rows of streams."""
+
+
+class Part(NamedTuple):
+    """Sums over some consecutive rows of a stream."""
+
+    stream: int
+    """Position of the stream in *density.streams*."""
+    n_rows: int
+    n_blocks: int
+    """Number of calls of the function, each with one block of the rows."""
+    sums: tuple[Any, ...]
+    first_rows: np.ndarray
+    """As many of the rows as were to be kept."""
+
+
+def sum_over_rows(
+    density: Density,
+    function: Callable[[Term, np.ndarray], tuple[Any, ...]],
+    *,
+    rows: int | None = None,
+    keep: int = 0,
+    executor: Executor | None = None,
+    advance: Callable[[int], None] = lambda n_rows: None,
+) -> list[Part]:
+    """Sum a function of a likelihood and a block of rows over all rows of all streams.
+
+    Parameters
+    ----------
+    density : Density
+    function : callable
+        Function that returns numbers and arrays, whose sums do not depend on who reads what: the
+        blocks and the order of summation are fixed.
+    rows : int, optional
+        Number of rows of each stream after which reading ends. Default: all.
+    keep : int, default 0
+        Number of rows of each stream that are returned, in equal shares from all its parts.
+    executor : concurrent.futures.Executor, optional
+        Where the parts are read. Sources that can only be read from their beginning are read here.
+    advance : callable, optional
+        Function that is told numbers of rows that are done.
+
+    Returns
+    -------
+    list of Part
+    """
+    parts = []
+    for number, (stream, likelihood) in enumerate(zip(density.streams, density.likelihoods)):
+        job = _Job(stream, number, likelihood, function, rows=rows, keep=keep)
+        if executor is None or not job.has_random_access:
+            parts += job.read(0, _PARTS, advance)
+            continue
+        payload = cloudpickle.dumps(job)
+        futures = [executor.submit(_read_in_worker, payload, i) for i in job.starts()]
+        try:
+            for future in futures:
+                read = future.result()
+                parts += read
+                advance(sum(part.n_rows for part in read))
+        finally:
+            for future in futures:
+                future.cancel()
+    return parts
+
+
+def add_up(parts: Sequence[Part]) -> tuple[Any, ...]:
+    """Return the sums of all parts together."""
+    return tuple(sum(values) for values in zip(*(part.sums for part in parts)))
+
+
+def sample_rows(stream: StreamingDataset, n_rows: int) -> np.ndarray:
+    """Return the first rows of a stream, or all if it has fewer, shape (n_rows, *sample_shape)."""
+    batches: list[np.ndarray] = []
+    for batch in stream:
+        batches.append(batch[: n_rows - sum(map(len, batches))])
+        if sum(map(len, batches)) == n_rows:
+            break
+    return np.concatenate(batches)
+
+
+class _Job:
+    """The sum over a stream, cut into parts of whole blocks."""
+
+    def __init__(self, stream, number, term, function, *, rows, keep):
+        self.number, self.term, self.function = number, term, function
+        self.name = str(stream.as_tensor().name)
+        self.source: Source = stream._source
+        self.shape, self.dtype = stream.sample_shape, stream._dtype
+        self.declared = stream.total_size
+        self.rows, self.keep = rows, math.ceil(keep / _PARTS)
+        known = self.source.n_rows or self.declared
+        n_rows = min(known or _BLOCK_VALUES, rows or math.inf)
+        self.block = int(max(1, min(_BLOCK_VALUES // math.prod(self.shape), n_rows // _MIN_BLOCKS)))
+        self.blocks = math.ceil(n_rows / self.block / _PARTS)
+        """Number of blocks in a part, the last part excepted, which has all that are left."""
+
+    @property
+    def has_random_access(self) -> bool:
+        source = self.source.source if isinstance(self.source, ShuffleBuffer) else self.source
+        return source.read_starts(np.array([0])) is not None
+
+    def starts(self) -> range:
+        """Return the first parts of what is worth a task, of which none reads a window in vain."""
+        window = self.source.buffer_size if isinstance(self.source, ShuffleBuffer) else 1
+        return range(0, _PARTS, min(_PARTS, math.ceil(window / (self.block * self.blocks))))
+
+    def read(self, first: int, stop: int, advance: Callable[[int], None]) -> list[Part]:
+        """Return the parts from *first* to before *stop*, or fewer where the rows end before."""
+        parts: list[Part] = []
+        for i, rows in enumerate(self._read_blocks(first, stop)):
+            if i % self.blocks == 0 and len(parts) < stop - first:
+                parts.append(Part(self.number, 0, 0, (), rows[:0]))
+            parts[-1] = self._add(parts[-1], rows)
+            advance(len(rows))
+        return parts
+
+    def _add(self, part: Part, rows: np.ndarray) -> Part:
+        try:
+            values = self.function(self.term, rows)
+        except (AssertionError, TypeError, ValueError) as error:
+            error.add_note(
+                f"the likelihood of {self.name!r} is evaluated with any number of rows, here "
+                f"{len(rows)}; take lengths and coordinates from as_tensor().shape[0]"
+            )
+            raise
+        sums = tuple(a + b for a, b in zip(part.sums, values)) if part.n_blocks else values
+        kept = part.first_rows
+        if len(kept) < self.keep:
+            kept = np.concatenate([kept, rows[: self.keep - len(kept)]])
+        return Part(part.stream, part.n_rows + len(rows), part.n_blocks + 1, sums, kept)
+
+    def _read_blocks(self, first: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield the rows of some parts in blocks; the last part of all goes on to the end."""
+        part_rows = self.block * self.blocks
+        end = self.rows or math.inf
+        if stop < _PARTS:
+            end = min(end, stop * part_rows)
+        start = first * part_rows
+        most = math.inf if self.declared is None else _MOST_TIMES * self.declared + self.block
+        chunks = read_epochs(self.source, self.shape, self.dtype, start=start, cycle=False)
+        with closing(Prefetcher(chunks)) as items:
+            for item in rebatch(items, self.block):
+                if not isinstance(item, Batch):
+                    continue
+                if start > most:
+                    raise StreamError(
+                        f"the stream {self.name!r} has total_size={self.declared} but gave "
+                        f"{start} rows and has not ended; pass the number of rows, and a source "
+                        "that ends after an epoch"
+                    )
+                rows = item.rows[: int(min(len(item.rows), end - start))]
+                if len(rows):
+                    yield cast(rows, self.dtype)
+                start += len(rows)
+                if start >= end:
+                    return
+
+
+def _read_in_worker(payload: bytes, first: int) -> list[Part]:
+    """Return some parts of a job that another process has sent."""
+    if getattr(_worker, "payload", None) != payload:
+        _worker.payload, _worker.job = payload, cloudpickle.loads(payload)
+    job = _worker.job
+    starts = job.starts()
+    return job.read(first, min(first + starts.step, _PARTS), lambda n_rows: None)
+
+
+def _refuse_other_uses(
+    model: Model, factors: Mapping[Variable, Variable], streams: Sequence[StreamingDataset]
+) -> None:
+    """Refuse a factor that is neither free of rows nor observes those of one stream alone."""
+    passed = [stream.as_tensor().container for stream in streams]
+    for v, factor in factors.items():
+        above = list(ancestors([factor]))
+        uses = sum(depends_on(model, v, stream.as_tensor()) for stream in streams)
+        # The container is compared, because transforming a model copies its shared variables.
+        left_out = [
+            a.name
+            for a in above
+            if hasattr(a.tag, "fit_callback") and getattr(a, "container", None) not in passed
+        ]
+        if any(isinstance(a.type, RandomType) for a in above):
+            reason = (
+                "random draws, as those of pm.Minibatch; observe all rows through a "
+                "StreamingDataset, which takes arrays too"
+            )
+        elif left_out:
+            reason = f"the stream {left_out[0]!r}, which was not passed; pass all streams"
+        elif uses and v not in model.observed_RVs:
+            reason = "a stream but is not observed; write it as an observed variable"
+        elif uses > 1:
+            reason = "several streams; observe each in a variable of its own"
+        else:
+            continue
+        raise StreamError(f"{v.name!r} depends on {reason}")
+
+
+def _scaling(model: Model, rv: Variable) -> Variable | float:
+    if not total_size_of(rv):
+        return 1.0
+    return get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)
+
+
+def _term(group: Group, factors: Sequence[Variable], buffer: Variable | None = None) -> Term:
+    """Return the sum of *factors*, in the flat parameters of *group*, as a function of rows."""
+    values = {v.name: v for v in group.model.value_vars}
+    # Sums of many rows need more digits than the values in them.
+    totals = [factor.astype("float64").sum() for factor in factors]
+    [total], flat = join_nonshared_inputs(
+        group.model.initial_point(0),
+        [pt.add(*totals) if totals else pt.zeros((), "float64")],
+        [values[name] for name in group.ordering],
+    )
+    if buffer is None:
+        return Term(total, flat)
+    rows = buffer.type("rows")
+    containers = {
+        v: rows for v in ancestors([total]) if getattr(v, "container", None) is buffer.container
+    }
+    return Term(clone_replace(total, containers), flat, rows)

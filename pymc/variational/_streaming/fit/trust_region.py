@@ -1,0 +1,231 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Maximize a function of up to some hundred parameters by damped Newton steps.
+
+Gradients are computed, and second derivatives are their differences: those have no fast code for
+some densities, and take long to compile for others.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["Curvature", "Optimum", "Pattern", "maximize"]
+
+Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
+"""Function that returns its value and gradient."""
+
+_REUSE = 0.5
+"""Standard deviations that a step may have gone before the Hessian is computed anew."""
+
+_MAX_DAMPING = 1e12
+
+_RELATIVE_STEP = 0.03
+"""Distance over which gradients are compared, in standard deviations of single parameters."""
+
+
+class Pattern:
+    """Which parameters are varied together to find a Hessian from few gradients.
+
+    A few columns of a hierarchy's Hessian are dense, those of the parameters that groups share.
+    Each of these is found by itself; they are also rows, by symmetry, and columns which have
+    no other row in common are found together (Curtis, Powell and Reid 1974).
+
+    Parameters
+    ----------
+    hessian : ndarray, shape (d, d)
+        Hessian with the same zeros.
+    """
+
+    def __init__(self, hessian: np.ndarray):
+        scale = np.sqrt(np.abs(np.diag(hessian)) + np.finfo(float).tiny)
+        nonzero = np.abs(hessian) > 1e-7 * np.outer(scale, scale)
+        np.fill_diagonal(nonzero, True)
+        self._nonzero = nonzero
+        order = np.argsort(-nonzero.sum(axis=0), kind="stable")
+        choices = [_groups(nonzero, order, n) for n in (0, 1, 2, 4, 8, 16, 32) if n <= len(order)]
+        self.groups: list[np.ndarray] = min(choices, key=len)
+
+    @classmethod
+    def dense(cls, size: int) -> "Pattern":
+        """Return the pattern of a Hessian without zeros."""
+        return cls(np.ones((size, size)))
+
+    def differences(
+        self, gradient: Callable[[np.ndarray], np.ndarray], x: np.ndarray, steps: np.ndarray
+    ) -> np.ndarray:
+        """Return half the differences of gradients across each group, shape (groups, d)."""
+        columns = []
+        for group in self.groups:
+            offset = np.zeros(len(x))
+            offset[group] = steps[group]
+            columns.append((gradient(x + offset) - gradient(x - offset)) / 2)
+        return np.array(columns)
+
+    def assemble(self, columns: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Return the Hessian, shape (d, d), of the differences that groups gave."""
+        size = len(steps)
+        hessian, known = np.zeros((size, size)), np.zeros(size, bool)
+        for group, column in zip(self.groups, columns):
+            for j in group:
+                rows = self._nonzero[:, j] & ~known
+                hessian[rows, j] = hessian[j, rows] = column[rows] / steps[j]
+            if len(group) == 1:
+                known[group] = True
+        return hessian
+
+
+def _groups(nonzero: np.ndarray, order: np.ndarray, n_single: int) -> list[np.ndarray]:
+    """Return *n_single* columns each by itself, and groups of others without common rows."""
+    rest = order[n_single:]
+    groups: list[list[int]] = []
+    taken: list[np.ndarray] = []
+    for j in rest:
+        rows = nonzero[:, j].copy()
+        rows[order[:n_single]] = False
+        for group, used in zip(groups, taken):
+            if not (used & rows).any():
+                group.append(int(j))
+                used |= rows
+                break
+        else:
+            groups.append([int(j)])
+            taken.append(rows)
+    return [np.array([j]) for j in order[:n_single]] + [np.array(group) for group in groups]
+
+
+class Curvature:
+    """A negative Hessian in the metric of its diagonal, for steps with any damping.
+
+    Parameters
+    ----------
+    hessian : ndarray, shape (d, d)
+    """
+
+    def __init__(self, hessian: np.ndarray):
+        self.hessian = (hessian + hessian.T) / 2
+        diagonal = np.abs(np.diag(hessian))
+        self.scale = 1 / np.sqrt(np.maximum(diagonal, 1e-10))
+        """Standard deviation of each parameter, given the others."""
+        negative = -self.hessian * self.scale[:, None] * self.scale
+        self.values, self.vectors = np.linalg.eigh(negative)
+
+    @property
+    def is_concave(self) -> bool:
+        return bool(self.values[0] > 1e-11 * max(1.0, self.values[-1]))
+
+    def step(self, gradient: np.ndarray, damping: float) -> tuple[np.ndarray, float]:
+        """Return a damped Newton step, and the gain that the quadratic model predicts."""
+        shift = damping if self.is_concave else damping + max(1e-6, -1.5 * self.values[0])
+        slopes = self.vectors.T @ (self.scale * gradient)
+        step = slopes / (self.values + shift)
+        return self.scale * (self.vectors @ step), float(slopes @ step - step**2 @ self.values / 2)
+
+    def covariance(self) -> np.ndarray:
+        """Return the inverse, shape (d, d), of a concave function's."""
+        factor = self.scale[:, None] * self.vectors / np.sqrt(self.values)
+        return factor @ factor.T
+
+    def distance(self, step: np.ndarray) -> float:
+        """Return the largest step of a parameter, in marginal standard deviations."""
+        return float(np.abs(step / np.sqrt(np.diag(self.covariance()))).max())
+
+
+class Optimum(NamedTuple):
+    """Where damped Newton steps have ended."""
+
+    x: np.ndarray
+    value: float
+    gradient: np.ndarray
+    curvature: Curvature
+    distance: float
+    """Standard deviations to go, infinite where the function is not concave."""
+
+
+def maximize(
+    function: Function,
+    hessian: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    x: np.ndarray,
+    *,
+    tolerance: float,
+    max_steps: int = 100,
+    steps: np.ndarray | None = None,
+    show: Callable[[float], None] = lambda distance: None,
+) -> Optimum:
+    """Maximize by Newton steps, damped in the metric of the Hessian's diagonal.
+
+    Damping in this metric crosses long ridges, where a ball in parameter space would have to be
+    as small as the ridge is narrow (Levenberg 1944, Marquardt 1963). A step is taken only if the
+    function rises.
+
+    Parameters
+    ----------
+    function : callable
+        Function that returns its value and gradient.
+    hessian : callable
+        Function of a point and of the distances over which gradients are compared.
+    x : ndarray, shape (d,)
+        Starting point.
+    tolerance : float
+        Standard deviations, by the curvature, below which the next step ends the search.
+    max_steps : int, default 100
+    steps : ndarray, shape (d,), optional
+        Distances for the first Hessian.
+    show : callable, optional
+        Function that is told how many standard deviations are to go.
+    """
+    value, gradient = function(x)
+    if steps is None:
+        steps = 1e-4 * np.maximum(1.0, np.abs(x))
+    curvature, moved, damping = Curvature(hessian(x, steps)), 0.0, 1e-3
+    for n in range(max_steps + 1):
+        distance = np.inf
+        if curvature.is_concave:
+            distance = curvature.distance(curvature.step(gradient, 0.0)[0])
+        show(distance)
+        if distance < tolerance or n == max_steps:
+            break
+        found = _rise(function, x, value, gradient, curvature, damping)
+        if found is None:
+            break
+        x, value, gradient, damping = found
+        moved += distance
+        if moved > _REUSE:
+            curvature, moved = Curvature(hessian(x, _RELATIVE_STEP * curvature.scale)), 0.0
+    return Optimum(x, value, gradient, curvature, distance)
+
+
+def _rise(
+    function: Function,
+    x: np.ndarray,
+    value: float,
+    gradient: np.ndarray,
+    curvature: Curvature,
+    damping: float,
+) -> tuple[np.ndarray, float, np.ndarray, float] | None:
+    """Return where a step leads that makes the function rise, and the next damping."""
+    while damping < _MAX_DAMPING:
+        step, predicted = curvature.step(gradient, damping)
+        new, new_gradient = function(x + step)
+        ratio = (new - value) / predicted if predicted > 0 else -1.0
+        is_finite = np.isfinite(new) and np.isfinite(new_gradient).all()
+        if is_finite and (ratio > 1e-3 or predicted < 1e-11 * abs(value)):
+            if ratio > 0.75:
+                damping /= 10
+            elif ratio < 0.25:
+                damping *= 2
+            return x + step, new, new_gradient, max(damping, 1e-14)
+        damping = 8 * max(damping, 1e-6)
+    return None
