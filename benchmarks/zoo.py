@@ -53,7 +53,10 @@ __all__ = ["CONTESTANTS", "MODELS", "case_of", "errors", "measure", "reference_o
 
 COMMAND = "python -m benchmarks.zoo"
 RESULTS = Path("docs/source/results/zoo.json")
-REFERENCE = "reference"
+REFERENCE, MOMENTS = "reference", "reference.npz"
+SAVED = "mean", "sd", "mean_se", "sd_se"
+MANY = 1_000
+"""Parameters of which moments are not kept with the results."""
 MEAN_TOLERANCE = 0.1
 BRIEF = ("logistic", "hurdle"), ("PyMC, Adam", "NumPyro, AutoMVN", "statsmodels")
 LIBRARIES = {
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = parser.parse_args(argv)
     n_rows = 4_000 if chosen.brief else None
     if chosen.one:
-        sys.stdout.write(json.dumps(_one(chosen.folder, *chosen.one, n_rows, chosen.limit)))
+        sys.stdout.write(json.dumps(_one(chosen.folder, chosen.one, n_rows, chosen.limit)))
         return
     models = chosen.only or (BRIEF[0] if chosen.brief else MODELS)
     contestants = chosen.contestants or (BRIEF[1] if chosen.brief else CONTESTANTS)
@@ -114,17 +117,23 @@ class Zoo:
 
     def run(self, model: str, contestants: Iterable[str], again: Iterable[str] = ()) -> None:
         """Measure what is missing of a model, the reference first."""
-        if model not in self.found["references"]:
-            self._keep("references", model, _child(self, model, REFERENCE, self.limit, 3_600))
+        self._refer(model)
         fits = self.found["fits"].setdefault(model, {})
         for contestant in contestants:
             if contestant == "statsmodels" and model not in STATSMODELS:
                 continue
             if contestant not in fits or contestant in again:
-                _child(self, model, contestant, 0, 600)  # compiles
-                patience = 3 * self.limit + 60
+                _child(self, model, contestant, 0, patience := 3 * self.limit + 60)  # compiles
                 fits[contestant] = _child(self, model, contestant, self.limit, patience)
                 self._keep("fits", model, fits)
+
+    def _refer(self, model: str) -> None:
+        """Put the reference beside the rows, from the results if they hold it."""
+        case, found = case_of(model, self.folder, self.n_rows), self.found["references"]
+        if not (file := case.rows / MOMENTS).exists() and "mean" in found.get(model, {}):
+            np.savez(file, **{name: found[model][name] for name in SAVED})
+        if model not in found or not file.exists():
+            self._keep("references", model, _child(self, model, REFERENCE, self.limit, 3_600))
 
     def _keep(self, kind: str, model: str, value: dict) -> None:
         self.found[kind][model] = value
@@ -152,7 +161,7 @@ def case_of(model: str, folder: Path, n_rows: int | None = None) -> Case:
 
 def reference_of(case: Case) -> dict[str, np.ndarray]:
     """Return the moments of the posterior and their standard errors, made once."""
-    file = case.rows / "reference.npz"
+    file = case.rows / MOMENTS
     if not file.exists():
         from benchmarks import zoo_references
 
@@ -171,7 +180,7 @@ def errors(moments: tuple, reference: dict[str, np.ndarray]) -> tuple[float, flo
     (mean, sd), scale = map(np.asarray, moments), reference["sd"]
     off = abs(mean - reference["mean"]) - 3 * reference["mean_se"]
     narrow = abs(sd - scale) - 3 * reference["sd_se"]
-    return tuple(float(np.max(np.maximum(each, 0) / scale)) for each in (off, narrow))
+    return float(np.max(np.maximum(off, 0) / scale)), float(np.max(np.maximum(narrow, 0) / scale))
 
 
 def measure(case: Case, contestant: str, reference: dict, limit: float) -> dict[str, Any]:
@@ -202,17 +211,25 @@ def _clock() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def _one(folder: Path, model: str, contestant: str, n_rows: int | None, limit: float) -> dict:
+def _one(folder: Path, names: list[str], n_rows: int | None, limit: float) -> dict:
     """Do what a process of its own is for."""
+    model, contestant = names
     warnings.simplefilter("ignore")
     case, start = case_of(model, folder, n_rows), _clock()
     reference = reference_of(case)
     if contestant != REFERENCE:
         return measure(case, contestant, reference, limit)
     seconds, processor_seconds = _clock() - start
-    worst = {name: float((reference[name] / reference["sd"]).max()) for name in ("mean_se", "sd_se")}
-    size = {"parameters": len(reference["sd"]), "rows": len(case.in_memory()[1])}
-    return {**size, **worst, "seconds": seconds, "processor_seconds": processor_seconds}
+    few = {name: [float(f"{value:.6g}") for value in reference[name][:MANY]] for name in SAVED}
+    return {
+        "rows": len(case.in_memory()[1]),
+        "parameters": len(reference["sd"]),
+        "mean_error": float((reference["mean_se"] / reference["sd"]).max()),
+        "sd_error": float((reference["sd_se"] / reference["sd"]).max()),
+        "seconds": seconds,
+        "processor_seconds": processor_seconds,
+        **(few if len(reference["sd"]) <= MANY else {}),
+    }
 
 
 def _child(zoo: "Zoo", model: str, contestant: str, limit: float, patience: float) -> dict:
@@ -251,8 +268,9 @@ def _version(package: str) -> str | None:
 def publish(found: dict, page: Path) -> None:
     """Write the tables into a page, and the figure beside the results."""
     text = page.read_text()
-    for name, table in (("zoo", times(found)), ("memory", memory(found)), ("models", models(found))):
-        text = filled(text, name, COMMAND, table)
+    tables = {"models": models, "zoo": times, "memory": memory, "failures": failures}
+    for name, table in tables.items():
+        text = filled(text, name, COMMAND, table(found))
     page.write_text(text)
     plot(found, page.parent / "results" / "zoo.png")
 
@@ -289,16 +307,26 @@ def _short(value: float) -> str:
 
 def models(found: dict) -> str:
     """Return the table of models, tables and references."""
-    text = "| model | table | rows | parameters | error of a mean, sd | of a sd | seconds |\n"
+    text = "| model | table | rows | parameters | its error of a mean | of a sd | seconds |\n"
     text += "|---|---|---|---|---|---|---|\n"
     for name, reference in found["references"].items():
         if "failed" not in reference:
             text += (
                 f"| {name} | {MODELS[name].source} | {reference['rows']:,} "
-                f"| {reference['parameters']:,} | {reference['mean_se']:.2g} "
-                f"| {100 * reference['sd_se']:.2g} % | {_short(reference['processor_seconds'])} |\n"
+                f"| {reference['parameters']:,} | {reference['mean_error']:.2g} sd "
+                f"| {100 * reference['sd_error']:.2g} % | {_short(reference['processor_seconds'])} |\n"
             )
     return text
+
+
+def failures(found: dict) -> str:
+    """Return the reasons why fits have no result."""
+    return "".join(
+        f"- {model}, {contestant}: {fit['failed'][:200]}\n"
+        for model, fits in found["fits"].items()
+        for contestant, fit in fits.items()
+        if "failed" in fit
+    )
 
 
 def plot(found: dict, path: Path) -> None:

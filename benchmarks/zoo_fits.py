@@ -17,8 +17,6 @@ Each yields estimates, as functions that return the means and the standard devia
 unconstrained values; the time that an estimate takes to be called does not count.
 """
 
-import warnings
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -68,10 +66,11 @@ class Case:
 
 def _pymc(case: Case, method: str, optimizer: Any) -> Estimates:
     """Fit random batches from memory."""
-    x, y = (pytensor.shared(part, borrow=True) for part in case.in_memory())
-    n = len(y.get_value(borrow=True))
+    parts = case.in_memory()
+    shared = (pytensor.shared(part, borrow=True) for part in parts)
     with pm.Model():
-        case.entry.model(*pm.Minibatch(x, y, batch_size=BATCH_SIZE), n)
+        x, y = pm.Minibatch(*shared, batch_size=BATCH_SIZE)
+        case.entry.model(x, y, len(parts[1]))
         inference = {"advi": pm.ADVI, "fullrank_advi": pm.FullRankADVI}[method](random_seed=0)
         yield from _steps(inference, [], optimizer)
 
@@ -80,7 +79,8 @@ def _averaged(case: Case) -> Estimates:
     """Fit a stream, and average it."""
     ds = _stream(case)
     with pm.Model():
-        case.entry.model(ds.as_tensor()[:, :-1], ds.as_tensor()[:, -1], ds.total_size)
+        rows: Any = ds.as_tensor()
+        case.entry.model(rows[:, :-1], rows[:, -1], ds.total_size)
         average, inference = EpochAverage(ds), pm.ADVI(random_seed=0)
         for _ in _steps(inference, [average, ds.fit_callback()], _adam()):
             yield partial(_average, average, inference.approx)
@@ -91,7 +91,8 @@ def _polished(case: Case, n_steps: int) -> Estimates:
 
     ds = _stream(case)
     with pm.Model():
-        case.entry.model(ds.as_tensor()[:, :-1], ds.as_tensor()[:, -1], ds.total_size)
+        rows: Any = ds.as_tensor()
+        case.entry.model(rows[:, :-1], rows[:, -1], ds.total_size)
         inference = pm.ADVI(random_seed=0)
         if n_steps:
             inference.fit(
@@ -242,9 +243,9 @@ def _zero_inflated(x: np.ndarray, y: np.ndarray) -> Moments:
 def _hurdle(x: np.ndarray, y: np.ndarray) -> Moments:
     import statsmodels.api as sm
 
-    wet, line = _logit(x, y > 0), sm.OLS(np.log(y[y > 0]), x[y > 0]).fit()
-    spread = np.log(line.scale) / 2, np.sqrt(0.5 / line.nobs)
-    return tuple(np.hstack(parts) for parts in zip(wet, (line.params, line.bse), spread))
+    (mean, sd), line = _logit(x, y > 0), sm.OLS(np.log(y[y > 0]), x[y > 0]).fit()
+    mean = np.concatenate([mean, line.params, [np.log(line.scale) / 2]])
+    return mean, np.concatenate([sd, line.bse, [np.sqrt(0.5 / line.nobs)]])
 
 
 def _student_t(x: np.ndarray, y: np.ndarray) -> Moments:

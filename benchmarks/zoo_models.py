@@ -41,18 +41,22 @@ class Entry:
     """A model, and the table that it is fitted to."""
 
     table: Callable[[], pd.DataFrame]
-    model: Callable[[Any, Any, int], object]
+    model: Callable[[Any, Any, int | None], object]
     """Build the model in context, given all columns but the last, the last, and the rows."""
     source: str
     n_rows: int = 320_000
     sd_tolerance: float = 0.05
     """Right are standard deviations within this share of the reference's."""
-    reference: str = "nuts"
+    reference: str = "hmc"
     """Name of the function of ``benchmarks.zoo_references`` that makes the reference."""
+    more_draws: int = 1
+    """How many times as long its reference is sampled."""
     gaussian: bool = False
     """Whether the rows enter the density through their means and covariances alone."""
-    centred: int = 0
+    levels: int = 0
     """The number of levels if the values are mean, log of the spread, levels, and others."""
+    centred: bool = False
+    """Whether the levels are values themselves, and not what they are standardised."""
 
 
 def rows_of(entry: Entry, n_rows: int) -> np.ndarray:
@@ -177,62 +181,62 @@ def _standard(frame: Any) -> Any:
     return (frame - frame.mean()) / frame.std()
 
 
-def logistic(x: Any, y: Any, n: int) -> None:
+def logistic(x: Any, y: Any, n: int | None) -> None:
     b = pm.Normal("b", 0, 3, shape=5)
     pm.Bernoulli("y", logit_p=b[0] + x @ b[1:], observed=y, total_size=n)
 
 
-def dummies(x: Any, y: Any, n: int) -> None:
+def dummies(x: Any, y: Any, n: int | None) -> None:
     """Let each carrier but the first, of which one has 29 flights, have a level."""
     b, level = pm.Normal("b", 0, 3, shape=4), pm.Normal("level", 0, 3, shape=15)
     carrier = pt.concatenate([[0.0], level])[x[:, 0].astype("int64")]
     pm.Bernoulli("y", logit_p=b[0] + carrier + x[:, 1:] @ b[1:], observed=y, total_size=n)
 
 
-def hierarchical(x: Any, y: Any, n: int) -> None:
+def hierarchical(x: Any, y: Any, n: int | None) -> None:
     mean, spread = pm.Normal("mean", 0, 3), pm.HalfNormal("spread", 1)
     level = pm.Normal("level", mean, spread, shape=N_DEST)
     logit = level[x[:, 0].astype("int64")] + pm.Normal("slope", 0, 3) * x[:, 1]
     pm.Bernoulli("y", logit_p=logit, observed=y, total_size=n)
 
 
-def non_centred(x: Any, y: Any, n: int) -> None:
+def non_centred(x: Any, y: Any, n: int | None) -> None:
     mean, spread = pm.Normal("mean", 0, 3), pm.HalfNormal("spread", 1)
     level = mean + spread * pm.Normal("z", 0, 1, shape=N_DEST)
     logit = level[x[:, 0].astype("int64")] + pm.Normal("slope", 0, 3) * x[:, 1]
     pm.Bernoulli("y", logit_p=logit, observed=y, total_size=n)
 
 
-def exposure(x: Any, y: Any, n: int) -> None:
+def exposure(x: Any, y: Any, n: int | None) -> None:
     mean, spread = pm.Normal("mean", 0, 3), pm.HalfNormal("spread", 1)
     level = pm.Normal("level", mean, spread, shape=N_DEST)
     log_rate = level[x[:, 0].astype("int64")] + pm.Normal("slope", 0, 3) * x[:, 2]
     pm.Poisson("y", x[:, 1] * pt.exp(log_rate), observed=y, total_size=n)
 
 
-def negative_binomial(x: Any, y: Any, n: int) -> None:
+def negative_binomial(x: Any, y: Any, n: int | None) -> None:
     b, alpha = pm.Normal("b", 0, 3, shape=10), pm.HalfNormal("alpha", 3)
     pm.NegativeBinomial("y", mu=pt.exp(b[0] + x @ b[1:]), alpha=alpha, observed=y, total_size=n)
 
 
-def zero_inflated(x: Any, y: Any, n: int) -> None:
+def zero_inflated(x: Any, y: Any, n: int | None) -> None:
     a, b = pm.Normal("a", 0, 3, shape=2), pm.Normal("b", 0, 3, shape=10)
     psi = pm.math.sigmoid(a[0] + a[1] * x[:, 0])
     pm.ZeroInflatedPoisson("y", psi, pt.exp(b[0] + x @ b[1:]), observed=y, total_size=n)
 
 
-def hurdle(x: Any, y: Any, n: int) -> None:
+def hurdle(x: Any, y: Any, n: int | None) -> None:
     a, b = pm.Normal("a", 0, 3, shape=4), pm.Normal("b", 0, 3, shape=4)
     wet, sigma = pm.math.sigmoid(a[0] + x @ a[1:]), pm.HalfNormal("sigma", 2)
     pm.HurdleLogNormal("y", wet, b[0] + x @ b[1:], sigma, observed=y, total_size=n)
 
 
-def student_t(x: Any, y: Any, n: int) -> None:
+def student_t(x: Any, y: Any, n: int | None) -> None:
     b, sigma, nu = pm.Normal("b", 0, 3, shape=3), pm.HalfNormal("sigma", 2), pm.Gamma("nu", 2, 0.1)
     pm.StudentT("y", nu=nu, mu=b[0] + x @ b[1:], sigma=sigma, observed=y, total_size=n)
 
 
-def mixture(x: Any, y: Any, n: int) -> None:
+def mixture(x: Any, y: Any, n: int | None) -> None:
     """Fit two normals to the last column; the model does not read the others."""
     w, sigma = pm.Dirichlet("w", np.ones(2)), pm.HalfNormal("sigma", 2, shape=2)
     ordered = pm.distributions.transforms.ordered
@@ -240,14 +244,14 @@ def mixture(x: Any, y: Any, n: int) -> None:
     pm.NormalMixture("y", w=w, mu=mu, sigma=sigma, observed=y, total_size=n)
 
 
-def ordinal(x: Any, y: Any, n: int) -> None:
+def ordinal(x: Any, y: Any, n: int | None) -> None:
     b, ordered = pm.Normal("b", 0, 3, shape=6), pm.distributions.transforms.ordered
     start = [-3.0, -2.0, -1.0, 1.0]
     cuts = pm.Normal("cuts", 0, 5, shape=4, transform=ordered, initval=start)
     pm.OrderedLogistic("y", x @ b, cuts, observed=y, total_size=n)
 
 
-def correlated(x: Any, y: Any, n: int) -> None:
+def correlated(x: Any, y: Any, n: int | None) -> None:
     """Fit the covariance of all columns but the last, which the model does not read."""
     mu = pm.Normal("mu", 0, 3, shape=4)
     sd = pm.HalfNormal.dist(2, shape=4)
@@ -255,21 +259,21 @@ def correlated(x: Any, y: Any, n: int) -> None:
     pm.MvNormal("y", mu, chol=chol, observed=x, total_size=n)
 
 
-def horseshoe(x: Any, y: Any, n: int) -> None:
+def horseshoe(x: Any, y: Any, n: int | None) -> None:
     tau, local = pm.HalfCauchy("tau", 1), pm.HalfCauchy("local", 1, shape=30)
     b = tau * local * pm.Normal("z", 0, 1, shape=30)
     mu = pm.Normal("a", 0, 3) + x @ b
     pm.Normal("y", mu, pm.HalfNormal("sigma", 2), observed=y, total_size=n)
 
 
-def many_groups(x: Any, y: Any, n: int) -> None:
+def many_groups(x: Any, y: Any, n: int | None) -> None:
     mean, spread = pm.Normal("mean", 0, 3), pm.HalfNormal("spread", 1)
     level = pm.Normal("level", mean, spread, shape=N_PLANE_MONTHS)
     mu = level[x[:, 0].astype("int64")] + pm.Normal("slope", 0, 3) * x[:, 1]
     pm.Normal("y", mu, pm.HalfNormal("sigma", 2), observed=y, total_size=n)
 
 
-def neural_net(x: Any, y: Any, n: int) -> None:
+def neural_net(x: Any, y: Any, n: int | None) -> None:
     """Fit four hidden units, whose order and signs say nothing of the rows."""
     start = np.random.default_rng(0).normal(size=(3, 4))
     inner = pm.Normal("inner", 0, 1, shape=(3, 4), initval=start)
@@ -286,11 +290,13 @@ MODELS = {
     "logistic": Entry(_late, logistic, FLIGHTS),
     "logistic, rare dummy": Entry(_late_by_carrier, dummies, FLIGHTS),
     "hierarchical logistic": Entry(
-        _late_by_dest, hierarchical, FLIGHTS, sd_tolerance=0.1, centred=N_DEST
+        _late_by_dest, hierarchical, FLIGHTS, sd_tolerance=0.1, levels=N_DEST, centred=True
     ),
-    "hierarchical, non-centred": Entry(_late_by_dest, non_centred, FLIGHTS, sd_tolerance=0.1),
+    "hierarchical, non-centred": Entry(
+        _late_by_dest, non_centred, FLIGHTS, sd_tolerance=0.1, levels=N_DEST
+    ),
     "Poisson with exposure": Entry(
-        _late_counts, exposure, FLIGHTS, 78_000, sd_tolerance=0.1, centred=N_DEST
+        _late_counts, exposure, FLIGHTS, 78_000, sd_tolerance=0.1, levels=N_DEST, centred=True
     ),
     "negative binomial": Entry(_doctor_visits, negative_binomial, RANDHIE, 60_000),
     "zero-inflated": Entry(_doctor_visits, zero_inflated, RANDHIE, 60_000),
@@ -299,7 +305,9 @@ MODELS = {
     "mixture": Entry(_gain_alone, mixture, FLIGHTS),
     "ordinal": Entry(_marriages, ordinal, "statsmodels, fair", 60_000),
     "MvNormal with LKJ": Entry(_weather, correlated, WEATHER, 100_000, gaussian=True),
-    "horseshoe": Entry(_diabetes, horseshoe, "scikit-learn, diabetes", 100_000, gaussian=True),
+    "horseshoe": Entry(
+        _diabetes, horseshoe, "scikit-learn, diabetes", 100_000, gaussian=True, more_draws=20
+    ),
     "100,000 groups": Entry(
         _gain_by_plane, many_groups, FLIGHTS, 190_000, sd_tolerance=0.1, reference="many_groups"
     ),
