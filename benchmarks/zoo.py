@@ -30,6 +30,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -126,8 +127,8 @@ class Zoo:
             if contestant == "statsmodels" and model not in STATSMODELS:
                 continue
             if contestant not in fits or contestant in again:
-                _child(self, model, contestant, 0, patience := 3 * self.limit + 60)  # compiles
-                fits[contestant] = _child(self, model, contestant, self.limit, patience)
+                _child(self, model, contestant, 0)  # compiles
+                fits[contestant] = _child(self, model, contestant, self.limit)
                 self._keep("fits", model, fits)
 
     def _refer(self, model: str) -> None:
@@ -136,7 +137,7 @@ class Zoo:
         if not (file := case.rows / MOMENTS).exists() and "mean" in found.get(model, {}):
             np.savez(file, **{name: found[model][name] for name in SAVED})
         if model not in found or not file.exists():
-            self._keep("references", model, _child(self, model, REFERENCE, self.limit, 3_600))
+            self._keep("references", model, _child(self, model, REFERENCE, 3_600))
 
     def _keep(self, kind: str, model: str, value: dict) -> None:
         self.found[kind][model] = value
@@ -216,6 +217,11 @@ def measure(case: Case, contestant: str, reference: dict, limit: float) -> dict[
     return found
 
 
+def _patience(limit: float) -> int:
+    """Return the processor seconds after which a process without a result is ended."""
+    return int(2 * limit) + 120
+
+
 def _clock() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
@@ -223,6 +229,7 @@ def _clock() -> np.ndarray:
 def _one(folder: Path, names: list[str], n_rows: int | None, limit: float) -> dict:
     """Do what a process of its own is for."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (_patience(limit), resource.RLIM_INFINITY))
     model, contestant = names
     warnings.simplefilter("ignore")
     case, start = case_of(model, folder, n_rows), _clock()
@@ -242,7 +249,7 @@ def _one(folder: Path, names: list[str], n_rows: int | None, limit: float) -> di
     }
 
 
-def _child(zoo: "Zoo", model: str, contestant: str, limit: float, patience: float) -> dict:
+def _child(zoo: "Zoo", model: str, contestant: str, limit: float) -> dict:
     """Return what a process finds, or how it ended."""
     command = [sys.executable, "-m", "benchmarks.zoo", "--one", model, contestant]
     command += ["--folder", str(zoo.folder), "--limit", str(limit)]
@@ -252,17 +259,11 @@ def _child(zoo: "Zoo", model: str, contestant: str, limit: float, patience: floa
         "JAX_COMPILATION_CACHE_DIR": str(zoo.folder / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    try:
-        done = subprocess.run(
-            command,
-            env=os.environ | caches,
-            capture_output=True,
-            text=True,
-            timeout=patience,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no result after {patience:.0f} s"}
+    done = subprocess.run(
+        command, env=os.environ | caches, capture_output=True, text=True, check=False
+    )
+    if done.returncode == -signal.SIGXCPU:
+        return {"failed": f"no result after {_patience(limit):.0f} processor seconds"}
     if done.returncode:
         return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
     return json.loads(done.stdout.splitlines()[-1]) or {"failed": "no result"}

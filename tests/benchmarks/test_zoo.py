@@ -148,7 +148,7 @@ def test_the_page_has_a_place_for_every_table(name):
 def test_what_was_measured_is_not_measured_again(case, tmp_path, monkeypatch):
     asked = []
 
-    def child(_, model, contestant, limit, patience):
+    def child(_, model, contestant, limit):
         asked.append((contestant, limit))
         moments = {name: each.tolist() for name, each in exact.items()}
         return moments if contestant == zoo.REFERENCE else result()
@@ -159,7 +159,7 @@ def test_what_was_measured_is_not_measured_again(case, tmp_path, monkeypatch):
         return asked
 
     monkeypatch.setattr(zoo, "_child", child)
-    assert run() == [(zoo.REFERENCE, 5), ("polish", 0), ("polish", 5)]
+    assert run() == [(zoo.REFERENCE, 3_600), ("polish", 0), ("polish", 5)]
     assert run() == []
     assert run(again=["polish"]) == [("polish", 0), ("polish", 5)]
     np.testing.assert_equal(zoo.reference_of(case), exact)
