@@ -56,6 +56,7 @@ RUN_HERE = {
     "getting_started.md",
     "index.md",
     "order.md",
+    "polish.md",
 }
 RUN_ELSEWHERE = {
     "models.md": "tests/variational/streaming/test_models.py",
@@ -114,6 +115,10 @@ class TestCode:
         *_, last = run_as_shown(FOLDER / name)
         rows, approx = last.names["rows"], last.names["approx"]
         assert np.abs(approx.mean.eval() - rows.mean()) < 0.5 * 2 / np.sqrt(len(rows))
+
+    def test_the_page_on_polishing_gives_what_it_shows(self):
+        *_, last = run_as_shown(FOLDER / "polish.md")
+        assert last.names["report"].verdict == "fine"
 
     def test_the_order_of_the_page_is_seen(self):
         seen, repaired = run_as_shown(FOLDER / "order.md")

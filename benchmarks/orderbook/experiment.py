@@ -120,9 +120,9 @@ class Examination:
     averaged: State
     """After ``EpochAverage.apply``."""
     corrected: State | None
-    """After ``FitReport.apply``; None if that refused."""
+    """After ``polish``; None if that refused."""
     refusal: str | None
-    """Why ``FitReport.apply`` refused."""
+    """Why ``polish`` refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +314,7 @@ class _Examiner:
 
     def report(self, approx: Any) -> Examination:
         """Check *approx*, then improve it as its user would, and tell how it went."""
-        from pymc.variational.streaming import StreamError
+        from pymc.variational.streaming import StreamError, polish
 
         last = self._check(approx)[1] if self._check_last else _state(approx)
         epochs = self.average.epochs
@@ -322,7 +322,7 @@ class _Examiner:
         check, averaged = self._check(approx)
         corrected = refusal = None
         try:
-            check.apply(approx)
+            polish(approx, self._ds, progressbar=False)
             corrected = _state(approx)
         except StreamError as error:
             refusal = str(error)

@@ -41,6 +41,7 @@ from pymc.variational._streaming.errors import (
 )
 from pymc.variational._streaming.fit.average import EpochAverage
 from pymc.variational._streaming.fit.check import check_fit
+from pymc.variational._streaming.fit.noise_floor import CheckNoiseFloor
 from pymc.variational._streaming.fit.polish import polish
 from pymc.variational._streaming.fit.report import FitReport
 from pymc.variational._streaming.fit.resume import resumable_fit
@@ -52,6 +53,7 @@ from pymc.variational._streaming.sources.arrow import arrow_source
 from pymc.variational._streaming.sources.parquet.parquet import parquet_source
 
 __all__ = [
+    "CheckNoiseFloor",
     "EpochAverage",
     "FitReport",
     "OrderError",

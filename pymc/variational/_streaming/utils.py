@@ -56,13 +56,13 @@ def positive_int(name: str, value: Any) -> int:
 @contextmanager
 def progress_bar(
     description: str, total: int | None = None, *, show: bool = True
-) -> Iterator[Callable[[float], None]]:
+) -> Iterator[Callable[..., None]]:
     """Show on stderr how many rows are done and how fast.
 
     Yields
     ------
     callable
-        Adds a number of rows to those that are done.
+        Adds a number of rows to those that are done, and may change the description.
     """
     bar = CustomProgress(
         "[progress.description]{task.description}",
@@ -75,7 +75,11 @@ def progress_bar(
     )
     with bar:
         task = bar.add_task(description, total=total)
-        yield lambda n_rows: bar.advance(task, n_rows)
+
+        def advance(n_rows: float, description: str | None = None) -> None:
+            bar.update(task, advance=n_rows, description=description)
+
+        yield advance
 
 
 class _RowsPerSecond(ProgressColumn):

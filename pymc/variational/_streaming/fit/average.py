@@ -25,6 +25,7 @@ from pymc.variational._streaming.fit.bins import Bins, Moments, merge
 from pymc.variational._streaming.fit.gaussian import (
     as_streams,
     gaussian_group,
+    marginal_sd,
     mean,
     names,
     scale,
@@ -44,6 +45,14 @@ a trend: the ratio is √3 on a straight line, 2 at most, and about 0 for noise.
 
 _MIN_BINS = 4
 """Parts of a path that tell a trend from noise."""
+
+_ARRIVAL = 5.0
+"""Distance of the first part of a path from its second half, in standard deviations of the parts
+there, from which on the path begins with a way to where it stays."""
+
+_SETTLED = 0.2
+"""Distance between the halves of what is kept, relative to the way that is left out, up to which
+the way has ended."""
 
 
 class EpochAverage(Callback):
@@ -73,7 +82,9 @@ class EpochAverage(Callback):
     :func:`resumable_fit`; another fit starts another average. An epoch is whole if the callback
     was first called no later than at its first batch and the stream has gone beyond it.
 
-    *Memory*: at most 70 vectors of the size of the means, whatever the number of steps.
+    Where the means arrive only after the burn-in, the way there is left out, too.
+
+    *Memory*: at most 134 vectors of the size of the means, whatever the number of steps.
 
     References
     ----------
@@ -123,8 +134,8 @@ class EpochAverage(Callback):
 
     @property
     def epochs(self) -> int:
-        """Number of whole epochs that :meth:`apply` averages."""
-        return sum(part.n for part in self._kept_epochs())
+        """Number of whole epochs after the burn-in, which :meth:`apply` averages if none travels."""
+        return sum(part.n for part in self._kept_epochs(self._burn_in))
 
     def __call__(self, approx: Approximation, losses: np.ndarray | None, i: int) -> None:
         group = gaussian_group(approx)
@@ -142,9 +153,10 @@ class EpochAverage(Callback):
     def apply(self, approx: Approximation) -> None:
         """Put the averages into *approx*.
 
-        If less than one whole epoch followed the burn-in, the steps that did are averaged,
-        with a warning. If the means still move in one direction, so that an average would lag
-        behind them, nothing is changed, with a warning.
+        The way to where the means stay is left out, beyond the burn-in if need be. If less than
+        one whole epoch is left, its steps are averaged, with a warning. If the means still move
+        in one direction, so that an average would lag behind them, nothing is changed, with a
+        warning.
 
         Parameters
         ----------
@@ -167,15 +179,23 @@ class EpochAverage(Callback):
                 "approx has other parameters than the average; apply it to the approximation "
                 "that was fitted"
             )
-        if _has_trend(group, self._steps.after(self._burn_in, at_least=_MIN_BINS)):
+        steps = self._steps.after(self._burn_in, at_least=_MIN_BINS)
+        n_travelled = _count_travelled(group, steps)
+        if n_travelled is None:
             return
-        kept = self._kept_epochs()
+        kept = self._kept_epochs(self._burn_in)
+        if n_travelled:
+            steps = steps[n_travelled:]
+            kept = self._kept_epochs(1 - sum(part.n for part in steps) / self._steps.n, last=False)
+        else:
+            steps = self._steps.after(self._burn_in)
         if not kept:
-            kept = self._steps.after(self._burn_in)
+            kept = steps
             n_steps = sum(part.n for part in kept)
             warnings.warn(
                 "less than one whole epoch followed the burn-in: the means are averaged over "
-                f"{n_steps} steps, in which the noise of the batches does not cancel; run longer",
+                f"{n_steps} steps, in which the noise of the batches does not cancel; call "
+                "polish(approx, ds)",
                 StreamWarning,
                 stacklevel=2,
             )
@@ -208,32 +228,57 @@ class EpochAverage(Callback):
             epochs.add(self._total / self._n)
         return epochs
 
-    def _kept_epochs(self) -> list[Moments]:
-        """Return the whole epochs after the burn-in, or else the last of several."""
+    def _kept_epochs(self, fraction: float, *, last: bool = True) -> list[Moments]:
+        """Return the whole epochs from *fraction* of all on, or else the *last* of several."""
         epochs = self._whole_epochs()
-        if not epochs.n or (epochs.n == 1 and self._burn_in):
+        if not epochs.n or (epochs.n == 1 and fraction):
             return []
-        return epochs.after(self._burn_in)
+        kept = epochs.after(fraction)
+        begin = epochs.n - sum(part.n for part in kept)
+        return kept if last or begin >= fraction * epochs.n - 1e-9 else []
 
 
-def _has_trend(group: Group, steps: Sequence[Moments]) -> bool:
-    """Warn if the means of *steps* move in one direction more than they scatter."""
+def _count_travelled(group: Group, steps: Sequence[Moments]) -> int | None:
+    """Return how many parts at the beginning of a path are the way to where it stays.
+
+    None, with a warning, if it does not stay anywhere.
+    """
     if len(steps) < _MIN_BINS:
-        return False
-    half = len(steps) // 2
-    path, moved = merge(steps), np.abs(merge(steps[half:]).mean - merge(steps[:half]).mean)
-    factor = scale(group)
-    sd = factor if factor.ndim == 1 else np.linalg.norm(factor, axis=1)
-    trend = np.where(moved > _TREND_RATIO * np.sqrt(path.squares / path.n), moved / sd, 0)
+        return 0
+    sd = marginal_sd(scale(group))
+    moved, travels = _travels(steps, sd)
+    for n_left_out in range(1, len(steps) - _MIN_BINS + 1):
+        if not travels.any():
+            return n_left_out - 1
+        rest = steps[n_left_out:]
+        further, rest_travels = _travels(rest, sd)
+        way = np.abs(steps[0].mean - merge(rest).mean)
+        still = travels & (further > _SETTLED * way) & (further > _MAX_TREND * sd)
+        if not (rest_travels | still).any():
+            return n_left_out
+    if not travels.any():
+        return 0
+    trend = np.where(travels, moved / sd, 0)
     worst = int(np.argmax(trend))
-    if trend[worst] <= _MAX_TREND:
-        return False
     warnings.warn(
         f"the means still travel: that of {names(group)[worst]} moved by {trend[worst]:.2g} sd "
         "of approx between the halves of the steps after the burn-in, more than the steps "
-        "scatter, so an average would lag behind; approx is left as it is: run longer, or with "
-        "a higher learning rate",
+        "scatter, so an average would lag behind, and approx is left as it is; call "
+        "polish(approx, ds)",
         StreamWarning,
         stacklevel=3,
     )
-    return True
+    return None
+
+
+def _travels(steps: Sequence[Moments], sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how far the halves of a path are apart, and which means travel, each shape (d,)."""
+    half = len(steps) // 2
+    path, moved = merge(steps), np.abs(merge(steps[half:]).mean - merge(steps[:half]).mean)
+    trend = moved > _TREND_RATIO * np.sqrt(path.squares / path.n)
+    way, arrival = np.zeros(len(sd)), np.zeros(len(sd), bool)
+    if half >= _MIN_BINS:
+        way = np.abs(steps[0].mean - merge(steps[half:]).mean)
+        arrival = way > _ARRIVAL * np.std([part.mean for part in steps[half:]], axis=0, ddof=1)
+    travels = (trend & (moved > _MAX_TREND * sd)) | (arrival & (way > _MAX_TREND * sd))
+    return np.maximum(moved, way * arrival), travels

@@ -24,8 +24,8 @@ import numpy as np
 
 __all__ = ["Bins", "Moments", "merge"]
 
-_MAX_BINS = 16
-"""Bins are merged in pairs when there are this many, so that 8 to 16 cover the series."""
+_MAX_BINS = 32
+"""Bins are merged in pairs when there are this many, so that 16 to 32 cover the series."""
 
 
 class Moments(NamedTuple):

@@ -15,71 +15,71 @@
 
 import math
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from functools import partial
-from itertools import batched
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-import pytensor.tensor as pt
 
-from pytensor.compile.sharedvalue import SharedVariable
-from pytensor.graph.basic import Variable
-from pytensor.graph.traversal import ancestors
-from pytensor.tensor.random.type import RandomType
+from scipy.stats import f as f_distribution
 
-from pymc.model.core import Model
-from pymc.pytensorf import compile, join_nonshared_inputs
 from pymc.variational._streaming.dataset import StreamingDataset
-from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.fit.bins import Bins, merge
-from pymc.variational._streaming.fit.gaussian import as_streams, gaussian_group, mean, names, scale
+from pymc.variational._streaming.fit.density import Density, Part, Term, add_up, sum_over_rows
+from pymc.variational._streaming.fit.gaussian import (
+    as_streams,
+    gaussian_group,
+    marginal_sd,
+    mean,
+    names,
+    scale,
+)
 from pymc.variational._streaming.fit.newton import (
-    Probe,
-    between_within_ratio,
+    Optimum,
+    Sample,
+    find_optimum,
+    is_dense,
     lower_bound,
-    newton_step,
 )
 from pymc.variational._streaming.fit.report import FitReport, StreamRows
-from pymc.variational._streaming.guards import depends_on, total_size_of
-from pymc.variational._streaming.utils import progress_bar
-from pymc.variational.minibatch_rv import get_scaling
-from pymc.variational.opvi import Approximation, Group
+from pymc.variational._streaming.utils import positive_int, progress_bar
+from pymc.variational.opvi import Approximation
 
 __all__ = ["check_fit"]
 
-_BLOCK_VALUES = 2**16
-"""Small batches are joined up to this: calls then cost little, and a block little memory."""
+_SAMPLE_VALUES = 2**23
+"""Values of rows up to which a sample is held in memory."""
 
-_MIN_BLOCKS = 256
-"""Fewer blocks would blur where in the stream the gradient changes."""
+_SAMPLE_BLOCKS = 64
+"""Blocks of a sample, whose scatter shows what it is worth."""
 
-_PAIRS = 8
-"""Least number of pairs of draws at which the likelihoods are evaluated."""
+_SMALL_BLOCKS = 1024
+"""Blocks of a sample in which parameters are looked for that few rows depend on."""
 
-_PRIOR_PAIRS = 128
-"""The same of what does not depend on rows: it costs nothing beside them, and the priors of
-hierarchical models are far from quadratic."""
+_MAX_FACTOR = 30.0
+"""Ratio of a second derivative of all rows to that of the sample up to which it is rescaled."""
 
-_MOST_TIMES = 10
-"""A source that gives this many times the declared rows has no end."""
+_FALSE_ALARM = 1e-6
+"""Probability at which rows in random order are taken for ordered ones."""
 
-LogDensity = Callable[..., tuple[np.ndarray, np.ndarray]]
-"""Function from rows, if any, and parameters to a log density and its gradient."""
+_MIN_RATIO = 5.0
+"""Variance ratio below which an order of the rows is not worth a word."""
 
 
 def check_fit(
     approx: Approximation,
     ds: StreamingDataset | Sequence[StreamingDataset],
     *,
+    rows: int | None = None,
+    executor: Executor | None = None,
     seed: int = 0,
     progressbar: bool = True,
 ) -> FitReport:
     """Compare a fit with what all rows of its stream say, in one pass over them.
 
     Where a Gaussian approximation is optimal, the gradient of the log density vanishes on
-    average over it, and its curvature matches the scales. Both are computed at draws from the
-    approximation, with every row counted once.
+    average over it, and its curvature matches the scales. The gradient comes from all rows, each
+    counted once, and the curvature from a sample of them.
 
     Parameters
     ----------
@@ -88,6 +88,12 @@ def check_fit(
     ds : StreamingDataset or sequence of StreamingDataset
         The stream, or all streams, that the model observes. Buffer and position are left
         alone, and any batch may be in the buffer.
+    rows : int, optional
+        Number of rows of each stream to read, for a quick look with an error. Default: all.
+    executor : concurrent.futures.Executor, optional
+        Reads parts of the source: threads, processes, or a cluster, such as Dask's
+        ``client.get_executor(pure=False)``. The numbers do not depend on it. Sources that can only
+        be read from their beginning are read here. Default: this process.
     seed : int, default 0
         Seed of the draws.
     progressbar : bool, default True
@@ -96,8 +102,7 @@ def check_fit(
     Returns
     -------
     FitReport
-        Report that prints as a verdict; ``report.apply(approx)`` corrects a fit that is nearly
-        right.
+        Report that prints as a verdict and one next step.
 
     Raises
     ------
@@ -110,16 +115,23 @@ def check_fit(
 
     Notes
     -----
-    The errors of the means come from the Hessian of the log density, estimated with as many pairs
-    of draws as there are parameters, 8 at least; they are exact where the log density is
-    quadratic. Beyond 64 parameters of a mean-field approximation, 64 pairs estimate its diagonal
-    only, which serves where correlations are weak.
+    The expected log density and its Hessian come from antithetic pairs of draws, as many as there
+    are parameters, 8 at least. They are exact where the log density is quadratic. Beyond 256
+    parameters of a mean-field approximation, Hessian-vector products and Krylov spaces take the
+    place of the whole Hessian. Parameters of which the sample has few rows, such as the effects of
+    rare levels, get their second derivatives from another pass over all rows.
 
-    *Cost*: a gradient of every row at each draw, 16 for up to 8 parameters. *Memory*: a few
-    vectors of the parameters, or matrices where the Hessian is estimated, and a block of rows.
+    The posterior's standard deviations are those of linear response: of the inverse of the
+    expected Hessian.
+
+    *Cost*: a gradient of every row, and the sample. *Memory*: 64 MB of rows, and 100 vectors of
+    the parameters, or matrices where the whole Hessian is estimated.
 
     References
     ----------
+    Giordano, R., Broderick, T. & Jordan, M. I. (2018). Covariances, robustness, and variational
+    Bayes. Journal of Machine Learning Research 19(51), 1-49.
+
     Kucukelbir, A. et al. (2017). Automatic differentiation variational inference. Journal of
     Machine Learning Research 18(14), 1-45.
 
@@ -134,203 +146,175 @@ def check_fit(
     ...     mu = pm.Normal("mu", 0, 10)
     ...     y = pm.Normal("y", mu, 2, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
     ...     approx = pm.fit(
-    ...         2_000,
+    ...         200,
     ...         callbacks=[ds.fit_callback()],
     ...         obj_optimizer=pm.adam(learning_rate=0.05),
     ...         progressbar=False,
     ...     )
-    >>> check_fit(approx, ds, progressbar=False).apply(approx)
     >>> check_fit(approx, ds, progressbar=False).verdict
-    'fine'
+    'not converged'
     """
     streams = as_streams(ds)
     group = gaussian_group(approx)
-    likelihoods, rest = _split_density(group, streams)
+    density = Density(group, streams)
+    at, scales = mean(group), scale(group)
+    rows = None if rows is None else positive_int("rows", rows)
+    n_known = sum(min(stream.total_size or 0, rows or math.inf) for stream in streams)
     rng = np.random.default_rng(seed)
-    probe = Probe(mean(group), scale(group), pairs=_PAIRS, rng=rng)
-    prior = Probe(mean(group), scale(group), pairs=_PRIOR_PAIRS, rng=rng)
-    prior.add(rest)
-    n_rows = sum(stream.total_size or 0 for stream in streams)
-    with progress_bar("Checking", n_rows or None, show=progressbar) as advance:
-        passes = [_read(*part, probe, advance) for part in zip(streams, likelihoods)]
-    return _report(group, [probe, prior], passes, moved=all(s.rows_seen > 0 for s in streams))
-
-
-class _Likelihood(NamedTuple):
-    """The log-likelihood of a stream's rows, and the number of rows to which it is scaled."""
-
-    density: LogDensity
-    total_size: int | None
-
-
-class _Pass(NamedTuple):
-    """What one pass over the rows of a stream has given, besides their sums."""
-
-    counted: StreamRows
-    batch_variance: np.ndarray
-    """Variance of the gradient that one batch, scaled to all rows, gives."""
-    between_within_ratio: float
-    """Variance of the gradient between parts of the stream over that within them."""
-
-
-def _split_density(
-    group: Group, streams: Sequence[StreamingDataset]
-) -> tuple[list[_Likelihood], LogDensity]:
-    """Compile the log density as likelihoods of the streams and all the rest."""
-    model = group.model
-    variables = [*model.free_RVs, *model.observed_RVs, *model.potentials]
-    factors = dict(zip(variables, model.logp(variables, sum=False)))
-    _refuse_other_uses(model, factors, streams)
-    likelihoods = []
-    for stream in streams:
-        buffer = stream.as_tensor()
-        observed = [v for v in factors if depends_on(model, v, buffer)]
-        if not observed:
-            raise StreamError(
-                f"no observed variable of approx.model depends on the stream {buffer.name!r}; "
-                "pass the stream that was fitted"
-            )
-        terms = [factors.pop(v).sum() / _scaling(model, v) for v in observed]
-        sizes = {next(iter(total_size_of(rv)), None) for rv in observed}
-        total_size = (sizes - {stream.total_size} or sizes).pop()
-        density = _compile_density(group, terms, buffer)
-        likelihoods.append(_Likelihood(density, total_size))
-    return likelihoods, _compile_density(group, [factor.sum() for factor in factors.values()])
-
-
-def _refuse_other_uses(
-    model: Model, factors: Mapping[Variable, Variable], streams: Sequence[StreamingDataset]
-) -> None:
-    """Refuse a factor that is neither free of rows nor observes those of one stream alone."""
-    passed = [stream.as_tensor().container for stream in streams]
-    for v, factor in factors.items():
-        above = list(ancestors([factor]))
-        uses = sum(depends_on(model, v, stream.as_tensor()) for stream in streams)
-        # The container is compared, because transforming a model copies its shared variables.
-        left_out = [
-            a.name
-            for a in above
-            if hasattr(a.tag, "fit_callback") and getattr(a, "container", None) not in passed
-        ]
-        if any(isinstance(a.type, RandomType) for a in above):
-            reason = (
-                "random draws, as those of pm.Minibatch; observe all rows through a "
-                "StreamingDataset, which takes arrays too"
-            )
-        elif left_out:
-            reason = f"the stream {left_out[0]!r}, which was not passed; pass all streams"
-        elif uses and v not in model.observed_RVs:
-            reason = "a stream but is not observed; write it as an observed variable"
-        elif uses > 1:
-            reason = "several streams; observe each in a variable of its own"
-        else:
-            continue
-        raise StreamError(f"{v.name!r} depends on {reason}")
-
-
-def _scaling(model: Model, rv: Variable) -> Variable | float:
-    if not total_size_of(rv):
-        return 1.0
-    return get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)
-
-
-def _compile_density(
-    group: Group, terms: Sequence[Variable], buffer: SharedVariable | None = None
-) -> LogDensity:
-    """Compile the sum of *terms* and its gradient, in the flat parameters of *group*."""
-    values = {v.name: v for v in group.model.value_vars}
-    [total], flat = join_nonshared_inputs(
-        group.model.initial_point(0),
-        [pt.add(*terms)],
-        [values[name] for name in group.ordering],
-    )
-    inputs, givens = [flat], {}
-    if buffer is not None:
-        rows = buffer.type("rows")
-        inputs = [rows, flat]
-        givens = {
-            v: rows for v in ancestors([total]) if getattr(v, "container", None) is buffer.container
-        }
-    gradient = pt.grad(total, flat, disconnected_inputs="ignore")
-    return compile(
-        inputs,
-        [total, gradient],
-        givens=givens,
-        on_unused_input="ignore",
-        allow_input_downcast=True,
-    )
-
-
-def _read(
-    stream: StreamingDataset,
-    likelihood: _Likelihood,
-    probe: Probe,
-    advance: Callable[[int], None],
-) -> _Pass:
-    """Add all rows of a stream to *probe*, in one pass."""
-    name = str(stream.as_tensor().name)
-    gradients = Bins()
-    n_rows = block_rows = 0
-    for rows in _blocks(stream):
-        try:
-            gradient = probe.add(partial(likelihood.density, rows))
-        except (AssertionError, TypeError, ValueError) as error:
-            error.add_note(
-                f"check_fit evaluates the likelihood of {name!r} with any number of rows, here "
-                f"{len(rows)}; take lengths and coordinates from as_tensor().shape[0]"
-            )
-            raise
-        block_rows = block_rows or len(rows)
-        # Blocks are compared with each other, which a shorter last one would blur.
-        if len(rows) == block_rows:
-            gradients.add(gradient / len(rows))
-        n_rows += len(rows)
-        advance(len(rows))
-    whole = merge(gradients.parts)
-    per_row = whole.squares / max(1, whole.n - 1) * block_rows
-    return _Pass(
-        counted=StreamRows(name, n_rows, likelihood.total_size),
-        batch_variance=per_row * n_rows**2 / stream.batch_size,
-        between_within_ratio=between_within_ratio(gradients.parts),
-    )
-
-
-def _blocks(stream: StreamingDataset) -> Iterator[np.ndarray]:
-    """Yield the batches of an epoch, joined where they are small and many."""
-    declared = stream.total_size or 0
-    rows = min(_BLOCK_VALUES // math.prod(stream.sample_shape), declared // _MIN_BLOCKS)
-    n_rows = 0
-    for batches in batched(stream, max(1, rows // stream.batch_size)):
-        n_rows += sum(map(len, batches))
-        if declared and n_rows > _MOST_TIMES * declared + stream.batch_size:
-            raise StreamError(
-                f"the stream {stream.as_tensor().name!r} has total_size={declared} but gave "
-                f"{n_rows} rows and has not ended; pass the number of rows, and a source that "
-                "ends after an epoch"
-            )
-        yield np.concatenate(batches)
-
-
-def _report(
-    group: Group, probes: Sequence[Probe], passes: Sequence[_Pass], *, moved: bool
-) -> FitReport:
-    scales = scale(group)
-    optimum = newton_step(mean(group), scales, probes)
-    elbo, elbo_error = lower_bound(scales, probes)
-    noise = np.sqrt(np.sum([part.batch_variance for part in passes], axis=0))
-    gradient = np.sum([probe.gradient for probe in probes], axis=0)
+    with progress_bar("Checking", int(n_known) or None, show=progressbar) as advance:
+        read = partial(_read_all, density, rows=rows, executor=executor, advance=advance)
+        passes = read(partial(_score, x=at), keep=_sample_size(streams, scales))
+        samples = [_sample(part, term) for part, term in zip(passes, density.likelihoods)]
+        few = [_has_few(sample, part, at) for sample, part in zip(samples, passes)]
+        offset = rng.choice([-1.0, 1.0], len(at)) * marginal_sd(scales) * np.any(few, axis=0)
+        if offset.any():
+            again = read(partial(_secant, x=at, offset=offset))
+            samples = [_corrected(*pair, at, offset) for pair in zip(samples, again)]
+    value, gradient = density.prior.value_and_gradient(at)
+    value += sum(part.weight * part.sums[0] for part in passes)
+    gradient = gradient + sum(part.weight * part.sums[1] for part in passes)
+    optimum = find_optimum(at, scales, gradient, samples, density.prior, rng)
+    elbo, elbo_error = lower_bound(scales, value, optimum)
+    noise = np.sqrt(sum(part.total**2 * part.row_variance() / part.batch_size for part in passes))
     with np.errstate(divide="ignore", invalid="ignore"):
         signal_to_noise = np.where(noise > 0, np.abs(gradient) / noise, 0).max()
+    sd = marginal_sd(scales) if np.isnan(optimum.sd).any() else optimum.sd
     return FitReport(
         names=names(group),
-        z=optimum.z,
+        z=-optimum.step / sd,
         s=optimum.s,
+        sd=optimum.sd,
+        family_sd=marginal_sd(scales),
+        z_error=max(part.step_error(optimum) for part in passes),
         elbo=elbo,
-        elbo_error=elbo_error,
-        streams=tuple(part.counted for part in passes),
-        clarity=float(signal_to_noise) if noise.any() else np.inf,
-        disorder=max(part.between_within_ratio for part in passes) or None,
-        moved=moved,
-        start=mean(group),
+        elbo_error=math.hypot(elbo_error, *(part.value_error() for part in passes)),
+        streams=tuple(
+            StreamRows(part.name, part.n_rows, size, part.weight == 1)
+            for part, size in zip(passes, density.total_sizes)
+        ),
+        signal_to_noise=float(signal_to_noise) if noise.any() else np.inf,
+        between_within_ratio=max(part.between_within_ratio() for part in passes) or None,
+        moved=all(stream.rows_seen > 0 for stream in streams),
+        group=group,
+        start=at,
         optimum=optimum,
     )
+
+
+class _Pass:
+    """Sums over what has been read of a stream: value, gradient, and its squares by block."""
+
+    def __init__(self, stream: StreamingDataset, parts: Sequence[Part], rows: int | None):
+        self.name, self.batch_size = str(stream.as_tensor().name), stream.batch_size
+        self.parts = list(parts)
+        self.sums = add_up(parts)
+        self.n_rows = sum(part.n_rows for part in parts)
+        self.total = self.n_rows
+        """Number of rows that the stream has."""
+        if rows is not None and self.n_rows >= rows:
+            self.total = max(rows, stream._source.n_rows or stream.total_size or rows)
+        self.weight = self.total / self.n_rows
+
+    def row_variance(self) -> np.ndarray:
+        """Return the variance of the gradient of a row, by the scatter of blocks."""
+        _, gradient, squares, _ = self.sums
+        n_blocks = sum(part.n_blocks for part in self.parts)
+        return np.maximum(squares - gradient**2 / self.n_rows, 0) / max(1, n_blocks - 1)
+
+    def value_error(self) -> float:
+        """Return the error of the log-likelihood where not all rows were read."""
+        value, _, _, squares = self.sums
+        n_blocks = sum(part.n_blocks for part in self.parts)
+        variance = max(0.0, squares - value**2 / self.n_rows) / max(1, n_blocks - 1)
+        return self.total * math.sqrt(variance / self.n_rows * (1 - 1 / self.weight))
+
+    def step_error(self, optimum: Optimum) -> float:
+        """Return the error of the means, in posterior sd, where not all rows were read."""
+        if self.weight == 1:
+            return 0.0
+        steps = [optimum.solve(self.total / p.n_rows * p.sums[1]) for p in self.parts]
+        variance = np.var(steps, axis=0, ddof=1) / len(steps) * (1 - 1 / self.weight)
+        return float(np.sqrt(variance / optimum.sd**2).max())
+
+    def between_within_ratio(self) -> float:
+        """Return the variance of the gradient between parts over that within them, at most.
+
+        It is about 1 for rows in random order, and 0 is returned if such rows would reach it by
+        chance.
+        """
+        _, gradient, squares, _ = self.sums
+        by_part = sum(part.sums[1] ** 2 / part.n_rows for part in self.parts)
+        between = len(self.parts) - 1
+        within = sum(part.n_blocks for part in self.parts) - len(self.parts)
+        if min(between, within) < 7:
+            return 0.0
+        with np.errstate(all="ignore"):
+            ratio = (by_part - gradient**2 / self.n_rows) / between
+            ratio = float(np.nan_to_num(ratio / ((squares - by_part) / within)).max())
+        chance = f_distribution.sf(ratio, between, within) * len(gradient)
+        return ratio if ratio > _MIN_RATIO and chance < _FALSE_ALARM else 0.0
+
+
+def _read_all(
+    density: Density, function: Callable[..., Any], rows: int | None, **kwargs: Any
+) -> list[_Pass]:
+    """Return what one pass over all streams gives."""
+    parts = sum_over_rows(density, function, rows=rows, **kwargs)
+    return [
+        _Pass(stream, [part for part in parts if part.stream == i], rows)
+        for i, stream in enumerate(density.streams)
+    ]
+
+
+def _score(term: Term, rows: np.ndarray, x: np.ndarray) -> tuple[Any, ...]:
+    value, gradient = term.value_and_gradient(x, rows)
+    return value, gradient, gradient**2 / len(rows), value**2 / len(rows)
+
+
+def _secant(term: Term, rows: np.ndarray, x: np.ndarray, offset: np.ndarray) -> tuple[Any, ...]:
+    """Return the Hessian times *offset*, averaged along it."""
+    up, down = (term.value_and_gradient(x + side * offset, rows)[1] for side in (1, -1))
+    return ((up - down) / 2,)
+
+
+def _sample_size(streams: Sequence[StreamingDataset], scales: np.ndarray) -> int:
+    """Return a number of rows that fits memory and costs less than a pass over millions."""
+    size = len(scales)
+    values = max(math.prod(stream.sample_shape) for stream in streams)
+    wanted = max(2**15, 16 * size)
+    if is_dense(scales):  # a pair of draws for each parameter
+        wanted = max(2**21 // (size * values), min(64 * size, 2**13), 16 * size)
+    return min(wanted, _SAMPLE_VALUES // values)
+
+
+def _sample(part: _Pass, term: Term) -> Sample:
+    rows = np.concatenate([p.first_rows for p in part.parts])
+    blocks = np.array_split(rows, min(len(rows), _SAMPLE_BLOCKS))
+    size = len(part.sums[1])
+    return Sample(term, blocks, part.total / len(rows), np.ones(size), np.zeros(size))
+
+
+def _has_few(sample: Sample, part: _Pass, x: np.ndarray) -> np.ndarray:
+    """Return on which parameters few rows of a sample depend, shape (d,)."""
+    if sample.weight == 1:
+        return np.zeros(len(x), bool)
+    rows = np.concatenate(sample.blocks)
+    blocks = np.array_split(rows, min(len(rows), _SMALL_BLOCKS))
+    without = np.zeros(len(x), int)
+    for block in blocks:
+        without += sample.term.value_and_gradient(x, block)[1] == 0
+    return (without > len(blocks) / 2) & (part.sums[2] > 0)
+
+
+def _corrected(sample: Sample, part: _Pass, x: np.ndarray, offset: np.ndarray) -> Sample:
+    """Return a sample whose second derivatives along *offset* are those of all rows."""
+    rare = offset != 0
+    where = np.where(rare, offset, 1)
+    true = part.weight * part.sums[0] / where
+    pieces = (_secant(sample.term, rows, x, offset)[0] for rows in sample.blocks)
+    sampled = sample.weight * sum(pieces) / where
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.nan_to_num(true / sampled)
+    scalable = (ratio > 1 / _MAX_FACTOR) & (ratio < _MAX_FACTOR)
+    factors = np.where(rare, np.sqrt(np.where(scalable, ratio, 0)), 1)
+    return sample._replace(factors=factors, extra=np.where(rare & ~scalable, true, 0))

@@ -94,7 +94,7 @@ class Term:
         size = np.abs(v).max()
         if not size:
             return np.zeros(len(v))
-        step = np.finfo(self._flat.dtype).eps ** (1 / 3) * max(1.0, np.abs(x).max()) / size
+        step = np.finfo(self._flat.type.dtype).eps ** (1 / 3) * max(1.0, np.abs(x).max()) / size
         up = self.value_and_gradient(x + step * v, rows)[1]
         return (up - self.value_and_gradient(x - step * v, rows)[1]) / (2 * step)
 

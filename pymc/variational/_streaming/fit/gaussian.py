@@ -24,7 +24,16 @@ from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational.approximations import FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import Approximation, Group
 
-__all__ = ["as_streams", "gaussian_group", "mean", "names", "scale", "set_mean", "set_scale"]
+__all__ = [
+    "as_streams",
+    "gaussian_group",
+    "marginal_sd",
+    "mean",
+    "names",
+    "scale",
+    "set_mean",
+    "set_scale",
+]
 
 
 def as_streams(ds: StreamingDataset | Sequence[StreamingDataset]) -> list[StreamingDataset]:
@@ -88,6 +97,11 @@ def scale(group: Group) -> np.ndarray:
     factor[np.tril_indices(group.ddim)] = _parameter(group, "L_tril").get_value()
     np.fill_diagonal(factor, np.logaddexp(0, np.diag(factor)))
     return factor
+
+
+def marginal_sd(scale: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of each parameter, for a result of :func:`scale`."""
+    return scale if scale.ndim == 1 else np.linalg.norm(scale, axis=1)
 
 
 def set_scale(group: Group, values: np.ndarray) -> None:

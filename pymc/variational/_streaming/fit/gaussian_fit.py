@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The Gaussian approximation of a density, by Newton steps on its evidence lower bound."""
+"""The Gaussian nearest to a density, and moments of a density that is near a Gaussian."""
 
 import math
 
@@ -22,28 +22,29 @@ import numpy as np
 
 from scipy.stats import chi2
 
-__all__ = ["Gaussian", "best_gaussian", "best_scales", "normal_draws"]
+from pymc.variational._streaming.fit.trust_region import Function
 
-Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
+__all__ = ["Moments", "best_gaussian", "importance_moments", "normal_draws"]
+
+_PAIRS = 500
+"""Pairs of antithetic draws."""
+
+_ENOUGH = 0.5
+"""Share of effective draws at which another round would change little."""
+
+_ROUNDS = 4
 
 _MAX_RATIO = 4.0
 """Factor by which a variance may change in one step."""
 
 
-class Gaussian(NamedTuple):
-    """A Gaussian approximation."""
+class Moments(NamedTuple):
+    """Moments of a density."""
 
     mean: np.ndarray
     covariance: np.ndarray
-    bound: float
-    """Its evidence lower bound, but for a constant."""
-    converged: bool
-
-
-class _Expectation(NamedTuple):
-    bound: float
-    gradient: np.ndarray
-    hessian: np.ndarray
+    efficiency: float
+    """Effective number of draws over their number, 1 for a Gaussian density."""
 
 
 def normal_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
@@ -67,12 +68,11 @@ def best_gaussian(
     *,
     tolerance: float = 0.02,
     max_steps: int = 30,
-    show: Callable[[float], None] = lambda distance: None,
-) -> Gaussian:
-    """Return the Gaussian with the highest bound, from steps that each raise it.
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return mean and covariance of the Gaussian with the highest evidence lower bound.
 
-    At the optimum the expected gradient vanishes and the covariance is the negative inverse of
-    the expected Hessian (Opper and Archambeau 2009).
+    There the expected gradient vanishes, and the covariance is the negative inverse of the expected
+    Hessian (Opper and Archambeau 2009). Each step raises the bound; None if none can.
 
     Parameters
     ----------
@@ -97,36 +97,55 @@ def best_gaussian(
                 break
             share /= 2
             if share < 1e-3:
-                return Gaussian(mean, factor @ factor.T, here.bound, False)
+                return None
         sd, new_sd = np.linalg.norm(factor, axis=1), np.sqrt(np.diag(covariance))
         moved = max(np.abs((new_mean - mean) / new_sd).max(), np.abs(np.log(new_sd / sd)).max())
         mean, factor, here = new_mean, new_factor, new
-        show(moved / share)
         if moved < tolerance * share:
-            return Gaussian(mean, covariance, here.bound, True)
+            return mean, covariance
         share = min(1.0, 2 * share)
-    return Gaussian(mean, factor @ factor.T, here.bound, False)
+    return None
 
 
-def best_scales(
-    parts: Sequence[tuple[Function, np.ndarray]],
+def importance_moments(
+    log_density: Callable[[np.ndarray], float],
     mean: np.ndarray,
-    scales: np.ndarray,
-    *,
-    max_steps: int = 10,
-) -> tuple[np.ndarray, float]:
-    """Return the standard deviations of the best mean-field Gaussian, and its bound."""
-    best, bound = scales, -np.inf
-    for _ in range(max_steps):
-        here = _expect(parts, mean, np.diag(scales))
-        if here.bound < bound:
-            return best, bound
-        best, bound = scales, here.bound
-        ratio = -np.diag(here.hessian) * scales**2
-        scales = scales / np.sqrt(np.clip(ratio, 1 / _MAX_RATIO, _MAX_RATIO))
-        if np.abs(np.log(scales / best)).max() < 1e-3:
+    covariance: np.ndarray,
+    rng: np.random.Generator,
+) -> Moments:
+    """Return the moments of a density near N(mean, covariance).
+
+    Each round draws from the Gaussian with the moments of the one before, until enough draws are
+    effective (Cappé et al. 2004); the largest weights are truncated (Ionides 2008). Correlations
+    stay as they are, and standard deviations are multiplied by ratios of weighted to unweighted
+    draws, in which most of the noise cancels.
+    """
+    half = rng.normal(size=(_PAIRS, len(mean)))
+    draws = np.concatenate([half, -half])
+    best = Moments(mean, covariance, 0.0)
+    for _ in range(_ROUNDS):
+        offsets = draws @ np.linalg.cholesky(covariance).T
+        logs = np.array([log_density(mean + offset) for offset in offsets])
+        logs = np.nan_to_num(logs, nan=-np.inf) + (draws**2).sum(axis=1) / 2
+        weights = np.exp(logs - logs.max())
+        weights = np.minimum(weights, weights.mean() * math.sqrt(len(weights)))
+        weights /= weights.sum()
+        efficiency = float(1 / (weights**2).sum() / len(weights))
+        if efficiency < best.efficiency:
             break
-    return best, bound
+        shift = weights @ offsets
+        ratio = np.sqrt((weights @ offsets**2 - shift**2) / (offsets**2).mean(axis=0))
+        mean, covariance = mean + shift, covariance * np.outer(ratio, ratio)
+        best = Moments(mean, covariance, efficiency)
+        if efficiency > _ENOUGH:
+            break
+    return best
+
+
+class _Expectation(NamedTuple):
+    bound: float
+    gradient: np.ndarray
+    hessian: np.ndarray
 
 
 def _expect(

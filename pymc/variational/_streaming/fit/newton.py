@@ -11,127 +11,95 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Where a Gaussian approximation should be, from the log density at draws of it.
+"""Where a Gaussian approximation should be, from the log density around it.
 
 Everything is computed in the coordinates of the approximation itself, θ = μ + Lε with
-ε ~ N(0, I). There the Hessian of the log density is A = LᵀHL, and -I where the scales are
-right.
+ε ~ N(0, I). There the precision of the posterior is A = -LᵀHL, H being the expected Hessian of
+the log density, and A = I where the approximation is right.
 """
 
 import math
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from scipy.linalg import hadamard
 from scipy.stats import chi2
-from scipy.stats import f as f_distribution
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.fit.bins import Moments, merge
+from pymc.variational._streaming.fit.density import Term
 
-__all__ = ["Optimum", "Probe", "between_within_ratio", "lower_bound", "newton_step"]
+__all__ = ["Optimum", "Sample", "find_optimum", "is_dense", "lower_bound"]
 
-_MAX_DENSE = 64
+_MAX_DENSE = 256
 """Parameters of a mean-field approximation up to which the whole Hessian is estimated."""
 
-_SIGN_PAIRS = 64
-"""Pairs of draws that estimate the diagonal of the Hessian, a power of two."""
+_PAIRS = 8
+"""Least number of pairs of draws at which the likelihoods of the sample are evaluated."""
 
-_FALSE_ALARM = 1e-6
-"""Probability at which rows in random order are taken for ordered ones."""
+_FEW_ROWS = 2**18
+"""Likelihoods of rows below which more pairs cost nothing."""
 
-_MIN_RATIO = 5.0
-"""Variance ratio below which an order of the rows is not worth a word."""
+_PRIOR_PAIRS = 128
+"""The same of what does not depend on rows: it costs nothing beside them, and the priors of
+hierarchical models are far from quadratic."""
+
+_KRYLOV = 40
+"""Hessian-vector products that find the extreme directions of many parameters."""
+
+_MAX_KRYLOV = 128
+"""Hessian-vector products of a Newton step of many parameters, at most."""
+
+_SIGNS = 32
+"""Random vectors of signs that estimate the diagonal of the Hessian of many parameters."""
+
+
+class Sample(NamedTuple):
+    """Rows that stand for all rows of a stream."""
+
+    term: Term
+    blocks: list[np.ndarray]
+    weight: float
+    """Number of rows that each of them stands for."""
+    factors: np.ndarray
+    """Factors of rows and columns of the weighted Hessian, shape (d,), which correct it for
+    parameters of which the sample has few rows."""
+    extra: np.ndarray
+    """Second derivatives to add for those of which it has too few, shape (d,)."""
 
 
 class Optimum(NamedTuple):
     """What one Newton step says about the approximation."""
 
-    z: np.ndarray
-    """Standard deviations of the posterior by which each mean is too high."""
+    step: np.ndarray
+    """Newton step of the means, shape (d,)."""
+    sd: np.ndarray
+    """Standard deviations of the posterior by linear response, NaN if it is not concave."""
     s: np.ndarray
     """1 - (scale / right scale)² of each parameter."""
+    s_error: np.ndarray
+    """Standard error of *s*."""
     principal_s: np.ndarray
     """The same along the principal directions of a full-rank approximation, whose correlations
     may be wrong though the scales are right; otherwise *s*."""
-    mean: np.ndarray
-    """Mean to which the step leads."""
-    scale: np.ndarray | None
-    """Scales there, None if they are not known."""
+    covariance: np.ndarray | None
+    """Covariance of the posterior, None of many parameters."""
+    solve: Callable[[np.ndarray], np.ndarray]
+    """Newton step that a gradient of shape (d,) leads to."""
+    precision: Callable[[np.ndarray], np.ndarray]
+    """Product of A and a vector of shape (d,)."""
+    precisions: np.ndarray
+    """Some eigenvalues of A, the smallest first."""
+    weakest: np.ndarray
+    """Part of each parameter in the direction of the smallest of them, shape (d,)."""
     step_error: float
-    """Standard deviations by which the step may miss, the log density not being quadratic.
-    Infinite where it is not concave, NaN where the Hessian is not known."""
-
-
-class Probe:
-    """Sums over parts of a log density, at antithetic pairs of draws from N(μ, LLᵀ).
-
-    There are *pairs* of them or more: one for each dimension where the whole Hessian is estimated.
-    The *scale* is a vector of standard deviations, or a lower Cholesky factor.
-    """
-
-    def __init__(
-        self, mean: np.ndarray, scale: np.ndarray, *, pairs: int, rng: np.random.Generator
-    ):
-        size = len(mean)
-        self._mean, self._scale = mean, scale
-        self._dense = is_dense(scale)
-        self._draws = _normal_draws(size, pairs, rng) if self._dense else _sign_draws(size, rng)
-        n_draws = len(self._draws)
-        self.gradient = np.zeros(size)
-        """Expected gradient of all parts."""
-        self._logp = np.zeros(n_draws)
-        self._cross = np.zeros((size, size) if self._dense else size)
-        """Sum over draws of ε times the odd part of the gradient, the slope of which is A."""
-        self._even = np.zeros((n_draws if self._dense else 0, size))
-        """Even part of the gradient at each draw."""
-
-    def add(self, part: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Add a part, which returns value and gradient; return its expected gradient."""
-        gradient = np.zeros_like(self.gradient)
-        for pair, draw in enumerate(self._draws):
-            offset = self._scale @ draw if self._scale.ndim == 2 else self._scale * draw
-            (logp_up, up), (logp_down, down) = part(self._mean + offset), part(self._mean - offset)
-            self._logp[pair] += (logp_up + logp_down) / 2
-            even, odd = (up + down) / 2, (up - down) / 2
-            gradient += even / len(self._draws)
-            self._cross += np.outer(draw, odd) if self._dense else draw * odd
-            if self._dense:
-                self._even[pair] += even
-        if not (np.isfinite(self._logp).all() and np.isfinite(gradient).all()):
-            raise StreamError(
-                "the log density is not finite at draws from approx, or has no finite gradient "
-                "there; run the fit for longer, or keep the default transforms, so that no draw "
-                "leaves the support of its variable"
-            )
-        self.gradient += gradient
-        return gradient
-
-    def curvature(self) -> np.ndarray:
-        """Return the expected A, by least squares over the draws, or its diagonal."""
-        if not self._dense:
-            return self._scale * self._cross / len(self._draws)
-        slopes = np.linalg.solve(self._draws.T @ self._draws, self._cross) @ _factor(self._scale)
-        return (slopes + slopes.T) / 2
-
-    def expectation(self) -> tuple[float, float]:
-        """Return the expected log density and its Monte Carlo variance.
-
-        Its quadratic part is integrated exactly; the draws serve the rest.
-        """
-        rest, exact = self._logp, 0.0
-        if self._dense:
-            curved = self.curvature()
-            rest = rest - np.einsum("ki,ij,kj->k", self._draws, curved, self._draws) / 2
-            exact = np.trace(curved) / 2
-        return rest.mean() + exact, rest.var(ddof=1) / len(rest)
-
-    def step_variance(self, covariance: np.ndarray) -> tuple[np.ndarray, int]:
-        """Return the variance of the Newton steps of single pairs, and the number of pairs."""
-        return np.var(self._even @ covariance, axis=0), len(self._draws)
+    """Standard deviations by which the step may miss, the log density not being quadratic."""
+    expected: float
+    """Expected log density less that at the mean."""
+    expected_variance: float
+    """Its variance, by draws and by the sample of rows."""
 
 
 def is_dense(scale: np.ndarray) -> bool:
@@ -139,56 +107,319 @@ def is_dense(scale: np.ndarray) -> bool:
     return scale.ndim == 2 or len(scale) <= _MAX_DENSE
 
 
-def lower_bound(scale: np.ndarray, probes: Sequence[Probe]) -> tuple[float, float]:
-    """Return the evidence lower bound, and its Monte Carlo error."""
-    expected, variances = zip(*(probe.expectation() for probe in probes))
+def lower_bound(scale: np.ndarray, value: float, optimum: Optimum) -> tuple[float, float]:
+    """Return the evidence lower bound, given the log density at the mean, and its error."""
     diagonal = np.diag(scale) if scale.ndim == 2 else scale
     entropy = np.log(diagonal).sum() + len(diagonal) * (1 + math.log(2 * math.pi)) / 2
-    return float(sum(expected) + entropy), math.sqrt(sum(variances))
+    return float(value + optimum.expected + entropy), math.sqrt(optimum.expected_variance)
 
 
-def newton_step(mean: np.ndarray, scale: np.ndarray, probes: Sequence[Probe]) -> Optimum:
-    """Return what a Newton step on the parts of all probes together says."""
-    curved = np.sum([probe.curvature() for probe in probes], axis=0)
-    gradient = np.sum([probe.gradient for probe in probes], axis=0)
-    if not is_dense(scale):
-        sd = scale / np.sqrt(np.where(curved < 0, -curved, 1))
-        s = 1 + curved
-        return Optimum(-sd * gradient, s, s, mean + sd**2 * gradient, None, np.nan)
+def find_optimum(
+    mean: np.ndarray,
+    scale: np.ndarray,
+    gradient: np.ndarray,
+    samples: Sequence[Sample],
+    prior: Term,
+    rng: np.random.Generator,
+) -> Optimum:
+    """Return what a Newton step says, given the gradient of the log density at the mean.
+
+    What the draws change about value and gradient, and the Hessian, come from samples of rows and
+    from the *prior*.
+    """
+    function = _dense_optimum if is_dense(scale) else _iterative_optimum
+    with np.errstate(over="ignore", invalid="ignore"):
+        return function(mean, scale, gradient, samples, prior, rng)
+
+
+class _Probe:
+    """Sums over parts of a log density, at antithetic pairs of draws from N(μ, LLᵀ).
+
+    There is a pair for each dimension, or more. All is relative to the log density at the mean.
+    """
+
+    def __init__(
+        self, mean: np.ndarray, scale: np.ndarray, *, pairs: int, rng: np.random.Generator
+    ):
+        size = len(mean)
+        self._mean, self._factor = mean, _factor(scale)
+        self._draws = _orthogonal_draws(size, pairs, rng)
+        self._logp = np.zeros(len(self._draws))
+        self._odd = np.zeros((len(self._draws), size))
+        self._even = np.zeros((len(self._draws), size))
+        self._shifts: list[float] = []
+
+    def add(self, part: Callable[[np.ndarray], tuple[float, np.ndarray]], weight: float) -> None:
+        """Add *weight* times a part, which returns value and gradient."""
+        logp, gradient = part(self._mean)
+        shift = 0.0
+        for pair, draw in enumerate(self._draws):
+            offset = self._factor @ draw
+            (logp_up, up), (logp_down, down) = part(self._mean + offset), part(self._mean - offset)
+            shift += weight * ((logp_up + logp_down) / 2 - logp)
+            self._logp[pair] += weight * ((logp_up + logp_down) / 2 - logp)
+            self._odd[pair] += weight * (up - down) / 2
+            self._even[pair] += weight * ((up + down) / 2 - gradient)
+        self._shifts.append(shift / len(self._draws))
+
+    @property
+    def gradient(self) -> np.ndarray:
+        """Expected gradient less that at the mean."""
+        return self._even.mean(axis=0)
+
+    def precision(self) -> np.ndarray:
+        """Return the part in A, by least squares over the draws."""
+        slopes = np.linalg.lstsq(self._draws, self._odd)[0] @ self._factor
+        return -(slopes + slopes.T) / 2
+
+    def expectation(self, precision: np.ndarray, weight: float = 1.0) -> tuple[float, float]:
+        """Return the expected log density and its variance, by draws and by sampled parts.
+
+        Its quadratic part is integrated exactly; the draws serve the rest.
+        """
+        rest = self._logp + np.einsum("ki,ij,kj->k", self._draws, precision, self._draws) / 2
+        variance = rest.var(ddof=1) / len(rest)
+        if weight > 1 and len(self._shifts) > 1:
+            variance += len(self._shifts) * np.var(self._shifts, ddof=1) * (1 - 1 / weight)
+        return float(rest.mean() - np.trace(precision) / 2), float(variance)
+
+    def step_variance(self, covariance: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the variance of the Newton steps of single pairs, and the number of pairs."""
+        return np.var(self._even @ covariance, axis=0), len(self._draws)
+
+
+def _dense_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
     factor = _factor(scale)
-    principal_s = 1 + np.linalg.eigvalsh(curved)
-    if principal_s[-1] >= 1:
-        # The density is not concave: take the approximation's own covariance for the posterior's.
-        sd = np.linalg.norm(factor, axis=1)
-        step, s = factor @ factor.T @ gradient, 1 + np.diag(curved)
-        return Optimum(-step / sd, s, principal_s, mean + step, None, np.inf)
-    inverse = np.linalg.inv(-curved)
+    probes, precision, expected, variance = [], np.zeros_like(factor), 0.0, 0.0
+    for sample in samples:
+        pairs = _FEW_ROWS // sum(map(len, sample.blocks))
+        pairs = min(max(_PAIRS, pairs), _PRIOR_PAIRS)
+        probe = _Probe(mean, scale, pairs=pairs, rng=rng)
+        for block in sample.blocks:
+            probe.add(partial(sample.term.value_and_gradient, rows=block), sample.weight)
+        part = _correct(probe.precision(), factor, sample)
+        probes.append((probe, part, sample.weight))
+    probe = _Probe(mean, scale, pairs=_PRIOR_PAIRS, rng=rng)
+    probe.add(prior.value_and_gradient, 1.0)
+    probes.append((probe, probe.precision(), 1.0))
+    for probe, part, weight in probes:
+        value, error = probe.expectation(probe.precision(), weight)
+        expected, variance = expected + value, variance + error
+        precision, gradient = precision + part, gradient + probe.gradient
+    _require_finite(gradient, expected)
+    eigenvalues, vectors = np.linalg.eigh(precision)
+    concave = eigenvalues[0] > 0
+    # Without a maximum the covariance of the approximation is all there is to measure steps by.
+    inverse = np.linalg.inv(precision) if concave else np.eye(len(mean))
     covariance = factor @ inverse @ factor.T
     step, sd = covariance @ gradient, np.sqrt(np.diag(covariance))
-    if scale.ndim == 2:
-        s, best = 1 - np.diag(factor @ factor.T) / sd**2, np.linalg.cholesky(covariance)
-    else:
-        s, best = 1 + np.diag(curved), scale / np.sqrt(-np.diag(curved))
-        principal_s = s
-    variances = [probe.step_variance(covariance) for probe in probes]
+    s = 1 - np.diag(precision)
+    if scale.ndim == 2 and concave:
+        s = 1 - np.diag(factor @ factor.T) / sd**2
+    variances = [probe.step_variance(covariance) for probe, _, _ in probes]
     error = _step_error(variances, inverse @ factor.T @ gradient, s)
-    return Optimum(-step / sd, s, principal_s, mean + step, best, (error / sd).max())
+    return Optimum(
+        step=step,
+        sd=sd if concave else np.full(len(sd), np.nan),
+        s=s,
+        s_error=np.full(len(s), _sampling_error(samples, len(s) if scale.ndim == 2 else 1)),
+        principal_s=1 - eigenvalues if scale.ndim == 2 else s,
+        covariance=covariance if concave else None,
+        solve=partial(np.matmul, covariance),
+        precision=partial(np.matmul, precision),
+        precisions=eigenvalues,
+        weakest=np.abs(factor @ vectors[:, 0]) / np.linalg.norm(factor, axis=1),
+        step_error=float((error / sd).max()) if concave else math.inf,
+        expected=expected,
+        expected_variance=variance,
+    )
 
 
-def between_within_ratio(parts: Sequence[Moments]) -> float:
-    """Return the variance between parts over that within them, of the worst parameter.
+def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
+    """Find the same in memory O(d), from Hessian-vector products and Krylov spaces."""
+    size = len(mean)
 
-    It is about 1 for parts of a stream in random order, and 0 is returned if such a stream would
-    reach it by chance.
+    def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, total = prior.value_and_gradient(x)
+        for sample in samples:
+            for block in sample.blocks:
+                more, part = sample.term.value_and_gradient(x, block)
+                value, total = value + sample.weight * more, total + sample.weight * part
+        return value, total
+
+    def precision_at_mean(v: np.ndarray, corrected: bool = True) -> np.ndarray:
+        total = prior.hessp(mean, scale * v)
+        for sample in samples:
+            factors = sample.factors if corrected else 1.0
+            for block in sample.blocks:
+                product = sample.term.hessp(mean, factors * scale * v, block)
+                total += sample.weight * factors * product
+            total += corrected * sample.extra * scale * v
+        return -scale * total
+
+    # The expectation over draws, less the quadratic part that the Hessian at the mean gives.
+    value, at_mean = evaluate(mean)
+    draws = _moment_draws(size, _PAIRS, rng)
+    even, departure, rest = np.zeros((_PAIRS, size)), np.zeros(size), np.zeros(_PAIRS)
+    for pair, draw in enumerate(draws):
+        (logp_up, up), (logp_down, down) = (
+            evaluate(mean + side * scale * draw) for side in (1, -1)
+        )
+        product = precision_at_mean(draw, corrected=False)
+        even[pair] = (up + down) / 2 - at_mean
+        departure -= draw * (scale * (up - down) / 2 + product) / _PAIRS
+        rest[pair] = (logp_up + logp_down) / 2 - value + draw @ product / 2
+    gradient = gradient + even.mean(axis=0)
+    _require_finite(gradient, float(rest.sum()))
+
+    def precision(v: np.ndarray) -> np.ndarray:
+        return precision_at_mean(v) + departure * v
+
+    diagonal, diagonal_error = _estimate_diagonal(precision, size, rng)
+    s, concave = 1 - diagonal, bool((diagonal > 0).all())
+    root = np.sqrt(np.where(diagonal > 0, diagonal, 1))
+
+    def normalised(v: np.ndarray) -> np.ndarray:
+        return precision(v / root) / root
+
+    ritz = _krylov(normalised, rng.normal(size=size), _KRYLOV)
+    concave &= bool(ritz.values[0] > 0)
+    # Eigenvectors that are known enter the inverse one by one, and the others by their mean.
+    known = ritz.errors < 0.1 * np.abs(ritz.values)
+    shares = ritz.vectors[:, known] ** 2
+    others = np.average(1 / ritz.values, weights=ritz.weights * ~known + 1e-12)
+    inverse = shares @ (1 / ritz.values[known]) + (1 - shares.sum(axis=1)) * others
+    sd = scale / root * np.sqrt(np.maximum(inverse, 1))
+
+    def solve(g: np.ndarray) -> np.ndarray:
+        if not concave:
+            return scale**2 * g
+        return scale / root * _solve(normalised, scale / root * g)
+
+    step = solve(gradient)
+    error = solve(even.std(axis=0)) / math.sqrt(_PAIRS)
+    return Optimum(
+        step=step,
+        sd=sd if concave else np.full(size, np.nan),
+        s=s,
+        s_error=np.hypot(diagonal_error, _sampling_error(samples, 1)),
+        principal_s=s,
+        covariance=None,
+        solve=solve,
+        precision=precision,
+        precisions=ritz.values,
+        weakest=np.abs(ritz.vectors[:, 0]),
+        step_error=float(np.abs(error / sd).max()) if concave else math.inf,
+        expected=float(rest.mean() - (diagonal - departure).sum() / 2),
+        expected_variance=float(rest.var(ddof=1) / _PAIRS + (diagonal_error**2).sum() / 4),
+    )
+
+
+class _Ritz(NamedTuple):
+    """Approximate eigenpairs of a symmetric operator, the smallest value first."""
+
+    values: np.ndarray
+    vectors: np.ndarray
+    products: np.ndarray
+    """The operator times the vectors."""
+    errors: np.ndarray
+    """Norms of the residuals."""
+    weights: np.ndarray
+    """Weights of a Gauss quadrature of the spectrum."""
+
+
+def _lanczos(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, n_steps: int):
+    """Yield basis, tridiagonal matrix and residual norm after each step of Lanczos's method."""
+    basis = [start / np.linalg.norm(start)]
+    alphas: list[float] = []
+    betas: list[float] = []
+    for _ in range(min(n_steps, len(start))):
+        w = product(basis[-1])
+        alphas.append(float(basis[-1] @ w))
+        for _ in range(2):  # twice is enough, in the words of Kahan and Parlett
+            for q in basis:
+                w = w - (q @ w) * q
+        betas.append(float(np.linalg.norm(w)))
+        tridiagonal = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
+        yield basis, tridiagonal, betas[-1]
+        if betas[-1] < 1e-10 * max(map(abs, alphas)):
+            return
+        basis.append(w / betas[-1])
+
+
+def _krylov(product, start: np.ndarray, n_steps: int) -> _Ritz:
+    for basis, tridiagonal, beta in _lanczos(product, start, n_steps):
+        pass
+    values, vectors = np.linalg.eigh(tridiagonal)
+    q = np.array(basis[: len(values)]).T
+    products = q @ tridiagonal
+    if len(basis) > len(values):
+        products[:, -1] += beta * basis[-1]
+    return _Ritz(
+        values, q @ vectors, products @ vectors, beta * np.abs(vectors[-1]), vectors[0] ** 2
+    )
+
+
+def _solve(product, target: np.ndarray) -> np.ndarray:
+    """Solve for *target* by conjugate gradients in the form of Lanczos's method."""
+    size = np.linalg.norm(target)
+    if not size:
+        return target
+    for basis, tridiagonal, beta in _lanczos(product, target, _MAX_KRYLOV):
+        y = size * np.linalg.solve(tridiagonal, np.eye(len(tridiagonal))[0])
+        if beta * abs(y[-1]) < 1e-4 * size:
+            break
+    return np.array(basis[: len(y)]).T @ y
+
+
+def _estimate_diagonal(product, size: int, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Return the diagonal of a symmetric operator, and standard errors.
+
+    Directions that stand out are taken exactly, the rest from random signs (Bekas, Kokiopoulou
+    and Saad 2007).
     """
-    whole, inside = merge(parts), sum(part.squares for part in parts)
-    between, within = len(parts) - 1, whole.n - len(parts)
-    if min(between, within) < 7:
-        return 0.0
-    with np.errstate(all="ignore"):
-        ratio = np.nan_to_num((whole.squares - inside) / between / (inside / within)).max()
-    chance = f_distribution.sf(ratio, between, within) * len(whole.mean)
-    return float(ratio) if ratio > _MIN_RATIO and chance < _FALSE_ALARM else 0.0
+    ritz = _krylov(product, rng.normal(size=size), _KRYLOV)
+    chosen = np.argsort(-np.abs(ritz.values - np.median(ritz.values)))[: _KRYLOV // 2]
+    vectors = ritz.vectors[:, chosen]
+    exact = (vectors * ritz.products[:, chosen]).sum(axis=1)
+    total, squares = np.zeros(size), np.zeros(size)
+    for _ in range(_SIGNS):
+        signs = rng.choice([-1.0, 1.0], size)
+        w = product(signs)
+        rest = signs * (w - vectors @ (vectors.T @ w))
+        total, squares = total + rest, squares + rest**2
+    mean = total / _SIGNS
+    variance = np.maximum(squares / _SIGNS - mean**2, 0) / (_SIGNS - 1)
+    return exact + mean, np.sqrt(variance)
+
+
+def _sampling_error(samples: Sequence[Sample], size: int) -> float:
+    """Return the relative error of second derivatives by samples, along the worst of directions."""
+    error = 0.0
+    for sample in samples:
+        if sample.weight > 1:
+            n_rows = sum(map(len, sample.blocks))
+            error = max(error, (1 + math.sqrt(size)) / math.sqrt(n_rows))
+    return error
+
+
+def _correct(precision: np.ndarray, factor: np.ndarray, sample: Sample) -> np.ndarray:
+    """Correct the precision that a sample gives for parameters of which it has few rows."""
+    if (sample.factors == 1).all():
+        return precision
+    inverse = np.linalg.inv(factor)
+    hessian = -inverse.T @ precision @ inverse
+    hessian = sample.factors[:, None] * hessian * sample.factors + np.diag(sample.extra)
+    return -factor.T @ hessian @ factor
+
+
+def _require_finite(gradient: np.ndarray, value: float) -> None:
+    if not (np.isfinite(gradient).all() and np.isfinite(value)):
+        raise StreamError(
+            "the log density is not finite at draws from approx, or has no finite gradient "
+            "there; run the fit for longer, or keep the default transforms, so that no draw "
+            "leaves the support of its variable"
+        )
 
 
 def _step_error(
@@ -201,14 +432,15 @@ def _step_error(
     """
     monte_carlo = np.sqrt(sum(variance / n for variance, n in variances))
     single = np.sqrt(sum(variance for variance, _ in variances))
-    return monte_carlo + 2 * single * (np.abs(s / (1 - s)).max() + np.mean(step**2))
+    narrowest = np.maximum(np.abs(1 - s), 1e-3)
+    return monte_carlo + 2 * single * (np.abs(s / narrowest).max() + np.mean(step**2))
 
 
 def _factor(scale: np.ndarray) -> np.ndarray:
     return scale if scale.ndim == 2 else np.diag(scale)
 
 
-def _normal_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
+def _orthogonal_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
     """Draw vectors, each *size* of which are orthogonal, shape (n, size).
 
     Their lengths are those of normal vectors, in even proportions.
@@ -224,8 +456,12 @@ def _rotation(size: int, rng: np.random.Generator) -> np.ndarray:
     return q * np.sign(np.diag(r))
 
 
-def _sign_draws(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw signs in Hadamard patterns, which the dimensions share at random, shape (n, size)."""
-    patterns = rng.permutation(size) % _SIGN_PAIRS
-    signs = rng.choice(np.array([-1, 1], "int8"), size)
-    return hadamard(_SIGN_PAIRS, "int8")[:, patterns] * signs
+def _moment_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw halves of antithetic pairs with the first five moments of a normal, shape (n, size).
+
+    Each coordinate has two absolute values, the larger of them in one pair.
+    """
+    small = 1 - math.sqrt(2 / (pairs - 1))
+    squares = np.full((pairs, size), small)
+    squares[rng.integers(0, pairs, size), np.arange(size)] = pairs - (pairs - 1) * small
+    return np.sqrt(squares) * rng.choice([-1.0, 1.0], squares.shape)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -30,18 +31,40 @@ from pymc.variational._streaming.fit.gaussian import (
     as_streams,
     gaussian_group,
     mean,
+    names,
     scale,
     set_mean,
     set_scale,
 )
-from pymc.variational._streaming.fit.gaussian_fit import best_gaussian, best_scales, normal_draws
+from pymc.variational._streaming.fit.gaussian_fit import (
+    best_gaussian,
+    importance_moments,
+    normal_draws,
+)
+from pymc.variational._streaming.fit.mean_field import (
+    MeanField,
+    best_mean_field,
+    expected,
+    linear_response,
+    sign_draws,
+)
 from pymc.variational._streaming.fit.report import FitReport
-from pymc.variational._streaming.fit.sample import Sample, random_rows
-from pymc.variational._streaming.fit.trust_region import Optimum, Pattern, maximize
-from pymc.variational._streaming.utils import progress_bar
+from pymc.variational._streaming.fit.sample import Sample
+from pymc.variational._streaming.fit.trust_region import (
+    RELATIVE_STEP,
+    Curvature,
+    Function,
+    Optimum,
+    Pattern,
+    maximize,
+)
+from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.opvi import Approximation
 
 __all__ = ["polish"]
+
+_MAX_DENSE = 500
+"""Parameters up to which the whole Hessian is held."""
 
 _SIZES = (4_096, 32_768, 262_144)
 """Rows of the samples, each of which starts from the optimum of the one before."""
@@ -55,139 +78,460 @@ _PRIOR_PAIRS = 128
 _COMPARED_PAIRS = 4
 """Pairs of draws at which the fit before and after are compared on all rows."""
 
+_MIN_EFFICIENCY = 0.2
+"""Share of effective draws below which importance sampling is not trusted."""
+
+_NOT_GAUSSIAN = (
+    "the posterior is not near a Gaussian ({:.1%} of draws are effective): means and standard "
+    "deviations may be off; compare with pm.sample on a part of the rows"
+)
+
+_OTHER_STARTS = 2
+"""Random points from which a second mode is looked for."""
+
+_MODE_GAP = 5.0
+"""Log density by which another mode may be lower and still matter."""
+
+_JITTER = 1e-3
+"""Size of the first random step, which leaves a point of symmetry."""
+
+_FIRST_SCALE = 0.05
+"""Largest scale at which a fit of many parameters begins."""
+
+_SEPARATE = 5.0
+"""Standard deviations beyond which two optima are two."""
+
+_FAR = 10.0
+"""Standard deviations at which the density of a posterior must have fallen."""
+
+_Fit = tuple[np.ndarray, np.ndarray]
+"""Means, and scales in the form of the approximation."""
+
 
 def polish(
     approx: Approximation,
     ds: StreamingDataset | Sequence[StreamingDataset],
     *,
     tolerance: float = 0.05,
-    max_passes: int = 50,
+    max_passes: int = 200,
     seed: int = 0,
     executor: Executor | None = None,
     progressbar: bool = True,
 ) -> FitReport:
-    """Finish a fit, or make one, by Newton steps on all rows of its stream."""
+    """Finish a fit, or make one, by Newton steps on all rows of its stream.
+
+    It finds the maximum of the posterior density on growing samples of the rows and then on all of
+    them, and around it the posterior's means, standard deviations and correlations. The
+    approximation is changed only for the better.
+
+    Parameters
+    ----------
+    approx : MeanField or FullRank
+        Approximation that :func:`pymc.fit` returned, or a new one, ``pm.MeanField(model=model)``.
+        It gets the means; a mean-field one gets the scales that are best for its family, which are
+        narrower than the posterior where parameters are correlated, and a full-rank one the
+        posterior's covariance.
+    ds : StreamingDataset or sequence of StreamingDataset
+        The stream, or all streams, that the model observes. Buffer and position are left alone.
+    tolerance : float, default 0.05
+        Standard deviations of the posterior below which a step ends the search.
+    max_passes : int, default 200
+        Passes over all rows after which the search ends with the best fit so far.
+    seed : int, default 0
+        Seed of draws and samples.
+    executor : concurrent.futures.Executor, optional
+        Where parts of the rows are read, as in :func:`check_fit`. Default: this process.
+    progressbar : bool, default True
+        Whether a progress bar is shown, with the standard deviations to go.
+
+    Returns
+    -------
+    FitReport
+        Report of :func:`check_fit` on the result, with ``passes``, ``seconds`` and ``notes``.
+        ``report.sd`` are the posterior's standard deviations, and ``report.full_rank()`` is an
+        approximation with its covariance.
+
+    Raises
+    ------
+    StreamError
+        If the stream enters the model otherwise than through likelihoods of its rows, or if another
+        stream was not passed.
+    TypeError
+        If *approx* is not a mean-field or full-rank Gaussian, or *ds* not a StreamingDataset.
+    KeyboardInterrupt
+        If it is interrupted; *approx* then has the best fit so far.
+
+    Notes
+    -----
+    *Order*: samples are drawn from the whole table, each row with the same chance, unless
+    :func:`preshuffle` has shuffled it; and all rows count in the end. So ordered rows do no harm.
+
+    *Cost*: two or three passes for the gradient and one or two for the Hessian, which takes two
+    gradients of each row for each parameter, or for each set of parameters without second
+    derivatives among them. *Memory*: a sample of up to 32 MB of rows, a block of rows for each
+    part, and matrices of the parameters, or beyond 500 parameters some hundred vectors.
+
+    The report's notes say so where the density is not concave, the posterior is not near a
+    Gaussian or does not fall off, or a second mode is as high.
+
+    References
+    ----------
+    Giordano, R., Broderick, T. & Jordan, M. I. (2018). Covariances, robustness, and variational
+    Bayes. Journal of Machine Learning Research 19(51), 1-49.
+
+    Giordano, R., Ingram, M. & Broderick, T. (2024). Black box variational inference with a
+    deterministic objective: faster, more accurate, and even more black box. Journal of Machine
+    Learning Research 25(18), 1-39.
+
+    Opper, M. & Archambeau, C. (2009). The variational Gaussian approximation revisited. Neural
+    Computation 21(3), 786-792.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pymc as pm
+    >>> from pymc.variational.streaming import StreamingDataset, polish
+    >>> rows = np.random.default_rng(0).normal(1.0, 2.0, size=(10_000, 1))
+    >>> ds = StreamingDataset(rows, batch_size=100)
+    >>> with pm.Model() as model:
+    ...     mu = pm.Normal("mu", 0, 10)
+    ...     y = pm.Normal("y", mu, 2, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+    >>> approx = pm.MeanField(model=model)
+    >>> report = polish(approx, ds, progressbar=False)
+    >>> report.sd.round(3)
+    array([0.02])
+    """
     started = time.perf_counter()
     streams, group = as_streams(ds), gaussian_group(approx)
-    density = Density(group, streams)
     before = mean(group), scale(group)
+    rng = np.random.default_rng(seed)
     with progress_bar("Polishing", show=progressbar) as advance:
-        run = _Run(density, executor, advance, max_passes)
-        optimum, sample = _find_optimum(run, before[0], tolerance, np.random.default_rng(seed))
-        after, stopped = _fit_gaussian(run, optimum, sample, before[1].ndim, seed)
-        if run.is_better(after, before):
-            set_mean(group, after[0])
-            set_scale(group, after[1])
+        most = positive_int("max_passes", max_passes)
+        run = _Run(Density(group, streams), names(group), executor, advance, most)
+        try:
+            _fit(run, before, tolerance, rng)
+        except _PassesSpent:
+            run.notes.append(f"the search was ended by max_passes={max_passes}; pass a higher one")
+        except KeyboardInterrupt:
+            if run.best is not None and run.is_higher(run.best[0], before[0]):
+                set_mean(group, run.best[0])
+                set_scale(group, run.best[1])
+            raise
+        run.max_passes = math.inf
+        _note_flat(run)
+        if run.best is None or not run.is_better(run.best, before, rng):
+            run.covariance = None
+            run.notes.append("the fit before had a higher bound, and is left as it was")
         else:
-            stopped = "took back"
-    report = check_fit(approx, ds, seed=seed, progressbar=progressbar)
-    return report
+            set_mean(group, run.best[0])
+            set_scale(group, run.best[1])
+    report = check_fit(approx, ds, executor=executor, seed=seed, progressbar=progressbar)
+    if run.covariance is not None:
+        optimum = report.optimum._replace(covariance=run.covariance)
+        report = replace(report, sd=np.sqrt(np.diag(run.covariance)), optimum=optimum)
+    return replace(
+        report,
+        moved=True,
+        passes=run.passes + 1,
+        seconds=time.perf_counter() - started,
+        notes=tuple(run.notes),
+    )
+
+
+class _PassesSpent(Exception):
+    """As many passes were made as are allowed."""
 
 
 class _Run:
-    """Functions of all rows, and the number of passes that they have made."""
+    """The log density on all rows, and what a run of :func:`polish` has found so far."""
 
-    def __init__(self, density: Density, executor, advance, max_passes: int):
-        self.density, self._executor, self._advance = density, executor, advance
-        self.max_passes = max_passes
+    def __init__(
+        self,
+        density: Density,
+        names: Sequence[str],
+        executor: Executor | None,
+        advance: Callable[..., None],
+        max_passes: float,
+    ):
+        self.density, self.names, self.max_passes = density, names, max_passes
+        self._executor, self._advance = executor, advance
         self.passes = 0
+        self.sample = Sample(density, [], [])
+        self.best: _Fit | None = None
+        self.covariance: np.ndarray | None = None
+        self.notes: list[str] = []
 
     def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = self._sum(partial(_value_and_gradient, x=x))
+        value, gradient = self.sum(partial(_value_and_gradient, x=x))
         prior, prior_gradient = self.density.prior.value_and_gradient(x)
         return value + prior, gradient + prior_gradient
 
     def hessian(self, pattern: Pattern, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        [columns] = self._sum(partial(_differences, x=x, steps=steps, pattern=pattern))
-        whole = Pattern.dense(len(x))
-        prior = whole.differences(lambda y: self.density.prior.value_and_gradient(y)[1], x, steps)
-        return pattern.assemble(columns, steps) + whole.assemble(prior, steps)
+        [columns] = self.sum(partial(_differences, x=x, steps=steps, pattern=pattern))
+        return pattern.assemble(columns, steps) + self.sample.prior_hessian(x, steps)
 
-    def is_better(self, after, before) -> bool:
-        size = len(after[0])
-        rng = np.random.default_rng(1)
-        draws = (
-            normal_draws(size, _COMPARED_PAIRS, rng)[:_COMPARED_PAIRS]
-            if size < 500
-            else rng.choice([-1.0, 1.0], (_COMPARED_PAIRS, size))
-        )
+    def expected(self, draws: np.ndarray, mean: np.ndarray, scales: np.ndarray) -> Any:
+        return self.sum(partial(_expected, draws=draws, mean=mean, scales=scales))
+
+    def is_higher(self, x: np.ndarray, y: np.ndarray) -> bool:
+        """Whether the density of the sample is higher at *x* than at *y*."""
+        return not self.sample.value_and_gradient(x)[0] < self.sample.value_and_gradient(y)[0]
+
+    def is_better(self, after: _Fit, before: _Fit, rng: np.random.Generator) -> bool:
+        """Whether the evidence lower bound on all rows has not fallen, at the same draws."""
+        draws = sign_draws(len(after[0]), _COMPARED_PAIRS, rng)
         points = [
-            mu + _times(s, sign * e) for mu, s in (after, before) for e in draws for sign in (1, -1)
+            x + sign * _times(factor, draw)
+            for x, factor in (after, before)
+            for draw in draws
+            for sign in (1, -1)
         ]
-        [values] = self._sum(partial(_values, points=points))
-        values = values + [self.density.prior.value_and_gradient(x)[0] for x in points]
-        entropies = [np.log(np.diag(s) if s.ndim == 2 else s).sum() for _, s in (after, before)]
-        a, b = values.reshape(2, len(draws), 2).mean(axis=2) + np.array(entropies)[:, None]
-        gain = a - b
-        gain = gain[np.isfinite(gain)]
+        bounds = self.values(points).reshape(2, len(draws), 2).mean(axis=2)
+        bounds = bounds + np.array([[_entropy(after[1])], [_entropy(before[1])]])
+        gain = (bounds[0] - bounds[1])[np.isfinite(bounds[1])]
         error = gain.std() / math.sqrt(max(1, len(gain)))
-        return np.isfinite(a).all() and (not len(gain) or gain.mean() > -2 * error - 1e-3)
+        is_finite = bool(np.isfinite(bounds[0]).all())
+        return is_finite and (not len(gain) or gain.mean() > -2 * error - 1e-3)
 
-    def _sum(self, function):
-        self.passes += 1
-        return add_up(
-            sum_over_rows(self.density, function, executor=self._executor, advance=self._advance)
+    def values(self, points: Sequence[np.ndarray]) -> np.ndarray:
+        [values] = self.sum(partial(_values, points=points))
+        return values + [self.density.prior.value_and_gradient(x)[0] for x in points]
+
+    def show(self, found: Optimum | MeanField) -> None:
+        self._advance(0, f"Polishing, {found.distance:.2g} sd to go")
+
+    def sum(self, function: Callable[[Term, np.ndarray], tuple[Any, ...]]) -> Any:
+        if self.passes >= self.max_passes:
+            raise _PassesSpent
+        parts = sum_over_rows(
+            self.density, function, executor=self._executor, advance=self._advance
         )
+        self.passes += 1
+        return add_up(parts)
 
 
-def _times(s, e):
-    return s @ e if s.ndim == 2 else s * e
+def _fit(run: _Run, before: _Fit, tolerance: float, rng: np.random.Generator) -> None:
+    """Find the best fit, and keep it in *run*."""
+    x = before[0] + _JITTER * rng.normal(size=len(before[0]))
+    is_dense, is_full = len(x) <= _MAX_DENSE, before[1].ndim == 2
+    run.sample = Sample.draw(run.density, rng, _SIZES[-1] if is_dense else None)
+    if not is_dense:
+        scales = np.sqrt(np.diag(before[1] @ before[1].T)) if is_full else before[1]
+        _fit_mean_field(run, x, np.minimum(scales, _FIRST_SCALE), is_full, tolerance, rng)
+        return
+    optimum = _find_optimum(run, x, is_full, tolerance, rng)
+    if optimum.curvature.is_concave and _fit_gaussian(run, optimum, is_full, rng):
+        return
+    if not optimum.curvature.is_concave:
+        worst = int(np.argmax(np.abs(optimum.curvature.vectors[:, 0])))
+        run.notes.append(f"the log density is not concave where it ends, along {run.names[worst]}")
+    _fit_ridge(run, optimum, is_full, tolerance, rng)
 
 
-def _value_and_gradient(term: Term, rows: np.ndarray, x: np.ndarray):
-    return term.value_and_gradient(x, rows)
-
-
-def _differences(term: Term, rows, x, steps, pattern: Pattern):
-    return (pattern.differences(lambda y: term.value_and_gradient(y, rows)[1], x, steps),)
-
-
-def _values(term: Term, rows, points):
-    return (np.array([term.value_and_gradient(x, rows)[0] for x in points]),)
-
-
-def _find_optimum(run: _Run, x, tolerance, rng) -> tuple[Optimum, Sample]:
-    rows = [random_rows(stream, _SIZES[-1], rng) for stream in run.density.streams]
-    x, pattern = x + 1e-3 * rng.normal(size=len(x)), Pattern.dense(len(x))
+def _find_optimum(
+    run: _Run, x: np.ndarray, is_full: bool, tolerance: float, rng: np.random.Generator
+) -> Optimum:
+    """Maximize the log density on growing samples, and then on all rows."""
+    pattern, steps = Pattern.dense(len(x)), None
     for size in _SIZES:
-        sample = Sample(run.density, [part[:size] for part in rows])
-        optimum = maximize(
+        sample = run.sample.first(size)
+        find = partial(
+            maximize,
             sample.value_and_gradient,
             partial(sample.hessian, pattern),
-            x,
             tolerance=tolerance * sample.inflation,
+            show=run.show,
         )
+        optimum = find(x)
+        if size == _SIZES[0]:
+            optimum = _highest_mode(run, find, x, optimum, rng)
         if sample.is_whole:
-            return optimum, sample
-        x = optimum.x
+            return optimum
+        x, steps = optimum.x, RELATIVE_STEP * optimum.curvature.scale
         if size > _SIZES[0]:
-            pattern = Pattern(sample.likelihood_hessian(pattern, x, 0.03 * optimum.curvature.scale))
-    optimum = maximize(
+            pattern = Pattern(sample.likelihood_hessian(pattern, x, steps))
+
+    def keep(optimum: Optimum) -> None:
+        run.show(optimum)
+        if optimum.curvature.is_concave:
+            run.best = optimum.x, _family(optimum.curvature.covariance(), is_full)
+
+    return maximize(
         run.value_and_gradient,
         partial(run.hessian, pattern),
         x,
         tolerance=tolerance,
-        max_steps=run.max_passes,
-        steps=0.03 * optimum.curvature.scale,
+        steps=steps,
+        show=keep,
     )
-    return optimum, sample
 
 
-def _fit_gaussian(run, optimum, sample, ndim, seed):
-    if not optimum.curvature.is_concave:
-        return (optimum.x, None), "no optimum"
-    rng = np.random.default_rng(seed)
-    size = len(optimum.x)
-    few = Sample(run.density, [part[:_DRAW_ROWS] for part in sample.rows])
+def _highest_mode(
+    run: _Run,
+    find: Callable[..., Optimum],
+    x: np.ndarray,
+    optimum: Optimum,
+    rng: np.random.Generator,
+) -> Optimum:
+    """Return the highest optimum from some starts, and note that there are several."""
+    for _ in range(_OTHER_STARTS):
+        other = find(x + rng.normal(size=len(x)), max_steps=50)
+        low, high = sorted((optimum, other), key=lambda mode: mode.log_evidence)
+        gap = high.log_evidence - low.log_evidence
+        if gap < _MODE_GAP and low.curvature.distance(other.x - optimum.x) > _SEPARATE:
+            run.notes.append(
+                "the posterior has another mode that is as high; means and standard deviations "
+                "are those of one mode"
+            )
+            return high
+        optimum = high if np.isfinite(high.log_evidence) else optimum
+    return optimum
+
+
+def _fit_gaussian(run: _Run, optimum: Optimum, is_full: bool, rng: np.random.Generator) -> bool:
+    """Keep the moments of the posterior around an optimum, if it is near a Gaussian there."""
+    size, few = len(optimum.x), run.sample.first(_DRAW_ROWS).around(optimum)
+    prior = run.density.prior.value_and_gradient
     parts = [
-        (few.around(optimum), normal_draws(size, max(8, size), rng)),
-        (
-            run.density.prior.value_and_gradient,
-            normal_draws(size, max(_PRIOR_PAIRS, 8 * size), rng),
-        ),
+        (few, normal_draws(size, max(8, size), rng)),
+        (prior, normal_draws(size, max(_PRIOR_PAIRS, 8 * size), rng)),
     ]
-    q = best_gaussian(parts, optimum.x, optimum.curvature.covariance())
-    if ndim == 2:
-        return (q.mean, np.linalg.cholesky(q.covariance)), "converged"
-    scales = 1 / np.sqrt(np.diag(np.linalg.inv(q.covariance)))
-    return (q.mean, best_scales(parts, q.mean, scales)[0]), "converged"
+    found = best_gaussian(parts, optimum.x, optimum.curvature.covariance())
+    if found is None:
+        return False
+    moments = importance_moments(lambda x: few(x)[0] + prior(x)[0], *found, rng)
+    if moments.efficiency > _MIN_EFFICIENCY:
+        found = moments.mean, moments.covariance
+    else:
+        run.notes.append(_NOT_GAUSSIAN.format(moments.efficiency))
+    run.covariance, run.best = found[1], (found[0], _family(found[1], is_full))
+    return True
+
+
+def _fit_ridge(
+    run: _Run, optimum: Optimum, is_full: bool, tolerance: float, rng: np.random.Generator
+) -> None:
+    """Fit a mean-field Gaussian where the optimum of the density is of no use.
+
+    Along the ridge of a non-centred hierarchy the density does not say where the posterior is,
+    but the bound does, in which the ridge's width counts.
+    """
+    size = len(optimum.x)
+    draws = sign_draws(size, 32, rng), sign_draws(size, 64, rng)
+    prior = partial(expected, run.density.prior.value_and_gradient, draws[1])
+    q = MeanField(optimum.x, optimum.curvature.scale, np.inf)
+    sample = run.sample.first(_DRAW_ROWS)
+    likelihood: Function
+    for likelihood in (run.sample.first(_SIZES[0]).likelihood, sample.likelihood):
+        parts = [partial(expected, likelihood, draws[0]), prior]
+        q = best_mean_field(parts, q.mean, q.scales, tolerance=tolerance, show=run.show)
+    if not sample.is_whole:
+        value, gradient = run.value_and_gradient(q.mean)
+        steps = RELATIVE_STEP * q.scales
+        curvature = Curvature(run.hessian(Pattern.dense(size), q.mean, steps))
+        optimum = Optimum(q.mean, value, gradient, curvature, q.distance)
+        likelihood = sample.around(optimum)
+        parts = [partial(expected, likelihood, draws[0]), prior]
+        q = best_mean_field(parts, q.mean, q.scales, tolerance=tolerance, show=run.show)
+    run.best = q.mean, np.diag(q.scales) if is_full else q.scales
+    response = linear_response(parts, q)
+    if not response.is_concave:
+        run.notes.append(_NOT_GAUSSIAN.format(0))
+        return
+    run.covariance = response.covariance()[:size, :size]
+    moments = importance_moments(
+        lambda x: likelihood(x)[0] + run.density.prior.value_and_gradient(x)[0],
+        q.mean,
+        run.covariance,
+        rng,
+    )
+    if moments.efficiency > _MIN_EFFICIENCY:
+        run.covariance, run.best = moments.covariance, (moments.mean, run.best[1])
+    else:
+        run.notes.append(_NOT_GAUSSIAN.format(moments.efficiency))
+    if is_full:
+        run.best = run.best[0], np.linalg.cholesky(run.covariance)
+
+
+def _fit_mean_field(
+    run: _Run,
+    x: np.ndarray,
+    scales: np.ndarray,
+    is_full: bool,
+    tolerance: float,
+    rng: np.random.Generator,
+) -> None:
+    """Fit a mean-field Gaussian of many parameters, on all rows."""
+    draws = sign_draws(len(x), 4, rng), sign_draws(len(x), 16, rng)
+
+    def keep(q: MeanField) -> None:
+        run.show(q)
+        run.best = q.mean, np.diag(q.scales) if is_full else q.scales
+
+    prior = partial(expected, run.density.prior.value_and_gradient, draws[1])
+    q = MeanField(x, scales, np.inf)
+    likelihood: Any = partial(expected, run.sample.likelihood, draws[0])
+    show = keep if run.sample.is_whole else run.show
+    q = best_mean_field([likelihood, prior], x, scales, tolerance=tolerance, show=show)
+    if not run.sample.is_whole:
+        likelihood = partial(run.expected, draws[0])
+        best_mean_field([likelihood, prior], q.mean, q.scales, tolerance=tolerance, show=keep)
+
+
+def _note_flat(run: _Run) -> None:
+    """Note a direction in which the density has not fallen far from the mean."""
+    if run.best is None or run.covariance is None:
+        return
+    mean, sample = run.best[0], run.sample.first(_SIZES[0])
+    values, vectors = np.linalg.eigh(run.covariance)
+    axes = (vectors * np.sqrt(values)).T[::-1]
+    offsets = [_FAR * sign * axis for axis in axes for sign in (1, -1)]
+    top = sample.value_and_gradient(mean)[0]
+    flat = [v for v in offsets if sample.value_and_gradient(mean + v)[0] > top - 1]
+    if not flat:
+        return
+    # The sample may lack the few rows that decide.
+    heights = run.values([mean, *(mean + offset for offset in flat)])
+    for offset, height in zip(flat, heights[1:]):
+        if height > heights[0] - 1:
+            name = run.names[int(np.argmax(np.abs(offset)))]
+            run.notes.append(
+                f"the posterior does not fall off along {name}, and may have no mean: give it a "
+                "prior, or look for a column that separates the outcomes"
+            )
+            return
+
+
+def _family(covariance: np.ndarray, is_full: bool) -> np.ndarray:
+    """Return the scales of the Gaussian nearest to one of this covariance."""
+    if is_full:
+        return np.linalg.cholesky(covariance)
+    return 1 / np.sqrt(np.diag(np.linalg.inv(covariance)))
+
+
+def _times(factor: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    return factor @ draw if factor.ndim == 2 else factor * draw
+
+
+def _entropy(factor: np.ndarray) -> float:
+    return float(np.log(np.diag(factor) if factor.ndim == 2 else factor).sum())
+
+
+def _value_and_gradient(term: Term, rows: np.ndarray, x: np.ndarray) -> tuple[float, np.ndarray]:
+    return term.value_and_gradient(x, rows)
+
+
+def _values(term: Term, rows: np.ndarray, points: Sequence[np.ndarray]) -> tuple[np.ndarray]:
+    return (np.array([term.value_and_gradient(x, rows)[0] for x in points]),)
+
+
+def _differences(
+    term: Term, rows: np.ndarray, x: np.ndarray, steps: np.ndarray, pattern: Pattern
+) -> tuple[np.ndarray]:
+    return (pattern.differences(lambda y: term.value_and_gradient(y, rows)[1], x, steps),)
+
+
+def _expected(
+    term: Term, rows: np.ndarray, draws: np.ndarray, mean: np.ndarray, scales: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    return expected(lambda x: term.value_and_gradient(x, rows), draws, mean, scales)

@@ -20,15 +20,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.fit.gaussian import (
-    gaussian_group,
-    mean,
-    names,
-    set_mean,
-    set_scale,
-)
+from pymc.variational._streaming.fit.gaussian import mean, names, set_mean, set_scale
 from pymc.variational._streaming.fit.newton import Optimum
-from pymc.variational.opvi import Approximation
+from pymc.variational.approximations import FullRank
+from pymc.variational.opvi import Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,14 +35,18 @@ Verdict = Literal[
     "scales off",
     "last-iterate noise",
     "not converged",
+    "not concave",
+    "flat direction",
+    "unknown",
     "ordered rows",
     "one batch",
     "wrong size",
 ]
 
-_FINE_Z = 0.5
-_FINE_S = 0.4
-"""A scale within about 20 %; a likelihood that counts twice has s = 0.5 or -1."""
+_FINE_Z = 0.25
+_FINE_FACTOR = 1.05
+_FINE_S = _FINE_FACTOR**2 - 1
+"""A scale within 5 %."""
 
 _UNCONVERGED_S = -10.0
 """A scale more than three times too wide has not converged from its initial value."""
@@ -55,8 +54,14 @@ _UNCONVERGED_S = -10.0
 _HIGH_SIGNAL_TO_NOISE = 3.0
 """Ratio from which on each batch shows which way the means should go."""
 
-_MAX_STEP_ERROR = 0.5
-"""Posterior standard deviations by which a Newton step may miss."""
+_STANDARD_ERRORS = 4.0
+"""Standard errors that a scale may be off, of the worst of many."""
+
+_FLAT = {"float64": 1e-10, "float32": 1e-4}
+"""Smallest precision, relative to the largest, that rounding leaves known."""
+
+_MAX_DENSE = 4_000
+"""Parameters up to which a covariance is held in memory."""
 
 _MAX_LINES = 12
 """Parameters in the printed table."""
@@ -64,22 +69,27 @@ _MAX_LINES = 12
 _MAX_NAMES = 60
 """Parameters whose names fit beside the figure."""
 
+_POLISH = "Call polish(approx, ds)."
+
 _EXPLANATIONS = {
     "fine": "The means are at most {z:.2g} posterior sd off, the scales {percent:.2g} %.",
     "scales off": (
-        "The means are where they should be, the scales off by up to a factor of {factor:.2g}.\n"
-        "Run longer, or use report.apply(approx)."
+        "The means are where they should be, the scales off by up to a factor of {factor:.3g}.\n"
+        + _POLISH
     ),
-    "last-iterate noise": (
-        "{off}, which is within the noise of single batches.\n"
-        "Average over whole epochs with EpochAverage, run longer, or lower the learning rate."
+    "last-iterate noise": "{off}, which is within the noise of single batches.\n" + _POLISH,
+    "not converged": "{off}, and the scales are off by up to a factor of {factor:.3g}.\n" + _POLISH,
+    "not concave": (
+        "The log density is not concave around the fit, least of all along {weakest}: the fit\n"
+        "is far from an optimum, or between two.\n" + _POLISH
     ),
-    "not converged": (
-        "{off}, and the scales are up to {wide:.3g} times too wide.\n"
-        "Run more steps, or raise the learning rate."
+    "flat direction": (
+        "Rows and priors leave {weakest} open: along it the log density has no curvature.\n"
+        "Give it a narrower prior."
     ),
+    "unknown": ("{off}, but may be {error:.2g} off by errors of this check.\n{more}"),
     "ordered rows": (
-        "{off}, and the gradient varies {disorder:.3g} times as much along the stream as it\n"
+        "{off}, and the gradient varies {ratio:.3g} times as much along the stream as it\n"
         "would in random order: the fit follows the order of the rows.\n"
         "Shuffle the whole table once with preshuffle."
     ),
@@ -98,42 +108,60 @@ class StreamRows:
     name: str
     """Name of the stream's shared variable."""
     rows: int
-    """Number of rows of one pass."""
+    """Number of rows that were read."""
     total_size: int | None
     """Number of rows to which the model scales the likelihood; None if it does not scale it."""
+    whole: bool = True
+    """Whether these are all rows of the stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
     """How far a fit is from where all rows say that it should be.
 
-    It prints as a verdict.
+    It prints as a verdict and one next step.
     """
 
     names: tuple[str, ...]
     """Names of the unconstrained parameters."""
     z: np.ndarray
     """Posterior standard deviations by which each mean is too high."""
+    z_error: float
+    """Standard error of *z*, at the worst parameter, where not all rows were read."""
     s: np.ndarray
-    """1 - (scale / right scale)²: 0 is right, -3 twice too wide, 0.75 twice too narrow."""
+    """1 - (scale / right scale)²: 0 is right, -3 twice too wide, 0.75 twice too narrow. The right
+    scale is the best that the family can have."""
+    sd: np.ndarray
+    """Standard deviations of the posterior by linear response, with all correlations (Giordano,
+    Broderick and Jordan 2018); NaN where it is not concave."""
+    family_sd: np.ndarray
+    """Standard deviations of the approximation."""
     elbo: float
     """Evidence lower bound on all rows."""
     elbo_error: float
-    """Its Monte Carlo error."""
+    """Its standard error, by draws and by the sample of rows."""
     streams: tuple[StreamRows, ...]
     """The rows of each stream."""
-    clarity: float
-    """Signal-to-noise ratio of one batch: the gradient of all rows over the standard deviation of
-    the gradient of a batch, at the worst parameter."""
-    disorder: float | None
+    signal_to_noise: float
+    """Gradient of all rows over the standard deviation of the gradient of a batch, at the worst
+    parameter."""
+    between_within_ratio: float | None
     """Variance of the gradient between parts of the stream over that within them, at the worst
     parameter: about 1 for rows in random order; None if random rows would reach it."""
     moved: bool
     """Whether the dataset that was passed has gone beyond its first batch."""
+    group: Group = field(repr=False)
+    """What was checked, inside the approximation."""
     start: np.ndarray = field(repr=False)
     """Mean that was checked."""
     optimum: Optimum = field(repr=False)
     """Where one Newton step leads."""
+    passes: int = 1
+    """Passes over all rows that were made."""
+    seconds: float | None = None
+    """Time that :func:`polish` took, None for a check alone."""
+    notes: tuple[str, ...] = ()
+    """What :func:`polish` has to say about the posterior, and about how it ended."""
 
     @property
     def rows(self) -> int:
@@ -141,58 +169,76 @@ class FitReport:
         return sum(stream.rows for stream in self.streams)
 
     @property
-    def whole_hessian(self) -> bool:
-        """Whether `z` takes correlations into account."""
-        return not np.isnan(self.optimum.step_error)
+    def narrowness(self) -> float:
+        """Standard deviation of the posterior over that of the approximation, at most."""
+        ratio = self.sd / self.family_sd
+        return float(ratio.max()) if np.isfinite(ratio).all() else np.nan
 
     @property
     def verdict(self) -> Verdict:
         """The main cause of what is wrong, or "fine"."""
-        means_off = np.abs(self.z).max() > _FINE_Z or np.isinf(self.optimum.step_error)
-        if any(stream.rows != stream.total_size for stream in self.streams):
+        concave = self.optimum.precisions[0] > 0
+        means_off = not concave or np.abs(self.z).max() > _FINE_Z + 3 * self.z_error
+        if any(s.rows != s.total_size if s.whole else not s.total_size for s in self.streams):
             return "wrong size"
         if means_off and not self.moved:
             return "one batch"
-        if means_off and self.disorder is not None:
+        if means_off and self.between_within_ratio is not None:
             return "ordered rows"
-        clear = means_off and self.clarity > _HIGH_SIGNAL_TO_NOISE
-        if clear or self.s.min() < _UNCONVERGED_S:
+        if self._is_flat():
+            return "flat direction"
+        if not concave:
+            return "not concave"
+        if self.s.min() < _UNCONVERGED_S:
             return "not converged"
         if means_off:
-            return "last-iterate noise"
-        return "scales off" if np.abs(self.optimum.principal_s).max() > _FINE_S else "fine"
+            clear = self.signal_to_noise > _HIGH_SIGNAL_TO_NOISE
+            return "not converged" if clear else "last-iterate noise"
+        if self._uncertainty() > _FINE_Z:
+            return "unknown"
+        return "scales off" if self._factor(_STANDARD_ERRORS) > _FINE_FACTOR else "fine"
 
-    def apply(self, approx: Approximation) -> None:
-        """Move *approx* to where a Newton step leads, means and scales.
+    def full_rank(self) -> FullRank:
+        """Return a full-rank approximation with the covariance of the posterior.
 
-        Parameters
-        ----------
-        approx : MeanField or FullRank
-            The fit that was checked.
+        Its mean is that of the fit, its covariance that of linear response, as in *sd*.
+
+        Returns
+        -------
+        FullRank
+            For ``.sample()``, with its factor of the covariance in memory.
 
         Raises
         ------
         StreamError
-            If the fit is too far from its optimum for one step, if the Hessian is not known,
-            or if *approx* is not the fit that was checked, or has changed since.
+            If the fit is not at its optimum, has changed since it was checked, or has more
+            parameters than a covariance can be held of.
         """
-        group = gaussian_group(approx)
-        if names(group) != self.names or not np.array_equal(mean(group), self.start):
+        if self.verdict not in ("fine", "scales off"):
+            raise StreamError(f"the fit is not at its optimum ({self.verdict}); {_POLISH[:-1]}")
+        if not np.array_equal(mean(self.group), self.start):
+            raise StreamError("approx has changed since it was checked; check it again")
+        covariance = self.covariance()
+        with self.group.model:
+            approx = FullRank()
+        group = approx.groups[0]
+        if names(group) != self.names:
+            raise StreamError("the model has changed since the fit; fit and check it again")
+        set_mean(group, self.start)
+        set_scale(group, np.linalg.cholesky(covariance))
+        return approx
+
+    def covariance(self) -> np.ndarray:
+        """Return the covariance of the posterior by linear response, shape (d, d)."""
+        if self.optimum.covariance is not None:
+            return self.optimum.covariance
+        if len(self.start) > _MAX_DENSE:
             raise StreamError(
-                "approx is another fit, or has changed since it was checked; check it again"
+                f"a covariance of {len(self.start)} parameters is too large; use report.sd"
             )
-        if self.optimum.scale is None or self.optimum.step_error > _MAX_STEP_ERROR:
-            reason = (
-                "the fit is too far from its optimum for a Newton step, which may miss it by "
-                f"{self.optimum.step_error:.2g} posterior sd"
-                if self.whole_hessian
-                else f"{len(self.z)} parameters are too many for the Hessian of a Newton step"
-            )
-            raise StreamError(
-                f"{reason}; average the fit with EpochAverage, or run it longer, and check again"
-            )
-        set_mean(group, self.optimum.mean)
-        set_scale(group, self.optimum.scale)
+        precision = np.array([self.optimum.precision(unit) for unit in np.eye(len(self.start))])
+        inverse = np.linalg.inv((precision + precision.T) / 2)
+        return self.family_sd[:, None] * inverse * self.family_sd
 
     def plot(self) -> "Sequence[Axes]":
         """Plot z and s of each parameter, with the band that counts as fine.
@@ -223,35 +269,61 @@ class FitReport:
         return axes
 
     def __str__(self) -> str:
-        return "\n".join(
-            [f"Fit check: {self.verdict}", self._explanation(), *self._numbers(), *self._table()]
-        )
+        title = f"Fit check: {self.verdict}"
+        if self._is_narrow():
+            title += f", but the family is up to {self.narrowness:.3g} times too narrow"
+        return "\n".join([title, self._explanation(), *self._numbers(), *self._table()])
+
+    def _is_narrow(self) -> bool:
+        return self.verdict == "fine" and self.narrowness > _FINE_FACTOR
+
+    def _is_flat(self) -> bool:
+        precisions = self.optimum.precisions
+        dtype = self.group.params[0].dtype
+        return bool(abs(precisions[0]) < _FLAT.get(str(dtype), 1e-10) * precisions[-1])
+
+    def _uncertainty(self) -> float:
+        return max(self.z_error, self.optimum.step_error)
+
+    def _factor(self, standard_errors: float = 0.0) -> float:
+        """Return the worst factor of a scale, less so many standard errors."""
+        excess = np.abs(np.log(np.maximum(1 - self.optimum.principal_s, 1e-300))) / 2
+        return float(np.exp((excess - standard_errors * self.optimum.s_error / 2).max()))
 
     def _explanation(self) -> str:
         if self.verdict == "wrong size":
             return "\n".join(_miscounted(s) for s in self.streams if s.rows != s.total_size)
         worst = int(np.argmax(np.abs(self.z)))
         z = abs(self.z[worst])
-        ratio = np.maximum(1 - self.optimum.principal_s, np.finfo(float).tiny)
-        factor = np.exp(np.abs(np.log(ratio)).max() / 2)
-        return _EXPLANATIONS[self.verdict].format(
+        text = _EXPLANATIONS[self.verdict].format(
             off=f"The mean of {self.names[worst]} is {z:.2g} posterior sd off",
             z=z,
-            disorder=self.disorder,
-            wide=np.sqrt(max(1, 1 - self.s.min())),
-            factor=factor,
-            percent=100 * (factor - 1),
+            ratio=self.between_within_ratio,
+            factor=self._factor(),
+            percent=100 * (self._factor() - 1),
+            weakest=self.names[int(np.argmax(self.optimum.weakest))],
+            error=self._uncertainty(),
+            more="Check all rows." if self.z_error > _FINE_Z else _POLISH,
         )
+        if self._is_narrow():
+            worst = int(np.argmax(self.sd / self.family_sd))
+            text += (
+                f"\nThe sd of {self.names[worst]} is {self.family_sd[worst]:.3g}, that of the "
+                f"posterior {self.sd[worst]:.3g}.\nUse report.full_rank()."
+            )
+        return text
 
     def _numbers(self) -> list[str]:
-        error = self.optimum.step_error
         lines = [f"{self.rows:,} rows; ELBO {self.elbo:,.2f} ± {self.elbo_error:.2g}"]
-        if np.isinf(error):
-            lines.append("The log density is not concave around the fit, which is far off.")
-        elif error > _MAX_STEP_ERROR:
-            lines.append(f"So far from the optimum, z may itself be off by {error:.2g}.")
-        if not self.whole_hessian:
-            lines.append("z leaves out correlations, and is rough where they are strong.")
+        if self.seconds is not None:
+            lines.append(f"Polished in {self.passes} passes and {self.seconds:.1f} s.")
+        lines += [note[0].upper() + note[1:] + "." for note in self.notes]
+        if self.z_error:
+            lines.append(f"z has a standard error of {self.z_error:.2g}: not all rows were read.")
+        if _FINE_Z < self.optimum.step_error < np.inf:
+            lines.append(
+                f"So far from the optimum, z may itself be off by {self.optimum.step_error:.2g}."
+            )
         return lines
 
     def _table(self) -> list[str]:
@@ -259,8 +331,12 @@ class FitReport:
         badness = np.maximum(np.abs(self.z) / _FINE_Z, np.abs(self.s) / _FINE_S)
         shown = np.sort(np.argsort(-badness, kind="stable")[:_MAX_LINES])
         width = max(len("parameter"), *(len(self.names[j]) for j in shown))
-        lines = [f"{'parameter':{width}}  {'z':>8}  {'s':>8}"]
-        lines += [f"{self.names[j]:{width}}  {self.z[j]:8.3g}  {self.s[j]:8.3g}" for j in shown]
+        lines = [f"{'parameter':{width}}  {'z':>8}  {'s':>8}  {'sd':>8}  {'family':>8}"]
+        lines += [
+            f"{self.names[j]:{width}}  {self.z[j]:8.3g}  {self.s[j]:8.3g}"
+            f"  {self.sd[j]:8.3g}  {self.family_sd[j]:8.3g}"
+            for j in shown
+        ]
         if len(shown) < len(self.z):
             lines.append(f"and {len(self.z) - len(shown)} more, less far off")
         return lines

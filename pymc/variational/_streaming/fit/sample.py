@@ -13,6 +13,8 @@
 #   limitations under the License.
 """The log density on a sample of the rows of its streams, in memory."""
 
+import math
+
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,48 +22,12 @@ import numpy as np
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.fit.density import Density, sample_rows
-from pymc.variational._streaming.fit.trust_region import Optimum, Pattern
+from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Optimum, Pattern
 
-__all__ = ["Sample", "random_rows"]
+__all__ = ["Sample"]
 
 _MAX_VALUES = 2**22
 """Values of a sample that are held in memory, 32 MB of float64."""
-
-
-def random_rows(
-    stream: StreamingDataset, n_rows: int, rng: np.random.Generator
-) -> tuple[np.ndarray, int]:
-    """Return rows in random order, of which each row has the same chance to be one.
-
-    Of a table that was shuffled these are the first, of another one a sample from a pass over all
-    rows, so that the order of the rows does not matter.
-
-    Returns
-    -------
-    rows : ndarray, shape (n_rows, *sample_shape)
-        All rows, if the stream has fewer.
-    """
-    source = stream._source
-    if (source.source if isinstance(source, ShuffleBuffer) else source).shuffled:
-        return sample_rows(stream, n_rows)
-    keys, kept = np.empty(0), []
-    limit = 1.0
-    for batch in stream:
-        new = rng.random(len(batch))
-        chosen = new < limit
-        keys = np.concatenate([keys, new[chosen]])
-        kept.append(batch[chosen])
-        if len(keys) > 2 * n_rows:
-            keys, kept = _smallest(keys, kept, n_rows)
-            limit = keys[-1]
-    return np.concatenate(_smallest(keys, kept, n_rows)[1])
-
-
-def _smallest(
-    keys: np.ndarray, rows: Sequence[np.ndarray], n: int
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    order = np.argsort(keys)[:n]
-    return keys[order], [np.concatenate(rows)[order]]
 
 
 class Sample:
@@ -71,14 +37,29 @@ class Sample:
     ----------
     density : Density
     rows : sequence of ndarray
-        Rows of each stream.
+        Rows of each stream, in random order.
+    totals : sequence of int
+        Number of all rows of each stream.
     """
 
-    def __init__(self, density: Density, rows: Sequence[np.ndarray]):
-        self.rows = list(rows)
-        self._density = density
-        n_rows = [stream.total_size or len(part) for stream, part in zip(density.streams, rows)]
-        self._weights = [n / len(part) for n, part in zip(n_rows, rows)]
+    def __init__(self, density: Density, rows: Sequence[np.ndarray], totals: Sequence[int]):
+        self._density, self._rows, self._totals = density, rows, totals
+        self._weights = [total / len(part) for total, part in zip(totals, rows)]
+
+    @classmethod
+    def draw(cls, density: Density, rng: np.random.Generator, n_rows: int | None) -> "Sample":
+        """Draw rows of each stream, as many as memory is spent on if *n_rows* is None."""
+        rows, totals = [], []
+        for stream in density.streams:
+            most = _MAX_VALUES // math.prod(stream.sample_shape)
+            part, total = _random_rows(stream, min(most, n_rows or most), rng)
+            rows.append(part)
+            totals.append(total)
+        return cls(density, rows, totals)
+
+    def first(self, n_rows: int) -> "Sample":
+        """Return a smaller sample, of the first rows of each stream."""
+        return Sample(self._density, [part[:n_rows] for part in self._rows], self._totals)
 
     @property
     def is_whole(self) -> bool:
@@ -97,13 +78,16 @@ class Sample:
 
     def hessian(self, pattern: Pattern, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Return the Hessian, of whose likelihood the *pattern* is known."""
+        return self.likelihood_hessian(pattern, x, steps) + self.prior_hessian(x, steps)
+
+    def prior_hessian(self, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
         dense = Pattern.dense(len(x))
-        prior = dense.differences(self._prior_gradient, x, steps)
-        return self.likelihood_hessian(pattern, x, steps) + dense.assemble(prior, steps)
+        gradient = self._density.prior.value_and_gradient
+        return dense.assemble(dense.differences(lambda y: gradient(y)[1], x, steps), steps)
 
     def likelihood(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = 0.0, np.zeros(len(x))
-        for likelihood, rows, weight in zip(self._density.likelihoods, self.rows, self._weights):
+        for likelihood, rows, weight in zip(self._density.likelihoods, self._rows, self._weights):
             part, part_gradient = likelihood.value_and_gradient(x, rows)
             value += weight * part
             gradient += weight * part_gradient
@@ -119,17 +103,44 @@ class Sample:
         The sample serves the rest, which is small near the optimum (Quiroz et al. 2019).
         """
         x = optimum.x
-        steps = 0.03 * optimum.curvature.scale
-        dense = Pattern.dense(len(x))
         slope = optimum.gradient - self.value_and_gradient(x)[1]
-        bend = optimum.curvature.hessian - self.hessian(dense, x, steps)
+        steps = RELATIVE_STEP * optimum.curvature.scale
+        difference = optimum.curvature.hessian - self.hessian(Pattern.dense(len(x)), x, steps)
 
         def corrected(y: np.ndarray) -> tuple[float, np.ndarray]:
             value, gradient = self.likelihood(y)
-            more = bend @ (y - x)
+            more = difference @ (y - x)
             return value + (slope + more / 2) @ (y - x), gradient + slope + more
 
         return corrected
 
-    def _prior_gradient(self, x: np.ndarray) -> np.ndarray:
-        return self._density.prior.value_and_gradient(x)[1]
+
+def _random_rows(
+    stream: StreamingDataset, n_rows: int, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """Return rows in random order, all if the stream has fewer, and the number of all rows.
+
+    Of a table that was shuffled they are the first. Of another one, each row has the same chance in
+    a pass over all, so that no order of the rows can matter.
+    """
+    source = stream._source
+    table = source.source if isinstance(source, ShuffleBuffer) else source
+    if table.shuffled and table.n_rows is not None:
+        return sample_rows(stream, n_rows), table.n_rows
+    keys, kept, limit, total = np.empty(0), [], 1.0, 0
+    for batch in stream:
+        new = rng.random(len(batch))
+        keys = np.concatenate([keys, new[new < limit]])
+        kept.append(batch[new < limit])
+        total += len(batch)
+        if len(keys) > 2 * n_rows:
+            keys, kept = _smallest(keys, kept, n_rows)
+            limit = keys[-1]
+    return _smallest(keys, kept, n_rows)[1][0], total
+
+
+def _smallest(
+    keys: np.ndarray, rows: Sequence[np.ndarray], n: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    order = np.argsort(keys)[:n]
+    return keys[order], [np.concatenate(rows)[order]]

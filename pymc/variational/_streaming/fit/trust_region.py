@@ -17,12 +17,12 @@ Gradients are computed, and second derivatives are their differences: those have
 some densities, and take long to compile for others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Curvature", "Optimum", "Pattern", "maximize"]
+__all__ = ["RELATIVE_STEP", "Curvature", "Function", "Optimum", "Pattern", "maximize"]
 
 Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
 """Function that returns its value and gradient."""
@@ -32,7 +32,7 @@ _REUSE = 0.5
 
 _MAX_DAMPING = 1e12
 
-_RELATIVE_STEP = 0.03
+RELATIVE_STEP = 0.03
 """Distance over which gradients are compared, in standard deviations of single parameters."""
 
 
@@ -153,6 +153,17 @@ class Optimum(NamedTuple):
     distance: float
     """Standard deviations to go, infinite where the function is not concave."""
 
+    @property
+    def log_evidence(self) -> float:
+        """Laplace's approximation of the logarithm of the integral, but for a constant.
+
+        It compares modes, as heights do not: that of a hierarchy without spread is infinite.
+        """
+        if not self.curvature.is_concave or not np.isfinite(self.value):
+            return -np.inf
+        log_scales = np.log(self.curvature.scale) - np.log(self.curvature.values) / 2
+        return float(self.value + log_scales.sum())
+
 
 def maximize(
     function: Function,
@@ -162,7 +173,7 @@ def maximize(
     tolerance: float,
     max_steps: int = 100,
     steps: np.ndarray | None = None,
-    show: Callable[[float], None] = lambda distance: None,
+    show: Callable[[Optimum], None] = lambda optimum: None,
 ) -> Optimum:
     """Maximize by Newton steps, damped in the metric of the Hessian's diagonal.
 
@@ -184,7 +195,7 @@ def maximize(
     steps : ndarray, shape (d,), optional
         Distances for the first Hessian.
     show : callable, optional
-        Function that is told how many standard deviations are to go.
+        Function that is told where each step has led.
     """
     value, gradient = function(x)
     if steps is None:
@@ -194,7 +205,7 @@ def maximize(
         distance = np.inf
         if curvature.is_concave:
             distance = curvature.distance(curvature.step(gradient, 0.0)[0])
-        show(distance)
+        show(Optimum(x, value, gradient, curvature, distance))
         if distance < tolerance or n == max_steps:
             break
         found = _rise(function, x, value, gradient, curvature, damping)
@@ -203,7 +214,7 @@ def maximize(
         x, value, gradient, damping = found
         moved += distance
         if moved > _REUSE:
-            curvature, moved = Curvature(hessian(x, _RELATIVE_STEP * curvature.scale)), 0.0
+            curvature, moved = Curvature(hessian(x, RELATIVE_STEP * curvature.scale)), 0.0
     return Optimum(x, value, gradient, curvature, distance)
 
 

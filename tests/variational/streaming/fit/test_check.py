@@ -15,7 +15,10 @@
 import itertools
 import re
 
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
 
 import numpy as np
 import pytensor
@@ -27,9 +30,7 @@ from scipy.special import expit
 import pymc as pm
 
 from pymc.variational import streaming
-from pymc.variational._streaming.fit.check import _blocks
 from pymc.variational.streaming import (
-    EpochAverage,
     StreamError,
     StreamingDataset,
     StreamWarning,
@@ -42,7 +43,7 @@ check_fit = partial(streaming.check_fit, progressbar=False)
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
     """Compile for a few calls, but where the calls are many."""
-    if request.node.get_closest_marker("slow"):
+    if request.cls in (TestManyParameters, TestSamples):
         yield
     else:
         with pytensor.config.change_flags(mode="FAST_COMPILE"):
@@ -73,17 +74,6 @@ def position(approx) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and covariance of an approximation."""
     group = approx.groups[0]
     return group.mean.eval(), group.cov.eval()
-
-
-def newton(design: np.ndarray, y: np.ndarray, prior_sd: float):
-    """Return mode and Hessian of a logistic regression's posterior."""
-    b = np.zeros(design.shape[1])
-    for _ in range(8):
-        p = expit(design @ b)
-        weights = (p * (1 - p))[:, None]
-        hessian = design.T @ (design * weights) + np.eye(len(b)) / prior_sd**2
-        b = b + np.linalg.solve(hessian, design.T @ (y - p) - b / prior_sd**2)
-    return b, hessian
 
 
 def assert_errors(report, z, s, atol) -> None:
@@ -157,7 +147,7 @@ def full_rank_fit(regression):
 class TestNormalPosterior:
     """Everything is exact where the posterior is normal."""
 
-    def test_a_mean_field_fit_is_measured_and_corrected(self, regression, fit):
+    def test_a_mean_field_fit_is_measured(self, regression, fit):
         """Correlations of 0.96 make the posterior three times as wide as the approximation.
 
         The scales are measured against the best of the family, and the lower bound falls short
@@ -175,21 +165,34 @@ class TestNormalPosterior:
             np.trace(ratio) + moved @ regression.precision @ moved - 3 - np.linalg.slogdet(ratio)[1]
         ) / 2
         assert report.elbo == pytest.approx(regression.evidence - divergence, abs=1e-4)
-        report.apply(approx)
-        mean, covariance = position(approx)
-        np.testing.assert_allclose(mean, regression.mean, rtol=1e-8)
-        np.testing.assert_allclose(covariance, np.diag(regression.mean_field_sd**2), rtol=1e-8)
+        np.testing.assert_allclose(report.sd, regression.sd, rtol=1e-6)
 
-    def test_a_full_rank_fit_is_measured_and_becomes_the_posterior(self, regression, full_rank_fit):
+    def test_a_full_rank_approximation_has_the_covariance_of_the_posterior(self, regression, fit):
+        """It is ready for predictions; the mean-field fit is up to 3 times too narrow."""
+        ds, approx = fit
+        report = check_fit(approx, ds)
+        assert report.verdict == "fine"
+        ratio = (regression.sd / regression.mean_field_sd).max()
+        assert report.narrowness == pytest.approx(ratio, rel=1e-6)
+        assert f"fine, but the family is up to {ratio:.3g} times too narrow" in str(report)
+        assert "Use report.full_rank()" in str(report)
+        mean, covariance = position(report.full_rank())
+        np.testing.assert_allclose(mean, regression.mean)
+        np.testing.assert_allclose(covariance, regression.covariance, rtol=1e-6)
+        place(approx, regression.mean + 1, regression.mean_field_sd)
+        with pytest.raises(StreamError, match="approx has changed since it was checked"):
+            report.full_rank()
+        with pytest.raises(StreamError, match=r"not at its optimum .*; Call polish"):
+            check_fit(approx, ds).full_rank()
+
+    def test_a_full_rank_fit_is_measured(self, regression, full_rank_fit):
         ds, approx = full_rank_fit
         off = np.array([1.0, 0.2, -1.0])
         place(approx, regression.mean + off * regression.sd, 4 * regression.covariance)
         report = check_fit(approx, ds)
         assert_errors(report, off, -3, 1e-8)
-        report.apply(approx)
-        mean, covariance = position(approx)
-        np.testing.assert_allclose(mean, regression.mean, rtol=1e-8)
-        np.testing.assert_allclose(covariance, regression.covariance, rtol=1e-6)
+        np.testing.assert_allclose(report.sd, regression.sd, rtol=1e-6)
+        place(approx, regression.mean, regression.covariance)
         report = check_fit(approx, ds)
         assert_errors(report, 0, 0, 1e-8)
         assert report.elbo == pytest.approx(regression.evidence, abs=1e-4)
@@ -217,10 +220,12 @@ class TestNormalPosterior:
             rho = np.log(np.expm1(regression.mean_field_sd))
             shared["rho"].set_value(rho.astype("float32"))
             report = check_fit(approx, ds)
-            report.apply(approx)
-        assert shared["mu"].get_value().dtype == np.float32
         np.testing.assert_allclose(report.z, 1, atol=1e-2)
         np.testing.assert_allclose(report.s, 0, atol=1e-3)
+        moved = regression.sd @ regression.precision @ regression.sd
+        ratio = regression.precision @ np.diag(regression.mean_field_sd**2)
+        divergence = (np.trace(ratio) + moved - 3 - np.linalg.slogdet(ratio)[1]) / 2
+        assert abs(report.elbo - (regression.evidence - divergence)) < 0.01
 
 
 def best_normal(log_density, start: tuple[float, float]) -> tuple[float, float]:
@@ -390,18 +395,9 @@ class TestStreams:
         with pytest.raises(StreamError, match=r"'other' depends on random draws, .* all rows"):
             check_fit(approx, ds)
 
-    @pytest.mark.parametrize("n_columns, n_rows", [(1, 8_100), (2**10, 100), (2**14, 100)])
-    def test_blocks_are_whole_batches_of_few_values(self, n_columns, n_rows):
-        """A hundredth of the rows where they are narrow, and one batch where that is large."""
-        wide = np.zeros((100, n_columns), "float32")
-        ds = StreamingDataset(
-            lambda: itertools.repeat(wide), batch_size=100, total_size=2_073_600, dtype="float32"
-        )
-        assert next(_blocks(ds)).shape == (n_rows, n_columns)
-
-    @pytest.mark.parametrize("n_rows, meets", [(110, 10), (25_600, 100)])
+    @pytest.mark.parametrize("n_rows, meets", [(110, 1), (25_600, 100)])
     def test_a_model_of_a_fixed_number_of_rows_is_told_why(self, n_rows, meets):
-        """It meets a last batch that is short, or batches that are joined."""
+        """It meets blocks of other lengths than its batches."""
         ds = stream(np.zeros(n_rows), 50)
         with pm.Model():
             mean = pm.Normal("mu") * np.ones(50)
@@ -409,7 +405,7 @@ class TestStreams:
             approx = pm.MeanField()
         with pytest.raises((AssertionError, TypeError, ValueError)) as failed:
             check_fit(approx, ds)
-        note = f"'stream' with any number of rows, here {meets}; take lengths and coordinates"
+        note = f"'stream' is evaluated with any number of rows, here {meets}; take lengths and coordinates"
         assert note in failed.value.__notes__[-1]
 
     def test_draws_beyond_the_support(self):
@@ -454,29 +450,149 @@ class TestStreams:
 
 
 class TestManyParameters:
-    @pytest.fixture
-    def regression(self) -> Regression:
-        return Regression(80)
+    """Beyond 256 parameters nothing of the size of a Hessian is made."""
 
-    def test_the_diagonal_alone_understates_errors_that_parameters_share(self, regression, fit):
-        """The means are up to 2 sd off along a weak direction of the posterior.
+    def test_a_ridge_of_group_effects_shows_its_whole_length(self):
+        """The intercept and the mean of 400 effects are known to 45 sd of the approximation only.
 
-        The 48 parameters that have one of the 64 patterns of signs to themselves are exact.
+        The sample has 80 rows of each group, and the scales still are those of all rows.
         """
-        ds, approx = fit
-        off = np.linalg.eigh(regression.precision)[1][:, 0]
-        off *= 2 / np.abs(off / regression.sd).max()
-        place(approx, regression.mean + off, 1.5 * regression.mean_field_sd)
+        rng = np.random.default_rng(0)
+        n_groups, n_rows = 400, 150_000
+        group = rng.integers(0, n_groups, n_rows)
+        y = 5 + rng.normal(size=n_groups)[group] + rng.normal(size=n_rows)
+        ds = stream(np.column_stack([group, y]), 1_000, order_check="off")
+        buf = ds.as_tensor()
+        with pm.Model():
+            mu = pm.Normal("mu", 0, 10)
+            effect = pm.Normal("a", 0, 1, shape=n_groups)
+            mean = mu + effect[buf[:, 0].astype("int64")]
+            pm.Normal("y", mean, 1, observed=buf[:, 1], total_size=ds.total_size)
+            approx = pm.MeanField()
+        n = np.bincount(group)
+        precision = np.diag(np.r_[n_rows + 0.01, n + 1])
+        precision[0, 1:] = precision[1:, 0] = n
+        exact = np.linalg.solve(precision, np.r_[y.sum(), np.bincount(group, y)])
+        sd, weakest = np.diag(np.linalg.inv(precision)) ** 0.5, np.linalg.eigh(precision)[1][:, 0]
+        for off in (0.0, 3.0):
+            place(approx, exact + off * weakest * sd[0] / weakest[0], np.diag(precision) ** -0.5)
+            report = check_fit(approx, ds)
+            assert report.z[0] == pytest.approx(off, abs=0.05)
+            assert (report.verdict == "fine") == (off == 0)
+            np.testing.assert_allclose(report.s, 0, atol=4 * report.optimum.s_error.max())
+            assert report.sd[0] == pytest.approx(sd[0], rel=0.05)
+
+    def test_scales_of_correlated_columns_are_right_at_the_optimum(self):
+        regression = Regression(300)
+        ds = stream(regression.rows)
+        with regression.model(ds):
+            approx = pm.MeanField()
+        place(approx, regression.mean, regression.mean_field_sd)
         report = check_fit(approx, ds)
-        assert not report.whole_hessian
-        shown = regression.precision @ off * regression.mean_field_sd
-        assert np.abs(shown).max() < 0.5
-        alone = np.isclose(report.s, -1.25) & np.isclose(report.z, shown)
-        assert np.count_nonzero(alone) == 48
-        with pytest.raises(StreamError, match="80 parameters are too many for the Hessian"):
-            report.apply(approx)
-        assert "z leaves out correlations" in str(report)
-        assert "and 68 more" in str(report)
+        assert report.verdict == "fine"
+        np.testing.assert_allclose(report.s, 0, atol=0.2)
+        place(approx, regression.mean + regression.sd, 1.5 * regression.mean_field_sd)
+        report = check_fit(approx, ds)
+        np.testing.assert_allclose(report.z, 1, atol=0.05)
+        assert report.verdict == "one batch"
+
+    @pytest.mark.parametrize("n_groups", [65, 300])
+    def test_the_lower_bound_is_as_exact_as_its_error_says(self, n_groups):
+        """Two Poisson counts of zero a group: the optimum and its bound are known."""
+        mean, sd = optimize.fsolve(
+            lambda t: [
+                -2 * np.exp(t[0] + t[1] ** 2 / 2) - t[0] / 4,
+                1 - 2 * t[1] ** 2 * np.exp(t[0] + t[1] ** 2 / 2) - t[1] ** 2 / 4,
+            ],
+            [-1.5, 1.0],
+        )
+        ds = stream(np.repeat(np.arange(n_groups), 2), order_check="off")
+        with pm.Model():
+            rate = pm.Normal("a", 0, 2, shape=n_groups)[ds.as_tensor()[:, 0].astype("int64")]
+            zeros = (0 * ds.as_tensor()[:, 0]).astype("int64")
+            pm.Poisson("y", pm.math.exp(rate), observed=zeros, total_size=ds.total_size)
+            approx = pm.MeanField()
+        place(approx, np.full(n_groups, mean), np.full(n_groups, sd))
+        report = check_fit(approx, ds)
+        exact = n_groups * (
+            -2 * np.exp(mean + sd**2 / 2)
+            + stats.norm(0, 2).logpdf(mean)
+            - sd**2 / 8
+            + np.log(sd * np.sqrt(2 * np.pi * np.e))
+        )
+        assert report.verdict == "fine"
+        assert abs(report.elbo - exact) < 3 * report.elbo_error < 6
+
+
+@pytest.fixture(scope="module")
+def rare():
+    """Return rows of a level that 1 of 3,000 rows has, and the posterior."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=150_000)
+    level = rng.random(len(x)) < 1 / 3_000
+    design = np.column_stack([np.ones(len(x)), x, level])
+    up = rng.random(len(x)) < expit(design @ [0.2, -0.5, 0.8])
+    b = np.zeros(3)
+    for _ in range(8):
+        p = expit(design @ b)
+        precision = design.T @ (design * (p * (1 - p))[:, None]) + np.eye(3) / 9
+        b = b + np.linalg.solve(precision, design.T @ (up - p) - b / 9)
+    return np.column_stack([x, level, up]), b, precision
+
+
+class TestSamples:
+    """Curvature of 150,000 rows, of which 32,768 are held in memory."""
+
+    def fit(self, rows):
+        ds = StreamingDataset(
+            shuffle_buffer(rows, buffer_size=10_000, batch_size=500, seed=0),
+            batch_size=500,
+            order_check="off",
+        )
+        buf = ds.as_tensor()
+        with pm.Model():
+            b = pm.Normal("b", 0, 3, shape=3)
+            logit = b[0] + b[1] * buf[:, 0] + b[2] * buf[:, 1]
+            pm.Bernoulli("up", logit_p=logit, observed=buf[:, 2], total_size=ds.total_size)
+            approx = pm.MeanField()
+        return ds, approx
+
+    def test_a_level_that_the_sample_has_few_rows_of(self, rare):
+        rows, mode, precision = rare
+        sd = np.diag(np.linalg.inv(precision)) ** 0.5
+        ds, approx = self.fit(rows)
+        place(approx, mode + np.array([0, 0.5, 2]) * sd, np.diag(precision) ** -0.5)
+        report = check_fit(approx, ds)
+        np.testing.assert_allclose(report.z, [0, 0.5, 2], atol=0.15)
+        np.testing.assert_allclose(report.s, 0, atol=0.08)
+        np.testing.assert_allclose(report.sd, sd, rtol=0.03)
+
+    def test_a_quick_look_has_an_error_that_covers_it(self, rare):
+        """Of a tenth of the rows, by which the means are known to 3 posterior sd."""
+        rows, mode, precision = rare
+        ds, approx = self.fit(rows)
+        place(approx, mode, np.diag(precision) ** -0.5)
+        report = check_fit(approx, ds, rows=15_000)
+        assert report.rows == 15_000
+        assert 1.5 < report.z_error < 6
+        assert np.abs(report.z).max() < 3 * report.z_error
+        assert report.verdict == "unknown"
+        assert "Check all rows" in str(report)
+        whole = check_fit(approx, ds)
+        assert abs(report.elbo - whole.elbo) < 3 * report.elbo_error
+
+    def test_workers_give_the_same_numbers(self, rare):
+        ds, approx = self.fit(rare[0])
+        expected = check_fit(approx, ds)
+        spawn = get_context("spawn")
+        processes = ProcessPoolExecutor(
+            1, mp_context=spawn, initializer=import_module, initargs=("tests",)
+        )
+        with ThreadPoolExecutor(2) as threads, processes:
+            for executor in (threads, processes):
+                report = check_fit(approx, ds, executor=executor)
+                np.testing.assert_array_equal(report.z, expected.z)
+                assert (report.elbo, report.rows) == (expected.elbo, expected.rows)
 
 
 class TestVerdict:
@@ -492,21 +608,11 @@ class TestVerdict:
     @pytest.mark.parametrize(
         "off, factor, verdict, text",
         [
-            (0.2, 1.1, "fine", "at most 0.2 posterior sd off, the scales 10 %"),
-            (
-                0.2,
-                3.0,
-                "scales off",
-                r"scales off by up to a factor of 3\.\nRun longer, or use report.appl",
-            ),
-            (1.0, 1.1, "last-iterate noise", "is 1 posterior sd off, .* EpochAverage"),
-            (
-                20.0,
-                1.1,
-                "not converged",
-                "is 20 posterior sd off, and the scales are up to 1.1 times",
-            ),
-            (1.0, 5.0, "not converged", "scales are up to 5 times too wide"),
+            (0.2, 1.04, "fine", "at most 0.2 posterior sd off, the scales 4 %"),
+            (0.2, 1.1, "scales off", r"scales off by up to a factor of 1.1\.\nCall polish"),
+            (1.0, 1.1, "last-iterate noise", "is 1 posterior sd off, .*\nCall polish"),
+            (20.0, 1.1, "not converged", "is 20 posterior sd off, and the scales are off by"),
+            (0.1, 5.0, "not converged", "scales are off by up to a factor of 5"),
         ],
     )
     def test_causes_are_told_apart(self, regression, moved_fit, off, factor, verdict, text):
@@ -568,7 +674,7 @@ class TestVerdict:
         assert report.verdict == ("ordered rows" if ordered else "last-iterate noise")
         assert ("times as much along the" in str(report)) == ordered
 
-    def test_a_newton_step_is_refused_from_afar(self):
+    def test_a_distance_from_afar_may_itself_be_off(self):
         """The log-likelihood of a Poisson rate is far from quadratic at a tenth of the rate."""
         ds = stream(np.full(1_000, 20.0))
         with pm.Model():
@@ -578,43 +684,33 @@ class TestVerdict:
             )
             approx = pm.MeanField()
         place(approx, np.log(2.0), 0.05)
-        report = check_fit(approx, ds)
-        assert report.verdict == "one batch"
-        assert "z may itself be off by" in str(report)
-        before = position(approx)
-        with pytest.raises(StreamError, match="too far from its optimum for a Newton step"):
-            report.apply(approx)
-        assert position(approx)[0] == before[0]
-        place(approx, np.log(20.0), 0.01)
-        check_fit(approx, ds).apply(approx)
-        assert position(approx)[0] == pytest.approx(np.log(20), abs=1e-4)
+        assert "z may itself be off by" in str(check_fit(approx, ds))
 
-    def test_where_the_density_is_not_concave_no_fit_is_fine(self):
+    @pytest.mark.parametrize(
+        "at, prior_sd, verdict, text",
+        [
+            (0.0, 1.0, "not concave", r"not concave around the fit, .*\nCall polish\(approx, ds\)"),
+            (0.0, 1e9, "flat direction", "leave x open: .*\nGive it a narrower prior"),
+        ],
+    )
+    def test_where_there_is_no_maximum_no_fit_is_fine(self, at, prior_sd, verdict, text):
+        """Between two modes, and where neither rows nor prior say anything."""
         ds = stream(np.zeros(40), 10)
         with pm.Model(), ds:
-            x = pm.Normal("x", 0, 1)
-            pm.Normal("y", x**2 - 1, 0.1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+            x = pm.Normal("x", 0, prior_sd)
+            mean = x**2 - 1 if verdict == "not concave" else 0 * x
+            if verdict == "flat direction":
+                mean = mean + pm.Normal("mu")
+            pm.Normal("y", mean, 0.1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
             approx = pm.MeanField()
             ds.advance()
             ds.advance()
-            place(approx, 0.0, 0.05)
+            place(approx, np.zeros(approx.ndim), np.full(approx.ndim, 0.02))
             report = check_fit(approx, ds)
-        assert report.verdict != "fine"
-        assert "not concave around the fit" in str(report)
-        with pytest.raises(StreamError, match="too far"):
-            report.apply(approx)
-
-    def test_apply_refuses_another_fit(self, regression, fit):
-        ds, approx = fit
-        report = check_fit(approx, ds)
-        with pm.Model():
-            pm.Normal("x")
-            other = pm.MeanField()
-        with pytest.raises(StreamError, match="another fit, or has changed since"):
-            report.apply(other)
-        place(approx, regression.mean + 1, regression.mean_field_sd)
-        with pytest.raises(StreamError, match="another fit, or has changed since"):
-            report.apply(approx)
+        assert report.verdict == verdict
+        assert re.search(text, str(report), re.DOTALL)
+        with pytest.raises(StreamError, match="not at its optimum"):
+            report.full_rank()
 
     def test_correlations_that_are_wrong_beside_right_scales(self, regression, full_rank_fit):
         ds, approx = full_rank_fit
@@ -622,8 +718,6 @@ class TestVerdict:
         report = check_fit(approx, ds)
         assert np.abs(report.s).max() < 1e-6
         assert report.verdict == "scales off"
-        report.apply(approx)
-        np.testing.assert_allclose(position(approx)[1], regression.covariance, rtol=1e-6)
 
     def test_plot_shows_every_parameter(self, fit):
         matplotlib = pytest.importorskip("matplotlib")
@@ -635,56 +729,3 @@ class TestVerdict:
         for ax, values in ((left, report.z), (right, report.s)):
             np.testing.assert_array_equal(ax.collections[-1].get_offsets()[:, 0], values)
         matplotlib.pyplot.close(left.figure)
-
-
-def order_book(n_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return rows of a logistic regression, by time, and the posterior's mean and precision."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(n_rows, 3)).astype("float32")
-    x[:, 1] = 0.6 * x[:, 0] + 0.8 * x[:, 1]
-    time = np.linspace(-1, 1, n_rows)
-    logit = 0.2 + 0.4 * x[:, 0] - 0.3 * x[:, 1] + x[:, 2] + 0.2 * np.sin(3 * time)
-    up = rng.random(n_rows) < expit(logit)
-    design = np.column_stack([np.ones(n_rows), x]).astype(float)
-    return np.column_stack([x, up]).astype("float32"), *newton(design, up, 3.0)
-
-
-@pytest.mark.slow
-def test_averages_and_a_newton_step_come_close_to_the_posterior_of_a_million_rows():
-    """The last iterate of this fit is 6.4 sd off and its scales 1.9 times too wide."""
-    rows, exact, precision = order_book(1_000_000)
-    rows = np.random.default_rng(1).permutation(rows)
-    sd, best_scale = np.diag(np.linalg.inv(precision)) ** 0.5, np.diag(precision) ** -0.5
-    buffer = shuffle_buffer(rows, buffer_size=50_000, batch_size=4096, seed=0)
-    ds = StreamingDataset(buffer, batch_size=4096, order_check="off")
-    with pm.Model():
-        b = pm.Normal("b", 0.0, 3.0, shape=4)
-        buf = ds.as_tensor()
-        logit = b[0] + b[1] * buf[:, 0] + b[2] * buf[:, 1] + b[3] * buf[:, 2]
-        pm.Bernoulli("up", logit_p=logit, observed=buf[:, 3], total_size=ds.total_size)
-        average = EpochAverage(ds)
-        approx = pm.fit(
-            10_000,
-            callbacks=[average, ds.fit_callback()],
-            obj_optimizer=pm.adam(learning_rate=0.02),
-            progressbar=False,
-            random_seed=0,
-        )
-
-    def errors() -> tuple[float, float]:
-        """Return the worst mean, in posterior sd, and the worst scale, as a factor."""
-        mean, covariance = position(approx)
-        ratio = np.log(np.sqrt(np.diag(covariance)) / best_scale)
-        return np.abs((mean - exact) / sd).max(), np.exp(np.abs(ratio).max())
-
-    assert errors()[0] > 3
-    average.apply(approx)
-    assert average.epochs == 20
-    assert errors()[0] < 0.25
-    report = check_fit(approx, ds)
-    assert report.verdict == "scales off"
-    report.apply(approx)
-    mean, scale = errors()
-    assert mean < 0.05
-    assert scale < 1.02
-    assert check_fit(approx, ds).verdict == "fine"

@@ -1,0 +1,175 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""The best mean-field Gaussian of many parameters, in memory proportional to their number."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from scipy.linalg import hadamard
+
+from pymc.variational._streaming.fit.trust_region import (
+    RELATIVE_STEP,
+    Curvature,
+    Function,
+    Pattern,
+)
+
+__all__ = ["MeanField", "best_mean_field", "expected", "linear_response", "sign_draws"]
+
+Part = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray, np.ndarray]]
+
+_MAX_PRODUCTS = 50
+"""Hessian-vector products of one step."""
+
+
+class MeanField(NamedTuple):
+    """A Gaussian of independent parameters."""
+
+    mean: np.ndarray
+    scales: np.ndarray
+    distance: float
+    """Last step of a mean, in units of the scales."""
+
+
+def sign_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
+    """Return half of antithetic draws of signs, shape (pairs, size).
+
+    Up to *pairs* parameters are orthogonal; of more, some share a pattern but for its sign.
+
+    Parameters
+    ----------
+    size : int
+    pairs : int
+        Power of 2.
+    """
+    patterns = rng.permutation(size) % pairs
+    return hadamard(pairs, "int8")[:, patterns] * rng.choice(np.array([-1, 1], "int8"), size)
+
+
+def expected(
+    function: Function, draws: np.ndarray, mean: np.ndarray, scales: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Return the expected value at antithetic draws, and its gradients in mean and log scales."""
+    value, by_mean, by_scale = 0.0, np.zeros(len(mean)), np.zeros(len(mean))
+    for draw in draws:
+        offset = scales * draw
+        (up, gradient), (down, opposite) = function(mean + offset), function(mean - offset)
+        value += (up + down) / 2 / len(draws)
+        by_mean += (gradient + opposite) / 2 / len(draws)
+        by_scale += offset * (gradient - opposite) / 2 / len(draws)
+    return value, by_mean, by_scale
+
+
+def best_mean_field(
+    parts: Sequence[Part],
+    mean: np.ndarray,
+    scales: np.ndarray,
+    *,
+    tolerance: float,
+    max_steps: int = 100,
+    show: Callable[[MeanField], None],
+) -> MeanField:
+    """Maximize the evidence lower bound at fixed draws over means and log scales.
+
+    That is deterministic ADVI (Giordano, Ingram and Broderick 2024), by a trust-region Newton
+    method with conjugate gradients (Steihaug 1983), in units of the scales.
+
+    Parameters
+    ----------
+    parts : sequence of callable
+        Parts of the log density: functions of mean and scales that return what
+        :func:`expected` returns.
+    mean, scales : ndarray, shape (d,)
+    tolerance : float
+        Step, in units of the scales, that ends the search.
+    show : callable
+        Function that is told where each step has led.
+    """
+    size = len(mean)
+    x, radius, distance = np.concatenate([mean, np.log(scales)]), np.sqrt(len(mean)), np.inf
+    value, gradient = _bound(parts, x)
+    for _ in range(max_steps):
+        unit = np.concatenate([np.exp(x[size:]), np.full(size, np.sqrt(0.5))])
+
+        def product(v: np.ndarray) -> np.ndarray:
+            offset = unit * v * (RELATIVE_STEP / np.abs(v).max())
+            up, down = _bound(parts, x + offset)[1], _bound(parts, x - offset)[1]
+            return unit * (down - up) / 2 * (np.abs(v).max() / RELATIVE_STEP)
+
+        step, predicted, is_inside = _steihaug(product, unit * gradient, radius)
+        new, new_gradient = _bound(parts, x + unit * step)
+        ratio = (new - value) / predicted if np.isfinite(new) else -1.0
+        if ratio > 1e-3 or 0 <= predicted < 1e-11 * abs(value):
+            distance = float(np.abs(step[:size]).max())
+            x, value, gradient = x + unit * step, new, new_gradient
+            show(MeanField(x[:size], np.exp(x[size:]), distance))
+            if is_inside and max(distance, np.abs(step[size:]).max()) < tolerance:
+                break
+        if ratio < 0.25:
+            radius = np.linalg.norm(step) / 4
+            if radius < 1e-6:
+                break
+        elif ratio > 0.75 and not is_inside:
+            radius *= 3
+    return MeanField(x[:size], np.exp(x[size:]), distance)
+
+
+def linear_response(parts: Sequence[Part], q: MeanField) -> Curvature:
+    """Return the curvature of the bound, in means and log scales, of a few hundred parameters.
+
+    The means' part of its inverse is the covariance of the posterior to the first order (Giordano,
+    Broderick and Jordan 2018).
+    """
+    x = np.concatenate([q.mean, np.log(q.scales)])
+    steps = RELATIVE_STEP * np.concatenate([q.scales, np.ones(len(q.mean))])
+    pattern = Pattern.dense(len(x))
+    differences = pattern.differences(lambda y: _bound(parts, y)[1], x, steps)
+    return Curvature(pattern.assemble(differences, steps))
+
+
+def _bound(parts: Sequence[Part], x: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the bound, but for a constant, and its gradient in means and log scales."""
+    mean, log_scales = np.split(x, 2)
+    sums = [part(mean, np.exp(np.clip(log_scales, -100, 50))) for part in parts]
+    value, by_mean, by_scale = (sum(values) for values in zip(*sums))
+    return float(value + log_scales.sum()), np.concatenate([by_mean, 1 + by_scale])
+
+
+def _steihaug(
+    product: Callable[[np.ndarray], np.ndarray], gradient: np.ndarray, radius: float
+) -> tuple[np.ndarray, float, bool]:
+    """Return a step of at most *radius*, the gain to expect, and whether it ends inside.
+
+    The *product* is that of the negative Hessian and a vector.
+    """
+    step, residual, direction = np.zeros_like(gradient), gradient, gradient
+    curved = np.zeros_like(gradient)
+    for _ in range(_MAX_PRODUCTS):
+        image = product(direction)
+        slope = direction @ image
+        length = residual @ residual / slope if slope > 0 else np.inf
+        if np.linalg.norm(step + length * direction) >= radius or not np.isfinite(length):
+            a, b, c = direction @ direction, step @ direction, step @ step - radius**2
+            length = (np.sqrt(b**2 - a * c) - b) / a
+            step, curved = step + length * direction, curved + length * image
+            return step, float(gradient @ step - step @ curved / 2), False
+        step, curved = step + length * direction, curved + length * image
+        new = residual - length * image
+        if np.linalg.norm(new) < 0.02 * np.linalg.norm(gradient):
+            break
+        direction = new + (new @ new) / (residual @ residual) * direction
+        residual = new
+    return step, float(gradient @ step - step @ curved / 2), True

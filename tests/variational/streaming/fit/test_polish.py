@@ -1,0 +1,196 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Polished fits against exact posteriors."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import pymc as pm
+
+from pymc.variational.streaming import CheckNoiseFloor, StreamingDataset, polish
+
+N_ROWS = 300_000
+"""More than a sample, so that the last steps are on all rows."""
+
+
+@pytest.fixture(scope="module")
+def logistic():
+    """Return rows in order of time with a rare level, and the exact posterior by Newton."""
+    rng = np.random.default_rng(0)
+    time = np.linspace(-1, 1, N_ROWS)
+    rare = np.zeros(N_ROWS)
+    rare[rng.choice(N_ROWS, 60, replace=False)] = 1
+    x = time + rng.normal(size=N_ROWS)
+    p = 1 / (1 + np.exp(-(-0.5 + 0.4 * x + 0.8 * rare + np.sin(3 * time))))
+    rows = np.column_stack([x, rare, rng.random(N_ROWS) < p]).astype("float64")
+    design = np.column_stack([np.ones(N_ROWS), rows[:, :2]])
+    b = np.zeros(3)
+    for _ in range(20):
+        p = 1 / (1 + np.exp(-design @ b))
+        hessian = design.T @ (design * (p * (1 - p))[:, None]) + np.eye(3) / 9
+        b = b + np.linalg.solve(hessian, design.T @ (rows[:, 2] - p) - b / 9)
+    return rows, b, np.linalg.inv(hessian)
+
+
+def logistic_model(rows, prior=None):
+    ds = StreamingDataset(rows, batch_size=1_000, order_check="off")
+    with pm.Model() as model:
+        b = pm.Flat("b", shape=3) if prior else pm.Normal("b", 0, 3, shape=3)
+        r = ds.as_tensor()
+        logit = b[0] + b[1] * r[:, 0] + b[2] * r[:, 1]
+        pm.Bernoulli("y", logit_p=logit, observed=r[:, 2], total_size=ds.total_size)
+    return ds, model
+
+
+@pytest.fixture(scope="module")
+def polished(logistic):
+    ds, model = logistic_model(logistic[0])
+    approx = pm.MeanField(model=model)
+    return polish(approx, ds, progressbar=False), approx, ds
+
+
+def test_new_approximation_ends_at_the_posterior_of_ordered_rows(logistic, polished):
+    _, mode, covariance = logistic
+    report, approx, _ = polished
+    sd = np.sqrt(np.diag(covariance))
+    # The mode of 60 rows is some 0.1 sd from their mean.
+    np.testing.assert_allclose((approx.mean.eval() - mode) / sd, 0, atol=0.15)
+    np.testing.assert_allclose(report.sd, sd, rtol=0.05)
+    assert report.verdict == "fine"
+    assert report.passes < 12
+    assert report.notes == ()
+
+
+def test_full_rank_approximation_has_the_covariance_of_the_posterior(logistic, polished):
+    report, approx, _ = polished
+    full = report.full_rank()
+    np.testing.assert_allclose(full.mean.eval(), approx.mean.eval())
+    np.testing.assert_allclose(full.cov.eval(), report.covariance())
+    sd = np.sqrt(np.diag(logistic[2]))
+    np.testing.assert_allclose(
+        full.cov.eval() / np.outer(sd, sd), logistic[2] / np.outer(sd, sd), atol=0.05
+    )
+
+
+def test_numbers_do_not_depend_on_the_workers(logistic, polished):
+    ds, model = logistic_model(logistic[0])
+    approx = pm.MeanField(model=model)
+    with ThreadPoolExecutor(2) as executor:
+        report = polish(approx, ds, executor=executor, progressbar=False)
+    np.testing.assert_array_equal(approx.mean.eval(), polished[1].mean.eval())
+    np.testing.assert_array_equal(report.sd, polished[0].sd)
+
+
+def test_polishing_again_changes_little(polished):
+    report, approx, ds = polished
+    before = approx.mean.eval()
+    assert polish(approx, ds, progressbar=False).verdict == "fine"
+    np.testing.assert_allclose((approx.mean.eval() - before) / report.sd, 0, atol=0.1)
+
+
+def test_a_limit_on_passes_is_reported_and_the_fit_is_no_worse(logistic):
+    ds, model = logistic_model(logistic[0])
+    approx = pm.MeanField(model=model)
+    report = polish(approx, ds, max_passes=2, progressbar=False)
+    assert "max_passes=2" in str(report)
+    before = pm.MeanField(model=model).mean.eval()
+    sd = np.sqrt(np.diag(logistic[2]))
+    offs = [np.abs(x - logistic[1]) / sd for x in (approx.mean.eval(), before)]
+    assert offs[0].max() <= offs[1].max()
+
+
+def test_separated_outcomes_without_a_prior_are_told_of(logistic):
+    rows = logistic[0][:20_000].copy()
+    rows[:, 2] = rows[:, 0] > 0.1
+    ds, model = logistic_model(rows, prior="flat")
+    report = polish(pm.MeanField(model=model), ds, progressbar=False)
+    assert "does not fall off along b[" in str(report)
+
+
+def test_a_second_mode_is_told_of():
+    rows = np.random.default_rng(0).normal(2.0, 1.0, size=(5_000, 1))
+    ds = StreamingDataset(rows, batch_size=100)
+    with pm.Model() as model:
+        mu = pm.Normal("mu", 0, 3)
+        pm.Normal("y", mu**2, 1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+    report = polish(pm.MeanField(model=model), ds, seed=1, progressbar=False)
+    assert "another mode that is as high" in str(report)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Return rows of 600 groups, and the exact posterior of their effects."""
+    rng = np.random.default_rng(1)
+    n_groups, n_rows = 600, 6_000
+    group = rng.integers(n_groups, size=n_rows)
+    y = rng.normal(size=n_groups)[group] + 2 + rng.normal(size=n_rows)
+    size = np.bincount(group, minlength=n_groups)
+    precision = np.diag(np.r_[1 / 100 + n_groups, size + 1.0])
+    precision[0, 1:] = precision[1:, 0] = -1
+    right = np.r_[0, np.bincount(group, y, n_groups)]
+    mean = np.linalg.solve(precision, right)
+    return np.column_stack([group, y]), mean, np.sqrt(np.diag(np.linalg.inv(precision)))
+
+
+def test_means_of_many_parameters_are_exact(groups):
+    rows, mean, sd = groups
+    ds = StreamingDataset(rows, batch_size=100)
+    with pm.Model() as model:
+        mu = pm.Normal("mu", 0, 10)
+        a = pm.Normal("a", mu, 1, shape=600)
+        r = ds.as_tensor()
+        pm.Normal("y", a[r[:, 0].astype("int64")], 1, observed=r[:, 1], total_size=ds.total_size)
+    approx = pm.MeanField(model=model)
+    polish(approx, ds, progressbar=False)
+    np.testing.assert_allclose((approx.mean.eval() - mean) / sd, 0, atol=0.1)
+
+
+def test_an_interrupt_keeps_the_fit(logistic):
+    calls = []
+
+    def blocks():
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        yield logistic[0][:1_000]
+
+    ds = StreamingDataset(blocks, batch_size=100, total_size=1_000)
+    with pm.Model() as model:
+        mu = pm.Normal("mu", 0, 10)
+        pm.Normal("y", mu, 1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+    approx = pm.MeanField(model=model)
+    before = approx.mean.eval()
+    with pytest.raises(KeyboardInterrupt):
+        polish(approx, ds, progressbar=False)
+    assert np.isfinite(approx.mean.eval()).all()
+    assert before.shape == approx.mean.eval().shape
+
+
+def test_a_fit_ends_at_the_noise_floor():
+    rows = np.random.default_rng(0).normal(1.0, 2.0, size=(10_000, 1))
+    ds = StreamingDataset(rows, batch_size=100)
+    with pm.Model():
+        mu = pm.Normal("mu", 0, 10)
+        pm.Normal("y", mu, 2, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+        approx = pm.fit(
+            10_000,
+            callbacks=[CheckNoiseFloor(), ds.fit_callback()],
+            obj_optimizer=pm.adam(learning_rate=0.05),
+            random_seed=0,
+            progressbar=False,
+        )
+    assert 400 <= len(approx.hist) < 5_000
+    assert abs(approx.mean.eval()[0] - rows.mean()) < 5 * 2 / np.sqrt(len(rows))
