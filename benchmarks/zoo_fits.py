@@ -41,7 +41,7 @@ from pymc.variational.streaming import (
 
 __all__ = ["CONTESTANTS", "STATSMODELS", "Case"]
 
-BATCH_SIZE, LEARNING_RATE, MOST_STEPS = 4096, 0.01, 20_000
+BATCH_SIZE, LEARNING_RATE, MOST_STEPS = 4096, 0.02, 20_000
 Moments = tuple[np.ndarray, np.ndarray]
 Estimates = Iterator[Callable[[], Moments]]
 
