@@ -1,0 +1,282 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Contestants of the zoo: what fits a model, as a user of that tool would call it.
+
+Each yields estimates, as functions that return the means and the standard deviations of all
+unconstrained values; the time that an estimate takes to be called does not count.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytensor
+
+import pymc as pm
+import tests  # noqa: F401  # puts the checkout before an installed wheel
+
+from benchmarks.zoo_models import Entry
+from pymc.variational.streaming import (
+    CheckNoiseFloor,
+    EpochAverage,
+    StreamingDataset,
+    parquet_source,
+    polish,
+    shuffle_buffer,
+)
+
+__all__ = ["CONTESTANTS", "STATSMODELS", "Case"]
+
+BATCH_SIZE, LEARNING_RATE, MOST_STEPS = 4096, 0.02, 20_000
+Moments = tuple[np.ndarray, np.ndarray]
+Estimates = Iterator[Callable[[], Moments]]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model, and a directory with a Parquet file of its rows, in random order."""
+
+    name: str
+    entry: Entry
+    rows: Path
+
+    def in_memory(self) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.concatenate(list(parquet_source(self.rows)))
+        return rows[:, :-1].copy(), rows[:, -1].copy()
+
+    def model(self) -> pm.Model:
+        """Build the model of all rows."""
+        x, y = self.in_memory()
+        with pm.Model() as model:
+            self.entry.model(pytensor.shared(x), pytensor.shared(y), len(y))
+        return model
+
+
+def _pymc(case: Case, method: str, optimizer: Any) -> Estimates:
+    """Fit random batches from memory."""
+    parts = case.in_memory()
+    shared = (pytensor.shared(part, borrow=True) for part in parts)
+    with pm.Model():
+        x, y = pm.Minibatch(*shared, batch_size=BATCH_SIZE)
+        case.entry.model(x, y, len(parts[1]))
+        inference = {"advi": pm.ADVI, "fullrank_advi": pm.FullRankADVI}[method](random_seed=0)
+        yield from _steps(inference, [], optimizer)
+
+
+def _averaged(case: Case) -> Estimates:
+    """Fit a stream, and average it."""
+    ds = _stream(case)
+    with pm.Model():
+        rows: Any = ds.as_tensor()
+        case.entry.model(rows[:, :-1], rows[:, -1], ds.total_size)
+        average, inference = EpochAverage(ds), pm.ADVI(random_seed=0)
+        for _ in _steps(inference, [average, ds.fit_callback()], _adam()):
+            yield partial(_average, average, inference.approx)
+
+
+def _polished(case: Case, max_steps: int) -> Estimates:
+    """Fit a stream until its noise floor, if at all, and polish it."""
+    ds = _stream(case)
+    with pm.Model():
+        rows: Any = ds.as_tensor()
+        case.entry.model(rows[:, :-1], rows[:, -1], ds.total_size)
+        inference = pm.ADVI(random_seed=0)
+        if max_steps:
+            callbacks = [CheckNoiseFloor(), ds.fit_callback()]
+            inference.fit(max_steps, callbacks=callbacks, obj_optimizer=_adam(), progressbar=False)
+        report = polish(inference.approx, ds, progressbar=False)
+    yield lambda: (inference.approx.mean.eval(), report.sd)
+
+
+def _stream(case: Case) -> StreamingDataset:
+    rows = shuffle_buffer(
+        parquet_source(case.rows), buffer_size=1_000_000, batch_size=BATCH_SIZE, seed=0
+    )
+    return StreamingDataset(rows, batch_size=BATCH_SIZE)
+
+
+def _steps(inference: Any, callbacks: list, optimizer: Any) -> Estimates:
+    """Fit in turns, each a quarter of what was before."""
+    options = {"callbacks": callbacks, "obj_optimizer": optimizer, "progressbar": False}
+    inference.fit(1_000, **options)
+    while True:
+        yield partial(_moments, inference.approx)
+        inference.refine(max(500, len(inference.hist) // 4), progressbar=False)
+
+
+def _adam() -> Any:
+    return pm.adam(learning_rate=LEARNING_RATE)
+
+
+def _moments(approx: Any) -> Moments:
+    return approx.mean.eval(), approx.std.eval()
+
+
+def _average(average: EpochAverage, approx: Any) -> Moments:
+    """Return the averaged moments, and let the fit go on from where it is."""
+    last = [(each, each.get_value()) for each in approx.params]
+    average.apply(approx)
+    found = _moments(approx)
+    for each, value in last:
+        each.set_value(value)
+    return found
+
+
+def _numpyro(case: Case, guide_name: str) -> Estimates:
+    """Fit random batches from memory with SVI, in float64, at a falling learning rate."""
+    import jax
+    import numpyro
+
+    from numpyro.infer import SVI, Trace_ELBO, autoguide
+
+    from benchmarks.zoo_references import log_density
+
+    x, y = map(jax.numpy.asarray, case.in_memory())
+    density, start = log_density(case.entry, len(y))
+
+    def model(x: Any, y: Any) -> None:
+        real = numpyro.distributions.constraints.real_vector
+        z = numpyro.sample(
+            "z", numpyro.distributions.ImproperUniform(real, (), event_shape=start.shape)
+        )
+        numpyro.factor("density", density(z, x, y))
+
+    begin = numpyro.infer.init_to_value(values={"z": start})
+    options = {"init_loc_fn": begin}
+    if guide_name == "AutoLaplaceApproximation":  # the curvature of all rows, not of a batch
+        options["hessian_fn"] = lambda _, z: jax.hessian(lambda z: -density(z, x, y))(z)
+    guide = getattr(autoguide, guide_name)(model, **options)
+    optimizer = numpyro.optim.Adam(lambda i: 0.02 / (1 + i / 1_000) ** 0.75)
+    svi = SVI(model, guide, optimizer, Trace_ELBO())
+
+    def step(state: Any, key: Any) -> Any:
+        index = jax.random.randint(key, (BATCH_SIZE,), 0, len(y))
+        return svi.update(state, x[index], y[index])
+
+    run = jax.jit(lambda state, keys: jax.lax.scan(step, state, keys)[0])
+    state, done = svi.init(jax.random.key(0), x[:BATCH_SIZE], y[:BATCH_SIZE]), 0
+    for turn in range(10**6):
+        for key in jax.random.split(jax.random.key(turn + 1), max(1, done // 4 // 500)):
+            state, done = run(state, jax.random.split(key, 500)), done + 500
+        params = svi.get_params(state)
+        if guide_name == "AutoNormal":
+            yield partial(lambda p: (p["z_auto_loc"], p["z_auto_scale"]), params)
+        else:
+            normal = guide.get_posterior(params)
+            yield partial(lambda q: (q.mean, np.sqrt(q.variance)), normal)
+
+
+def _laplace_of_extras(case: Case) -> Estimates:
+    from pymc_extras.inference import fit_laplace
+
+    found = fit_laplace("trust-ncg", model=case.model(), progressbar=False, draws=2).fit
+    covariance = found["covariance_matrix"].values
+    yield lambda: (found["mean_vector"].values, np.sqrt(np.diag(covariance)))
+
+
+def _dadvi_of_extras(case: Case) -> Estimates:
+    from pymc_extras.inference import fit_dadvi
+
+    model = case.model()
+    found = fit_dadvi(model, progressbar=False, include_transformed=True, random_seed=0)
+    draws = found["unconstrained_posterior"]
+    values = [draws[v.name].values for v in model.value_vars]
+    z = np.hstack([each.reshape(each.shape[0] * each.shape[1], -1) for each in values])
+    yield lambda: (z.mean(axis=0), z.std(axis=0))
+
+
+def _statsmodels(case: Case) -> Estimates:
+    """Fit by maximum likelihood where there is the model; priors are weak beside the rows."""
+    x, y = case.in_memory()
+    found = STATSMODELS[case.name](np.column_stack([np.ones(len(y)), x]), y)
+    yield lambda: found
+
+
+def _logit(x: np.ndarray, y: np.ndarray) -> Moments:
+    import statsmodels.api as sm
+
+    fit = sm.Logit(y, x).fit(disp=0, maxiter=100)
+    return fit.params, fit.bse
+
+
+def _logit_of_dummies(x: np.ndarray, y: np.ndarray) -> Moments:
+    return _logit(np.column_stack([x[:, [0, 2, 3, 4]], np.eye(16)[x[:, 1].astype(int)][:, 1:]]), y)
+
+
+def _negative_binomial(x: np.ndarray, y: np.ndarray) -> Moments:
+    import statsmodels.api as sm
+
+    fit = sm.NegativeBinomial(y, x).fit(disp=0, maxiter=200)
+    mean, sd = fit.params.copy(), fit.bse.copy()
+    mean[-1], sd[-1] = -np.log(mean[-1]), sd[-1] / mean[-1]
+    return mean, sd
+
+
+def _zero_inflated(x: np.ndarray, y: np.ndarray) -> Moments:
+    import statsmodels.api as sm
+
+    fit = sm.ZeroInflatedPoisson(y, x, exog_infl=x[:, :2]).fit(disp=0, maxiter=500)
+    return np.concatenate([-fit.params[:2], fit.params[2:]]), fit.bse
+
+
+def _hurdle(x: np.ndarray, y: np.ndarray) -> Moments:
+    import statsmodels.api as sm
+
+    (mean, sd), line = _logit(x, y > 0), sm.OLS(np.log(y[y > 0]), x[y > 0]).fit()
+    mean = np.concatenate([mean, line.params, [np.log(line.scale) / 2]])
+    return mean, np.concatenate([sd, line.bse, [np.sqrt(0.5 / line.nobs)]])
+
+
+def _student_t(x: np.ndarray, y: np.ndarray) -> Moments:
+    from statsmodels.miscmodels.tmodel import TLinearModel
+
+    fit = TLinearModel(y, x).fit(disp=0, maxiter=2_000)
+    mean, sd = np.array(fit.params)[[0, 1, 2, 4, 3]], np.array(fit.bse)[[0, 1, 2, 4, 3]]
+    return np.append(mean[:3], np.log(mean[3:])), np.append(sd[:3], sd[3:] / mean[3:])
+
+
+def _ordinal(x: np.ndarray, y: np.ndarray) -> Moments:
+    from statsmodels.miscmodels.ordinal_model import OrderedModel
+
+    fit = OrderedModel(y.astype(int), x[:, 1:], distr="logit").fit(method="bfgs", disp=0)
+    return np.array(fit.params), np.array(fit.bse)
+
+
+STATSMODELS: dict[str, Callable[[np.ndarray, np.ndarray], Moments]] = {
+    "logistic": _logit,
+    "logistic, rare dummy": _logit_of_dummies,
+    "negative binomial": _negative_binomial,
+    "zero-inflated": _zero_inflated,
+    "hurdle": _hurdle,
+    "Student t": _student_t,
+    "ordinal": _ordinal,
+}
+
+CONTESTANTS: dict[str, Callable[[Case], Estimates]] = {
+    "PyMC, default": partial(_pymc, method="advi", optimizer=pm.adagrad_window),
+    "PyMC, Adam": partial(_pymc, method="advi", optimizer=_adam()),
+    "PyMC, full rank": partial(_pymc, method="fullrank_advi", optimizer=_adam()),
+    "stream, averaged": _averaged,
+    "ADVI, then polish": partial(_polished, max_steps=MOST_STEPS),
+    "polish": partial(_polished, max_steps=0),
+    "NumPyro, AutoNormal": partial(_numpyro, guide_name="AutoNormal"),
+    "NumPyro, AutoMVN": partial(_numpyro, guide_name="AutoMultivariateNormal"),
+    "NumPyro, AutoLaplace": partial(_numpyro, guide_name="AutoLaplaceApproximation"),
+    "pymc-extras, Laplace": _laplace_of_extras,
+    "pymc-extras, DADVI": _dadvi_of_extras,
+    "statsmodels": _statsmodels,
+}

@@ -1,0 +1,241 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""References of the zoo: HMC of NumPyro, with control variates, and one exact answer.
+
+They share no code with what is measured but the density of PyMC's model, in JAX.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytensor
+import pytensor.tensor as pt
+import scipy.optimize
+
+from numpyro.infer import HMC, MCMC
+from pytensor.graph.replace import clone_replace
+
+import pymc as pm
+
+from benchmarks.zoo_models import N_PLANE_MONTHS, Entry
+from pymc.pytensorf import join_nonshared_inputs
+
+__all__ = ["Moments", "hmc", "log_density", "many_groups"]
+
+Moments = dict[str, Any]
+MOST_OFF = 10.0
+"""Standard errors of a mean score from zero that chains of a hundred values may have."""
+
+jax.config.update("jax_enable_x64", True)
+
+
+def log_density(entry: Entry, n_rows: int, *, weighted: bool = False) -> tuple[Any, np.ndarray]:
+    """Return PyMC's log density of all unconstrained values, as a function of JAX, and a start.
+
+    The function takes one vector, the two parts of a batch or of all rows, and, if weighted, how
+    often each row is there, where the rows are *n_rows* in all.
+    """
+    x, y, weight = pt.matrix("x"), pt.vector("y"), pt.vector("weight")
+    rows = pytensor.shared(np.zeros((1, 1))), pytensor.shared(np.zeros(1))
+    with pm.Model() as model:
+        entry.model(*rows, n_rows)
+    start = model.initial_point(0)
+    prior = model.logp([*model.free_RVs, *model.potentials])
+    (likelihood,) = model.logp(model.observed_RVs, sum=False)
+    if weighted:
+        likelihood = likelihood * weight * (rows[1].shape[0] / n_rows)
+    logp, flat = join_nonshared_inputs(start, [prior + likelihood.sum()], model.value_vars)
+    logp = clone_replace(logp, dict(zip(rows, (x, y))))
+    inputs = [flat, x, y, weight] if weighted else [flat, x, y]
+    compiled = pytensor.function(inputs, logp, mode="JAX", on_unused_input="ignore")
+    point = np.concatenate([np.ravel(start[v.name]) for v in model.value_vars])
+    return lambda *values: compiled.vm.jit_fn(*values)[0], point
+
+
+def hmc(entry: Entry, rows: np.ndarray) -> Moments:
+    """Sample chains in coordinates in which the density is round around its mode."""
+    of_rows, start = log_density(entry, len(rows), weighted=True)
+    n, distinct = entry.levels, _fewer(rows) if entry.gaussian else _distinct(rows)
+
+    def density(z: Any) -> Any:
+        return of_rows(z, *distinct)
+
+    def centred(u: Any) -> Any:
+        """Return mean, log of the spread and levels from values in which they are independent."""
+        u = jnp.asarray(u)
+        return u.at[2 : 2 + n].set(u[0] + jnp.exp(u[1]) * u[2 : 2 + n])
+
+    def non_centred(x: Any) -> Any:
+        return x.at[2 : 2 + n].set((x[2 : 2 + n] - x[0]) / jnp.exp(x[1]))
+
+    def sampled(x: Any) -> Any:
+        return density(x) if entry.centred else density(non_centred(x)) - n * x[1]
+
+    def potential(u: Any) -> Any:
+        return -density(centred(u)) - n * u[1] if entry.centred else -density(u)
+
+    # A mode exists without centring only, but levels of many rows are round with it.
+    centre = centred(_mode(potential, start))
+    root = _root_of_covariance(sampled, centre)
+    kernel = HMC(
+        potential_fn=lambda v: -sampled(centre + root @ v),
+        trajectory_length=np.pi / 2,  # a quarter of the period of a round normal density
+        adapt_mass_matrix=False,
+    )
+    n_chains, draws = (8, 100) if len(start) < 30 else (16, 200)
+    sampler = MCMC(
+        kernel,
+        num_warmup=100,
+        num_samples=draws * entry.more_draws,
+        num_chains=n_chains,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    begin = np.random.default_rng(0).normal(size=(n_chains, len(start)))
+    sampler.run(jax.random.key(0), init_params=jnp.asarray(begin))
+    z = sampler.get_samples() @ root.T + centre
+    if not entry.centred:
+        z = jax.vmap(non_centred)(z)
+    return _moments(np.asarray(z), np.asarray(jax.lax.map(jax.grad(density), z)), n_chains)
+
+
+def _distinct(rows: np.ndarray) -> tuple:
+    """Return both parts of rows that differ, and how often each is there."""
+    kept, counts = np.unique(rows, axis=0, return_counts=True)
+    return jnp.asarray(kept[:, :-1]), jnp.asarray(kept[:, -1]), jnp.asarray(counts, "float64")
+
+
+def _fewer(rows: np.ndarray) -> tuple:
+    """Return a few rows with the mean and the covariance of all, and weights."""
+    offset = np.linalg.cholesky(np.cov(rows.T, ddof=0)).T * np.sqrt(rows.shape[1])
+    kept = rows.mean(axis=0) + np.concatenate([offset, -offset])
+    weights = np.full(len(kept), len(rows) / len(kept))
+    return jnp.asarray(kept[:, :-1]), jnp.asarray(kept[:, -1]), jnp.asarray(weights)
+
+
+def _mode(potential: Any, start: np.ndarray) -> np.ndarray:
+    """Return the place of a minimum near the start."""
+    scale = float(np.abs(potential(start)))
+    both = jax.jit(jax.value_and_grad(lambda z: potential(z) / scale))
+    hessp = jax.jit(lambda z, v: jax.jvp(jax.grad(potential), (z,), (v,))[1] / scale)
+    return scipy.optimize.minimize(
+        lambda z: tuple(map(np.asarray, both(z))),
+        start,
+        jac=True,
+        hessp=lambda z, v: np.asarray(hessp(z, v)),
+        method="trust-ncg",
+        options={"maxiter": 300, "gtol": 1e-9},
+    ).x
+
+
+def _root_of_covariance(density: Any, z: np.ndarray) -> np.ndarray:
+    """Return a root of the inverse of the curvature, where that is positive and not flat."""
+    curvature = jax.jit(lambda v: -jax.jvp(jax.grad(density), (z,), (v,))[1])
+    hessian = np.array([curvature(v) for v in np.eye(len(z))])
+    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    return vectors / np.sqrt(np.maximum(abs(values), 0.1))
+
+
+def _moments(z: np.ndarray, score: np.ndarray, n_chains: int) -> Moments:
+    """Return means and standard deviations of draws, and the standard errors of both.
+
+    The score has the mean zero, and its product with a value that of minus one; both are control
+    variates, which leave no error for a normal density (Mira, Solgi and Imparato 2013).
+    """
+    chains = score.reshape(n_chains, -1, z.shape[1]).mean(axis=1)
+    off = abs(chains.mean(axis=0)) / (chains.std(axis=0, ddof=1) / np.sqrt(n_chains))
+    if off.max() > MOST_OFF:
+        raise RuntimeError(
+            f"the chains have not converged: the mean score is {off.max():.0f} se off"
+        )
+    mean, mean_se = np.transpose([_controlled(values, score) for values in z.T])
+    variance, variance_se = np.transpose(
+        [
+            _controlled((values - m) ** 2, np.hstack([score, score * (values - m)[:, None] + unit]))
+            for values, m, unit in zip(z.T, mean, np.eye(z.shape[1]))
+        ]
+    )
+    sd = np.sqrt(variance)
+    return {"mean": mean, "sd": sd, "mean_se": mean_se, "sd_se": variance_se / 2 / sd}
+
+
+def _controlled(values: np.ndarray, controls: np.ndarray) -> tuple[float, float]:
+    """Return the mean of draws, corrected by variates whose mean is zero, and its error."""
+    centred = controls - controls.mean(axis=0)
+    rest = values - controls @ np.linalg.solve(centred.T @ centred, centred.T @ values)
+    batches = [part.mean() for part in np.array_split(rest, 32)]
+    return float(rest.mean()), float(np.std(batches, ddof=1) / np.sqrt(len(batches)))
+
+
+def many_groups(entry: Entry, rows: np.ndarray, *, n_draws: int = 2_000) -> Moments:
+    """Return the exact moments of the normal hierarchy, by importance sampling of four values.
+
+    Given those, the levels are normal and independent.
+    """
+    group, x, y = rows[:, 0].astype(int), rows[:, 1], rows[:, 2]
+    n, sx, sy = (np.bincount(group, w, N_PLANE_MONTHS) for w in (None, x, y))
+    squares = np.array([y @ y, x @ y, x @ x])
+
+    def conditional(h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the means and variances of all levels, given the other values."""
+        mean, log_spread, slope, log_sigma = h
+        variance = 1 / (n * np.exp(-2 * log_sigma) + np.exp(-2 * log_spread))
+        drawn = (sy - slope * sx) * np.exp(-2 * log_sigma) + mean * np.exp(-2 * log_spread)
+        return variance * drawn, variance
+
+    def density(h: np.ndarray) -> float:
+        """Return the log density of the other values, in which the levels are integrated out."""
+        mean, log_spread, slope, log_sigma = h
+        level, variance = conditional(h)
+        square = squares @ [1, -2 * slope, slope**2]
+        quadratic = square * np.exp(-2 * log_sigma) + len(n) * mean**2 * np.exp(-2 * log_spread)
+        quadratic -= (level**2 / variance).sum()
+        prior = -(mean**2 + slope**2) / 18 - np.exp(2 * log_spread) / 2 - np.exp(2 * log_sigma) / 8
+        logs = np.log(variance).sum() / 2 - len(n) * log_spread - len(y) * log_sigma
+        return logs - quadratic / 2 + prior + log_spread + log_sigma
+
+    start = np.array([y.mean(), -1.0, 0.0, np.log(y.std())])
+    mode = scipy.optimize.minimize(lambda h: -density(h) / len(y), start, tol=1e-12).x
+    step = np.diag([1e-2, 1e-2, 1e-2, 1e-2])
+    hessian = [
+        [
+            sum(a * b * density(mode + a * u + b * v) for a in (-1, 1) for b in (-1, 1)) / 4e-4
+            for u in step
+        ]
+        for v in step
+    ]
+    root = np.linalg.cholesky(np.linalg.inv(-np.array(hessian)))
+    e = np.random.default_rng(0).normal(size=(n_draws // 2, 4))
+    draws = np.concatenate([e, -e]) @ root.T + mode
+    log_weights = np.array([density(h) for h in draws]) + (np.concatenate([e, e]) ** 2).sum(1) / 2
+    weights = np.exp(log_weights - log_weights.max())
+    weights /= weights.sum()
+    return _mixed(draws, weights, conditional)
+
+
+def _mixed(draws: np.ndarray, weights: np.ndarray, conditional: Any) -> Moments:
+    """Return the moments of a mixture over draws of the values that are not levels."""
+    first = second = 0.0
+    for h, w in zip(draws, weights):
+        level, variance = conditional(h)
+        first, second = first + w * level, second + w * (level**2 + variance)
+    h_mean = weights @ draws
+    h_sd = np.sqrt(weights @ (draws - h_mean) ** 2)
+    level_sd = np.sqrt(second - first**2)
+    effective = 1 / (weights**2).sum()
+    mean = np.concatenate([h_mean[:2], first, h_mean[2:]])
+    sd = np.concatenate([h_sd[:2], level_sd, h_sd[2:]])
+    return {"mean": mean, "sd": sd, "mean_se": 0 * sd, "sd_se": sd / np.sqrt(2 * effective)}
