@@ -71,4 +71,5 @@ def summarize(source: Any, *, progressbar: bool = True) -> Summary:
         for batch in table.read(_BATCH_ROWS, advance):
             summarizer.add_dictionaries(batch)
             summarizer.add(conform(batch, plain))
-    return summarizer.finish()
+    summary = summarizer.finish()
+    return summary.with_levels(source.levels) if isinstance(source, Source) else summary

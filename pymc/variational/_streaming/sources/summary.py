@@ -86,6 +86,15 @@ class Summary(Mapping[str, ColumnSummary]):
         """Return the summary of some columns."""
         return Summary(self.rows, {name: self.columns[name] for name in columns})
 
+    def with_levels(self, levels: Mapping[str, tuple[Any, ...]]) -> "Summary":
+        """Return a summary of columns that hold positions among *levels* as what they stand for."""
+        numbers = dict.fromkeys(("min", "max", "mean", "sd"))
+        known = {
+            name: dataclasses.replace(self[name], **numbers, levels=tuple(values))
+            for name, values in levels.items()
+        }
+        return Summary(self.rows, self.columns | known)
+
     def to_metadata(self) -> dict[bytes, bytes]:
         """Return the key and the value for the metadata of a file."""
         return {SUMMARY_KEY: json.dumps(dataclasses.asdict(self)).encode()}

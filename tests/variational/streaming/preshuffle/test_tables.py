@@ -256,6 +256,18 @@ class TestSummary:
         summary = summarize(parquet_source(files, columns=columns, partial=partial))
         assert summary["row"].mean == pytest.approx(np.mean(rows))
 
+    @pytest.mark.parametrize("shuffled", [False, True])
+    def test_categories_are_shown_by_their_levels(self, tmp_path, frame, shuffled):
+        path = tmp_path / "in.parquet"
+        frame.to_parquet(path)
+        if shuffled:
+            shuffle(path, tmp_path / "out")
+            path = tmp_path / "out"
+        source = parquet_source(path, columns=["row", "carrier"], categories=["carrier"])
+        summary = summarize(source)
+        assert summary["carrier"].levels == source.levels["carrier"] == ("UA", "AA", "DL", "B6")
+        assert summary["carrier"].mean is None and summary["row"].mean == frame["row"].mean()
+
     def test_it_is_shown_as_a_table(self, frame):
         summary = summarize(frame)
         lines = repr(summary).splitlines()
