@@ -97,7 +97,8 @@ class TestCode:
         sections = (FOLDER / "sources.md").read_text().split("\n## ")[1:]
         with_code = {section.split("\n")[0] for section in sections if "```python" in section}
         assert with_code == {*HOW_TOS, "Strings, dates and types that change"}
-        assert len(code_blocks(FOLDER / "preshuffle.md")) == 2
+        on_clusters = ["distributed" in block for block in code_blocks(FOLDER / "preshuffle.md")]
+        assert sum(on_clusters) == 1  # a test of its own runs it
 
     @pytest.mark.slow
     @quietly

@@ -140,9 +140,13 @@ COMMITS = (
         PACKAGING,
     ),
     Commit("Shuffle rows in a bounded window, and read ahead of it", _subpackage("batches")),
+    Commit(
+        "Refuse models that minibatches would make wrong",
+        tuple(f"{MODULES}/{name}.py" for name in ("likelihood", "contract", "guards")),
+    ),
     Commit("Check whether the windows of a stream are exchangeable", _subpackage("order", "order")),
     Commit(
-        "Feed minibatches from a stream to pm.fit, and refuse models that would go wrong",
+        "Feed minibatches from a stream to pm.fit",
         (f"{MODULES}/*.py", f"{PAGES}/models.md"),
     ),
     Commit(
@@ -150,8 +154,8 @@ COMMITS = (
         _subpackage("preshuffle", "preshuffle"),
     ),
     Commit(
-        "Check fits against all rows, and average them over whole epochs",
-        _subpackage("fit", "averaging", "fit_check"),
+        "Check and polish fits with all rows, average them over epochs, and predict rows",
+        _subpackage("fit", "averaging", "fit_check", "polish"),
     ),
     Commit(
         "Save fits on streams, so that they survive a kill",

@@ -132,7 +132,7 @@ _ERRORS = (
 _SCALES = "rows", FIRST, ORDERED, SHUFFLED, "corrected"
 _CHECKS = (
     *("rows", "streamed", "`check_order` before the fit", "`check_fit` at the last step"),
-    *("`check_fit` when averaged", "`report.apply`"),
+    *("`check_fit` when averaged", "correction"),
 )
 _COST = "rows", "way", "peak memory", "steps/s", "steps", "ready", "fit", "check_fit"
 _PREPARATION = (

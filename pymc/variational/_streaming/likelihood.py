@@ -14,7 +14,7 @@
 """The log-likelihood of a model, row by row, and which axes of its graph run over the rows."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -77,7 +77,7 @@ class LikelihoodGraph:
         model: Model,
         likelihoods: Sequence[Variable],
         buffer: SharedVariable,
-        others: Sequence[Variable] = (),
+        others: Sequence[Any] = (),
     ):
         graphs: Any = [*_logp(model, likelihoods), *model.replace_rvs_by_values(others)]
         self.rows = buffer.type(name=buffer.name)
@@ -289,9 +289,9 @@ def _as_list(outputs: Any) -> list[np.ndarray]:
     return [np.asarray(output) for output in outputs]
 
 
-def _logp(model: Model, likelihoods: Sequence[Variable]) -> Sequence[Variable]:
+def _logp(model: Model, likelihoods: Sequence[Variable]) -> list[Variable]:
     try:
-        return model.logp(list(likelihoods), sum=False) if likelihoods else []
+        return cast(list[Variable], model.logp([*likelihoods], sum=False)) if likelihoods else []
     except ValueError as err:
         raise StreamError(
             "the log-likelihood needs variables that are not in this model; call fit_callback() in "

@@ -254,7 +254,7 @@ def sample_rows(stream: StreamingDataset, n_rows: int) -> np.ndarray:
 class _Job:
     """The sum over a stream, cut into parts of whole blocks."""
 
-    def __init__(self, stream, number, term, function, *, rows, keep):
+    def __init__(self, stream: StreamingDataset, number: int, term, function, *, rows, keep):
         self.number, self.term, self.function = number, term, function
         self.name = str(stream.as_tensor().name)
         self.source: Source = stream._source

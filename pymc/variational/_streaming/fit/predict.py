@@ -254,14 +254,15 @@ class _Posterior:
     def log_likelihoods(self) -> list[Variable]:
         """Return the log-likelihood terms of the rows, each row counted once."""
         observed = self._observed()
-        terms = self._model.logp(observed, sum=False)
+        terms: Any = self._model.logp(observed, sum=False)
         return [term / _scaling(self._model, rv) for rv, term in zip(observed, terms)]
 
-    def forward(self, variables: Sequence[Variable]) -> list[Variable]:
+    def forward(self, variables: Sequence[Variable]) -> Sequence[Variable]:
         """Return the graphs that draw *variables*, in the values of the parameters."""
         model = self._model
+        graphs: Any = [rv.owner.inputs[0] if total_size_of(rv) else rv for rv in variables]
         return replace_rvs_by_values(
-            [rv.owner.inputs[0] if total_size_of(rv) else rv for rv in variables],
+            graphs,
             rvs_to_values={rv: model.rvs_to_values[rv] for rv in model.free_RVs},
             rvs_to_transforms=model.rvs_to_transforms,
         )

@@ -246,7 +246,7 @@ def _fit_gaussian(run: Search, optimum: Optimum, is_full: bool, rng: np.random.G
     """Keep the moments of the posterior around an optimum, if it is near a Gaussian there."""
     size, few = len(optimum.x), run.sample.first(_DRAW_ROWS).around(optimum)
     prior = run.density.prior.value_and_gradient
-    parts = [
+    parts: list[tuple[Function, np.ndarray]] = [
         (few, normal_draws(size, max(8, size), rng)),
         (prior, normal_draws(size, max(_PRIOR_PAIRS, 8 * size), rng)),
     ]

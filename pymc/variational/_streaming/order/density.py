@@ -14,6 +14,7 @@
 """The log density of a model as a function of a stream's rows and of flat parameters."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytensor.tensor as pt
@@ -46,18 +47,20 @@ def row_likelihoods(model: Model, buffer: SharedVariable) -> list[Variable]:
     observed = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     if not observed:
         raise ValueError(f"no observed variable depends on {buffer.name!r}")
+    terms: Any = model.logp(observed, sum=False)
     return [
         term / get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)
         if total_size_of(rv)
         else term
-        for rv, term in zip(observed, model.logp(observed, sum=False))
+        for rv, term in zip(observed, terms)
     ]
 
 
 def compile_density(model: Model, buffer: SharedVariable) -> Density:
     """Compile the weighted sum of likelihood and prior, and its gradient."""
     likelihood = sum(pt.sum(term) for term in row_likelihoods(model, buffer))
-    prior = sum(pt.sum(term) for term in model.logp(model.free_RVs, sum=False))
+    priors: Any = model.logp(model.free_RVs, sum=False)
+    prior = sum(map(pt.sum, priors))
     rows, weights = buffer.type("rows"), (pt.scalar("likelihood"), pt.scalar("prior"))
     [total], flat = join_nonshared_inputs(
         model.initial_point(0), [weights[0] * likelihood + weights[1] * prior], model.value_vars

@@ -76,6 +76,8 @@ def open_workspace(
     overwrite: bool,
 ) -> Iterator[Workspace]:
     """Make the folders of a run; delete them at its end, and those that a killed run left."""
+    if scratch and "://" in os.fspath(scratch):
+        raise ValueError("scratch is a URI; pass a directory, which all workers reach")
     if is_local(fs):
         destination = os.path.realpath(destination)
         _require_replaceable(destination)

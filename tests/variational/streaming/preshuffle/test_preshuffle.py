@@ -265,6 +265,7 @@ def test_the_report_is_short_and_right(tmp_path):
         ({"memory_limit": "1MB"}, r"memory_limit=1000000 is too small .*pass at least .*'\d+MB'"),
         ({"columns": ["rows"]}, r"has no column 'rows'; it has \['row', 'twice'\]"),
         ({"columns": ["row", "row"]}, "must be at least one, and distinct"),
+        ({"scratch": "s3://bucket/scratch"}, "scratch is a URI; pass a directory"),
         ({"compression": "zip"}, "compression='zip' is not available"),
         ({"columns": "row"}, "columns='row' is a string; pass a list of names"),
         ({"split": {"a": 0.5, "b": 0.4}}, "adds up to 0.9; pass fractions that add up to 1"),

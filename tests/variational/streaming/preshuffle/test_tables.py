@@ -16,6 +16,7 @@
 import logging
 
 from itertools import chain
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pymc.variational._streaming.preshuffle import cli
+from pymc.variational._streaming.preshuffle import cli, passes
 from pymc.variational.streaming import (
     StreamError,
     arrow_source,
@@ -59,14 +60,22 @@ def shuffle(source, destination, **options):
 
 
 class TestSplit:
-    @pytest.mark.parametrize("block", [1 << 14, 1 << 12], ids=["in memory", "scattered again"])
+    @pytest.mark.parametrize(
+        ["block", "again"],
+        [(1 << 17, False), (1 << 14, True)],
+        ids=["in memory", "scattered again"],
+    )
     def test_every_row_is_in_exactly_one_part_of_exactly_the_size_asked_for(
-        self, tmp_path, monkeypatch, frame, block
+        self, tmp_path, monkeypatch, frame, block, again
     ):
         cut_small(monkeypatch.setattr, block=block)
+        shuffled = Mock(wraps=passes._shuffle)
+        monkeypatch.setattr(passes, "_shuffle", shuffled)
         split = {"a": 0.333, "b": 0.5, "c": 0.167}
         for name in ("out", "again"):
             assert shuffle(frame, tmp_path / name, split=split).rows == N_ROWS
+        places = [call.args[-1] for call in shuffled.call_args_list]
+        assert any(len(place) > 1 for place in places) == again
         rows = {part: rows_in_order(tmp_path / "out" / part) for part in split}
         assert [len(found) for found in rows.values()] == [1665, 2500, 835]
         assert sorted(chain.from_iterable(rows.values())) == list(range(N_ROWS))
