@@ -237,9 +237,9 @@ def columns_read(graphs: Sequence[Variable], rows: Variable) -> np.ndarray:
     shape = rows.type.shape[1:]
     labels = np.arange(np.prod(shape, dtype=int)).reshape(1, *shape)
     read: set[int] = set()
-    for node in {v.owner for v in ancestors(graphs) if v.owner and rows in v.owner.inputs}:
-        if isinstance(node.op, Shape | Shape_i):
-            continue
+    shapes = [v for v in ancestors(graphs) if _is_shape(v)]
+    used = {v.owner for v in ancestors(graphs, shapes) if v not in shapes}
+    for node in {node for node in used if node and rows in node.inputs}:
         taken = labels
         if isinstance(node.op, Subtensor):
             index = get_constant_idx(node.op.idx_list, node.inputs, allow_partial=True)

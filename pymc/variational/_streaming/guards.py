@@ -39,6 +39,7 @@ __all__ = [
     "WITHOUT_LOSS",
     "check_model",
     "check_other_streams",
+    "contract_for",
     "depends_on",
     "total_size_of",
 ]
@@ -49,6 +50,9 @@ WITHOUT_LOSS = (
     "and fit with ADVI or FullRankADVI"
 )
 """Why a stream refuses a fit that does not compute its loss."""
+
+_LEAST_ROWS = 8
+"""Rows from which a contract is derived, at least."""
 
 
 def check_model(
@@ -98,6 +102,17 @@ def check_model(
             "observed variable with total_size"
         )
     return contract
+
+
+def contract_for(
+    model: Model, buffer: SharedVariable, rows: np.ndarray, columns: tuple[str, ...] | None
+) -> Contract:
+    """Derive what the likelihoods of a model need of rows, such as indices within their axis."""
+    likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
+    graph = LikelihoodGraph(model, likelihoods, buffer)
+    # Along which axis rows lie does not show where there is one.
+    rows = np.resize(rows, (max(len(rows), _LEAST_ROWS), *rows.shape[1:]))
+    return derive_contract(graph, RowAxes(graph, rows), likelihoods, columns)
 
 
 def check_other_streams(model: Model) -> None:

@@ -42,6 +42,9 @@ from tests.variational.streaming.tell_tale import (
     tell_tale,
 )
 
+# Rows that tell the batches apart are in an order on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::pymc.variational.streaming.OrderWarning")
+
 
 def buffer_of(model: pm.Model) -> SharedVariable:
     (buffer,) = (v for v in ancestors(model.rvs_to_values.values()) if hasattr(v, "container"))

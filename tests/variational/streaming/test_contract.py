@@ -13,13 +13,15 @@
 #   limitations under the License.
 """Every row is held to what the model demands, whichever batch it comes in."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytensor.tensor as pt
 import pytest
 
 import pymc as pm
 
-from pymc.variational.streaming import StreamError, StreamingDataset
+from pymc.variational.streaming import StreamError, StreamingDataset, check_fit, polish
 
 N, BATCH, LATE = 60, 10, 47
 
@@ -281,3 +283,17 @@ def test_rows_of_ones_own_are_held_to_the_indices_of_the_model():
         with ds.rows(table(y=-1)):  # where the observed value is not known yet
             pass
         del callback
+
+
+@pytest.mark.parametrize("thread", [False, True])
+@pytest.mark.parametrize("run", [check_fit, polish])
+def test_passes_over_all_rows_are_held_to_the_indices_too(run, thread):
+    with StreamingDataset(table(g=3), batch_size=BATCH, order_check="off") as ds, pm.Model():
+        groups(whole)(ds.as_tensor())
+        approx = pm.MeanField()
+    options = {"progressbar": False}
+    with ThreadPoolExecutor(1) as executor:
+        if thread:
+            options["executor"] = executor
+        with pytest.raises(StreamError, match=f"row {LATE} of the stream holds 3.0"):
+            run(approx, ds, **options)

@@ -43,6 +43,9 @@ from tests.variational.streaming.tell_tale import (
     tell_tale,
 )
 
+# Rows that tell the batches apart are in an order on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::pymc.variational.streaming.OrderWarning")
+
 
 class TestTotalSize:
     def test_auto_is_a_plain_int_that_pymc_accepts(self, tmp_path):

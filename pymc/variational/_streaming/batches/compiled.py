@@ -109,14 +109,17 @@ def are_within(rows, columns, lower, upper, whole):
         Whether its values must be whole numbers, too.
     """
     for i in range(len(columns)):
-        column, low, high = columns[i], lower[i], upper[i]
-        for row in range(len(rows)):
-            value = np.float64(rows[row, column])
-            if not (value >= low and value <= high):
-                return False
+        column, low, high = np.uint64(columns[i]), lower[i], upper[i]
+        # Without an early end, the comparisons of several rows are one instruction.
+        inside = True
         if whole[i]:
             for row in range(len(rows)):
                 value = np.float64(rows[row, column])
-                if value != np.floor(value):
-                    return False
+                inside &= (value >= low) & (value <= high) & (value == np.floor(value))
+        else:
+            for row in range(len(rows)):
+                value = np.float64(rows[row, column])
+                inside &= (value >= low) & (value <= high)
+        if not inside:
+            return False
     return True

@@ -19,7 +19,8 @@ import warnings
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import closing
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -38,9 +39,10 @@ from pymc.pytensorf import compile, join_nonshared_inputs
 from pymc.variational._streaming.batches.prefetch import Prefetcher, read_epochs
 from pymc.variational._streaming.batches.rebatch import Batch, cast, rebatch
 from pymc.variational._streaming.batches.window import ShuffleBuffer
+from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.guards import depends_on, total_size_of
+from pymc.variational._streaming.guards import contract_for, depends_on, total_size_of
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational.minibatch_rv import get_scaling
 from pymc.variational.opvi import Group
@@ -172,6 +174,16 @@ class Density:
             self.likelihoods.append(_term(group, terms, buffer))
         self.prior = _term(group, list(factors.values()))
         """All that does not depend on the rows of streams."""
+        self._model = model
+        self._contracts: dict[int, Contract] = {}
+
+    def contract(self, number: int, rows: np.ndarray) -> Contract:
+        """Return what rows of a stream must meet, which is derived with the first of them."""
+        if number not in self._contracts:
+            stream = self.streams[number]
+            found = contract_for(self._model, stream.as_tensor(), rows, stream.columns)
+            self._contracts[number] = found
+        return self._contracts[number]
 
 
 class Part(NamedTuple):
@@ -220,10 +232,15 @@ def sum_over_rows(
     parts = []
     for number, (stream, likelihood) in enumerate(zip(density.streams, density.likelihoods)):
         job = _Job(stream, number, likelihood, function, rows=rows, keep=keep)
+        derive = partial(density.contract, number)
         if executor is None or not job.has_random_access:
-            parts += job.read(0, _PARTS, advance)
+            parts += job.read(0, _PARTS, advance, derive)
             continue
-        payload = cloudpickle.dumps(job)
+        with closing(job.read_blocks(0, 1)) as blocks:
+            first = next(blocks)
+        with job.noting(len(first)):
+            contract = derive(first)
+        payload = cloudpickle.dumps((job, contract))
         futures = [executor.submit(_read_in_worker, payload, i) for i in job.starts()]
         try:
             for future in futures:
@@ -277,32 +294,46 @@ class _Job:
         window = self.source.buffer_size if isinstance(self.source, ShuffleBuffer) else 1
         return range(0, _PARTS, min(_PARTS, math.ceil(window / (self.block * self.blocks))))
 
-    def read(self, first: int, stop: int, advance: Callable[[int], None]) -> list[Part]:
+    def read(
+        self,
+        first: int,
+        stop: int,
+        advance: Callable[[int], None],
+        contract_of: Callable[[np.ndarray], Contract],
+    ) -> list[Part]:
         """Return the parts from *first* to before *stop*, or fewer where the rows end before."""
         parts: list[Part] = []
-        for i, rows in enumerate(self._read_blocks(first, stop)):
+        for i, rows in enumerate(self.read_blocks(first, stop)):
             if i % self.blocks == 0 and len(parts) < stop - first:
                 parts.append(Part(self.number, 0, 0, (), rows[:0]))
-            parts[-1] = self._add(parts[-1], rows)
+            with self.noting(len(rows)):
+                offset = (first * self.blocks + i) * self.block
+                contract_of(rows).check(rows, offset, support=False)
+                parts[-1] = self._add(parts[-1], rows)
             advance(len(rows))
         return parts
 
-    def _add(self, part: Part, rows: np.ndarray) -> Part:
+    @contextmanager
+    def noting(self, n_rows: int) -> Iterator[None]:
+        """Add to an error what the likelihood must allow."""
         try:
-            values = self.function(self.term, rows)
+            yield
         except (AssertionError, TypeError, ValueError) as error:
             error.add_note(
                 f"the likelihood of {self.name!r} is evaluated with any number of rows, here "
-                f"{len(rows)}; take lengths and coordinates from as_tensor().shape[0]"
+                f"{n_rows}; take lengths and coordinates from as_tensor().shape[0]"
             )
             raise
+
+    def _add(self, part: Part, rows: np.ndarray) -> Part:
+        values = self.function(self.term, rows)
         sums = tuple(a + b for a, b in zip(part.sums, values)) if part.n_blocks else values
         kept = part.first_rows
         if len(kept) < self.keep:
             kept = np.concatenate([kept, rows[: self.keep - len(kept)]])
         return Part(part.stream, part.n_rows + len(rows), part.n_blocks + 1, sums, kept)
 
-    def _read_blocks(self, first: int, stop: int) -> Iterator[np.ndarray]:
+    def read_blocks(self, first: int, stop: int) -> Iterator[np.ndarray]:
         """Yield the rows of some parts in blocks; the last part of all goes on to the end."""
         part_rows = self.block * self.blocks
         end = self.rows or math.inf
@@ -332,10 +363,10 @@ class _Job:
 def _read_in_worker(payload: bytes, first: int) -> list[Part]:
     """Return some parts of a job that another process has sent."""
     if getattr(_worker, "payload", None) != payload:
-        _worker.payload, _worker.job = payload, cloudpickle.loads(payload)
-    job = _worker.job
-    starts = job.starts()
-    return job.read(first, min(first + starts.step, _PARTS), lambda n_rows: None)
+        _worker.payload, _worker.sent = payload, cloudpickle.loads(payload)
+    job, contract = _worker.sent
+    stop = min(first + job.starts().step, _PARTS)
+    return job.read(first, stop, lambda n_rows: None, lambda rows: contract)
 
 
 def _refuse_other_uses(

@@ -30,12 +30,10 @@ from pymc.logprob.utils import replace_rvs_by_values
 from pymc.model.core import Model
 from pymc.pytensorf import compile
 from pymc.variational._streaming.batches.window import ShuffleBuffer
-from pymc.variational._streaming.contract import Contract, derive_contract
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.bins import Moments, merge
-from pymc.variational._streaming.guards import depends_on, total_size_of
-from pymc.variational._streaming.likelihood import LikelihoodGraph, RowAxes
+from pymc.variational._streaming.guards import contract_for, depends_on, total_size_of
 from pymc.variational._streaming.sources.arrow import with_columns
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.utils import positive_int, progress_bar
@@ -313,19 +311,15 @@ class _Posterior:
         n_rows, contract = 0, None
         with progress_bar(description, source.n_rows, show=show) as advance:
             for block in self._stream._read_once(source, size):
-                contract = contract or self._contract(block)
+                contract = contract or contract_for(
+                    self._model, self._buffer, block, self._stream.columns
+                )
                 contract.check(block, n_rows, support=False)
                 yield block
                 n_rows += len(block)
                 advance(len(block))
         if not n_rows:
             raise ValueError("rows has no rows")
-
-    def _contract(self, block: np.ndarray) -> Contract:
-        """Return what the likelihood needs of rows, such as indices within their axis."""
-        observed = self._observed()
-        graph = LikelihoodGraph(self._model, observed, self._buffer, [])
-        return derive_contract(graph, RowAxes(graph, block), observed, self._stream.columns)
 
     def _observed(self) -> list[Variable]:
         model, buffer = self._model, self._buffer

@@ -16,10 +16,12 @@
 import math
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from pymc.variational._streaming.batches.window import ShuffleBuffer
+from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.fit.density import Density, sample_rows
 from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Optimum, Pattern
@@ -50,9 +52,10 @@ class Sample:
     def draw(cls, density: Density, rng: np.random.Generator, n_rows: int | None) -> "Sample":
         """Draw rows of each stream, as many as memory is spent on if *n_rows* is None."""
         rows, totals = [], []
-        for stream in density.streams:
+        for number, stream in enumerate(density.streams):
             most = _MAX_VALUES // math.prod(stream.sample_shape)
-            part, total = _random_rows(stream, min(most, n_rows or most), rng)
+            contract_of = partial(density.contract, number)
+            part, total = _random_rows(stream, min(most, n_rows or most), rng, contract_of)
             rows.append(part)
             totals.append(total)
         return cls(density, rows, totals)
@@ -116,7 +119,10 @@ class Sample:
 
 
 def _random_rows(
-    stream: StreamingDataset, n_rows: int, rng: np.random.Generator
+    stream: StreamingDataset,
+    n_rows: int,
+    rng: np.random.Generator,
+    contract_of: Callable[[np.ndarray], Contract],
 ) -> tuple[np.ndarray, int]:
     """Return rows in random order, all if the stream has fewer, and the number of all rows.
 
@@ -126,9 +132,12 @@ def _random_rows(
     source = stream._source
     table = source.source if isinstance(source, ShuffleBuffer) else source
     if table.shuffled and table.n_rows is not None:
-        return sample_rows(stream, n_rows), table.n_rows
+        rows = sample_rows(stream, n_rows)
+        contract_of(rows).check(rows, support=False)
+        return rows, table.n_rows
     keys, kept, limit, total = np.empty(0), [], 1.0, 0
     for batch in stream:
+        contract_of(batch).check(batch, total, support=False)
         new = rng.random(len(batch))
         keys = np.concatenate([keys, new[new < limit]])
         kept.append(batch[new < limit])

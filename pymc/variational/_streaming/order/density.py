@@ -20,29 +20,25 @@ import numpy as np
 import pytensor.tensor as pt
 
 from pytensor.compile.sharedvalue import SharedVariable
-from pytensor.graph.basic import Apply, Variable
+from pytensor.graph.basic import Variable
 from pytensor.graph.replace import clone_replace
 from pytensor.graph.traversal import ancestors
-from pytensor.tensor.shape import Shape, Shape_i
-from pytensor.tensor.subtensor import (
-    AdvancedSubtensor,
-    Subtensor,
-    get_constant_idx,
-    get_idx_list,
-)
+from pytensor.tensor.subtensor import AdvancedSubtensor, get_idx_list
 
 from pymc.model.core import Model
 from pymc.pytensorf import compile, join_nonshared_inputs
+from pymc.variational._streaming.contract import columns_read
 from pymc.variational._streaming.guards import depends_on, total_size_of
+from pymc.variational._streaming.likelihood import is_of
 from pymc.variational.minibatch_rv import get_scaling
 
-__all__ = ["columns_read", "compile_density", "flat_names", "row_likelihoods"]
+__all__ = ["compile_density", "flat_names"]
 
 Density = Callable[[np.ndarray, np.ndarray, float, float], tuple[np.ndarray, np.ndarray]]
 """Function from rows, parameters and the weights of likelihood and prior to density and gradient."""
 
 
-def row_likelihoods(model: Model, buffer: SharedVariable) -> list[Variable]:
+def _row_likelihoods(model: Model, buffer: SharedVariable) -> list[Variable]:
     """Return the log-likelihoods of the rows in *buffer*, one term per row, not scaled to all."""
     observed = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     if not observed:
@@ -56,16 +52,20 @@ def row_likelihoods(model: Model, buffer: SharedVariable) -> list[Variable]:
     ]
 
 
-def compile_density(model: Model, buffer: SharedVariable) -> Density:
-    """Compile the weighted sum of likelihood and prior, and its gradient."""
-    likelihood = sum(pt.sum(term) for term in row_likelihoods(model, buffer))
+def compile_density(model: Model, buffer: SharedVariable) -> tuple[Density, np.ndarray]:
+    """Compile the weighted sum of likelihood and prior, and its gradient.
+
+    Also return the columns that it may read, as numbers in the flattened row.
+    """
+    likelihood = sum(pt.sum(term) for term in _row_likelihoods(model, buffer))
     priors: Any = model.logp(model.free_RVs, sum=False)
     prior = sum(map(pt.sum, priors))
     rows, weights = buffer.type("rows"), (pt.scalar("likelihood"), pt.scalar("prior"))
     [total], flat = join_nonshared_inputs(
         model.initial_point(0), [weights[0] * likelihood + weights[1] * prior], model.value_vars
     )
-    total = clone_replace(total, dict.fromkeys(_copies([total], buffer), rows))
+    total = clone_replace(total, {v: rows for v in ancestors([total]) if is_of(v, buffer)})
+    columns = columns_read([total], rows)
     total = _within_bounds(total, rows)
     gradient = pt.grad(total, flat, disconnected_inputs="ignore")
     function = compile([rows, flat, *weights], [total, gradient], on_unused_input="ignore")
@@ -75,7 +75,7 @@ def compile_density(model: Model, buffer: SharedVariable) -> Density:
         values = zip((x, point, *by), (rows, flat, *weights))
         return function(*(np.asarray(value, var.type.dtype) for value, var in values))
 
-    return density
+    return density, columns
 
 
 def flat_names(model: Model) -> list[str]:
@@ -87,23 +87,6 @@ def flat_names(model: Model) -> list[str]:
         for v in model.value_vars
         for place in np.ndindex(np.shape(point[v.name]))
     ]
-
-
-def columns_read(model: Model, buffer: SharedVariable) -> np.ndarray:
-    """Mark the columns of *buffer* that the likelihoods may read, shape (n_columns,).
-
-    All of them, where the graph does anything to the buffer but take columns by number.
-    """
-    n_columns = int(np.prod(buffer.type.shape[1:]))
-    read = np.zeros(n_columns, bool)
-    terms = row_likelihoods(model, buffer)
-    copies = _copies(terms, buffer)
-    users = [v.owner for v in ancestors(terms) if v.owner and set(v.owner.inputs) & copies]
-    for node in users:
-        columns = _columns_taken(node)
-        if columns is not None:
-            read[columns if buffer.type.ndim == 2 else slice(None)] = True
-    return read
 
 
 def _within_bounds(total: Variable, rows: Variable) -> Variable:
@@ -122,23 +105,3 @@ def _within_bounds(total: Variable, rows: Variable) -> Variable:
                 n = node.inputs[0].shape[axis]
                 clipped[index] = pt.clip(index, -n, n - 1).astype(index.type.dtype)
     return clone_replace(total, clipped) if clipped else total
-
-
-def _columns_taken(node: Apply) -> int | slice | None:
-    """Return the columns that *node* takes from a table; None if it only asks for the shape."""
-    if isinstance(node.op, Shape | Shape_i):
-        return None
-    if isinstance(node.op, Subtensor):
-        index = get_constant_idx(node.op.idx_list, node.inputs, allow_partial=True)[1:]
-        parts = [
-            p for i in index for p in ((i.start, i.stop, i.step) if isinstance(i, slice) else (i,))
-        ]
-        if index and not any(isinstance(part, Variable) for part in parts):
-            return index[0]
-    return slice(None)
-
-
-def _copies(graphs: list[Variable], buffer: SharedVariable) -> set[Variable]:
-    """Return *buffer* as it occurs in *graphs*: transforming a model copies shared variables."""
-    container = buffer.container
-    return {v for v in ancestors(graphs) if getattr(v, "container", None) is container}

@@ -72,10 +72,11 @@ def compare_groups(units: np.ndarray, groups: np.ndarray, seed: int = 0) -> Diff
     rng = np.random.default_rng(seed)
     groups = np.unique(groups, return_inverse=True)[1]
     tests = [_test(units, groups, rng)]
-    if groups[-1] >= _JOINED:
-        n = len(units) // _JOINED * _JOINED
+    n = len(units) // _JOINED * _JOINED
+    of_joined = groups[:n:_JOINED] // _JOINED
+    if 1 < np.unique(of_joined).size < len(of_joined):
         joined = units[:n].reshape(-1, _JOINED, units.shape[1]).sum(axis=1)
-        tests.append(_test(joined, groups[:n:_JOINED] // _JOINED, rng))
+        tests.append(_test(joined, of_joined, rng))
     single, pooled = (np.minimum(2 * np.min(p, axis=0), 1) for p in zip(*tests))
     component, within = variance_components(units, groups)
     scores = ndtri((_ranks(units, rng) + 0.5) / len(units))

@@ -22,7 +22,7 @@ from pytensor.compile.sharedvalue import SharedVariable
 from scipy.optimize import minimize
 
 from pymc.model.core import Model
-from pymc.variational._streaming.order.density import columns_read, compile_density, flat_names
+from pymc.variational._streaming.order.density import compile_density, flat_names
 from pymc.variational._streaming.order.features import correlation
 from pymc.variational._streaming.order.ranks import Differences, variance_components
 
@@ -46,9 +46,11 @@ class ModelScore:
     """
 
     def __init__(self, model: Model, buffer: SharedVariable):
-        self.density = compile_density(model, buffer)
+        self.density, columns = compile_density(model, buffer)
         self.names = flat_names(model)
-        self.columns = columns_read(model, buffer)
+        self.columns = np.zeros(int(np.prod(buffer.type.shape[1:])), bool)
+        """Columns that the likelihoods may read, shape (n_columns,)."""
+        self.columns[columns] = True
         point = model.initial_point(0)
         self.initial = np.concatenate([np.ravel(point[v.name]) for v in model.value_vars])
 

@@ -88,3 +88,12 @@ def test_components_are_those_of_one_way_analysis_of_variance():
     found = compare_groups(units, groups)
     assert found.within[0] == pytest.approx(1.0, rel=0.06)
     assert found.component[0] == pytest.approx(0.25, rel=0.4)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("n_groups", range(2, 10))
+def test_any_few_groups_are_compared(n_groups, size):
+    groups = np.repeat(np.arange(n_groups), size)
+    units = np.random.default_rng(6).normal(size=(len(groups), 2))
+    found = compare_groups(units, groups)
+    assert np.isfinite([*found.p_value, found.pooled]).all()
