@@ -145,16 +145,18 @@ def polish(
     with progress_bar("Polishing", show=progressbar) as advance:
         most = positive_int("max_passes", max_passes)
         run = Search(Density(group, streams), names(group), executor, advance, most)
+        unfinished = False
         try:
             find_fit(run, before, tolerance, rng)
         except PassesSpent:
+            unfinished = True
             run.notes.append(f"the search was ended by max_passes={max_passes}")
         except KeyboardInterrupt:
             if run.best is not None and run.is_higher(run.best[0], before[0]):
                 set_mean(group, run.best[0])
                 set_scale(group, run.best[1])
             raise
-        run.max_passes, unfinished = math.inf, run.passes >= most
+        run.max_passes = math.inf
         note_flat(run)
         if run.best is None or not run.is_better(run.best, before, rng):
             run.covariance = None
