@@ -32,6 +32,7 @@ from pymc.variational._streaming.fit.gaussian import (
     marginal_sd,
     mean,
     names,
+    refuse_endless,
     scale,
 )
 from pymc.variational._streaming.fit.newton import (
@@ -43,9 +44,9 @@ from pymc.variational._streaming.fit.newton import (
 )
 from pymc.variational._streaming.fit.report import FitReport, StreamRows
 from pymc.variational._streaming.utils import positive_int, progress_bar
-from pymc.variational.opvi import Approximation
+from pymc.variational.opvi import Approximation, Group
 
-__all__ = ["check_fit"]
+__all__ = ["check_fit", "measure"]
 
 _SAMPLE_VALUES = 2**23
 """Values of rows up to which a sample is held in memory."""
@@ -92,7 +93,8 @@ def check_fit(
         The stream, or all streams, that the model observes. Buffer and position are left
         alone, and any batch may be in the buffer.
     rows : int, optional
-        Number of rows of each stream to read, for a quick look with an error. Default: all.
+        Number of rows of each stream to read, for a quick look with an error. Default: all. A
+        stream without end needs it.
     executor : concurrent.futures.Executor, optional
         Reads parts of the source: threads, processes, or a cluster, such as Dask's
         ``client.get_executor(pure=False)``. The numbers do not depend on it. Sources that can only
@@ -111,8 +113,8 @@ def check_fit(
     ------
     StreamError
         If the stream enters the model otherwise than through likelihoods of its rows; if another
-        stream was not passed, or :func:`pymc.Minibatch` draws rows; or if the log density is not
-        finite.
+        stream was not passed, or :func:`pymc.Minibatch` draws rows; if a stream has no end and
+        *rows* is None; or if the log density is not finite.
     TypeError
         If *approx* is not a mean-field or full-rank Gaussian, or *ds* not a StreamingDataset.
 
@@ -158,10 +160,34 @@ def check_fit(
     'not converged'
     """
     streams = as_streams(ds)
+    if rows is None:
+        refuse_endless(streams, "check_fit", "pass rows=, the number of rows to look at")
     group = gaussian_group(approx)
-    density = Density(group, streams)
-    at, scales = mean(group), scale(group)
-    rows = None if rows is None else positive_int("rows", rows)
+    if rows is not None:
+        rows = positive_int("rows", rows)
+    return measure(
+        group,
+        streams,
+        scale(group),
+        rows=rows,
+        executor=executor,
+        seed=seed,
+        progressbar=progressbar,
+    )
+
+
+def measure(
+    group: Group,
+    streams: Sequence[StreamingDataset],
+    scales: np.ndarray,
+    *,
+    rows: int | None = None,
+    executor: Executor | None,
+    seed: int,
+    progressbar: bool,
+) -> FitReport:
+    """Compare the Gaussian with the mean of *group*, and these scales, with all rows."""
+    density, at = Density(group, streams), mean(group)
     n_known = sum(min(stream.total_size or 0, rows or math.inf) for stream in streams)
     rng = np.random.default_rng(seed)
     with progress_bar("Checking", int(n_known) or None, show=progressbar) as advance:
@@ -187,12 +213,12 @@ def check_fit(
         z=-optimum.step / sd,
         s=optimum.s,
         sd=optimum.sd,
-        family_sd=marginal_sd(scales),
+        family_sd=marginal_sd(scale(group)),
         z_error=max(part.step_error(optimum) for part in passes),
         elbo=elbo,
         elbo_error=math.hypot(elbo_error, *(part.value_error() for part in passes)),
         streams=tuple(
-            StreamRows(part.name, part.n_rows, size, part.weight == 1)
+            StreamRows(part.name, part.n_rows, size, part.unread == 0)
             for part, size in zip(passes, density.total_sizes)
         ),
         signal_to_noise=float(signal_to_noise) if noise.any() else np.inf,
@@ -213,10 +239,14 @@ class _Pass:
         self.sums = add_up(parts)
         self.n_rows = sum(part.n_rows for part in parts)
         self.total = self.n_rows
-        """Number of rows that the stream has."""
-        if rows is not None and self.n_rows >= rows:
+        """Number of rows that the stream has, or stands for if it has no end."""
+        if stream._endless:
+            self.total = stream.total_size or self.n_rows
+        elif rows is not None and self.n_rows >= rows:
             self.total = max(rows, stream._source.n_rows or stream.total_size or rows)
         self.weight = self.total / self.n_rows
+        self.unread = 1.0 if stream._endless else 1 - self.n_rows / self.total
+        """Share of the rows that were not read."""
 
     def row_variance(self) -> np.ndarray:
         """Return the variance of the gradient of a row, by the scatter of blocks."""
@@ -229,14 +259,14 @@ class _Pass:
         value, _, _, squares = self.sums
         n_blocks = sum(part.n_blocks for part in self.parts)
         variance = max(0.0, squares - value**2 / self.n_rows) / max(1, n_blocks - 1)
-        return self.total * math.sqrt(variance / self.n_rows * (1 - 1 / self.weight))
+        return self.total * math.sqrt(variance / self.n_rows * self.unread)
 
     def step_error(self, optimum: Optimum) -> float:
         """Return the error of the means, in posterior sd, where not all rows were read."""
-        if self.weight == 1:
+        if self.unread == 0:
             return 0.0
         steps = [optimum.solve(self.total / p.n_rows * p.sums[1]) for p in self.parts]
-        variance = np.var(steps, axis=0, ddof=1) / len(steps) * (1 - 1 / self.weight)
+        variance = np.var(steps, axis=0, ddof=1) / len(steps) * self.unread
         return float(np.sqrt(variance / optimum.sd**2).max())
 
     def between_within_ratio(self) -> float:

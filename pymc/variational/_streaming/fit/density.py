@@ -276,10 +276,10 @@ class _Job:
         self.name = str(stream.as_tensor().name)
         self.source: Source = stream._source
         self.shape, self.dtype = stream.sample_shape, stream._dtype
-        self.declared = stream.total_size
+        self.declared = None if stream._endless else stream.total_size
         self.rows, self.keep = rows, math.ceil(keep / _PARTS)
-        known = self.source.n_rows or self.declared
-        n_rows = min(known or _BLOCK_VALUES, rows or math.inf)
+        known = self.source.n_rows or self.declared or rows or _BLOCK_VALUES
+        n_rows = min(known, rows or known)
         self.block = int(max(1, min(_BLOCK_VALUES // math.prod(self.shape), n_rows // _MIN_BLOCKS)))
         self.blocks = math.ceil(n_rows / self.block / _PARTS)
         """Number of blocks in a part, the last part excepted, which has all that are left."""

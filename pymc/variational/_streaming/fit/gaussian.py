@@ -21,6 +21,7 @@ import numpy as np
 from pytensor.compile.sharedvalue import SharedVariable
 
 from pymc.variational._streaming.dataset import StreamingDataset
+from pymc.variational._streaming.errors import StreamError
 from pymc.variational.approximations import FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import Approximation, Group
 
@@ -30,6 +31,7 @@ __all__ = [
     "marginal_sd",
     "mean",
     "names",
+    "refuse_endless",
     "scale",
     "set_mean",
     "set_scale",
@@ -46,6 +48,14 @@ def as_streams(ds: StreamingDataset | Sequence[StreamingDataset]) -> list[Stream
                 "fitted"
             )
     return streams
+
+
+def refuse_endless(streams: Sequence[StreamingDataset], who: str, remedy: str) -> None:
+    """Refuse a stream that was declared endless, of which all rows cannot be read."""
+    for stream in streams:
+        if stream._endless:
+            name = stream.as_tensor().name
+            raise StreamError(f"{who} reads all rows, but the stream {name!r} has no end; {remedy}")
 
 
 def gaussian_group(approx: Approximation) -> Group:

@@ -30,12 +30,15 @@ from scipy.stats import chi2
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.density import Term
-from pymc.variational._streaming.fit.krylov import estimate_diagonal, krylov, solve_by_krylov
+from pymc.variational._streaming.fit.krylov import Ritz, estimate_diagonal, krylov, solve_by_krylov
 
 __all__ = ["Optimum", "Sample", "find_optimum", "is_dense", "lower_bound"]
 
 _MAX_DENSE = 256
 """Parameters of a mean-field approximation up to which the whole Hessian is estimated."""
+
+_MAX_EXPLICIT = 512
+"""Parameters up to which a matrix takes the place of its products, which are hardly fewer."""
 
 _PAIRS = 8
 """Least number of pairs of draws at which the likelihoods of the sample are evaluated."""
@@ -43,7 +46,7 @@ _PAIRS = 8
 _FEW_ROWS = 2**18
 """Likelihoods of rows below which more pairs cost nothing."""
 
-_PRIOR_PAIRS = 128
+_PRIOR_PAIRS = 384
 """The same of what does not depend on rows: it costs nothing beside them, and the priors of
 hierarchical models are far from quadratic."""
 
@@ -264,10 +267,18 @@ def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
     gradient = gradient + even.mean(axis=0)
     _require_finite(gradient, float(rest.sum()))
 
-    def precision(v: np.ndarray) -> np.ndarray:
+    def product(v: np.ndarray) -> np.ndarray:
         return precision_at_mean(v) + departure * v
 
-    diagonal, diagonal_error = estimate_diagonal(precision, size, rng)
+    precision: Callable[[np.ndarray], np.ndarray] = product
+    matrix = None
+    if size <= _MAX_EXPLICIT:
+        matrix = np.array([product(unit) for unit in np.eye(size)])
+        matrix = (matrix + matrix.T) / 2
+        precision = partial(np.matmul, matrix)
+        diagonal, diagonal_error = np.diag(matrix), np.zeros(size)
+    else:
+        diagonal, diagonal_error = estimate_diagonal(product, size, rng)
     s, concave = 1 - diagonal, bool((diagonal > 0).all())
     root = np.sqrt(np.where(diagonal > 0, diagonal, 1))
 
@@ -276,11 +287,10 @@ def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
 
     ritz = krylov(normalised, rng.normal(size=size))
     concave &= bool(ritz.values[0] > 0)
-    # Eigenvectors that are known enter the inverse one by one, and the others by their mean.
-    known = ritz.errors < 0.1 * np.abs(ritz.values)
-    shares = ritz.vectors[:, known] ** 2
-    others = np.average(1 / ritz.values, weights=ritz.weights * ~known + 1e-12)
-    inverse = shares @ (1 / ritz.values[known]) + (1 - shares.sum(axis=1)) * others
+    inverse = _diagonal_of_inverse(ritz)
+    if matrix is not None:
+        concave &= bool(np.linalg.eigvalsh(matrix)[0] > 0)
+        inverse = np.diag(np.linalg.inv(matrix)) * diagonal if concave else inverse
     sd = scale / root * np.sqrt(np.maximum(inverse, 1))
 
     def solve(g: np.ndarray) -> np.ndarray:
@@ -305,6 +315,19 @@ def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
         expected=float(rest.mean() - (diagonal - departure).sum() / 2),
         expected_variance=float(rest.var(ddof=1) / _PAIRS + (diagonal_error**2).sum() / 4),
     )
+
+
+def _diagonal_of_inverse(ritz: Ritz) -> np.ndarray:
+    """Estimate it from some eigenpairs.
+
+    Vectors that are known enter the inverse one by one, and the others by their mean. Where all
+    are known, values are repeated, and the heaviest most often.
+    """
+    known = ritz.errors < 0.1 * np.abs(ritz.values)
+    shares = ritz.vectors[:, known] ** 2
+    weights = ritz.weights * ~known + 1e-12 * ritz.weights**2
+    others = np.average(1 / ritz.values, weights=weights)
+    return shares @ (1 / ritz.values[known]) + (1 - shares.sum(axis=1)) * others
 
 
 def _sampling_error(samples: Sequence[Sample], size: int) -> float:

@@ -23,13 +23,14 @@ from dataclasses import replace
 import numpy as np
 
 from pymc.variational._streaming.dataset import StreamingDataset
-from pymc.variational._streaming.fit.check import check_fit
+from pymc.variational._streaming.fit.check import measure
 from pymc.variational._streaming.fit.density import Density
 from pymc.variational._streaming.fit.gaussian import (
     as_streams,
     gaussian_group,
     mean,
     names,
+    refuse_endless,
     scale,
     set_mean,
     set_scale,
@@ -88,8 +89,8 @@ def polish(
     Raises
     ------
     StreamError
-        If the stream enters the model otherwise than through likelihoods of its rows, or if another
-        stream was not passed.
+        If the stream enters the model otherwise than through likelihoods of its rows, if another
+        stream was not passed, or if a stream was declared endless.
     TypeError
         If *approx* is not a mean-field or full-rank Gaussian, or *ds* not a StreamingDataset.
     KeyboardInterrupt
@@ -105,8 +106,8 @@ def polish(
     derivatives among them. *Memory*: a sample of up to 32 MB of rows, a block of rows for each
     part, and matrices of the parameters, or beyond 500 parameters some hundred vectors.
 
-    The report's notes say so where the density is not concave, the posterior is not near a
-    Gaussian or does not fall off, or a second mode is as high.
+    The verdict says so where the posterior is not near a Gaussian or does not fall off, or a second
+    mode is as high.
 
     References
     ----------
@@ -137,15 +138,19 @@ def polish(
     """
     started = time.perf_counter()
     streams, group = as_streams(ds), gaussian_group(approx)
+    remedy = "save some of its rows, and fit a StreamingDataset of these"
+    refuse_endless(streams, "polish", remedy)
     before = mean(group), scale(group)
     rng = np.random.default_rng(seed)
     with progress_bar("Polishing", show=progressbar) as advance:
         most = positive_int("max_passes", max_passes)
         run = Search(Density(group, streams), names(group), executor, advance, most)
+        unfinished = False
         try:
             find_fit(run, before, tolerance, rng)
         except PassesSpent:
-            run.notes.append(f"the search was ended by max_passes={max_passes}; pass a higher one")
+            unfinished = True
+            run.notes.append(f"the search was ended by max_passes={max_passes}")
         except KeyboardInterrupt:
             if run.best is not None and run.is_higher(run.best[0], before[0]):
                 set_mean(group, run.best[0])
@@ -159,14 +164,18 @@ def polish(
         else:
             set_mean(group, run.best[0])
             set_scale(group, run.best[1])
-    report = check_fit(approx, ds, executor=executor, seed=seed, progressbar=progressbar)
+    scales = scale(group) if run.covariance is None else np.linalg.cholesky(run.covariance)
+    report = measure(group, streams, scales, executor=executor, seed=seed, progressbar=progressbar)
     if run.covariance is not None:
-        optimum = report.optimum._replace(covariance=run.covariance)
-        report = replace(report, sd=np.sqrt(np.diag(run.covariance)), optimum=optimum)
+        sd = np.sqrt(np.diag(run.covariance))
+        optimum = report.optimum._replace(covariance=run.covariance, principal_s=report.s)
+        report = replace(report, sd=sd, optimum=optimum)
     return replace(
         report,
         moved=True,
         passes=run.passes + 1,
         seconds=time.perf_counter() - started,
+        found=run.found,
         notes=tuple(run.notes),
+        unfinished=unfinished,
     )

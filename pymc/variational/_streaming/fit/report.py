@@ -13,7 +13,7 @@
 #   limitations under the License.
 """What a check of a fit has found, and what to do about it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -37,6 +37,8 @@ Verdict = Literal[
     "not converged",
     "not concave",
     "flat direction",
+    "several modes",
+    "not Gaussian",
     "unknown",
     "ordered rows",
     "one batch",
@@ -70,24 +72,33 @@ _MAX_NAMES = 60
 """Parameters whose names fit beside the figure."""
 
 _POLISH = "Call polish(approx, ds)."
+_POLISH_AGAIN = "Call polish(approx, ds) with a higher max_passes."
+_COMPARE = "Compare with pm.sample on a part of the rows."
+
+_FOUND: dict[Verdict, str] = {
+    "flat direction": "Give it a narrower prior.",
+    "several modes": "Order or bound the parameters, so that one mode is left.",
+    "not Gaussian": _COMPARE,
+}
+"""What to do about what :func:`polish` finds of a posterior, the gravest first."""
 
 _EXPLANATIONS = {
     "fine": "The means are at most {z:.2g} posterior sd off, the scales {percent:.2g} %.",
     "scales off": (
         "The means are where they should be, the scales off by up to a factor of {factor:.3g}.\n"
-        + _POLISH
+        "{remedy}"
     ),
-    "last-iterate noise": "{off}, which is within the noise of single batches.\n" + _POLISH,
-    "not converged": "{off}, and the scales are off by up to a factor of {factor:.3g}.\n" + _POLISH,
+    "last-iterate noise": "{off}, which is within the noise of single batches.\n{remedy}",
+    "not converged": "{off}, and the scales are off by up to a factor of {factor:.3g}.\n{remedy}",
     "not concave": (
         "The log density is not concave around the fit, least of all along {weakest}: the fit\n"
-        "is far from an optimum, or between two.\n" + _POLISH
+        "is far from an optimum, or between two.\n{remedy}"
     ),
     "flat direction": (
         "Rows and priors leave {weakest} open: along it the log density has no curvature.\n"
         "Give it a narrower prior."
     ),
-    "unknown": ("{off}, but may be {error:.2g} off by errors of this check.\n{more}"),
+    "unknown": ("{off}, but may be {error:.2g} off by errors of this check.\n{remedy}"),
     "ordered rows": (
         "{off}, and the gradient varies {ratio:.3g} times as much along the stream as it\n"
         "would in random order: the fit follows the order of the rows.\n"
@@ -130,14 +141,14 @@ class FitReport:
     """Standard error of *z*, at the worst parameter, where not all rows were read."""
     s: np.ndarray
     """1 - (scale / right scale)²: 0 is right, -3 twice too wide, 0.75 twice too narrow. The right
-    scale is the best that the family can have."""
+    scale is the best that the family can have. Of a polished fit it is *sd* that is measured."""
     sd: np.ndarray
     """Standard deviations of the posterior by linear response, with all correlations (Giordano,
     Broderick and Jordan 2018); NaN where it is not concave."""
     family_sd: np.ndarray
     """Standard deviations of the approximation."""
     elbo: float
-    """Evidence lower bound on all rows."""
+    """Evidence lower bound on all rows; of a polished fit, that of :meth:`full_rank`."""
     elbo_error: float
     """Its standard error, by draws and by the sample of rows."""
     streams: tuple[StreamRows, ...]
@@ -160,13 +171,22 @@ class FitReport:
     """Passes over all rows that were made."""
     seconds: float | None = None
     """Time that :func:`polish` took, None for a check alone."""
+    found: Mapping[Verdict, str] = field(default_factory=dict)
+    """What :func:`polish` found of the posterior that makes its numbers doubtful, by verdict."""
     notes: tuple[str, ...] = ()
-    """What :func:`polish` has to say about the posterior, and about how it ended."""
+    """What else :func:`polish` has to say about how it ended."""
+    unfinished: bool = False
+    """Whether *max_passes* ended :func:`polish`."""
 
     @property
     def rows(self) -> int:
         """Number of rows that were counted."""
         return sum(stream.rows for stream in self.streams)
+
+    @property
+    def is_polished(self) -> bool:
+        """Whether :func:`polish` made the report."""
+        return self.seconds is not None
 
     @property
     def narrowness(self) -> float:
@@ -183,8 +203,11 @@ class FitReport:
             return "wrong size"
         if means_off and not self.moved:
             return "one batch"
-        if means_off and self.between_within_ratio is not None:
+        if means_off and self.between_within_ratio is not None and not self.is_polished:
             return "ordered rows"
+        for verdict in _FOUND:
+            if verdict in self.found:
+                return verdict
         if self._is_flat():
             return "flat direction"
         if not concave:
@@ -192,7 +215,7 @@ class FitReport:
         if self.s.min() < _UNCONVERGED_S:
             return "not converged"
         if means_off:
-            clear = self.signal_to_noise > _HIGH_SIGNAL_TO_NOISE
+            clear = self.is_polished or self.signal_to_noise > _HIGH_SIGNAL_TO_NOISE
             return "not converged" if clear else "last-iterate noise"
         if self._uncertainty() > _FINE_Z:
             return "unknown"
@@ -215,7 +238,8 @@ class FitReport:
             parameters than a covariance can be held of.
         """
         if self.verdict not in ("fine", "scales off"):
-            raise StreamError(f"the fit is not at its optimum ({self.verdict}); {_POLISH[:-1]}")
+            remedy = _FOUND.get(self.verdict) or self._remedy()
+            raise StreamError(f"the fit is not at its optimum ({self.verdict}); {remedy[:-1]}")
         if not np.array_equal(mean(self.group), self.start):
             raise StreamError("approx has changed since it was checked; check it again")
         covariance = self.covariance()
@@ -293,6 +317,9 @@ class FitReport:
     def _explanation(self) -> str:
         if self.verdict == "wrong size":
             return "\n".join(_miscounted(s) for s in self.streams if s.rows != s.total_size)
+        if self.verdict in self.found:
+            text = self.found[self.verdict]
+            return f"{text[0].upper()}{text[1:]}.\n{_FOUND[self.verdict]}"
         worst = int(np.argmax(np.abs(self.z)))
         z = abs(self.z[worst])
         text = _EXPLANATIONS[self.verdict].format(
@@ -303,7 +330,7 @@ class FitReport:
             percent=100 * (self._factor() - 1),
             weakest=self.names[int(np.argmax(self.optimum.weakest))],
             error=self._uncertainty(),
-            more="Check all rows." if self.z_error > _FINE_Z else _POLISH,
+            remedy=self._remedy(),
         )
         if self._is_narrow():
             worst = int(np.argmax(self.sd / self.family_sd))
@@ -313,11 +340,20 @@ class FitReport:
             )
         return text
 
+    def _remedy(self) -> str:
+        """Return the next step where means or scales are off, or may be."""
+        if self.verdict == "unknown" and self.z_error > _FINE_Z:
+            return "Check all rows."
+        if self.is_polished:
+            return _POLISH_AGAIN if self.unfinished else _COMPARE
+        return _POLISH
+
     def _numbers(self) -> list[str]:
         lines = [f"{self.rows:,} rows; ELBO {self.elbo:,.2f} ± {self.elbo_error:.2g}"]
         if self.seconds is not None:
             lines.append(f"Polished in {self.passes} passes and {self.seconds:.1f} s.")
-        lines += [note[0].upper() + note[1:] + "." for note in self.notes]
+        others = [text for verdict, text in self.found.items() if verdict != self.verdict]
+        lines += [f"{note[0].upper()}{note[1:]}." for note in (*others, *self.notes)]
         if self.z_error:
             lines.append(f"z has a standard error of {self.z_error:.2g}: not all rows were read.")
         if _FINE_Z < self.optimum.step_error < np.inf:

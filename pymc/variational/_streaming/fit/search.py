@@ -35,6 +35,7 @@ from pymc.variational._streaming.fit.mean_field import (
     linear_response,
     sign_draws,
 )
+from pymc.variational._streaming.fit.report import Verdict
 from pymc.variational._streaming.fit.sample import Sample
 from pymc.variational._streaming.fit.trust_region import (
     RELATIVE_STEP,
@@ -66,8 +67,8 @@ _MIN_EFFICIENCY = 0.2
 """Share of effective draws below which importance sampling is not trusted."""
 
 _NOT_GAUSSIAN = (
-    "the posterior is not near a Gaussian ({:.1%} of draws are effective): means and standard "
-    "deviations may be off; compare with pm.sample on a part of the rows"
+    "the posterior is not near a Gaussian ({:.1%} of draws are effective), and means and standard "
+    "deviations may be off"
 )
 
 _OTHER_STARTS = 2
@@ -113,6 +114,7 @@ class Search:
         self.sample = Sample(density, [], [])
         self.best: _Fit | None = None
         self.covariance: np.ndarray | None = None
+        self.found: dict[Verdict, str] = {}
         self.notes: list[str] = []
 
     def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -233,9 +235,9 @@ def _highest_mode(
         low, high = sorted((optimum, other), key=lambda mode: mode.log_evidence)
         gap = high.log_evidence - low.log_evidence
         if gap < _MODE_GAP and low.curvature.distance(other.x - optimum.x) > _SEPARATE:
-            run.notes.append(
-                "the posterior has another mode that is as high; means and standard deviations "
-                "are those of one mode"
+            run.found["several modes"] = (
+                "the posterior has another mode that is as high, and means and standard deviations "
+                "are those of one"
             )
             return high
         optimum = high if np.isfinite(high.log_evidence) else optimum
@@ -257,7 +259,7 @@ def _fit_gaussian(run: Search, optimum: Optimum, is_full: bool, rng: np.random.G
     if moments.efficiency > _MIN_EFFICIENCY:
         found = moments.mean, moments.covariance
     else:
-        run.notes.append(_NOT_GAUSSIAN.format(moments.efficiency))
+        run.found["not Gaussian"] = _NOT_GAUSSIAN.format(moments.efficiency)
     run.covariance, run.best = found[1], (found[0], _family(found[1], is_full))
     return True
 
@@ -290,7 +292,7 @@ def _fit_ridge(
     run.best = q.mean, np.diag(q.scales) if is_full else q.scales
     response = linear_response(parts, q)
     if not response.is_concave:
-        run.notes.append(_NOT_GAUSSIAN.format(0))
+        run.found["not Gaussian"] = _NOT_GAUSSIAN.format(0)
         return
     run.covariance = response.covariance()[:size, :size]
     moments = importance_moments(
@@ -302,7 +304,7 @@ def _fit_ridge(
     if moments.efficiency > _MIN_EFFICIENCY:
         run.covariance, run.best = moments.covariance, (moments.mean, run.best[1])
     else:
-        run.notes.append(_NOT_GAUSSIAN.format(moments.efficiency))
+        run.found["not Gaussian"] = _NOT_GAUSSIAN.format(moments.efficiency)
     if is_full:
         run.best = run.best[0], np.linalg.cholesky(run.covariance)
 
@@ -349,9 +351,8 @@ def note_flat(run: Search) -> None:
     for offset, height in zip(flat, heights[1:]):
         if height > heights[0] - 1:
             name = run.names[int(np.argmax(np.abs(offset)))]
-            run.notes.append(
-                f"the posterior does not fall off along {name}, and may have no mean: give it a "
-                "prior, or look for a column that separates the outcomes"
+            run.found["flat direction"] = (
+                f"the posterior does not fall off along {name}, and may have no mean"
             )
             return
 

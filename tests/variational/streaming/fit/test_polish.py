@@ -13,6 +13,8 @@
 #   limitations under the License.
 """Polished fits against exact posteriors."""
 
+import itertools
+
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,7 +22,7 @@ import pytest
 
 import pymc as pm
 
-from pymc.variational.streaming import CheckNoiseFloor, StreamingDataset, polish
+from pymc.variational.streaming import CheckNoiseFloor, StreamError, StreamingDataset, polish
 
 N_ROWS = 300_000
 """More than a sample, so that the last steps are on all rows."""
@@ -71,7 +73,7 @@ def test_new_approximation_ends_at_the_posterior_of_ordered_rows(logistic, polis
     np.testing.assert_allclose(report.sd, sd, rtol=0.05)
     assert report.verdict == "fine"
     assert report.passes < 12
-    assert report.notes == ()
+    assert (report.notes, report.found) == ((), {})
 
 
 def test_full_rank_approximation_has_the_covariance_of_the_posterior(logistic, polished):
@@ -101,15 +103,17 @@ def test_polishing_again_changes_little(polished):
     np.testing.assert_allclose((approx.mean.eval() - before) / report.sd, 0, atol=0.1)
 
 
-def test_a_limit_on_passes_is_reported_and_the_fit_is_no_worse(logistic):
+def test_a_limit_on_passes_is_reported_and_a_higher_one_ends_at_the_posterior(logistic):
     ds, model = logistic_model(logistic[0])
     approx = pm.MeanField(model=model)
     report = polish(approx, ds, max_passes=2, progressbar=False)
-    assert "max_passes=2" in str(report)
+    assert "ended by max_passes=2" in str(report)
+    assert "Call polish(approx, ds) with a higher max_passes" in str(report)
     before = pm.MeanField(model=model).mean.eval()
     sd = np.sqrt(np.diag(logistic[2]))
     offs = [np.abs(x - logistic[1]) / sd for x in (approx.mean.eval(), before)]
     assert offs[0].max() <= offs[1].max()
+    assert polish(approx, ds, progressbar=False).verdict == "fine"
 
 
 def test_separated_outcomes_without_a_prior_are_told_of(logistic):
@@ -117,7 +121,45 @@ def test_separated_outcomes_without_a_prior_are_told_of(logistic):
     rows[:, 2] = rows[:, 0] > 0.1
     ds, model = logistic_model(rows, prior="flat")
     report = polish(pm.MeanField(model=model), ds, progressbar=False)
+    assert report.verdict == "flat direction"
     assert "does not fall off along b[" in str(report)
+    assert "Give it a narrower prior" in str(report)
+    ds, model = logistic_model(rows)
+    assert polish(pm.MeanField(model=model), ds, progressbar=False).verdict != "flat direction"
+
+
+def test_a_posterior_that_is_not_near_a_gaussian_is_not_called_fine():
+    """A funnel, whose standard deviations no Gaussian has."""
+    rows = np.random.default_rng(0).normal(size=(2_000, 1))
+    ds = StreamingDataset(rows, batch_size=100)
+    with pm.Model() as model:
+        width = pm.Normal("width", 0, 3)
+        pm.Normal("x", 0, pm.math.exp(width / 2), shape=9)
+        pm.Normal("y", pm.Normal("mu"), 1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+    report = polish(pm.MeanField(model=model), ds, progressbar=False)
+    assert report.verdict == "not Gaussian"
+    assert "Compare with pm.sample on a part of the rows" in str(report)
+    assert "Call polish" not in str(report)
+    with pytest.raises(StreamError, match=r"not at its optimum \(not Gaussian\); Compare with"):
+        report.full_rank()
+
+
+def test_a_stream_without_end_is_refused():
+    def blocks():
+        rng = np.random.default_rng(0)
+        while True:
+            yield rng.normal(1, 2, size=(500, 1))
+
+    def fitted(ds):
+        with pm.Model():
+            mu = pm.Normal("mu", 0, 10)
+            pm.Normal("y", mu, 2, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+            return polish(pm.MeanField(), ds, progressbar=False)
+
+    with pytest.raises(StreamError, match="'stream' has no end; save some of its rows, and fit a"):
+        fitted(StreamingDataset(blocks, batch_size=100, total_size=10_000, endless=True))
+    saved = np.concatenate([*itertools.islice(blocks(), 20)])
+    assert fitted(StreamingDataset(saved, batch_size=100)).verdict == "fine"
 
 
 def test_a_second_mode_is_told_of():
@@ -127,7 +169,9 @@ def test_a_second_mode_is_told_of():
         mu = pm.Normal("mu", 0, 3)
         pm.Normal("y", mu**2, 1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
     report = polish(pm.MeanField(model=model), ds, seed=1, progressbar=False)
+    assert report.verdict == "several modes"
     assert "another mode that is as high" in str(report)
+    assert "Order or bound the parameters" in str(report)
 
 
 @pytest.fixture(scope="module")
