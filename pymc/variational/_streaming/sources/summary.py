@@ -88,9 +88,8 @@ class Summary(Mapping[str, ColumnSummary]):
 
     def with_levels(self, levels: Mapping[str, tuple[Any, ...]]) -> "Summary":
         """Return a summary of columns that hold positions among *levels* as what they stand for."""
-        numbers = dict.fromkeys(("min", "max", "mean", "sd"))
         known = {
-            name: dataclasses.replace(self[name], **numbers, levels=tuple(values))
+            name: ColumnSummary(self[name].type, self[name].rows, self[name].nulls, levels=values)
             for name, values in levels.items()
         }
         return Summary(self.rows, self.columns | known)
