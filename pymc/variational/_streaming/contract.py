@@ -421,13 +421,20 @@ def _computable(bad: Variable, rows: Variable, axes: RowAxes) -> Callable | None
 def _is_convex(bad: Variable, rows: Variable) -> bool:
     """Whether a condition only compares a column with constants, on either side of it."""
     op = bad.owner and bad.owner.op
+    if isinstance(op, Elemwise) and isinstance(op.scalar_op, scalar.Invert):
+        return _are_half_lines(bad.owner.inputs[0], rows, scalar.AND)
+    return _are_half_lines(bad, rows, scalar.OR)
+
+
+def _are_half_lines(condition: Variable, rows: Variable, joined_by: type) -> bool:
+    op = condition.owner and condition.owner.op
     if not isinstance(op, Elemwise):
         return False
-    if isinstance(op.scalar_op, scalar.OR):
-        return all(_is_convex(part, rows) for part in bad.owner.inputs)
+    if isinstance(op.scalar_op, joined_by):
+        return all(_are_half_lines(part, rows, joined_by) for part in condition.owner.inputs)
     if not isinstance(op.scalar_op, scalar.LT | scalar.GT | scalar.LE | scalar.GE):
         return False
     return all(
         rows not in ancestors([v]) or (v.owner and v.owner.inputs[0] is rows)
-        for v in bad.owner.inputs
+        for v in condition.owner.inputs
     )

@@ -24,6 +24,7 @@ from pytensor.compile.mode import Mode
 
 import pymc as pm
 
+from pymc.exceptions import SamplingError
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
@@ -153,10 +154,10 @@ class TestNoRows:
         quick = {"progressbar": False, "compile_kwargs": {"mode": "FAST_RUN"}}
         with pm.Model():
             pm.Poisson("y", pm.HalfNormal("m"), observed=counts.as_tensor()[:, 0], total_size=9)
-            with pytest.raises(pm.SamplingError, match=r"'y': .*nan"):
-                pm.sample(1, tune=1, chains=1, cores=1, step=pm.Metropolis(), **quick)
+            with pytest.raises(SamplingError, match=r"'y': .*nan"):
+                pm.sample(1, tune=1, chains=1, cores=1, **quick)
             with (
-                pytest.raises(pm.SamplingError, match=r"'y': .*nan"),
+                pytest.raises(SamplingError, match=r"'y': .*nan"),
                 pytest.warns(FutureWarning),
             ):
                 pm.find_MAP(progressbar=False)

@@ -25,6 +25,9 @@ __all__ = ["are_within", "insert_shuffled"]
 _AHEAD = 128
 """Rows whose places are fetched into the cache together."""
 
+_TILE = 256
+"""Values of a column that are compared together."""
+
 
 @compiled()
 def _number(key, k):
@@ -108,18 +111,21 @@ def are_within(rows, columns, lower, upper, whole):
     whole : ndarray of bool
         Whether its values must be whole numbers, too.
     """
+    values = np.empty(_TILE, rows.dtype)
     for i in range(len(columns)):
         column, low, high = np.uint64(columns[i]), lower[i], upper[i]
-        # Without an early end, the comparisons of several rows are one instruction.
         inside = True
-        if whole[i]:
-            for row in range(len(rows)):
-                value = np.float64(rows[row, column])
-                inside &= (value >= low) & (value <= high) & (value == np.floor(value))
-        else:
-            for row in range(len(rows)):
-                value = np.float64(rows[row, column])
+        for first in range(0, len(rows), _TILE):
+            tile = rows[first : first + _TILE]
+            for row in range(len(tile)):
+                values[row] = tile[row, column]
+            # Of adjacent values, and without an early end, many are compared in one instruction.
+            for row in range(len(tile)):
+                value = np.float64(values[row])
                 inside &= (value >= low) & (value <= high)
+            if whole[i]:
+                for row in range(len(tile)):
+                    inside &= values[row] == np.floor(values[row])
         if not inside:
             return False
     return True

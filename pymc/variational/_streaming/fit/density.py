@@ -17,7 +17,7 @@ import math
 import threading
 import warnings
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -333,7 +333,7 @@ class _Job:
             kept = np.concatenate([kept, rows[: self.keep - len(kept)]])
         return Part(part.stream, part.n_rows + len(rows), part.n_blocks + 1, sums, kept)
 
-    def read_blocks(self, first: int, stop: int) -> Iterator[np.ndarray]:
+    def read_blocks(self, first: int, stop: int) -> Generator[np.ndarray]:
         """Yield the rows of some parts in blocks; the last part of all goes on to the end."""
         part_rows = self.block * self.blocks
         end = self.rows or math.inf
