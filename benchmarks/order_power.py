@@ -287,7 +287,7 @@ def main() -> None:
     (options.out / "order_power.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, options.out / "order_power.png")
     if options.page is not None:
-        text = filled(options.page.read_text(), "orders", command, make_table(table))
+        text = filled(options.page.read_text(), "orders", None, make_table(table))
         options.page.write_text(text)
 
 

@@ -30,9 +30,13 @@ if TYPE_CHECKING:
 __all__ = ["filled", "measure"]
 
 
-def filled(text: str, name: str, command: str, table: str) -> str:
-    """Put a table between its markers in the text of a page."""
-    before, rest = text.split(begin := f"<!-- {name}: written by `{command}` -->\n")
+def filled(text: str, name: str, command: str | None, table: str) -> str:
+    """Put a table between its markers in the text of a page.
+
+    Those of pages that PyMC gets name no command.
+    """
+    written = f": written by `{command}`" if command else ""
+    before, rest = text.split(begin := f"<!-- {name}{written} -->\n")
     _, after = rest.split(end := f"<!-- end of {name} -->")
     return f"{before}{begin}{table}{end}{after}"
 

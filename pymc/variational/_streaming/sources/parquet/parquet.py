@@ -198,8 +198,8 @@ class _ParquetSource(Source):
             ranges.append(column_ranges(metadata, frozen.plain_columns))
             self._files.append(file)
         assert frozen is not None
-        warn_of_copies(self._fs, self._files)
         self.mark = check_marks(marks, partial=partial)
+        warn_of_copies(self._fs, self._files)
         self.shuffled = self.mark is not None
         kept = {}
         if self.shuffled and summary is not None:  # others need not be of these rows
