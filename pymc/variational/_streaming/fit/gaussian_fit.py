@@ -85,6 +85,8 @@ def best_gaussian(
     factor = np.linalg.cholesky(covariance)
     here = _expect(parts, mean, factor)
     for _ in range(max_steps):
+        if not (np.isfinite(here.hessian).all() and np.isfinite(here.gradient).all()):
+            return None
         values, vectors = np.linalg.eigh(-factor.T @ here.hessian @ factor)
         values = np.clip(values, 1 / _MAX_RATIO, _MAX_RATIO)
         while True:

@@ -167,6 +167,17 @@ class _Probe:
         slopes = np.linalg.lstsq(self._draws, self._odd)[0] @ self._factor
         return -(slopes + slopes.T) / 2
 
+    def precision_variance(self) -> np.ndarray:
+        """Return the variance of A by draws, along each parameter; 0 where none are left over."""
+        n_left = len(self._draws) - len(self._mean)
+        if not n_left:
+            return np.zeros(len(self._mean))
+        directions = self._factor / np.linalg.norm(self._factor, axis=1)[:, None]
+        rest = self._odd - self._draws @ np.linalg.lstsq(self._draws, self._odd)[0]
+        along = self._draws @ directions.T
+        noise = along * (rest @ self._factor @ directions.T)
+        return (noise**2).sum(0) / (along**2).sum(0) ** 2 * len(self._draws) / n_left
+
     def expectation(self, precision: np.ndarray, weight: float = 1.0) -> tuple[float, float]:
         """Return the expected log density and its variance, by draws and by sampled parts.
 
@@ -217,7 +228,10 @@ def _dense_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
         step=step,
         sd=sd if concave else np.full(len(sd), np.nan),
         s=s,
-        s_error=np.full(len(s), _sampling_error(samples, len(s) if scale.ndim == 2 else 1)),
+        s_error=np.sqrt(
+            _sampling_error(samples, len(s) if scale.ndim == 2 else 1) ** 2
+            + sum(probe.precision_variance() for probe, _, _ in probes)
+        ),
         principal_s=1 - eigenvalues if scale.ndim == 2 else s,
         covariance=covariance if concave else None,
         solve=partial(np.matmul, covariance),
@@ -267,18 +281,18 @@ def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
     gradient = gradient + even.mean(axis=0)
     _require_finite(gradient, float(rest.sum()))
 
-    def product(v: np.ndarray) -> np.ndarray:
+    def precision_of(v: np.ndarray) -> np.ndarray:
         return precision_at_mean(v) + departure * v
 
-    precision: Callable[[np.ndarray], np.ndarray] = product
+    precision: Callable[[np.ndarray], np.ndarray] = precision_of
     matrix = None
     if size <= _MAX_EXPLICIT:
-        matrix = np.array([product(unit) for unit in np.eye(size)])
+        matrix = np.array([precision_of(unit) for unit in np.eye(size)])
         matrix = (matrix + matrix.T) / 2
         precision = partial(np.matmul, matrix)
         diagonal, diagonal_error = np.diag(matrix), np.zeros(size)
     else:
-        diagonal, diagonal_error = estimate_diagonal(product, size, rng)
+        diagonal, diagonal_error = estimate_diagonal(precision_of, size, rng)
     s, concave = 1 - diagonal, bool((diagonal > 0).all())
     root = np.sqrt(np.where(diagonal > 0, diagonal, 1))
 
@@ -296,6 +310,8 @@ def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
     def solve(g: np.ndarray) -> np.ndarray:
         if not concave:
             return scale**2 * g
+        if matrix is not None:
+            return scale * np.linalg.solve(matrix, scale * g)
         return scale / root * solve_by_krylov(normalised, scale / root * g)
 
     step = solve(gradient)
