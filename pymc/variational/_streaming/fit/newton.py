@@ -211,6 +211,7 @@ def _dense_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
     for probe, part, weight in probes:
         value, error = probe.expectation(probe.precision(), weight)
         expected, variance = expected + value, variance + error
+        variance += probe.precision_variance().sum() / 4  # of the trace that was integrated
         precision, gradient = precision + part, gradient + probe.gradient
     _require_finite(gradient, expected)
     eigenvalues, vectors = np.linalg.eigh(precision)
