@@ -105,7 +105,7 @@ class TestCode:
     def test_getting_started_gives_what_it_shows(self):
         page = FOLDER / "getting_started.md"
         blocks = run_as_shown(page)
-        assert sum(len(block.figures) for block in blocks) == 2
+        assert sum(len(block.figures) for block in blocks) == 1
         names = blocks[-1].names
         off = (names["approx"].mean.eval()[:3] - names["exact"]) / names["approx"].std.eval()[:3]
         assert np.abs(off).max() < 0.1
