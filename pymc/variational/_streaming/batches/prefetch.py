@@ -188,29 +188,28 @@ class _Use:
 
 
 class _SwitchInterval:
-    """The interval at which the interpreter switches threads, short while any prefetcher is open.
+    """The interval at which the interpreter switches threads, short while any prefetcher is in use.
 
     The threads are kept instead of their number, since an interrupt can fall between any two lines,
-    so that a prefetcher is closed that never shortened the interval.
+    so that a prefetcher is closed that never shortened the interval.  There is no lock for the same
+    reason: one that an interrupt left behind would stop the reading thread for ever.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # finalizers run anywhere, also inside these methods
-        self._open: set[threading.Thread] = set()
+        self._using: set[threading.Thread] = set()
         self._usual = 0.0
 
     def shorten(self, thread: threading.Thread) -> None:
-        with self._lock:
-            if not self._open:
-                self._usual = sys.getswitchinterval()
-            self._open.add(thread)
-            sys.setswitchinterval(min(_SWITCH_INTERVAL, self._usual))
+        self._using.add(thread)
+        interval = sys.getswitchinterval()
+        if interval > _SWITCH_INTERVAL:
+            self._usual = interval
+            sys.setswitchinterval(_SWITCH_INTERVAL)
 
     def restore(self, thread: threading.Thread) -> None:
-        with self._lock:
-            if self._open == {thread}:
-                sys.setswitchinterval(self._usual)
-            self._open.discard(thread)
+        if self._using == {thread} and self._usual:
+            sys.setswitchinterval(self._usual)
+        self._using.discard(thread)
 
 
 _switch_interval = _SwitchInterval()
