@@ -170,9 +170,10 @@ class OrderCheck:
             try:
                 self._statistic = self._model.at(pilot, n_rows)
             except Exception as error:
+                reason = str(error).partition("\n")[0] or type(error).__name__
                 logger.info(
                     "The order of the rows is judged by their columns: the likelihood cannot be "
-                    f"evaluated with {len(pilot)} rows ({str(error).splitlines()[0]})"
+                    f"evaluated with {len(pilot)} rows ({reason})"
                 )
         return self._statistic or Features(pilot, self._stream.source.columns)
 

@@ -184,7 +184,7 @@ class TestScore:
     def test_a_model_of_one_batch_length_is_judged_by_its_columns(self, caplog):
         rows = np.random.default_rng(5).normal(np.linspace(0, 1, 20_000))[:, None]
         ds = StreamingDataset(rows, batch_size=500, order_check="raise")
-        with pm.Model(), caplog.at_level(logging.INFO):
+        with pm.Model(), caplog.at_level(logging.INFO, logger="pymc"):
             mu = pm.Normal("mu") + np.zeros(500)
             pm.Normal("y", mu, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
             with pytest.raises(OrderError, match="'column 0'"):
