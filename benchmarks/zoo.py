@@ -13,7 +13,7 @@
 #   limitations under the License.
 """How long each tool takes until the posterior of a model is right, or how wrong it stays.
 
-    python -m benchmarks.zoo --page docs/source/zoo.md
+    python -m benchmarks.zoo
     python -m benchmarks.zoo --only mixture --again polish
 
 Right is what a user waits for: every mean within 0.1 posterior standard deviations of the

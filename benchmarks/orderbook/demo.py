@@ -94,7 +94,7 @@ def run(
         for warning in fits[name].warnings:
             say(f"StreamWarning: {warning}")
     if finish := fits[SHUFFLED].finish:
-        say(f"\ncheck_fit: {finish.check}\n\npolish: {finish.polished or 'not in this version'}")
+        say(f"\ncheck_fit: {finish.check}\n\npolish: {finish.polished}")
     return exact, fits
 
 

@@ -134,8 +134,8 @@ class Finish:
 
     check: str
     """The report of ``check_fit``."""
-    polished: str | None
-    """The report of ``polish``; None where this version has none."""
+    polished: str
+    """The report of ``polish``."""
     state: State
     """The approximation afterwards."""
 
@@ -367,12 +367,10 @@ class _Examiner:
 
 
 def _finish(approx: Any, ds: Any) -> Finish:
-    from pymc.variational import streaming
+    from pymc.variational.streaming import check_fit, polish
 
-    check = str(streaming.check_fit(approx, ds, progressbar=False))
-    polish = getattr(streaming, "polish", None)
-    polished = str(polish(approx, ds, progressbar=False)) if polish else None
-    return Finish(check, polished, _state(approx))
+    check = str(check_fit(approx, ds, progressbar=False))
+    return Finish(check, str(polish(approx, ds, progressbar=False)), _state(approx))
 
 
 def _check_order(source: Any) -> Order:

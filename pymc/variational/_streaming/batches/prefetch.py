@@ -177,7 +177,7 @@ class _Use:
         self.rests = False
 
     def wait(self, permits: SimpleQueue) -> None:
-        """Wait for a permit, without hurrying the interpreter if that takes long."""
+        """Wait for a permit, and restore the usual interval if that takes long."""
         while True:
             try:
                 return permits.get(timeout=_REST)

@@ -47,7 +47,7 @@ from pymc.variational._streaming.sources.base import Source
 from pymc.variational.minibatch_rv import get_scaling
 from pymc.variational.opvi import Group
 
-__all__ = ["Density", "Part", "Term", "add_up", "sample_rows", "sum_over_rows"]
+__all__ = ["Density", "Part", "Term", "add_up", "sample_rows", "scaling", "sum_over_rows"]
 
 _BLOCK_VALUES = 2**16
 """Values of the rows that are evaluated at once: calls then cost little, and blocks fit caches."""
@@ -168,7 +168,7 @@ class Density:
                     f"no observed variable of approx.model depends on the stream {buffer.name!r}; "
                     "pass the stream that was fitted"
                 )
-            terms = [factors.pop(v) / _scaling(model, v) for v in observed]
+            terms = [factors.pop(v) / scaling(model, v) for v in observed]
             sizes = {next(iter(total_size_of(rv)), None) for rv in observed}
             self.total_sizes.append((sizes - {stream.total_size} or sizes).pop())
             self.likelihoods.append(_term(group, terms, buffer))
@@ -399,7 +399,8 @@ def _refuse_other_uses(
         raise StreamError(f"{v.name!r} depends on {reason}")
 
 
-def _scaling(model: Model, rv: Variable) -> Variable | float:
+def scaling(model: Model, rv: Variable) -> Variable | float:
+    """Return the factor by which PyMC scales the likelihood of a batch to all rows."""
     if not total_size_of(rv):
         return 1.0
     return get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)

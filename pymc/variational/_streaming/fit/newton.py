@@ -30,7 +30,7 @@ from scipy.stats import chi2
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.density import Term
-from pymc.variational._streaming.fit.krylov import Ritz, estimate_diagonal, krylov, solve_by_krylov
+from pymc.variational._streaming.fit.krylov import Matrix, Products
 
 __all__ = ["Optimum", "Sample", "find_optimum", "is_dense", "lower_bound"]
 
@@ -248,6 +248,66 @@ def _dense_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
 def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
     """Find the same in memory O(d), from Hessian-vector products and Krylov spaces."""
     size = len(mean)
+    at_mean = partial(_precision_at_mean, mean=mean, scale=scale, samples=samples, prior=prior)
+    even, departure, rest = _beyond_quadratic(mean, scale, samples, prior, at_mean, rng)
+    gradient = gradient + even.mean(axis=0)
+    _require_finite(gradient, float(rest.sum()))
+
+    def precision(v: np.ndarray) -> np.ndarray:
+        return at_mean(v) + departure * v
+
+    solver: Matrix | Products
+    if size <= _MAX_EXPLICIT:
+        solver = Matrix(np.array([precision(unit) for unit in np.eye(size)]), rng)
+    else:
+        solver = Products(precision, size, rng)
+    concave, diagonal, s = solver.concave, solver.diagonal, 1 - solver.diagonal
+
+    def solve(g: np.ndarray) -> np.ndarray:
+        return scale * solver.solve(scale * g) if concave else scale**2 * g
+
+    sd = scale / np.sqrt(np.where(diagonal > 0, diagonal, 1))
+    sd = sd * np.sqrt(np.maximum(solver.inverse_diagonal, 1))
+    error = solve(even.std(axis=0)) / math.sqrt(_PAIRS)
+    return Optimum(
+        step=solve(gradient),
+        sd=sd if concave else np.full(size, np.nan),
+        s=s,
+        s_error=np.hypot(solver.diagonal_error, _sampling_error(samples, 1)),
+        principal_s=s,
+        covariance=None,
+        solve=solve,
+        precision=solver.product,
+        precisions=solver.ritz.values,
+        weakest=np.abs(solver.ritz.vectors[:, 0]),
+        step_error=float(np.abs(error / sd).max()) if concave else math.inf,
+        expected=float(rest.mean() - (diagonal - departure).sum() / 2),
+        expected_variance=float(rest.var(ddof=1) / _PAIRS + (solver.diagonal_error**2).sum() / 4),
+    )
+
+
+def _precision_at_mean(
+    v: np.ndarray, corrected: bool = True, *, mean, scale, samples, prior
+) -> np.ndarray:
+    """Return the precision at *mean* times *v*, in the coordinates of the approximation."""
+    total = prior.hessp(mean, scale * v)
+    for sample in samples:
+        factors = sample.factors if corrected else 1.0
+        for block in sample.blocks:
+            product = sample.term.hessp(mean, factors * scale * v, block)
+            total += sample.weight * factors * product
+        total += corrected * sample.extra * scale * v
+    return -scale * total
+
+
+def _beyond_quadratic(
+    mean, scale, samples, prior, at_mean, rng
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what draws show beyond the quadratic that the precision at the mean gives.
+
+    These are the even part of the gradient and the rest of the log density for each pair of draws,
+    and in between the mean departure of the diagonal of the precision.
+    """
 
     def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, total = prior.value_and_gradient(x)
@@ -257,94 +317,18 @@ def _iterative_optimum(mean, scale, gradient, samples, prior, rng) -> Optimum:
                 value, total = value + sample.weight * more, total + sample.weight * part
         return value, total
 
-    def precision_at_mean(v: np.ndarray, corrected: bool = True) -> np.ndarray:
-        total = prior.hessp(mean, scale * v)
-        for sample in samples:
-            factors = sample.factors if corrected else 1.0
-            for block in sample.blocks:
-                product = sample.term.hessp(mean, factors * scale * v, block)
-                total += sample.weight * factors * product
-            total += corrected * sample.extra * scale * v
-        return -scale * total
-
-    # The expectation over draws, less the quadratic part that the Hessian at the mean gives.
-    value, at_mean = evaluate(mean)
-    draws = _moment_draws(size, _PAIRS, rng)
-    even, departure, rest = np.zeros((_PAIRS, size)), np.zeros(size), np.zeros(_PAIRS)
+    value, gradient = evaluate(mean)
+    draws = _moment_draws(len(mean), _PAIRS, rng)
+    even, departure, rest = np.zeros_like(draws), np.zeros_like(mean), np.zeros(_PAIRS)
     for pair, draw in enumerate(draws):
         (logp_up, up), (logp_down, down) = (
             evaluate(mean + side * scale * draw) for side in (1, -1)
         )
-        product = precision_at_mean(draw, corrected=False)
-        even[pair] = (up + down) / 2 - at_mean
+        product = at_mean(draw, corrected=False)
+        even[pair] = (up + down) / 2 - gradient
         departure -= draw * (scale * (up - down) / 2 + product) / _PAIRS
         rest[pair] = (logp_up + logp_down) / 2 - value + draw @ product / 2
-    gradient = gradient + even.mean(axis=0)
-    _require_finite(gradient, float(rest.sum()))
-
-    def precision_of(v: np.ndarray) -> np.ndarray:
-        return precision_at_mean(v) + departure * v
-
-    precision: Callable[[np.ndarray], np.ndarray] = precision_of
-    matrix = None
-    if size <= _MAX_EXPLICIT:
-        matrix = np.array([precision_of(unit) for unit in np.eye(size)])
-        matrix = (matrix + matrix.T) / 2
-        precision = partial(np.matmul, matrix)
-        diagonal, diagonal_error = np.diag(matrix), np.zeros(size)
-    else:
-        diagonal, diagonal_error = estimate_diagonal(precision_of, size, rng)
-    s, concave = 1 - diagonal, bool((diagonal > 0).all())
-    root = np.sqrt(np.where(diagonal > 0, diagonal, 1))
-
-    def normalised(v: np.ndarray) -> np.ndarray:
-        return precision(v / root) / root
-
-    ritz = krylov(normalised, rng.normal(size=size))
-    concave &= bool(ritz.values[0] > 0)
-    inverse = _diagonal_of_inverse(ritz)
-    if matrix is not None:
-        concave &= bool(np.linalg.eigvalsh(matrix)[0] > 0)
-        inverse = np.diag(np.linalg.inv(matrix)) * diagonal if concave else inverse
-    sd = scale / root * np.sqrt(np.maximum(inverse, 1))
-
-    def solve(g: np.ndarray) -> np.ndarray:
-        if not concave:
-            return scale**2 * g
-        if matrix is not None:
-            return scale * np.linalg.solve(matrix, scale * g)
-        return scale / root * solve_by_krylov(normalised, scale / root * g)
-
-    step = solve(gradient)
-    error = solve(even.std(axis=0)) / math.sqrt(_PAIRS)
-    return Optimum(
-        step=step,
-        sd=sd if concave else np.full(size, np.nan),
-        s=s,
-        s_error=np.hypot(diagonal_error, _sampling_error(samples, 1)),
-        principal_s=s,
-        covariance=None,
-        solve=solve,
-        precision=precision,
-        precisions=ritz.values,
-        weakest=np.abs(ritz.vectors[:, 0]),
-        step_error=float(np.abs(error / sd).max()) if concave else math.inf,
-        expected=float(rest.mean() - (diagonal - departure).sum() / 2),
-        expected_variance=float(rest.var(ddof=1) / _PAIRS + (diagonal_error**2).sum() / 4),
-    )
-
-
-def _diagonal_of_inverse(ritz: Ritz) -> np.ndarray:
-    """Estimate it from some eigenpairs.
-
-    Vectors that are known enter the inverse one by one, and the others by their mean. Where all
-    are known, values are repeated, and the heaviest most often.
-    """
-    known = ritz.errors < 0.1 * np.abs(ritz.values)
-    shares = ritz.vectors[:, known] ** 2
-    weights = ritz.weights * ~known + 1e-12 * ritz.weights**2
-    others = np.average(1 / ritz.values, weights=weights)
-    return shares @ (1 / ritz.values[known]) + (1 - shares.sum(axis=1)) * others
+    return even, departure, rest
 
 
 def _sampling_error(samples: Sequence[Sample], size: int) -> float:

@@ -33,11 +33,11 @@ from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.bins import Moments, merge
+from pymc.variational._streaming.fit.density import scaling
 from pymc.variational._streaming.guards import contract_for, depends_on, total_size_of
 from pymc.variational._streaming.sources.arrow import with_columns
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.utils import positive_int, progress_bar
-from pymc.variational.minibatch_rv import get_scaling
 from pymc.variational.opvi import Approximation
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ class _Posterior:
         """Return the log-likelihood terms of the rows, each row counted once."""
         observed = self._observed()
         terms: Any = self._model.logp(observed, sum=False)
-        return [term / _scaling(self._model, rv) for rv, term in zip(observed, terms)]
+        return [term / scaling(self._model, rv) for rv, term in zip(observed, terms)]
 
     def forward(self, variables: Sequence[Variable]) -> Sequence[Variable]:
         """Return the graphs that draw *variables*, in the values of the parameters."""
@@ -389,9 +389,3 @@ def _new_parquet(to: Path) -> Iterator[Callable[["pa.Table"], None]]:
         os.replace(part, to)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _scaling(model: Model, rv: Variable) -> Variable | float:
-    if not total_size_of(rv):
-        return 1.0
-    return get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)

@@ -13,14 +13,14 @@
 #   limitations under the License.
 """What is compared between windows: sums over rows of the model's score, or of their columns."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from pymc.variational._streaming.order.ranks import Differences
 
-__all__ = ["PILOT_ROWS", "Features", "Statistic", "rare_rows"]
+__all__ = ["PILOT_ROWS", "Features", "Statistic", "correlation", "rare_rows"]
 
 PILOT_ROWS = 4_096
 """Number of rows from which a statistic is made."""
@@ -33,7 +33,7 @@ _RARE = 0.1
 """Columns that depart from their most frequent value in fewer rows than this have rare values."""
 
 
-class Statistic(Protocol):
+class Statistic(ABC):
     """Sums over rows whose distribution is the same in all windows of shuffled rows."""
 
     names: list[str]
@@ -43,6 +43,7 @@ class Statistic(Protocol):
     share: float
     """Share of the rows that can be used while they stream."""
 
+    @abstractmethod
     def sums(self, rows: np.ndarray) -> np.ndarray:
         """Return the coordinates of *rows*, shape (n_coordinates,)."""
 
@@ -54,10 +55,15 @@ class Statistic(Protocol):
         unit_rows: float,
         n_rows: int,
     ) -> np.ndarray:
-        """Return how far the mean follows the groups, in posterior sd, (n_coordinates,)."""
+        """Return how far the mean follows the groups, in posterior sd, shape (n_coordinates,).
+
+        That is √(ρN), with the correlation ρ of rows in the same group: a group's mean is off by
+        σ √ρ, and a posterior's is known to σ / √N.
+        """
+        return np.sqrt(n_rows * correlation(found, unit_rows))
 
 
-class Features:
+class Features(Statistic):
     """Sums of columns, their squares and their products, scaled on a pilot sample.
 
     Products matter because the relation of two columns can drift while each stays put.
@@ -93,17 +99,6 @@ class Features:
             x = (_flat(rows) - self._centre) / self._scale
             x /= 1 + np.abs(x) / self._limit
             return np.append(x.sum(axis=0), (x.T @ x)[self._pairs])
-
-    def drift(
-        self,
-        units: np.ndarray,
-        groups: np.ndarray,
-        found: Differences,
-        unit_rows: float,
-        n_rows: int,
-    ) -> np.ndarray:
-        """Return √(ρN): a group's mean is off by σ √ρ, and a posterior's is known to σ / √N."""
-        return np.sqrt(n_rows * correlation(found, unit_rows))
 
 
 def correlation(found: Differences, unit_rows: float) -> np.ndarray:

@@ -27,7 +27,7 @@ __all__ = ["Monitor"]
 _MAX_UNITS = 1_280
 """As soon as there are more units, pairs of neighbours become one."""
 _PER_WINDOW = 64
-"""Units of a window, as long as all have room; half as many of a large one, to call less often."""
+"""Units of a window, unless there are too many in all; half as many of a large one, to call less often."""
 _LARGE_WINDOW = 1 << 16
 _MAX_GROUPS = 40
 _MIN_ROWS = 16

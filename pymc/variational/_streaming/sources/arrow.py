@@ -15,7 +15,7 @@
 
 import os
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,15 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import IterableSource, as_source, is_table
-from pymc.variational._streaming.sources.base import Source, is_arrow, skip_rows
+from pymc.variational._streaming.sources.base import Source, is_arrow
 from pymc.variational._streaming.sources.categories import Categories, LevelFinder, given_levels
-from pymc.variational._streaming.sources.ipc import ROWS_KEY, RowMajorSource, identity, reading
+from pymc.variational._streaming.sources.ipc import (
+    ROWS_KEY,
+    RecordBatchSource,
+    RowMajorSource,
+    identity,
+    reading,
+)
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.parquet.paths import list_ipc
 from pymc.variational._streaming.sources.rows import RowFormat
@@ -158,9 +164,7 @@ class _IpcFile:
             raise StreamError(f"{self.path}: changed {when}; make the source anew")
 
 
-class _IpcSource(Source):
-    concurrent = True
-
+class _IpcSource(RecordBatchSource):
     def __init__(self, paths: Sequence[str], columns: Sequence[str] | None, levels: dict[str, Any]):
         frozen: RowFormat | None = None
         self._files = []
@@ -194,22 +198,12 @@ class _IpcSource(Source):
                 finder.add(batch)
         return finder.finish()
 
-    def read_starts(self, rows: np.ndarray) -> np.ndarray:
-        return self._starts[np.searchsorted(self._starts, rows, side="right") - 1]
-
-    def blocks(
-        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
-    ) -> Generator[np.ndarray]:
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        return skip_rows(self._read_from(first), start - int(self._starts[first]))
-
     def batches(self) -> Iterator[Any]:
         for file in self._files:
             for batch in self._batches(file, 0):
                 yield batch.select(list(self.columns or ()))
 
     def _read_from(self, first: int) -> Iterator[np.ndarray]:
-        """Read on from the record batch *first*, counted over all files."""
         for file in self._files:
             if first < len(file.batch_rows):
                 yield from self._read(file, max(0, first))

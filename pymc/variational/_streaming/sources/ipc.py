@@ -22,6 +22,7 @@ import json
 import os
 import zlib
 
+from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ROWS_KEY",
+    "RecordBatchSource",
     "RowMajorSource",
     "checksum",
     "group_columns",
@@ -115,10 +117,30 @@ def reading(path: str, fields: Sequence[int] = ()) -> Iterator[Any]:
         ) from err
 
 
-class RowMajorSource(Source):
-    """Rows of files that :func:`preshuffle` wrote with ``format="arrow"``."""
+class RecordBatchSource(Source):
+    """Rows of IPC files, which are read from the first row of a record batch on."""
 
     concurrent = True
+    _starts: np.ndarray
+    """First row of each record batch, and the number of all rows."""
+
+    @abstractmethod
+    def _read_from(self, first: int) -> Iterator[np.ndarray]:
+        """Read on from the record batch *first*, counted over all files."""
+
+    def read_starts(self, rows: np.ndarray) -> np.ndarray:
+        return self._starts[np.searchsorted(self._starts, rows, side="right") - 1]
+
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        return skip_rows(self._read_from(first), start - int(self._starts[first]))
+
+
+class RowMajorSource(RecordBatchSource):
+    """Rows of files that :func:`preshuffle` wrote with ``format="arrow"``."""
+
     shuffled = True
 
     def __init__(
@@ -187,17 +209,7 @@ class RowMajorSource(Source):
             if (chosen := [name for name in self.columns if name in names])
         ]
 
-    def read_starts(self, rows: np.ndarray) -> np.ndarray:
-        return self._starts[np.searchsorted(self._starts, rows, side="right") - 1]
-
-    def blocks(
-        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
-    ) -> Generator[np.ndarray]:
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        return skip_rows(self._read_from(first), start - int(self._starts[first]))
-
     def _read_from(self, first: int) -> Iterator[np.ndarray]:
-        """Read on from the record batch *first*, counted over all files."""
         for (path, known), n_batches in zip(self._files, self._n_batches):
             if first < n_batches:
                 if identity(path) != known:
