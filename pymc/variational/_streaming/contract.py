@@ -92,6 +92,7 @@ class Contract:
         rows: Variable,
         names: tuple[str, ...] | None,
     ):
+        self._conditions = conditions
         self._names = names
         self._rows = rows
         self._compiled: Callable | None = None
@@ -111,7 +112,12 @@ class Contract:
             [not all(c.is_convex for c in found) for found in self._of_column.values()], bool
         )
 
-    def check(self, rows: np.ndarray, offset: int = 0, *, support: bool = True) -> None:
+    def without_supports(self) -> "Contract":
+        """Return the contract of rows whose observed values make no difference."""
+        kept = [condition for condition in self._conditions if not condition.is_support]
+        return Contract(kept, self._rows, self._names)
+
+    def check(self, rows: np.ndarray, offset: int = 0) -> None:
         """Raise StreamError if a row breaks a condition.
 
         Parameters
@@ -119,8 +125,6 @@ class Contract:
         rows : ndarray, shape (n, *sample_shape)
         offset : int
             Position of the first row, for the message.
-        support : bool
-            Whether observed values must be in the support of their distributions.
         """
         from pymc.variational._streaming.batches.compiled import are_within
 
@@ -128,11 +132,11 @@ class Contract:
         if not are_within(flat, self._columns, self._lower, self._upper, self._whole):
             for place, column in reversed(list(enumerate(self._columns.tolist()))):
                 for condition in self._of_column[column]:
-                    self._require(condition, flat, offset, support)
+                    self._require(condition, flat, offset)
                 self._widen(flat, place)
         if self._computed and self._is_any_broken(self._cast(flat)):
             for condition in self._computed:
-                self._require(condition, flat, offset, support)
+                self._require(condition, flat, offset)
 
     def _is_any_broken(self, rows: np.ndarray) -> bool:
         if self._compiled is None:
@@ -140,9 +144,7 @@ class Contract:
             self._compiled = function([self._rows], broken, mode="NUMBA", trust_input=True)
         return bool(self._compiled(rows))
 
-    def _require(self, condition: Condition, flat: np.ndarray, offset: int, support: bool) -> None:
-        if condition.is_support and not support:
-            return
+    def _require(self, condition: Condition, flat: np.ndarray, offset: int) -> None:
         bad = condition.compute(self._cast(flat))
         if bad.any():
             row = int(np.argmax(bad))

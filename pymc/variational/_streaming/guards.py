@@ -107,12 +107,16 @@ def check_model(
 def contract_for(
     model: Model, buffer: SharedVariable, rows: np.ndarray, columns: tuple[str, ...] | None
 ) -> Contract:
-    """Derive what the likelihoods of a model need of rows, such as indices within their axis."""
+    """Derive what the likelihoods of a model need of rows, such as indices within their axis.
+
+    Observed values may lie outside a support: the log-likelihood of such rows is -inf.
+    """
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     graph = LikelihoodGraph(model, likelihoods, buffer)
     # Along which axis rows lie does not show where there is one.
     rows = np.resize(rows, (max(len(rows), _LEAST_ROWS), *rows.shape[1:]))
-    return derive_contract(graph, RowAxes(graph, rows), likelihoods, columns)
+    axes = RowAxes(graph, rows)
+    return derive_contract(graph, axes, likelihoods, columns).without_supports()
 
 
 def check_other_streams(model: Model) -> None:

@@ -145,7 +145,7 @@ class BatchReader:
     def require(self, rows: np.ndarray) -> None:
         """Raise StreamError if rows that are not of the stream break what the model needs."""
         if self._contract is not None:
-            self._contract.check(rows, support=False)
+            self._contract.without_supports().check(rows)
 
     def stop(self) -> None:
         """End the thread, and close the files."""

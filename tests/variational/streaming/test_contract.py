@@ -297,3 +297,20 @@ def test_passes_over_all_rows_are_held_to_the_indices_too(run, thread):
             options["executor"] = executor
         with pytest.raises(StreamError, match=f"row {LATE} of the stream holds 3.0"):
             run(approx, ds, **options)
+
+
+def test_rows_of_ones_own_leave_the_stream_held_to_the_support():
+    rows = np.repeat([1.0, -1.0], 20)[:, None]
+    with StreamingDataset(rows, batch_size=10, order_check="off") as ds:
+        with pm.Model():
+            rate = pm.HalfNormal("rate")
+            pm.Gamma("y", 2, rate, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+            callback = ds.fit_callback()
+        with ds.rows(
+            np.array([[-5.0]])
+        ):  # the value of the observed column makes no difference there
+            pass
+        assert ds.advance() and ds.advance()
+        with pytest.raises(StreamError, match=r"row 20 .* -1.0 in column .* support of 'y'"):
+            ds.advance()
+        del callback

@@ -308,7 +308,7 @@ class _Job:
                 parts.append(Part(self.number, 0, 0, (), rows[:0]))
             with self.noting(len(rows)):
                 offset = (first * self.blocks + i) * self.block
-                contract_of(rows).check(rows, offset, support=False)
+                contract_of(rows).check(rows, offset)
                 parts[-1] = self._add(parts[-1], rows)
             advance(len(rows))
         return parts

@@ -314,7 +314,7 @@ class _Posterior:
                 contract = contract or contract_for(
                     self._model, self._buffer, block, self._stream.columns
                 )
-                contract.check(block, n_rows, support=False)
+                contract.check(block, n_rows)
                 yield block
                 n_rows += len(block)
                 advance(len(block))

@@ -133,11 +133,11 @@ def _random_rows(
     table = source.source if isinstance(source, ShuffleBuffer) else source
     if table.shuffled and table.n_rows is not None:
         rows = sample_rows(stream, n_rows)
-        contract_of(rows).check(rows, support=False)
+        contract_of(rows).check(rows)
         return rows, table.n_rows
     keys, kept, limit, total = np.empty(0), [], 1.0, 0
     for batch in stream:
-        contract_of(batch).check(batch, total, support=False)
+        contract_of(batch).check(batch, total)
         new = rng.random(len(batch))
         keys = np.concatenate([keys, new[new < limit]])
         kept.append(batch[new < limit])
