@@ -143,9 +143,21 @@ class TestFilesThatChange:
         ds = StreamingDataset(source, batch_size=5)
         with ds, pytest.raises(StreamError, match=r"001\.parquet: changed"):
             ds.advance()
-            pq.write_table(table(10), tmp_path / "001.parquet")
+            pq.write_table(table(10), tmp_path / "new")
+            os.replace(tmp_path / "new", tmp_path / "001.parquet")
             for _ in range(20):
                 ds.advance()
+
+    @pytest.mark.parametrize("size", [0, 40], ids=["emptied", "truncated"])
+    def test_a_change_in_the_midst_of_a_file_is_named_as_such(self, tmp_path, size):
+        # Far more rows than a read buffer holds, so that the rest is read from the changed file.
+        path = tmp_path / "long.parquet"
+        pq.write_table(table(1 << 17), path, row_group_size=1 << 15)
+        blocks = parquet_source(path).blocks(block_rows=1 << 10)
+        next(blocks)
+        os.truncate(path, size)
+        with pytest.raises(StreamError, match=r"long\.parquet: changed while it was read"):
+            list(blocks)
 
     def test_another_time_alone_is_no_change(self, source, tmp_path):
         expected = rows_of(source)

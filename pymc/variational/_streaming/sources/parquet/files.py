@@ -191,19 +191,32 @@ def open_parquet(
     with _open(fs, path) as (handle, footer, identity), _as_stream_error(path, "reading failed"):
         if not _is_unchanged(fs, known, identity):
             raise StreamError(f"{path}: changed since the source was made; make the source anew")
-        with import_pyarrow().parquet.ParquetFile(
-            handle,
-            # On a disk, Arrow's own reading of the footer costs less than parsing these bytes.
-            metadata=None if is_local(fs) else _parse(footer),
-            pre_buffer=False,
-            buffer_size=_READ_BUFFER if is_local(fs) else _REMOTE_READ_BUFFER,
-            page_checksum_verification=True,
-        ) as file:
-            yield file
-        if _size_and_mtime(fs, path) != identity[:2]:
-            with _open(fs, path) as (_, _, now):
-                if not _is_unchanged(fs, known, now):
-                    raise StreamError(f"{path}: changed while it was read; make the source anew")
+        fault = None
+        try:
+            with import_pyarrow().parquet.ParquetFile(
+                handle,
+                # On a disk, Arrow's own reading of the footer costs less than parsing these bytes.
+                metadata=None if is_local(fs) else _parse(footer),
+                pre_buffer=False,
+                buffer_size=_READ_BUFFER if is_local(fs) else _REMOTE_READ_BUFFER,
+                page_checksum_verification=True,
+            ) as file:
+                yield file
+        except Exception as err:
+            fault = err  # a file that is written meanwhile fails in any way
+        if _size_and_mtime(fs, path) != identity[:2] and not _reopens(fs, known):
+            raise StreamError(f"{path}: changed while it was read; make the source anew") from fault
+        if fault is not None:
+            raise fault
+
+
+def _reopens(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> bool:
+    """Whether a file of another time is the known one still."""
+    try:
+        with _open(fs, known.path) as (_, _, now):
+            return _is_unchanged(fs, known, now)
+    except StreamError:
+        return False
 
 
 def _is_unchanged(fs: "pyarrow.fs.FileSystem", known: ParquetInput, found: _Identity) -> bool:
