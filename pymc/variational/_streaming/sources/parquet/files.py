@@ -14,7 +14,7 @@
 """Parquet files on any filesystem, and whether they are still the same."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +40,10 @@ __all__ = [
     "inspect",
     "inspect_all",
     "is_local",
-    "open_parquet",
+    "is_unchanged",
+    "read_batches",
     "warn_of_copies",
+    "watch",
 ]
 
 _MAGIC = b"PAR1"
@@ -176,53 +178,91 @@ def chunk_extent(chunk: Any) -> tuple[int, int]:
     return start, start + chunk.total_compressed_size
 
 
+def read_batches(
+    fs: "pyarrow.fs.FileSystem",
+    file: ParquetInput,
+    columns: Sequence[str],
+    batch_rows: int,
+    groups: Sequence[int] | None = None,
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield the rows of some row groups of an unchanged file, by default all, and these columns."""
+    chosen = list(range(len(file.group_rows)) if groups is None else groups)
+    n_rows = 0
+    with _open_parquet(fs, file) as opened:
+        for batch in opened.iter_batches(
+            batch_rows, row_groups=chosen, columns=list(columns), use_threads=False
+        ):
+            n_rows += batch.num_rows
+            yield batch.select(list(columns))
+            del batch  # its memory is free while the next one is read
+        promised = sum(file.group_rows[group] for group in chosen)
+        if n_rows != promised:
+            raise StreamError(
+                f"{file.path}: {len(chosen)} row groups gave {n_rows} rows, "
+                f"its footer promises {promised}"
+            )
+
+
 @contextmanager
-def open_parquet(
+def _open_parquet(
     fs: "pyarrow.fs.FileSystem", known: ParquetInput
 ) -> Iterator["pyarrow.parquet.ParquetFile"]:
     """Open a file that must not change from when *known* was taken until it is closed.
 
-    Another time alone, as ``touch`` gives it, is no change on a disk; an object store gives another
-    time only to another object.
     Reads are buffered and never ahead, so memory does not depend on the size of the file or of its
     row groups.
     """
     path = known.path
-    with _open(fs, path) as (handle, footer, identity), _as_stream_error(path, "reading failed"):
-        if not _is_unchanged(fs, known, identity):
+    with _open(fs, path) as (handle, footer, found), _as_stream_error(path, "reading failed"):
+        if not _is_same(fs, known, found):
             raise StreamError(f"{path}: changed since the source was made; make the source anew")
-        fault = None
-        try:
-            with import_pyarrow().parquet.ParquetFile(
+        with (
+            watch(path, lambda: is_unchanged(fs, known)),
+            import_pyarrow().parquet.ParquetFile(
                 handle,
                 # On a disk, Arrow's own reading of the footer costs less than parsing these bytes.
                 metadata=None if is_local(fs) else _parse(footer),
                 pre_buffer=False,
                 buffer_size=_READ_BUFFER if is_local(fs) else _REMOTE_READ_BUFFER,
                 page_checksum_verification=True,
-            ) as file:
-                yield file
-        except Exception as err:
-            fault = err  # a file that is written meanwhile fails in any way
-        if _size_and_mtime(fs, path) != identity[:2] and not _reopens(fs, known):
-            raise StreamError(f"{path}: changed while it was read; make the source anew") from fault
-        if fault is not None:
-            raise fault
+            ) as file,
+        ):
+            yield file
 
 
-def _reopens(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> bool:
-    """Whether a file of another time is the known one still."""
+def is_unchanged(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> bool:
+    """Whether a file is the known one still, which its footer tells where its time does not."""
     try:
-        with _open(fs, known.path) as (_, _, now):
-            return _is_unchanged(fs, known, now)
-    except StreamError:
+        if _size_and_mtime(fs, known.path) == (known.size, known.mtime_ns or -1):
+            return True
+        with _open(fs, known.path) as (_, _, found):
+            return _is_same(fs, known, found)
+    except (OSError, StreamError):
         return False
 
 
-def _is_unchanged(fs: "pyarrow.fs.FileSystem", known: ParquetInput, found: _Identity) -> bool:
+def _is_same(fs: "pyarrow.fs.FileSystem", known: ParquetInput, found: _Identity) -> bool:
+    """Compare a file with the known one: on a disk, another time alone is no change.
+
+    An object store gives another time only to another object.
+    """
     size, mtime_ns, footer = found
     same = (size, footer) == (known.size, known.digest)
     return same and (is_local(fs) or mtime_ns == known.mtime_ns)
+
+
+@contextmanager
+def watch(path: str, is_same: Callable[[], bool]) -> Iterator[None]:
+    """Name a file that changes meanwhile as changed, whatever error that causes."""
+    fault = None
+    try:
+        yield
+    except Exception as err:
+        fault = err
+    if not is_same():
+        raise StreamError(f"{path}: changed while it was read; make the source anew") from fault
+    if fault is not None:
+        raise fault
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.sources.categories import (
     Categories,
-    LevelFinder,
+    find_levels,
     given_levels,
     levels_of,
 )
@@ -35,7 +35,7 @@ from pymc.variational._streaming.sources.parquet.files import (
     column_ranges,
     import_pyarrow,
     inspect_all,
-    open_parquet,
+    read_batches,
     warn_of_copies,
 )
 from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
@@ -48,7 +48,7 @@ from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["parquet_source", "read_batches"]
+__all__ = ["parquet_source"]
 
 
 def parquet_source(
@@ -205,29 +205,19 @@ class _ParquetSource(Source):
         if self.shuffled and summary is not None:  # others need not be of these rows
             self.summary = summary.select(frozen.columns)
             kept = levels_of(self.summary)
-        self._format = frozen.with_levels(self._find_levels(levels, kept))
+        known = {n: kept.get(n) if values is None else values for n, values in levels.items()}
+        total = sum(file.n_rows for file in self._files)
+        found = find_levels(known, lambda names: self._read_columns(names, PIECE_ROWS), total)
+        self._format = frozen.with_levels(found)
         self._part_ranges = np.concatenate(ranges)
         self.columns, self.integral = frozen.columns, self._format.integral
         self.levels = self._format.listed_levels()
         self.sample_shape = (len(self.columns),)
 
-    def _find_levels(self, levels: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
-        """Return all levels: those that are given or *kept*, and others from one pass."""
-        known = {n: kept.get(n) if values is None else values for n, values in levels.items()}
-        missing = [name for name, values in known.items() if values is None]
-        if not missing:
-            return known
-        finder = LevelFinder(missing)
-        total = sum(file.n_rows for file in self._files)
-        with progress_bar(f"Finding levels of {', '.join(missing)}", total) as add:
-            for file in self._files:
-                groups = range(len(file.group_rows))
-                for _, batch in read_batches(
-                    self._fs, file, columns=missing, row_groups=groups, batch_rows=PIECE_ROWS
-                ):
-                    finder.add(batch)
-                    add(batch.num_rows)
-        return known | finder.finish()
+    def _read_columns(self, columns: Sequence[str], size: int) -> Iterator["pyarrow.RecordBatch"]:
+        """Read all rows of some columns."""
+        for file in self._files:
+            yield from read_batches(self._fs, file, columns, size)
 
     def _count_invalid_rows(self) -> int:
         """Count the rows that are dropped, and set how many each row group has left."""
@@ -285,22 +275,15 @@ class _ParquetSource(Source):
 
     def batches(self) -> Iterator["pyarrow.RecordBatch"]:
         if self._drop:
-            yield from super().batches()
-            return
-        for file in self._files:
-            groups, names = range(len(file.group_rows)), self.columns
-            for _, batch in read_batches(
-                self._fs, file, columns=names, row_groups=groups, batch_rows=self._piece_rows
-            ):
-                yield batch
+            return super().batches()
+        return self._read_columns(self.columns or (), self._piece_rows)
 
     def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
         size = _divide(max(file.group_rows[group] for group in groups), size)
-        batches = read_batches(
-            self._fs, file, columns=self.columns, row_groups=groups, batch_rows=size
-        )
-        for first, batch in batches:
+        first = 0
+        for batch in read_batches(self._fs, file, self.columns or (), size, groups):
             yield self._convert(batch, file, groups, first)
+            first += batch.num_rows
             del batch  # its memory is free while the next one is read
 
     def _convert(
@@ -318,37 +301,6 @@ class _ParquetSource(Source):
             f"{file.path}: {fault} in row {row} of row group {group}; "
             'repair the file or pass invalid="drop"'
         )
-
-
-def read_batches(
-    fs: Any,
-    file: ParquetInput,
-    *,
-    columns: Sequence[str] | None,
-    row_groups: Sequence[int],
-    batch_rows: int,
-) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
-    """Yield batches of at most *batch_rows* rows of some row groups, and the first row of each.
-
-    Rows are counted over the row groups that are read (see ``ParquetInput.place``), and columns
-    come in the order asked for.
-    """
-    row, groups = 0, list(row_groups)
-    with open_parquet(fs, file) as opened:
-        for batch in opened.iter_batches(
-            batch_rows, row_groups=groups, columns=columns, use_threads=False
-        ):
-            first, row = row, row + batch.num_rows
-            if columns is not None and batch.schema.names != list(columns):
-                batch = batch.select(columns)
-            yield first, batch
-            del batch  # its memory is free while the next one is read
-        promised = sum(file.group_rows[group] for group in groups)
-        if row != promised:
-            raise StreamError(
-                f"{file.path}: {len(groups)} row groups gave {row} rows, "
-                f"its footer promises {promised}"
-            )
 
 
 def _divide(group_rows: int, most: int) -> int:
