@@ -26,7 +26,7 @@ import time
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -397,6 +397,8 @@ def _as_stream_error() -> Iterator[None]:
         raise
     except Exception as err:
         text = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
+        if isinstance(err, CancelledError):
+            text = "a task was cancelled, as when the scheduler of a cluster is lost"
         raise StreamError(
             f"preshuffle stopped ({text}); nothing was published; remove the cause and run it again"
         ) from err

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -277,6 +277,13 @@ def test_an_executor_that_was_shut_down_is_named(source):
     pool.shutdown()
     with pytest.raises(StreamError, match=r"stopped \(RuntimeError: cannot schedule new futures"):
         shuffle(source, executor=pool)
+
+
+def test_a_lost_scheduler_is_named(source, tmp_path):
+    """Dask cancels the tasks of a scheduler that it cannot reach any more."""
+    with pytest.raises(StreamError, match=r"stopped \(a task was cancelled, as when the scheduler"):
+        shuffle(source, executor=fail_at(3, CancelledError()))
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_a_second_run_is_refused(source, tmp_path):
