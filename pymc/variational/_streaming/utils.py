@@ -37,8 +37,9 @@ _PAUSE = 10.0
 
 
 def digest(*parts: Any) -> str:
-    """Return a hash of *parts*, which are compared by their ``repr``."""
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    """Return a hash of *parts*, which are compared by their ``repr``, or as bytes."""
+    short = [hashlib.blake2b(p).digest() if isinstance(p, bytes) else p for p in parts]
+    return hashlib.blake2b(repr(short).encode(), digest_size=16).hexdigest()
 
 
 def draw_seed(seed: int | None) -> int:

@@ -252,12 +252,8 @@ def _require_all_rows(table: Files | Batches, scattered: Done, gathered: Done) -
 
 def _suggest_rows(path: str, writer: Writer) -> None:
     """Tell of the format for wide tables of numbers."""
-    wide = len(writer.summary) >= _WIDE
-    if (
-        writer.format == "parquet"
-        and wide
-        and all(c.min is not None for c in writer.summary.values())
-    ):
+    is_wide = writer.format == "parquet" and len(writer.summary) >= _WIDE
+    if is_wide and all(column.min is not None for column in writer.summary.values()):
         _log.info(
             f"{path} has {len(writer.summary)} columns of numbers; "
             'format="arrow" lets arrow_source read them several times as fast'

@@ -207,7 +207,8 @@ class RowFormat:
             if array.null_count:
                 bad[:, j] |= array.is_null().to_numpy(zero_copy_only=False)
             if (self.integral[j] or column.dtype.kind in "iu") and self.dtype.kind == "f":
-                bad[:, j] |= _exceeds(column, exact_limit(self.dtype))
+                low, high = _bounds(column.dtype, True, exact_limit(self.dtype))
+                bad[:, j] |= (column < low) | (column > high)
         return rows, bad if bad.any() else None
 
     def fault(self, batch: "pyarrow.RecordBatch", bad: np.ndarray) -> tuple[int, str]:
@@ -330,16 +331,10 @@ def _to_numpy(array: "pyarrow.Array") -> np.ndarray:
     return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
-def _exceeds(values: np.ndarray, limit: float) -> np.ndarray:
-    """Mark integers that a float with this limit cannot hold; decimals arrive as floats."""
-    low, high = _bounds(values.dtype, True, limit)
-    return (values < low) | (values > high)
-
-
 def _bounds(kind: np.dtype, integral: bool, limit: float) -> np.ndarray:
     """Return the least and the greatest value of a type that stay exact, in this type.
 
-    An integer that arrives as a float was rounded already if it is the limit or more.
+    An integer that arrives as a float, as decimals do, was rounded already at the limit or beyond.
     """
     if kind.kind == "f":
         high = limit - 1 if integral and np.isfinite(limit) else np.finfo(kind).max

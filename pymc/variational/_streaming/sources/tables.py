@@ -28,6 +28,7 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
+    check_footer,
     import_pyarrow,
     inspect_all,
     is_local,
@@ -43,14 +44,7 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
 
-__all__ = [
-    "Batches",
-    "Files",
-    "Piece",
-    "conform",
-    "open_table",
-    "plain_schema",
-]
+__all__ = ["Batches", "Files", "Piece", "conform", "open_table", "plain_schema"]
 
 _PAGE_BYTES = 1 << 20
 _PAGE_ROWS = 1 << 10
@@ -86,14 +80,15 @@ class Files:
         self.row_bytes, self.page_bytes = 1.0, 0
         self.files, schemas, marks = [], [], []
         found: Summary | None = None
-        for file, metadata in inspect_all(self.fs, paths):
-            path = file.path
-            schemas.append(_choose(metadata.schema.to_arrow_schema(), columns, path))
-            _refuse_int96(metadata, schemas[-1].names, path)
+        for inspected in inspect_all(self.fs, paths):
+            check_footer(inspected)
+            file, schema, metadata, _ = inspected
+            schemas.append(_choose(schema, columns, file.path))
+            _refuse_int96(metadata, schemas[-1].names, file.path)
             self._measure(metadata, set(schemas[-1].names))
             self.files.append(file)
-            marks.append(read_mark(path, metadata))
-            found = found or Summary.from_metadata(metadata.metadata, path)
+            marks.append(read_mark(file.path, metadata))
+            found = found or Summary.from_metadata(metadata.metadata, file.path)
         if columns is None:
             _refuse_partitions(paths, schemas[0].names)
         self.schema = _unify(schemas, paths)

@@ -78,7 +78,7 @@ def shuffle_four(folder, seed: int, n_partitions: int, block_bytes: int) -> tupl
 
 
 def count_permutations(folder, n_partitions: int, block_bytes: int = 1 << 10) -> np.ndarray:
-    found = Counter(shuffle_four(folder, seed, n_partitions, block_bytes) for seed in range(600))
+    found = Counter(shuffle_four(folder, seed, n_partitions, block_bytes) for seed in range(480))
     return np.array([*found.values(), *[0] * (factorial(4) - len(found))])
 
 

@@ -74,8 +74,8 @@ def test_the_default_executor_gives_the_same_bytes(source, tmp_path, expected):
 
 
 @pytest.mark.slow
-def test_processes_give_the_same_bytes(source, tmp_path, expected):
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), **LOAD) as pool:
+def test_a_process_gives_the_same_bytes(source, tmp_path, expected):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **LOAD) as pool:
         assert shuffle(source, tmp_path / "out", pool) == expected
 
 
@@ -166,8 +166,7 @@ def growth_mb(source, destination, limit, n_threads):
 @pytest.mark.parametrize(
     "shape, limit, n_threads",
     [
-        ("long", 128, 8),
-        ("one row group", 128, 0),
+        ("numbers", 128, 8),
         ("text", 128, 0),
         ("blobs", 128, 0),
     ],
@@ -177,11 +176,11 @@ def test_memory_grows_by_no_more_than_the_limit(tmp_path, shape, limit, n_thread
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "a.parquet"
-    if shape in ("long", "one row group"):
-        n_rows = 10_000_000
-        columns = {name: rng.random(n_rows, dtype="f4") for name in "abcd"}
-        size = n_rows if shape == "one row group" else 200_000
-        pq.write_table(pa.table(columns), path, row_group_size=size, use_dictionary=False)
+    if shape == "numbers":
+        table = pa.table({name: rng.random(8_000_000, dtype="f4") for name in "abcd"})
+        for size in (200_000, 8_000_000):  # also in a single row group
+            path = tmp_path / "in" / f"{size}.parquet"
+            pq.write_table(table, path, row_group_size=size, use_dictionary=False)
     elif shape == "text":
         words = pa.array([f"word-{'x' * (k % 60)}-{k}" for k in range(20_000)])
         texts = words.take(pa.array(rng.integers(0, 20_000, 3_000_000)))

@@ -32,9 +32,11 @@ from pymc.variational._streaming.sources.categories import (
 )
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
+    check_footer,
     column_ranges,
     import_pyarrow,
     inspect_all,
+    inspect_footer,
     read_batches,
     warn_of_copies,
 )
@@ -185,18 +187,20 @@ class _ParquetSource(Source):
     ) -> None:
         """Read the footer of each file once, and keep what is needed of it."""
         frozen: RowFormat | None = None
-        marks, ranges, summary = {}, [], None
-        self._files = []
-        for file, metadata in inspect_all(self._fs, paths):
+        marks, summary = {}, None
+        self._files: list[ParquetInput] = []
+        self._footers: dict[str, bytes] = {}
+        """Footers of files that were not used yet."""
+        self._ranges: dict[str, np.ndarray] = {}
+        for file, schema, metadata, footer in inspect_all(self._fs, paths):
             path = file.path
-            schema = metadata.schema.to_arrow_schema()
             if frozen is None:
                 frozen = RowFormat.from_schema(schema, columns, path, levels)
             frozen = frozen.widen(schema, path, whole=columns is None)
             marks[path] = read_mark(path, metadata)
             summary = summary or Summary.from_metadata(metadata.metadata, path)
-            ranges.append(column_ranges(metadata, frozen.plain_columns))
             self._files.append(file)
+            self._footers[path] = footer
         assert frozen is not None
         self.mark = check_marks(marks, partial=partial)
         warn_of_copies(self._fs, self._files)
@@ -205,11 +209,11 @@ class _ParquetSource(Source):
         if self.shuffled and summary is not None:  # others need not be of these rows
             self.summary = summary.select(frozen.columns)
             kept = levels_of(self.summary)
+        self._format = frozen
         known = {n: kept.get(n) if values is None else values for n, values in levels.items()}
         total = sum(file.n_rows for file in self._files)
         found = find_levels(known, lambda names: self._read_columns(names, PIECE_ROWS), total)
         self._format = frozen.with_levels(found)
-        self._part_ranges = np.concatenate(ranges)
         self.columns, self.integral = frozen.columns, self._format.integral
         self.levels = self._format.listed_levels()
         self.sample_shape = (len(self.columns),)
@@ -217,6 +221,7 @@ class _ParquetSource(Source):
     def _read_columns(self, columns: Sequence[str], size: int) -> Iterator["pyarrow.RecordBatch"]:
         """Read all rows of some columns."""
         for file in self._files:
+            self._ranges_of(file)
             yield from read_batches(self._fs, file, columns, size)
 
     def _count_invalid_rows(self) -> int:
@@ -237,8 +242,22 @@ class _ParquetSource(Source):
         order = self._order(0)
         starts, stops = self._part_bounds(order)
         inside = (starts < stop) & (stops > start) & (starts < stops)
-        low, high = self._part_ranges[order[inside]].transpose(2, 0, 1)
+        ranges = np.concatenate([self._ranges_of(file) for file in self._files])
+        low, high = ranges[order[inside]].transpose(2, 0, 1)
         return np.stack([low.min(axis=0), high.max(axis=0)], axis=1)
+
+    def _ranges_of(self, file: ParquetInput) -> np.ndarray:
+        """Return the bounds on the columns of a file, whose footer is checked when it is first used.
+
+        Both take several times as long as reading the footer.
+        """
+        if (footer := self._footers.get(file.path)) is not None:
+            inspected = inspect_footer(file, footer)
+            check_footer(inspected)
+            ranges = column_ranges(inspected.metadata, self._format.plain_columns)
+            self._ranges[file.path] = ranges
+            self._footers.pop(file.path, None)
+        return self._ranges[file.path]
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the row groups of all files in the order of an epoch."""
@@ -280,6 +299,7 @@ class _ParquetSource(Source):
 
     def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
         size = _divide(max(file.group_rows[group] for group in groups), size)
+        self._ranges_of(file)
         first = 0
         for batch in read_batches(self._fs, file, self.columns or (), size, groups):
             yield self._convert(batch, file, groups, first)
