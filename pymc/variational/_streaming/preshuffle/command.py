@@ -26,7 +26,7 @@ import time
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -252,12 +252,8 @@ def _require_all_rows(table: Files | Batches, scattered: Done, gathered: Done) -
 
 def _suggest_rows(path: str, writer: Writer) -> None:
     """Tell of the format for wide tables of numbers."""
-    wide = len(writer.summary) >= _WIDE
-    if (
-        writer.format == "parquet"
-        and wide
-        and all(c.min is not None for c in writer.summary.values())
-    ):
+    is_wide = writer.format == "parquet" and len(writer.summary) >= _WIDE
+    if is_wide and all(column.min is not None for column in writer.summary.values()):
         _log.info(
             f"{path} has {len(writer.summary)} columns of numbers; "
             'format="arrow" lets arrow_source read them several times as fast'
@@ -397,6 +393,8 @@ def _as_stream_error() -> Iterator[None]:
         raise
     except Exception as err:
         text = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
+        if isinstance(err, CancelledError):
+            text = "a task was cancelled, as when the scheduler of a cluster is lost"
         raise StreamError(
             f"preshuffle stopped ({text}); nothing was published; remove the cause and run it again"
         ) from err

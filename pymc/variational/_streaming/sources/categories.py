@@ -13,18 +13,26 @@
 #   limitations under the License.
 """Category columns, whose values stream as positions among the levels of the column."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import shorten
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.summary import Summary
+from pymc.variational._streaming.utils import progress_bar
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Categories", "LevelFinder", "describe_levels", "encode", "given_levels", "levels_of"]
+__all__ = [
+    "Categories",
+    "describe_levels",
+    "encode",
+    "find_levels",
+    "given_levels",
+    "levels_of",
+]
 
 Categories = Sequence[str] | Mapping[str, Sequence[Any]]
 
@@ -73,6 +81,23 @@ class LevelFinder:
             if name not in self._ordered:
                 self._levels[name] = values.take(import_pyarrow().compute.sort_indices(values))
         return self._levels
+
+
+def find_levels(
+    levels: Mapping[str, Any],
+    read: Callable[[list[str]], Iterable["pyarrow.RecordBatch"]],
+    n_rows: int | None,
+) -> dict[str, Any]:
+    """Return the levels that are known, and those of other columns from one pass over *n_rows*."""
+    missing = [name for name, known in levels.items() if known is None]
+    if not missing:
+        return dict(levels)
+    finder = LevelFinder(missing)
+    with progress_bar(f"Finding levels of {', '.join(missing)}", n_rows) as add:
+        for batch in read(missing):
+            finder.add(batch)
+            add(batch.num_rows)
+    return {**levels, **finder.finish()}
 
 
 def levels_of(summary: Summary) -> dict[str, Any]:

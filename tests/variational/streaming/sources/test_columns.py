@@ -23,7 +23,7 @@ import pytest
 
 import pymc as pm
 
-from pymc.variational._streaming.sources.parquet import parquet
+from pymc.variational._streaming.sources import categories
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
@@ -341,7 +341,7 @@ class TestCategories:
         pq.write_table(flights, tmp_path / "raw.parquet")
         preshuffle(tmp_path / "raw.parquet", tmp_path / "out", seed=0, progressbar=False)
         found = parquet_source(tmp_path / "raw.parquet", categories=["carrier", "late"]).levels
-        monkeypatch.setattr(parquet, "LevelFinder", None)
+        monkeypatch.setattr(categories, "LevelFinder", None)
         assert parquet_source(tmp_path / "out", categories=["carrier", "late"]).levels == found
 
     @pytest.mark.parametrize(
