@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.orderbook.stages import Records
+from benchmarks.orderbook.steps import Records
 from benchmarks.pages import filled
 
 __all__ = ["publish"]

@@ -33,7 +33,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from benchmarks.orderbook import fold as fold_module
 from benchmarks.orderbook import merge as merge_module
-from benchmarks.orderbook import messages as messages_module
+from benchmarks.orderbook import reading as reading_module
 from benchmarks.orderbook.book import DOLLAR, HOLE_MS, NO_LABEL, ROW, UNKNOWN, Book
 from benchmarks.orderbook.fold import fold, main
 from benchmarks.orderbook.merge import Sorted, merged, regrouped
@@ -48,9 +48,8 @@ from benchmarks.orderbook.messages import (
     Events,
     MessageError,
     close_ms,
-    find_files,
-    read_parts,
 )
+from benchmarks.orderbook.reading import find_files, read_parts
 from tests.orderbook.naive import (
     SIDES,
     NaiveBook,
@@ -295,6 +294,8 @@ READ_ALIKE = {
         altered(GOOD[2], price_dollars=0.4900),
     ],
     "few decimals": [START, altered(GOOD[1], price_dollars=".49", delta_fp="5"), GOOD[2]],
+    "spaces": [START, altered(GOOD[1], price_dollars=" 0.49", delta_fp="5.00 "), *GOOD[2:]],
+    "a byte order mark": [f"\ufeff{json.dumps(START)}", *GOOD[1:]],
     "many decimals": [
         START,
         altered(GOOD[1], price_dollars="0.490000000", delta_fp="5.000"),
@@ -362,8 +363,11 @@ FAULTY = {
     "not json": ('{"recv_ms":10', "not a message"),
     "unknown side": (altered(GOOD[2], side="maybe"), r"side must be one of .*it is maybe"),
     "no side": (altered(GOOD[2], side=None), "side must be one of"),
-    "no market": (altered(GOOD[2], market_ticker=None), "has no event.msg.market_ticker"),
-    "no price": (altered(GOOD[2], price_dollars=None), "has no event.msg.price_dollars"),
+    "no market": (altered(GOOD[2], market_ticker=None), "event.msg.market_ticker must be a name"),
+    "no price": (
+        altered(GOOD[2], price_dollars=None),
+        "price_dollars must be a number .*it is None",
+    ),
     "price of 1": (altered(GOOD[2], price_dollars="1.0000"), r"between \$0 and \$1, it is 10000"),
     "price below 0": (altered(GOOD[2], price_dollars="-0.4900"), "it is -4900"),
     "price of five decimals": (altered(GOOD[2], price_dollars="0.48001"), "of 4 decimals"),
@@ -371,12 +375,16 @@ FAULTY = {
     "size of three decimals": (altered(GOOD[2], delta_fp="1.001"), "number of 2 decimals"),
     "size beyond int64": (altered(GOOD[2], delta_fp="9" * 20 + ".00"), "number of 2 decimals"),
     "no time": (altered(GOOD[2], ts_ms=None) | {"recv_ms": None}, "must be milliseconds"),
+    "seconds": (GOOD[2] | {"recv_ms": START_MS // 1000}, "recv_ms must be milliseconds"),
+    "ts_ms in seconds": (altered(GOOD[2], ts_ms=START_MS // 1000), "ts_ms must be milliseconds"),
+    "no envelope": (GOOD[2]["event"], "not as Kalshi sends it"),
+    "upper case": (json.dumps(GOOD[2]).upper(), "not as Kalshi sends it"),
     "microseconds": (GOOD[2] | {"recv_ms": START_MS * 1000}, "must be milliseconds"),
     "repeated": (GOOD[1], "seq must grow from delta to delta, 2 follows 2"),
     "cents": (altered(START, yes_dollars_fp=None, yes=[[48, 1]]), "levels must be dollars"),
     "level without size": (altered(START, yes_dollars_fp=[["0.4800"]]), "must be .price, size."),
     "null level": (altered(START, no_dollars_fp=[None]), "must be .price, size."),
-    "null size": (altered(START, no_dollars_fp=[["0.4800", None]]), "2 decimals, one has None"),
+    "null size": (altered(START, no_dollars_fp=[["0.4800", None]]), "4 and 2 decimals"),
     "negative level": (altered(START, no_dollars_fp=[["0.4800", "-1.00"]]), "not be negative"),
 }
 
@@ -583,7 +591,7 @@ class TestDamage:
     def test_blocks_of_any_size_give_the_same_rows(self, tmp_path, monkeypatch):
         self.damaged(tmp_path)
         whole = folded(tmp_path, keep_going=True)[1]
-        monkeypatch.setattr(messages_module, "BLOCK_BYTES", 777)
+        monkeypatch.setattr(reading_module, "BLOCK_BYTES", 777)
         monkeypatch.setattr(merge_module, "MERGED_ROWS", 7)
         monkeypatch.setattr(merge_module, "FEWEST_ROWS", 3)
         monkeypatch.setattr(fold_module, "LABEL_BLOCK", 2)

@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.orderbook import merge as merge_module
-from benchmarks.orderbook import messages as messages_module
+from benchmarks.orderbook import reading as reading_module
 from benchmarks.orderbook import simulate as simulate_module
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate, main, plan
-from benchmarks.orderbook.messages import LEVEL, SNAPSHOT, close_ms, find_files, read_parts
+from benchmarks.orderbook.messages import LEVEL, SNAPSHOT, close_ms
+from benchmarks.orderbook.reading import find_files, read_parts
 from benchmarks.orderbook.simulate import simulate
 from tests.orderbook.naive import NaiveBook, anova_f, as_float32, naive_rows, read_lines
 from tests.orderbook.test_fold import KALSHI, assert_equal_rows, read_rows, with_captures
@@ -149,8 +150,8 @@ def test_rows_are_those_of_the_dictionary_merged_by_time(small):
 
 
 def test_rows_do_not_depend_on_block_sizes(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(messages_module, "BLOCK_BYTES", 12_345)
-    monkeypatch.setattr(messages_module, "BLOCK_EVENTS", 77)
+    monkeypatch.setattr(reading_module, "BLOCK_BYTES", 12_345)
+    monkeypatch.setattr(reading_module, "BLOCK_EVENTS", 77)
     monkeypatch.setattr(merge_module, "MERGED_ROWS", 50)
     monkeypatch.setattr(merge_module, "FEWEST_ROWS", 5)
     for file_format in ("json", "parquet"):
@@ -188,7 +189,7 @@ def test_blocks_are_bounded_whatever_the_number_of_messages(tmp_path):
     generate(tmp_path / "p", messages=600_000, seed=0, file_format="parquet", progressbar=False)
     (file,) = (tmp_path / "p" / market.ticker).iterdir()
     read = [len(part.events.kind) for part in read_parts(file)]
-    assert max(read) <= messages_module.BLOCK_EVENTS < sum(read)
+    assert max(read) <= reading_module.BLOCK_EVENTS < sum(read)
 
 
 def test_features_and_label_drift_in_order_and_not_once_shuffled(large):
