@@ -395,7 +395,13 @@ def _write_files(
 ) -> None:
     task = progress.add_task("Merging rows", total=n_rows)
     for number, rows in enumerate(regrouped(pieces, rows_per_file)):
-        pq.write_table(rows, directory / f"part-{number:05}.parquet", compression="zstd")
+        # Imbalances are too many for a dictionary, which would be given up half way.
+        pq.write_table(
+            rows,
+            directory / f"part-{number:05}.parquet",
+            compression="zstd",
+            use_dictionary=["mid", "spread", "up"],
+        )
         progress.advance(task, len(rows))
 
 
