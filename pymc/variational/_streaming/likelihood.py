@@ -116,6 +116,12 @@ class LikelihoodGraph:
                 terms = self.logps(rows, *point)
             except IndexError:  # told of by the contract
                 return 0.0
+            except ValueError as err:
+                raise StreamError(
+                    f"the log-likelihood cannot be computed for a batch of {len(rows)} rows "
+                    f"({str(err).partition(chr(10))[0]}); leave out what has another length, such "
+                    "as dims of all rows"
+                ) from err
             return min((np.isfinite(t).sum() / max(1, t.size) for t in terms), default=1.0)
 
         return max(points, key=share)

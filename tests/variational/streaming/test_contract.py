@@ -215,19 +215,41 @@ BROKEN = {
 
 
 @pytest.mark.filterwarnings("ignore:the Potential:UserWarning")
-@pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("build, late, message", BROKEN.values(), ids=BROKEN)
-def test_a_row_of_a_late_batch_is_refused(build, late, message, prefetch):
+def test_a_row_of_a_late_batch_is_refused(build, late, message):
     pa = pytest.importorskip("pyarrow")
     rows = pa.table(dict(zip("xguy", table(**late).T)))
-    options = {"batch_size": BATCH, "order_check": "off", "prefetch": prefetch}
-    with StreamingDataset(rows, **options) as ds, pm.Model():
+    with StreamingDataset(rows, batch_size=BATCH, order_check="off") as ds, pm.Model():
         build(ds.as_tensor())
         with pytest.raises(StreamError, match=f"row {LATE} of the stream holds .*{message}"):
             callback = ds.fit_callback()
             while ds.rows_seen < N:
                 ds.advance()
         del callback
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_conditions_on_several_columns_are_those_of_each_row(seed):
+    """A box of whole numbers holds for the index, and none for counts among varying trials."""
+    rng = np.random.default_rng(seed)
+    n, high = 600, [5, 4, 6]
+    group, level, trials = (rng.integers(0, k, n) for k in high)
+    group[:] = np.minimum(group, 3 + (np.arange(n) > rng.integers(n)))
+    counts = rng.integers(0, trials + 1 + (rng.random(n) < 0.01))
+    rows = np.column_stack([group, level, trials, counts]).astype(float)
+    bad = np.flatnonzero((4 * group + level >= 16) | (counts > trials))
+    with StreamingDataset(rows, batch_size=20, order_check="off") as ds, pm.Model():
+        buf = ds.as_tensor()
+        index = (4 * buf[:, 0] + buf[:, 1]).astype("int64")
+        logit = pm.Normal("a", shape=16)[index]
+        pm.Binomial("y", buf[:, 2], logit_p=logit, observed=buf[:, 3], total_size=n)
+        with pytest.raises(StreamError, match=r"row \d+ of the stream holds") as caught:
+            callback = ds.fit_callback()
+            while ds.rows_seen < n:
+                ds.advance()
+        del callback
+    row = int(str(caught.value).split()[1])
+    assert row in bad and row // 20 == bad[0] // 20
 
 
 REPAIRED = {
