@@ -31,20 +31,25 @@ from pytensor.scalar import basic as scalar
 from pytensor.tensor.basic import Alloc, Join, MakeVector
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.math import Sum
-from pytensor.tensor.shape import Reshape, Shape, Shape_i, SpecifyShape
+from pytensor.tensor.shape import Reshape, Shape_i, SpecifyShape
 from pytensor.tensor.subtensor import (
     AdvancedIncSubtensor,
     AdvancedSubtensor,
     IncSubtensor,
     Subtensor,
-    get_constant_idx,
     get_idx_list,
 )
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.likelihood import UNCOMPILED, LikelihoodGraph, RowAxes
+from pymc.variational._streaming.likelihood import (
+    UNCOMPILED,
+    LikelihoodGraph,
+    RowAxes,
+    columns_read,
+    is_shape,
+)
 
-__all__ = ["Contract", "columns_read", "derive_contract"]
+__all__ = ["Contract", "derive_contract"]
 
 _MOST_VALUES = 1 << 20
 """Values that are computed at most to learn which whole numbers a column may hold."""
@@ -225,7 +230,8 @@ def derive_contract(
     index, and observed values within a support that does not depend on parameters. Whatever
     depends on parameters, or on several rows, is left out.
     """
-    found = [(*condition, False) for condition in (*_casts(axes), *_indices(axes))]
+    needed = *_casts(axes), *_indices(axes), *_parameters(graph, axes)
+    found = [(*condition, False) for condition in needed]
     for rv, term in zip(likelihoods, graph.terms):
         supports = _supports(term, axes)
         found += [(bad, axis, _outside(rv), True) for bad, axis in supports]
@@ -239,23 +245,6 @@ def derive_contract(
                 convex = len(columns) == 1 and _is_convex(part, graph.rows)
                 conditions.append(Condition(part, compute, columns, text, is_support, convex))
     return Contract(conditions, graph.rows, names)
-
-
-def columns_read(graphs: Sequence[Variable], rows: Variable) -> np.ndarray:
-    """Return which columns of *rows* some graphs depend on, as numbers in the flattened row."""
-    shape = rows.type.shape[1:]
-    labels = np.arange(np.prod(shape, dtype=int)).reshape(1, *shape)
-    read: set[int] = set()
-    shapes = [v for v in ancestors(graphs) if _is_shape(v)]
-    used = {v.owner for v in ancestors(graphs, shapes) if v not in shapes}
-    for node in {node for node in used if node and rows in node.inputs}:
-        taken = labels
-        if isinstance(node.op, Subtensor):
-            index = get_constant_idx(node.op.idx_list, node.inputs, allow_partial=True)
-            if not any(isinstance(entry, Variable) for entry in index[1:]):
-                taken = labels[(slice(None), *index[1:])]
-        read.update(taken.ravel().tolist())
-    return np.array(sorted(read), np.int64)
 
 
 _Found = tuple[Any, Any, str]
@@ -325,6 +314,16 @@ def _indices(axes: RowAxes) -> Iterator[_Found]:
             yield (index < -n) | (index >= n), axes.of(index), text
 
 
+def _parameters(graph: LikelihoodGraph, axes: RowAxes) -> Iterator[_Found]:
+    for condition, name in graph.checks.items():
+        if axes.is_by_row(condition):
+            text = (
+                f", where the model needs {name}, or the log-likelihood of the whole batch is -inf; "
+                "leave such rows out of the source"
+            )
+            yield pt.invert(condition), axes.of(condition), text
+
+
 def _supports(term: Variable, axes: RowAxes, given: Any = None) -> Iterator[tuple[Any, Any]]:
     """Yield where a sum of terms is -inf whatever its other terms are, and its row axis.
 
@@ -355,7 +354,7 @@ def _supports(term: Variable, axes: RowAxes, given: Any = None) -> Iterator[tupl
 
 def _implied(condition: Variable, holds: bool, axes: RowAxes) -> Any:
     """Return a condition on rows alone under which *condition* does, or does not, hold."""
-    shapes = [v for v in ancestors([condition]) if _is_shape(v)]
+    shapes = [v for v in ancestors([condition]) if is_shape(v)]
     parameters = set(explicit_graph_inputs([condition])) & set(ancestors([condition], shapes))
     if parameters <= {axes.rows}:
         is_bool = condition.type.dtype == "bool"
@@ -369,10 +368,6 @@ def _implied(condition: Variable, holds: bool, axes: RowAxes) -> Any:
     parts = [_implied(part, False, axes) for part in condition.owner.inputs]
     known = [part for part in parts if part is not None]
     return reduce(operator.or_, known) if known else None
-
-
-def _is_shape(var: Variable) -> bool:
-    return var.owner is not None and isinstance(var.owner.op, Shape | Shape_i)
 
 
 def _is_minus_infinity(var: Variable) -> bool:
@@ -403,7 +398,7 @@ def _known_shapes(bad: Variable, graph: LikelihoodGraph, axes: RowAxes) -> dict[
     """Return the shapes of what depends on parameters, which they do not change."""
     known: dict[Variable, Variable] = {}
     for var in ancestors([bad]):
-        if not _is_shape(var):
+        if not is_shape(var):
             continue
         (of,) = var.owner.inputs
         lengths = [pt.constant(n, dtype="int64") for n in np.shape(axes.value(of))]

@@ -204,6 +204,31 @@ BROKEN = {
         {"y": -0.5},
         "-0.5 in column 'y', outside the support of 'y'",
     ),
+    "scale that is zero": (
+        lambda buf: pm.Normal("y", effect(buf), buf[:, 2], observed=buf[:, 0], total_size=N),
+        {"u": 0},
+        "0.0 in column 'u', where the model needs sigma > 0",
+    ),
+    "scale of a part of the model": (
+        lambda buf: pm.NormalMixture(
+            "y",
+            [0.3, 0.7],
+            pm.Normal("m", shape=2),
+            pt.stack([buf[:, 1], buf[:, 2] - 0.5], axis=1),
+            observed=buf[:, 0],
+            total_size=N,
+        ),
+        {"u": 0.25},
+        "0.25 in column 'u', where the model needs sigma > 0",
+    ),
+    "probability that is none": (
+        lambda buf: [
+            effect(buf),
+            pm.Bernoulli("y", buf[:, 1] / 2, observed=buf[:, 3], total_size=N),
+        ],
+        {"g": 3},
+        "3.0 in column 'g', where the model needs 0 <= p <= 1",
+    ),
     "beyond the bound of a censored value": (
         lambda buf: pm.Censored(
             "y", pm.Normal.dist(effect(buf)), None, 2, observed=buf[:, 3], total_size=N
@@ -258,6 +283,8 @@ REPAIRED = {
     "longer axis": (groups(whole, 4), {"g": 3}),
     "clipped": (groups(lambda buf: pt.clip(buf[:, 1], 0, 2).astype("int64")), {"g": 7}),
     "from the end": (groups(whole), {"g": -3}),
+    "scale in rows that were kept": (BROKEN["scale that is zero"][0], {"u": 0.1}),
+    "amount in rows that were kept": (BROKEN["negative amount"][0], {"y": 0.5}),
     "column that is not read": (groups(whole), {"u": 0.5, "y": -7}),
 }
 

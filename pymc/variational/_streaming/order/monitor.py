@@ -13,8 +13,6 @@
 #   limitations under the License.
 """Compare the windows of a stream while they are emitted."""
 
-import math
-
 from collections.abc import Callable
 from typing import cast
 
@@ -188,7 +186,7 @@ class Monitor:
         self._every = 1
         self._n_rare = 0
         share = len(self._rare_among(pilot)) / len(pilot)
-        self._every = max(1, math.ceil(2 * share / self._statistic.share))
+        self._every = max(1, round(share / self._statistic.rare_share))
         self._n_rare = 0
 
     def _rare_among(self, rows: np.ndarray) -> np.ndarray:
