@@ -19,6 +19,7 @@ import time
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -101,18 +102,24 @@ def progress_bar(
 ) -> Iterator[Callable[..., None]]:
     """Show on stderr how many rows are done and how fast.
 
+    In a notebook without ipywidgets, where rich would warn at each change, only the end is shown.
+
     Yields
     ------
     callable
         Adds a number of rows to those that are done, and may change the description.
     """
+    options: dict[str, Any] = {"theme": default_progress_theme, "stderr": True}
+    console = Console(**options)
+    if console.is_jupyter and find_spec("ipywidgets") is None:
+        console = Console(**options, force_jupyter=False, force_terminal=False)
     bar = CustomProgress(
         "[progress.description]{task.description}",
         BarColumn(),
         "[progress.percentage]{task.percentage:>3.0f}%",
         _RowsPerSecond(),
         TimeRemainingColumn(),
-        console=Console(theme=default_progress_theme, stderr=True),
+        console=console,
         disable=not show,
     )
     with bar:

@@ -66,9 +66,9 @@ _WIDE = 16
 """Columns of numbers from which on row-major files are read at least twice as fast."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PreshuffleReport:
-    """What a shuffle did."""
+    """What a shuffle did. It prints as one line."""
 
     rows: int
     piles: int
@@ -82,7 +82,7 @@ class PreshuffleReport:
     """Largest resident size of any process that took part, in bytes, with all that was in it."""
     destination: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
             f"{self.destination}: {self.rows:,} rows shuffled in {self.piles} partitions, "
             f"{self.bytes_read / 1e9:.2f} GB read, {self.bytes_written / 1e9:.2f} GB written, "
@@ -262,6 +262,10 @@ def _suggest_rows(path: str, writer: Writer) -> None:
 
 def _check_split(split: Mapping[str, float]) -> dict[str, float]:
     """Return the fractions of a split by folder, or refuse them."""
+    if not isinstance(split, Mapping):
+        raise TypeError(
+            f'split={split!r} has no names; pass such as {{"train": 0.9, "valid": 0.1}}'
+        )
     for folder, fraction in split.items():
         if not fraction > 0:
             raise ValueError(f"split={dict(split)}: {folder!r} must be more than 0")

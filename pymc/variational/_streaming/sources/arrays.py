@@ -50,7 +50,8 @@ def as_source(data: Any) -> Source:
     if isinstance(data, Source):
         return data
     if isinstance(data, str | os.PathLike):
-        raise TypeError(f"source={data!r} is a path; pass parquet_source({data!r})")
+        path = os.fspath(data)
+        raise TypeError(f"source={path!r} is a path; pass parquet_source({path!r})")
     if hasattr(data, "as_tensor"):
         raise TypeError("source is a StreamingDataset; pass the source that it was made of")
     if is_table(data):

@@ -15,13 +15,13 @@
 
 import os
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pymc.variational._streaming.sources.arrays import IterableSource, as_source, is_table
-from pymc.variational._streaming.sources.base import Source, is_arrow
+from pymc.variational._streaming.sources.base import Source, is_arrow, shorten
 from pymc.variational._streaming.sources.categories import Categories, find_levels, given_levels
 from pymc.variational._streaming.sources.ipc import (
     ROWS_KEY,
@@ -119,20 +119,63 @@ def arrow_source(
 
 
 def with_columns(
-    rows: Any, columns: tuple[str, ...] | None, levels: Mapping[str, Any] | None = None
+    rows: Any,
+    columns: tuple[str, ...] | None,
+    levels: Mapping[str, Any],
+    unread: Sequence[str] = (),
 ) -> Source:
-    """Return a source of *rows* that has the *columns* of a stream, and *levels* of categories."""
+    """Return a source of *rows* with the *columns* of a stream, in its order and with its *levels*.
+
+    Columns that are *unread* may be missing, and are zero then.
+    """
     if is_arrow(rows) and columns is not None:
         table = import_pyarrow().table(rows)  # a reader gives its rows only once
-        rows = arrow_source(lambda: table, columns=columns, categories=levels)
+        present = [name for name in columns if name in table.column_names or name not in unread]
+        known = {name: levels[name] for name in levels if name in present}
+        rows = arrow_source(lambda: table, columns=present, categories=known)
     source = as_source(rows)
     source.probe()
-    if columns is not None and source.columns not in (None, columns):
+    if columns is None or source.columns is None:
+        return source
+    missing = [name for name in columns if name not in (*source.columns, *unread)]
+    if missing:
         raise ValueError(
-            f"rows has columns {source.columns} where the stream has {columns}; "
-            "pass columns=[...] to the source"
+            f"rows has columns {list(source.columns)}, and none of {missing}, which the stream "
+            "has; pass rows with all of its columns"
         )
-    return source
+    for name in set(columns).intersection(source.columns):
+        if source.levels.get(name) != levels.get(name):
+            raise ValueError(
+                f"rows has {_few(source.levels.get(name))} of {name!r} where the stream has "
+                f"{_few(levels.get(name))}; pass categories=train.levels to the source of rows, "
+                "where train is the source of the stream"
+            )
+    return source if source.columns == columns else _Rearranged(source, columns)
+
+
+def _few(levels: Sequence[Any] | None) -> str:
+    """Say which levels there are."""
+    return f"levels {', '.join(shorten([repr(v) for v in levels], 4))}" if levels else "no levels"
+
+
+class _Rearranged(Source):
+    """The rows of another source with other columns: found by name, or zero."""
+
+    def __init__(self, source: Source, columns: tuple[str, ...]):
+        assert source.columns is not None
+        self._source = source
+        places = {name: place for place, name in enumerate(source.columns)}
+        self._places = np.array([places.get(name, len(places)) for name in columns])
+        self.columns, self.sample_shape, self.n_rows = columns, (len(columns),), source.n_rows
+        if source.integral is not None:
+            self.integral = tuple((*source.integral, True)[place] for place in self._places)
+
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
+        for block in self._source.blocks(epoch, start, block_rows=block_rows):
+            zeros = np.zeros((len(block), 1), block.dtype)
+            yield np.concatenate([block, zeros], axis=1)[:, self._places]
 
 
 def _open_files(

@@ -43,6 +43,9 @@ def given_levels(categories: Categories | None) -> dict[str, Any]:
         raise TypeError(f"categories={categories!r} is a string; pass a list of names")
     if not isinstance(categories, Mapping):
         return dict.fromkeys(categories or ())
+    for name, levels in categories.items():
+        if isinstance(levels, str):
+            raise TypeError(f"categories[{name!r}]={levels!r} is a string; pass a list of levels")
     return {name: _as_levels(name, list(levels)) for name, levels in categories.items()}
 
 
@@ -64,6 +67,8 @@ class LevelFinder:
             array = batch.column(name)
             is_dictionary = pa.types.is_dictionary(array.type)
             values = _plain(array.dictionary if is_dictionary else array.unique()).drop_null()
+            if pa.types.is_floating(values.type):
+                values = values.filter(pa.compute.is_finite(values))
             if is_dictionary:
                 self._ordered.add(name)
             if known is not None:
@@ -137,12 +142,12 @@ def _as_levels(name: str, levels: list[Any]) -> "pyarrow.Array":
 
 
 def _plain(array: "pyarrow.Array") -> "pyarrow.Array":
-    """Return values with one type for all strings, and one for all integers."""
+    """Return values with one type for all strings, and one for all integers but the largest."""
     pa: Any = import_pyarrow()
     is_, kind = pa.types, array.type
     if is_.is_string(kind) or is_.is_string_view(kind):
         return array.cast(pa.large_string())
-    return array.cast(pa.int64()) if is_.is_integer(kind) else array
+    return array.cast(pa.int64()) if is_.is_integer(kind) and not is_.is_uint64(kind) else array
 
 
 def _cast(name: str, values: "pyarrow.Array", kind: "pyarrow.DataType") -> "pyarrow.Array":

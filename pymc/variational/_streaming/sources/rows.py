@@ -66,8 +66,9 @@ class _Type(NamedTuple):
     dtype: np.dtype
     integral: bool = False
     """Whether the values must survive every later cast: integers, levels and times."""
-    is_time: bool | None = False
-    """Whether the values are seconds since 1970; None where all are null."""
+    is_time: bool | str | None = False
+    """Whether the values are seconds since 1970, "UTC" where their zone is known; None where all
+    are null."""
 
     def join(self, other: "_Type") -> "_Type":
         """Return what holds the values of both exactly."""
@@ -144,8 +145,8 @@ class RowFormat:
         for name, mine, other in zip(self.columns, self.types, types):
             if None not in (mine.is_time, other.is_time) and mine.is_time != other.is_time:
                 raise ValueError(
-                    f"{where}: column {name!r} has times where it had none before, or none where "
-                    "it had times; write the files with one type"
+                    f"{where}: column {name!r} has times where it had none before, or times "
+                    "without a zone beside some with one; write the files with one type"
                 )
         return replace(self, types=tuple(map(_Type.join, self.types, types)))
 
@@ -296,7 +297,7 @@ def _number_type(kind: "pyarrow.DataType") -> _Type | None:
     if is_.is_null(kind):
         return _Type(np.dtype(bool), True, None)
     if is_.is_timestamp(kind) or is_.is_date(kind):
-        return _Type(np.dtype(float), True, True)
+        return _Type(np.dtype(float), True, "UTC" if getattr(kind, "tz", None) else True)
     if is_.is_decimal(kind):
         return _Type(np.dtype(float), kind.scale <= 0)
     if is_.is_integer(kind) or is_.is_boolean(kind) or is_.is_floating(kind):
