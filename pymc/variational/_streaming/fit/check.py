@@ -154,7 +154,7 @@ def check_fit(
         rows = positive_int("rows", rows)
     return measure(
         group,
-        streams,
+        Density(group, streams),
         scale(group),
         rows=rows,
         executor=executor,
@@ -165,7 +165,7 @@ def check_fit(
 
 def measure(
     group: Group,
-    streams: Sequence[StreamingDataset],
+    density: Density,
     scales: np.ndarray,
     *,
     rows: int | None = None,
@@ -181,11 +181,11 @@ def measure(
     mean, serve for the curvature. Of many parameters, the *shared* ones get exact standard
     deviations.
     """
-    density, at, rng = Density(group, streams), mean(group), np.random.default_rng(seed)
-    n_known = sum(min(stream.total_size or 0, rows or math.inf) for stream in streams)
+    at, rng = mean(group), np.random.default_rng(seed)
+    n_known = sum(min(stream.total_size or 0, rows or math.inf) for stream in density.streams)
     with progress_bar("Checking", int(n_known) or None, show=progressbar) as advance:
         read = partial(_read_all, density, rows=rows, executor=executor, advance=advance)
-        n_kept = 0 if known else _sample_size(streams, scales)
+        n_kept = 0 if known else _sample_size(density.streams, scales)
         passes = read(partial(_score, x=at), keep=n_kept)
         sample, difference = known or (_sample(density, passes), None)
         error, factors, extra = 0.0, np.ones(len(at)), np.zeros(len(at))
@@ -198,6 +198,17 @@ def measure(
     likelihood = sample.around(at, value, gradient, difference)
     of_rows = Rows(likelihood, sample.n_rows, error, factors, extra, shared)
     optimum = find_optimum(at, scales, of_rows, density.prior, rng)
+    return _report(group, density, scales, passes, gradient, optimum)
+
+
+def _report(
+    group: Group,
+    density: Density,
+    scales: np.ndarray,
+    passes: Sequence["_Pass"],
+    gradient: np.ndarray,
+    optimum: Optimum,
+) -> FitReport:
     sd = marginal_sd(scales) if np.isnan(optimum.sd).any() else optimum.sd
     return FitReport(
         names=names(group),
@@ -214,9 +225,9 @@ def measure(
         ),
         signal_to_noise=_signal_to_noise(gradient, passes),
         between_within_ratio=max(part.between_within_ratio() for part in passes) or None,
-        moved=all(stream.rows_seen > 0 for stream in streams),
+        moved=all(stream.rows_seen > 0 for stream in density.streams),
         group=group,
-        start=at,
+        start=mean(group),
         optimum=optimum,
     )
 

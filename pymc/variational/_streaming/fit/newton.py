@@ -183,28 +183,18 @@ def _step_error(probes: list[Probe], covariance: np.ndarray, step: np.ndarray, s
 
 def _iterative_optimum(mean, scale, rows, prior, rng) -> Optimum:
     """Find the same in memory O(d), from products with the Hessian."""
-    size = len(mean)
-
-    def of_rows(x: np.ndarray) -> np.ndarray:
-        return rows.likelihood(x)[1]
-
-    def of_prior(x: np.ndarray) -> np.ndarray:
-        return prior.value_and_gradient(x)[1]
-
-    def at_mean(v: np.ndarray, factors: np.ndarray | float, extra: np.ndarray | float):
-        product = factors * hessp(of_rows, mean, factors * scale * v, scale)
-        return -scale * (product + extra * scale * v + hessp(of_prior, mean, scale * v, scale))
 
     def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
         (value, gradient), (more, slope) = rows.likelihood(x), prior.value_and_gradient(x)
         return value + more, gradient + slope
 
+    size, product = len(mean), partial(_precision_at_mean, mean, scale, rows, prior)
     probe = Probe(evaluate, _moment_draws(size, _PAIRS_OF_MANY, rng), mean, scale)
-    products = np.array([at_mean(draw, 1.0, 0.0) for draw in probe.draws])
+    products = np.array([product(draw, corrected=False) for draw in probe.draws])
     # The diagonal of A differs from that at the mean by what the draws have beyond it.
     departure = -(probe.draws * (scale * probe.odd + products)).mean(axis=0)
     rest = probe.gains + (probe.draws * products).sum(axis=1) / 2
-    solver = Products(lambda v: at_mean(v, rows.factors, rows.extra) + departure * v, size, rng)
+    solver = Products(lambda v: product(v) + departure * v, size, rng)
     concave, diagonal, s = solver.concave, solver.diagonal, 1 - solver.diagonal
 
     def solve(g: np.ndarray) -> np.ndarray:
@@ -232,6 +222,17 @@ def _iterative_optimum(mean, scale, rows, prior, rng) -> Optimum:
         elbo=probe.value - probe.gains.mean() + rest.mean() - trace / 2,
         elbo_error=math.sqrt(variance + (rows.error * trace) ** 2),
     )
+
+
+def _precision_at_mean(
+    mean: np.ndarray, scale: np.ndarray, rows: Rows, prior: Term, v: np.ndarray, corrected=True
+) -> np.ndarray:
+    """Return -LᵀHL *v* of the Hessian H at the mean."""
+    factors, extra = (rows.factors, rows.extra) if corrected else (1.0, 0.0)
+    v = scale * v
+    of_rows = hessp(lambda x: rows.likelihood(x)[1], mean, factors * v, scale)
+    of_prior = hessp(lambda x: prior.value_and_gradient(x)[1], mean, v, scale)
+    return -scale * (factors * of_rows + extra * v + of_prior)
 
 
 def _moment_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -150,21 +151,7 @@ def polish(
         else:
             run.covariance = None
             run.notes.append("the fit before had a higher bound, and is left as it was")
-    scales = scale(group) if run.covariance is None else np.linalg.cholesky(run.covariance)
-    report = measure(
-        group,
-        streams,
-        scales,
-        known=None if run.covariance is None else run.known,
-        shared=run.shared,
-        executor=executor,
-        seed=seed,
-        progressbar=progressbar,
-    )
-    if run.covariance is not None:
-        sd = np.sqrt(np.diag(run.covariance))
-        optimum = report.optimum._replace(covariance=run.covariance, principal_s=report.s)
-        report = replace(report, sd=sd, optimum=optimum)
+    report = _measured(run, group, executor=executor, seed=seed, progressbar=progressbar)
     return replace(
         report,
         moved=True,
@@ -174,6 +161,16 @@ def polish(
         notes=tuple(run.notes),
         remedy=POLISH_AGAIN if unfinished else run.remedy(),
     )
+
+
+def _measured(run: Search, group: Group, **kwargs: Any) -> FitReport:
+    """Check the result, which has the covariance of the posterior if that was found."""
+    if run.covariance is None:
+        return measure(group, run.density, scale(group), shared=run.shared, **kwargs)
+    scales = np.linalg.cholesky(run.covariance)
+    report = measure(group, run.density, scales, known=run.known, **kwargs)
+    optimum = report.optimum._replace(covariance=run.covariance, principal_s=report.s)
+    return replace(report, sd=np.sqrt(np.diag(run.covariance)), optimum=optimum)
 
 
 def _search(run: Search, group: Group, before: Fit, tolerance: float, rng) -> bool:
