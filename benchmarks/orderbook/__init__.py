@@ -17,5 +17,5 @@
     generate ─▶ messages ─▶ book ─▶ fold ─▶ rows sorted by time
 
 ``generate`` makes markets with ``simulate`` and writes their messages;
-``fold`` reads ``messages``, its own or real ones, through the compiled ``book``.
+``reading`` reads these or real ones, and ``fold`` takes them through the compiled ``book``.
 """

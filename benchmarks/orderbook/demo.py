@@ -56,6 +56,13 @@ LEGEND = {
 }
 
 
+LEGEND_OF_TABLE = (
+    "Error of the posterior means in posterior standard deviations.  By coefficient: means\n"
+    "averaged over the second half of the steps.  Last step: the worst of them then.\n"
+    "Memory: the peak of the process."
+)
+
+
 def run(
     rows: Path, columns: tuple[str, ...], work: Path, n_steps: int
 ) -> tuple["Posterior", dict[str, "Fit"]]:
@@ -68,7 +75,10 @@ def run(
         shuffle,
     )
 
-    exact = exact_posterior(rows, columns)
+    try:
+        exact = exact_posterior(rows, columns)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     buffer_size = max(exact.n_rows // WINDOW_SHARE, BATCH_SIZE)
     say(f"{exact.n_rows:,} rows; the buffer holds {buffer_size:,} of them")
     shuffled = work / "shuffled"
@@ -122,33 +132,6 @@ def markdown_table(exact: "Posterior", fits: dict[str, "Fit"]) -> str:
         cells = [f"{e:+.2f}" for e in errors(finish.state.mean, exact)]
         lines.append([POLISHED, *cells, "", "", ""])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def show(exact: "Posterior", fits: dict[str, "Fit"]) -> None:
-    """Print the results as a table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    header, _, *lines = (
-        [cell.strip() for cell in line.strip("| ").split("|")]
-        for line in markdown_table(exact, fits).splitlines()
-    )
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        title="Error of the posterior means, in posterior standard deviations",
-        caption=(
-            "By coefficient: means averaged over the second half of the steps. "
-            "Last step: the worst of them then. Memory: the peak of the process."
-        ),
-    )
-    for name in header:
-        table.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
 
 
 def plot(exact: "Posterior", fits: dict[str, "Fit"], file: Path) -> None:
@@ -219,6 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8_000, help="of each fit")
     parser.add_argument("--readme", type=Path, help="file to put the table into")
     args = parser.parse_args(argv)
+    if args.steps <= 1_000:
+        raise SystemExit(f"--steps must be more than 1000, got {args.steps}")
     started = time.perf_counter()
     features = re.split(r"[,\s]+", args.features.strip()) if args.features else None
     if args.data is not None and not args.data.is_dir():
@@ -243,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
 
         text = filled(args.readme.read_text(), "demo", "make results", markdown_table(exact, fits))
         args.readme.write_text(text)
-    show(exact, fits)
+    sys.stdout.write(f"\n{markdown_table(exact, fits)}\n{LEGEND_OF_TABLE}\n")
     say(f"{time.perf_counter() - started:.0f} s; the figure is {args.results / 'demo.png'}")
 
 

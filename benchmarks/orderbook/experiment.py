@@ -49,7 +49,6 @@ __all__ = [
     "Examination",
     "Finish",
     "Fit",
-    "Order",
     "Posterior",
     "State",
     "build_model",
@@ -86,19 +85,6 @@ class Posterior:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What ``check_order`` said before a fit."""
-
-    ordered: bool
-    feature: str
-    """The column or product that differs most between windows."""
-    design_effect: float
-    drift: float
-    """Posterior standard deviations by which means may drift."""
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class State:
     """An approximation, and what ``check_fit`` said of it, if it was asked."""
 
@@ -115,7 +101,8 @@ class State:
 class Examination:
     """What the checks said of a streamed fit."""
 
-    order: Order
+    order: dict[str, Any]
+    """What ``check_order`` said before the fit, and how many "seconds" it took."""
     epochs: int
     """Whole epochs that ``EpochAverage`` averaged; with 0, the steps of a part of one."""
     last: State
@@ -197,6 +184,8 @@ def exact_posterior(rows: Path, columns: Sequence[str] | None = None) -> Posteri
     while np.abs(step).max() > 1e-10:
         gradient, information = _derivatives(files, columns, b)
         precision = information + np.eye(len(b)) / PRIOR_SD**2
+        if not np.isfinite(gradient).all():
+            raise ValueError(f"{rows} must hold only finite numbers in {', '.join(columns)}")
         step = np.linalg.solve(precision, gradient - b / PRIOR_SD**2)
         b = b + step
     return Posterior(
@@ -259,6 +248,8 @@ def fit_model(
     """
     import pymc as pm
 
+    from pymc.variational.streaming import EpochAverage
+
     if not progressbar:
         logging.getLogger("pymc").setLevel(logging.WARNING)
     tail = Tail(n_steps)
@@ -266,8 +257,9 @@ def fit_model(
         warnings.simplefilter("always")
         began = time.perf_counter()
         ds = build_model(rows, buffer_size, seed, columns)
-        examiner = _Examiner(ds, _buffer(rows, buffer_size, seed), check_last) if examine else None
-        callbacks = [tail, *([examiner.average] if examiner else [])]
+        order = _check_order(_buffer(rows, buffer_size, seed)) if examine else {}
+        average = EpochAverage(ds) if examine else None
+        callbacks = [tail, *([average] if examine else [])]
         callbacks += [ds.fit_callback()] if ds is not None else []
         ready = time.perf_counter()
         approx = pm.fit(
@@ -287,7 +279,7 @@ def fit_model(
             steps_per_second=rate,
             seconds={"ready": ready - began, "fit": ended - ready},
             peak_mb=peak_mb(),
-            examination=examiner.report(approx) if examiner else None,
+            examination=_examine(approx, ds, average, order, check_last) if examine else None,
             finish=_finish(approx, ds) if finish else None,
             warnings=_of_stream(caught),
         )
@@ -330,40 +322,32 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-class _Examiner:
-    """Ask the checks about one streamed fit."""
+def _examine(
+    approx: Any, ds: Any, average: Any, order: dict[str, Any], check_last: bool
+) -> Examination:
+    """Check *approx*, then improve it as its user would, and tell how it went."""
+    from pymc.variational.streaming import StreamError, polish
 
-    def __init__(self, ds: Any, source: Any, check_last: bool):
-        from pymc.variational.streaming import EpochAverage
+    last = _checked(approx, ds) if check_last else _state(approx)
+    epochs = average.epochs
+    average.apply(approx)
+    averaged = _checked(approx, ds)
+    corrected = refusal = None
+    try:
+        polish(approx, ds, progressbar=False)
+        corrected = _state(approx)
+    except StreamError as error:
+        refusal = str(error)
+    return Examination(order, epochs, last, averaged, corrected, refusal)
 
-        self.average = EpochAverage(ds)
-        self._ds = ds
-        self._check_last = check_last
-        self._order = _check_order(source)
 
-    def report(self, approx: Any) -> Examination:
-        """Check *approx*, then improve it as its user would, and tell how it went."""
-        from pymc.variational.streaming import StreamError, polish
+def _checked(approx: Any, ds: Any) -> State:
+    from pymc.variational.streaming import check_fit
 
-        last = self._check(approx)[1] if self._check_last else _state(approx)
-        epochs = self.average.epochs
-        self.average.apply(approx)
-        _, averaged = self._check(approx)
-        corrected = refusal = None
-        try:
-            polish(approx, self._ds, progressbar=False)
-            corrected = _state(approx)
-        except StreamError as error:
-            refusal = str(error)
-        return Examination(self._order, epochs, last, averaged, corrected, refusal)
-
-    def _check(self, approx: Any) -> tuple[Any, State]:
-        from pymc.variational.streaming import check_fit
-
-        began = time.perf_counter()
-        check = check_fit(approx, self._ds, progressbar=False)
-        seconds, worst = time.perf_counter() - began, float(np.abs(check.z).max())
-        return check, _state(approx, verdict=check.verdict, z=worst, seconds=seconds)
+    began = time.perf_counter()
+    check = check_fit(approx, ds, progressbar=False)
+    seconds, worst = time.perf_counter() - began, float(np.abs(check.z).max())
+    return _state(approx, verdict=check.verdict, z=worst, seconds=seconds)
 
 
 def _finish(approx: Any, ds: Any) -> Finish:
@@ -373,13 +357,16 @@ def _finish(approx: Any, ds: Any) -> Finish:
     return Finish(check, str(polish(approx, ds, progressbar=False)), _state(approx))
 
 
-def _check_order(source: Any) -> Order:
+def _check_order(source: Any) -> dict[str, Any]:
     from pymc.variational.streaming import check_order
 
     began = time.perf_counter()
     report = check_order(source)
     seconds = time.perf_counter() - began
-    return Order(report.ordered, report.feature, report.design_effect, report.drift, seconds)
+    said = {
+        name: getattr(report, name) for name in ("ordered", "feature", "design_effect", "drift")
+    }
+    return {**said, "seconds": seconds}
 
 
 def _state(approx: Any, **checked: Any) -> State:

@@ -37,7 +37,7 @@ import time
 import zlib
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,18 +50,9 @@ from rich.progress import Progress
 
 from benchmarks.orderbook.book import COUNTERS, NO_LABEL, ROW, Book
 from benchmarks.orderbook.merge import Sorted, merged, regrouped
-from benchmarks.orderbook.messages import (
-    DELTA,
-    DamageError,
-    Events,
-    MessageError,
-    Part,
-    close_ms,
-    find_files,
-    first_ms,
-    read_parts,
-)
+from benchmarks.orderbook.messages import DELTA, Events, MessageError, close_ms
 from benchmarks.orderbook.publish import bar, published
+from benchmarks.orderbook.reading import DamageError, Part, find_files, first_ms, read_parts
 
 __all__ = ["FoldReport", "fold", "main"]
 
@@ -214,7 +205,7 @@ class _Folder:
         n_done = self._resume(files)
         for number, file in enumerate(files):
             if number >= n_done:
-                self._fold_file(file, workers, lambda n: progress.advance(task, n))
+                self._fold_file(file, workers)
                 self._save(number, file)
             progress.update(task, completed=sum(sizes[: number + 1]))
         if self._errors:
@@ -242,8 +233,7 @@ class _Folder:
             **counts,
         )
 
-    def _fold_file(self, file: Path, workers: int, advance: Callable[[int], None]) -> None:
-        n_read = 0
+    def _fold_file(self, file: Path, workers: int) -> None:
         try:
             for part in _ahead(read_parts(file, salvage=self._keep_going), workers):
                 self._others.update(part.others)
@@ -251,8 +241,6 @@ class _Folder:
                     self._lose(file)
                 if part.market:
                     self._market(part.market).fold(file, part)
-                advance(part.consumed - n_read)
-                n_read = part.consumed
         except DamageError as error:
             if self._keep_going:
                 self._findings.append(str(error))
@@ -261,9 +249,8 @@ class _Folder:
                 self._errors.append(str(error))
         except MessageError as error:
             self._errors.append(str(error))
-        n_lost = {name: market.n_lost() for name, market in self._live.items()}
-        for name, n in n_lost.items():
-            if n:
+        for name, market in self._live.items():
+            if market.n_lost():
                 self._findings.append(f"{file}: messages of {name} are missing")
 
     def _market(self, name: str) -> "_Market":
@@ -408,7 +395,13 @@ def _write_files(
 ) -> None:
     task = progress.add_task("Merging rows", total=n_rows)
     for number, rows in enumerate(regrouped(pieces, rows_per_file)):
-        pq.write_table(rows, directory / f"part-{number:05}.parquet", compression="zstd")
+        # Imbalances are too many for a dictionary, which would be given up half way.
+        pq.write_table(
+            rows,
+            directory / f"part-{number:05}.parquet",
+            compression="zstd",
+            use_dictionary=["mid", "spread", "up"],
+        )
         progress.advance(task, len(rows))
 
 

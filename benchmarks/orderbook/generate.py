@@ -21,12 +21,11 @@ to 1 over all of them, the level of the mid, the width of the spread, the lean o
 rates of up and down moves drift, and so does the *relation* between features and the next move:
 a heavy bid announces a rise in the beginning and a fall in the end. A posterior fitted to
 a window of time is therefore wrong for the table, which is what these messages are for.
-They look like Kalshi's, but no conclusion about a real market can be drawn from them.
+No conclusion about a real market can be drawn from them.
 """
 
 import argparse
 import gzip
-import hashlib
 import json
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -174,41 +173,24 @@ def _write_json(path: Path, market: str, blocks: Iterable[Events]) -> None:
                         file.write("".join(lines.to_pylist()).encode())
 
 
-# Key by key as Kalshi's WebSocket sends them, with identifiers made up from other fields.
 LINES = f"""
-WITH named AS (SELECT *, if(side = {YES}, 'yes', 'no') AS outcome FROM events), line AS (
-    SELECT CASE WHEN kind = {DELTA} THEN to_json(struct_pack(
-        recv_ms := recv_ms,
-        event := struct_pack(type := 'orderbook_delta', sid := 1, seq := seq, msg := struct_pack(
-            market_ticker := getvariable('market'),
-            market_id := md5(getvariable('market')),
-            price_dollars := printf('%.4f', price / 1e4),
-            delta_fp := printf('%.2f', size / 1e2),
-            side := outcome,
-            ts := strftime(make_timestamp(1000 * ts_ms + 1 + seq % 9), '%Y-%m-%dT%H:%M:%S.%fZ'),
-            ts_ms := ts_ms))))
-    ELSE to_json(struct_pack(
-        recv_ms := recv_ms,
-        event := struct_pack(type := 'trade', sid := 2, seq := seq, msg := struct_pack(
-            trade_id := md5(seq::VARCHAR),
-            market_ticker := getvariable('market'),
-            yes_price_dollars := printf('%.4f', price / 1e4),
-            no_price_dollars := printf('%.4f', 1 - price / 1e4),
-            count_fp := printf('%.2f', size / 1e2),
-            taker_side := outcome,
-            taker_outcome_side := outcome,
-            taker_book_side := if(side = {YES}, 'bid', 'ask'),
-            ts := ts_ms // 1000,
-            ts_ms := ts_ms))))
-    END::VARCHAR AS text FROM named)
-SELECT text || chr(10) FROM line"""
+    WITH named AS (
+        SELECT *, getvariable('market') AS market, if(side = {YES}, 'yes', 'no') AS outcome,
+            printf('%.4f', price / 1e4) AS dollars, printf('%.2f', size / 1e2) AS contracts
+        FROM events)
+    SELECT CASE WHEN kind = {DELTA}
+        THEN to_json({{recv_ms: recv_ms, event: {{type: 'orderbook_delta', sid: 1, seq: seq, msg:
+            {{market_ticker: market, price_dollars: dollars, delta_fp: contracts, side: outcome,
+            ts_ms: ts_ms}}}}}})
+        ELSE to_json({{recv_ms: recv_ms, event: {{type: 'trade', sid: 2, seq: seq, msg:
+            {{market_ticker: market, yes_price_dollars: dollars, count_fp: contracts,
+            taker_side: outcome, ts_ms: ts_ms}}}}}})
+        END::VARCHAR || chr(10) FROM named"""
+"""The keys of Kalshi's messages that a book needs, and some of those of its trades."""
 
 
 def _snapshot_line(market: str, events: Events) -> bytes:
-    message: dict[str, object] = {
-        "market_ticker": market,
-        "market_id": hashlib.md5(market.encode()).hexdigest(),
-    }
+    message: dict[str, object] = {"market_ticker": market}
     for side, key in ((YES, "yes_dollars_fp"), (NO, "no_dollars_fp")):
         rows = (events.kind == LEVEL) & (events.side == side)
         levels = zip(events.price[rows].tolist(), events.size[rows].tolist())

@@ -53,7 +53,7 @@ from benchmarks.orderbook.experiment import (
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
 from benchmarks.orderbook.rows import write_rows
-from benchmarks.orderbook.stages import Stage, run_stages
+from benchmarks.orderbook.steps import Records, Steps
 from benchmarks.orderbook.tables import (
     CAPTURES,
     EXACT,
@@ -69,7 +69,7 @@ from benchmarks.orderbook.tables import (
 )
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["Settings", "main", "plan"]
+__all__ = ["Settings", "main", "run"]
 
 SEED = 0
 ROW_BYTES = 13
@@ -99,16 +99,19 @@ class Settings:
     """Of each fit, at least; two whole epochs if those are more."""
 
 
-def plan(settings: Settings, work: Path) -> list[Stage]:
-    """List all stages in the order in which they run."""
-    stages = _sizes(settings, work) if settings.sizes else []
+def run(settings: Settings, work: Path) -> Records:
+    """Take all steps that have no record in *work*, and return the records of all."""
+    steps = Steps(work)
+    sizes = tuple(sorted(settings.sizes))
+    if sizes:
+        _run_sizes(steps, settings, settings.table, sizes)
     if settings.captures is not None:
-        stages += _captures(settings, settings.captures, work)
+        _run_captures(steps, settings, settings.captures)
     if settings.messages is not None:
-        stages += _fold(settings.messages, work)
+        _run_fold(steps, settings.messages)
     if settings.billion is not None:
-        stages += _billion(settings, settings.billion, work)
-    return stages
+        _run_sizes(steps, settings, settings.billion, (settings.billion,), streamed_only=True)
+    return steps.records
 
 
 def disk_needed(settings: Settings) -> int:
@@ -119,131 +122,90 @@ def disk_needed(settings: Settings) -> int:
     return max(3 * ROW_BYTES * largest, per_message * (settings.messages or 0))
 
 
-def _sizes(settings: Settings, work: Path) -> list[Stage]:
-    largest, product = max(settings.sizes), work / "rows"
-    table = {"of": settings.table, "seed": SEED}
-    rows = Stage(
-        case_name(largest),
-        ROWS,
-        partial(_write_rows, product, settings.table, settings.sizes),
-        {**table, "sizes": list(settings.sizes)},
-        expected=largest / 2e6,
-        product=product,
-    )
-    stages = [rows]
-    for size in sorted(settings.sizes):
-        case = _Case(case_name(size), product / str(size), size, table, rows, settings)
-        stages += case.all_ways(work)
-    return stages
+def _run_sizes(
+    steps: Steps,
+    settings: Settings,
+    planned: int,
+    sizes: tuple[int, ...],
+    *,
+    streamed_only: bool = False,
+) -> None:
+    """Make one table, and fit its beginnings of so many rows."""
+    table = {"of": planned, "seed": SEED}
+    parameters = table if streamed_only else {**table, "sizes": [*settings.sizes]}
+    make = partial(_write_rows, planned=planned, sizes=sizes)
+    with steps.product(case_name(max(sizes)), ROWS, parameters, make) as rows:
+        for size in sizes:
+            case = _Case(steps, settings, case_name(size), size, table)
+            case.fit_all(lambda: rows() / str(size), streamed_only=streamed_only)
 
 
-def _captures(settings: Settings, captures: Path, work: Path) -> list[Stage]:
+def _run_captures(steps: Steps, settings: Settings, captures: Path) -> None:
     files = [file for file in captures.rglob("*") if file.is_file()]
-    table = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
-    product = work / "captured-rows"
+    table = {"files": len(files), "bytes": _bytes(captures)}
     # They are too short to compile for, so the second of two folds counts.
-    run = partial(in_process, _measured_fold, captures, product, repeats=2)
-    rows = Stage(CAPTURES, FOLD, run, table, expected=table["bytes"] / 5e6, product=product)
-    case = _Case(CAPTURES, product, None, table, rows, settings)
-    return [rows, *case.all_ways(work)]
+    make = partial(in_process, _measured_fold, captures, repeats=2)
+    with steps.product(CAPTURES, FOLD, table, make) as rows:
+        _Case(steps, settings, CAPTURES, None, table).fit_all(rows)
 
 
-def _fold(n_messages: int, work: Path) -> list[Stage]:
-    product, parameters = work / "messages", {"messages": n_messages, "seed": SEED}
-    messages = Stage(
-        MESSAGES,
-        "generate",
-        partial(_generate, product, n_messages),
-        parameters,
-        expected=n_messages / 1.2e6,
-        product=product,
-    )
-    folded = work / "folded"
-    run = partial(in_process, _measured_fold, product, folded)
-    expected = n_messages / 1.5e6
-    return [
-        messages,
-        Stage(
-            MESSAGES, FOLD, run, parameters, expected=expected, needs=(messages,), product=folded
-        ),
-    ]
+def _run_fold(steps: Steps, n_messages: int) -> None:
+    parameters = {"messages": n_messages, "seed": SEED}
+    make = partial(_generate, n_messages=n_messages)
+    with steps.product(MESSAGES, "generate", parameters, make) as messages:
 
+        def measure(rows: Path) -> dict[str, Any]:
+            return in_process(_measured_fold, messages(), rows)
 
-def _billion(settings: Settings, n_rows: int, work: Path) -> list[Stage]:
-    product = work / "many-rows"
-    table = {"of": n_rows, "seed": SEED}
-    run = partial(_write_rows, product, n_rows, (n_rows,))
-    rows = Stage(case_name(n_rows), ROWS, run, table, expected=n_rows / 2e6, product=product)
-    case = _Case(case_name(n_rows), product / str(n_rows), n_rows, table, rows, settings)
-    return [rows, case.exact(), *case.shuffled(work)]
+        with steps.product(MESSAGES, FOLD, parameters, measure):
+            pass
 
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One table, and the stages that fit the model to it."""
+    """One table to fit the model to."""
 
+    steps: Steps
+    settings: Settings
     name: str
-    rows: Path
     n_rows: int | None
     """None if that is not known beforehand; the buffer then holds a twentieth of the rows."""
     table: dict[str, Any]
     """All that its rows depend on."""
-    made_by: Stage
-    settings: Settings
 
-    def all_ways(self, work: Path) -> list[Stage]:
-        in_memory = [self._fit(kind, self.made_by, self.rows, seed) for seed, kind in IN_MEMORY]
-        ordered = self._fit(ORDERED, self.made_by, self.rows, SEED, streamed=True)
-        return [self.exact(), *in_memory, ordered, *self.shuffled(work)]
-
-    def exact(self) -> Stage:
-        run = partial(_exact, self.rows)
-        return self._stage(EXACT, run, needs=(self.made_by,), expected=5 + self._million / 3)
-
-    def shuffled(self, work: Path) -> list[Stage]:
-        product = work / f"{self.name}-shuffled"
-        run = partial(_preshuffle, self.rows, product)
-        seconds = 2 + self._million / 2
-        shuffle = self._stage(
-            PRESHUFFLE, run, needs=(self.made_by,), expected=seconds, product=product
+    def fit_all(self, rows: Callable[[], Path], *, streamed_only: bool = False) -> None:
+        parameters = {**self.table, "rows": self.n_rows}
+        self.steps.record(
+            self.name, EXACT, parameters, lambda: asdict(in_process(exact_posterior, rows()))
         )
-        return [shuffle, self._fit(SHUFFLED, shuffle, product, SEED, streamed=True)]
+        if not streamed_only:
+            for seed, kind in IN_MEMORY:
+                self._fit(kind, rows, seed=seed)
+            self._fit(ORDERED, rows, streamed=True)
+        with self.steps.product(
+            self.name, PRESHUFFLE, parameters, lambda product: _preshuffle(rows(), product)
+        ) as shuffled:
+            self._fit(SHUFFLED, shuffled, streamed=True)
 
     def _fit(
-        self, kind: str, source: Stage, rows: Path, seed: int, *, streamed: bool = False
-    ) -> Stage:
-        check_last = (self.n_rows or 0) <= CHECKED_TWICE
+        self, kind: str, rows: Callable[[], Path], *, seed: int = SEED, streamed: bool = False
+    ) -> None:
+        n_rows = self.n_rows or 0
+        # Enough that one whole epoch remains when the first half is left out.
+        n_steps = max(self.settings.steps, 2 * math.ceil(n_rows / BATCH_SIZE) + 1)
         options: dict[str, Any] = {
-            "n_steps": self._steps,
+            "n_steps": n_steps,
             "seed": seed,
-            "buffer_size": self.settings.buffer_size if self.n_rows else None,
+            "buffer_size": self.settings.buffer_size if n_rows else None,
             "streamed": streamed,
-            "check_last": check_last,
+            "check_last": n_rows <= CHECKED_TWICE,
         }
-        checks = (1 + check_last) * self._million * 1.4 if streamed else 0
-        run = partial(_fit, rows, **options)
-        expected = 16 + self._steps / 700 + checks
-        return self._stage(kind, run, options, needs=(source,), expected=expected)
-
-    def _stage(
-        self, kind: str, run: Callable, options: dict[str, Any] | None = None, **rest: Any
-    ) -> Stage:
-        parameters = {**self.table, "rows": self.n_rows, **(options or {})}
-        return Stage(self.name, kind, run, parameters, **rest)
-
-    @property
-    def _million(self) -> float:
-        return (self.n_rows or 0) / 1e6
-
-    @property
-    def _steps(self) -> int:
-        """Enough that one whole epoch remains when the first half is left out."""
-        return max(self.settings.steps, 2 * math.ceil((self.n_rows or 0) / BATCH_SIZE) + 1)
+        parameters = {**self.table, "rows": self.n_rows, **options}
+        self.steps.record(self.name, kind, parameters, lambda: _fit(rows(), **options))
 
 
-def _write_rows(product: Path, planned: int, sizes: tuple[int, ...]) -> dict[str, Any]:
+def _write_rows(product: Path, *, planned: int, sizes: tuple[int, ...]) -> dict[str, Any]:
     """Write the largest table, and link the files of each smaller one into a directory."""
-    shutil.rmtree(product, ignore_errors=True)
     whole = product / "whole"
     began = time.perf_counter()
     write_rows(whole, rows=max(sizes), planned=planned, seed=SEED, cuts=sizes)
@@ -256,10 +218,6 @@ def _write_rows(product: Path, planned: int, sizes: tuple[int, ...]) -> dict[str
                 os.link(file, product / str(size) / file.name)
                 n_rows += pq.read_metadata(file).num_rows
     return {"rows": max(sizes), "bytes": _bytes(whole), "seconds": seconds}
-
-
-def _exact(rows: Path) -> dict[str, Any]:
-    return asdict(in_process(exact_posterior, rows))
 
 
 def _fit(rows: Path, *, buffer_size: int | None, streamed: bool, **options: Any) -> dict[str, Any]:
@@ -286,14 +244,7 @@ def _preshuffle(rows: Path, product: Path) -> dict[str, Any]:
 
 
 def _generate(product: Path, n_messages: int) -> dict[str, Any]:
-    generate(
-        product,
-        messages=n_messages,
-        seed=SEED,
-        file_format="parquet",
-        overwrite=True,
-        progressbar=False,
-    )
+    generate(product, messages=n_messages, seed=SEED, file_format="parquet", progressbar=False)
     return {"messages": n_messages, "bytes": _bytes(product)}
 
 
@@ -333,8 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         captures=args.captures,
     )
     _check(settings, args.work)
-    records = run_stages(plan(settings, args.work / "tables"), args.work / "records")
-    publish(records, args.results, args.page)
+    publish(run(settings, args.work), args.results, args.page)
     Console(stderr=True).print(f"The numbers are in {args.results / 'reproduce.json'}")
 
 

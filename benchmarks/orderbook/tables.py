@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.orderbook.stages import Records
+from benchmarks.orderbook.steps import Records
 from benchmarks.pages import filled
 
 __all__ = ["publish"]
@@ -88,68 +88,25 @@ def make_tables(records: Records) -> dict[str, str]:
     cases = {name: _results(case) for name, case in records.items()}
     fitted = {name: case for name, case in cases.items() if EXACT in case}
     fitted = dict(sorted(fitted.items(), key=lambda item: _place(*item)))
-    folded = {name: case for name, case in cases.items() if FOLD in case}
-    seconds = {name: {k: r["seconds"] for k, r in case.items()} for name, case in records.items()}
-    return {
-        "means": _table(_MEANS, (_means_line(name, case) for name, case in fitted.items())),
-        "errors": _table(_ERRORS, (_errors_line(name, case) for name, case in fitted.items())),
-        "scales": _table(_SCALES, (_scales_line(name, case) for name, case in fitted.items())),
-        "checks": _table(
-            _CHECKS, (line for name, case in fitted.items() for line in _check_lines(name, case))
-        ),
-        "cost": _table(
-            _COST, (line for name, case in fitted.items() for line in _cost_lines(name, case))
-        ),
-        "preparation": _table(
-            _PREPARATION,
-            (_preparation_line(name, case, seconds[name]) for name, case in fitted.items()),
-        ),
-        "fold": _table(_FOLD, (_fold_line(name, case) for name, case in folded.items())),
+    tables = {
+        name: _table(header, (line for item in fitted.items() for line in lines(*item)))
+        for name, (header, lines) in TABLES.items()
     }
+    folded = ((name, case) for name, case in cases.items() if FOLD in case)
+    return {**tables, "fold": _table(_FOLD, (_fold_line(*item) for item in folded))}
 
 
-_MEANS = (
-    "rows",
-    SECOND,
-    ORDERED,
-    "original",
-    SHUFFLED,
-    "original",
-    f"averaged: {SECOND}",
-    f"averaged: {SHUFFLED}",
-)
-_ERRORS = (
-    "rows",
-    f"{FIRST}, last step",
-    "averaged",
-    f"{ORDERED}, last step",
-    "averaged",
-    f"{SHUFFLED}, last step",
-    "averaged",
-    "corrected",
-    "whole epochs averaged",
-)
-_SCALES = "rows", FIRST, ORDERED, SHUFFLED, "corrected"
-_CHECKS = (
-    *("rows", "streamed", "`check_order` before the fit", "`check_fit` at the last step"),
-    *("`check_fit` when averaged", "correction"),
-)
-_COST = "rows", "way", "peak memory", "steps/s", "steps", "ready", "fit", "check_fit"
-_PREPARATION = (
-    *("rows", "made in", "on disk", "preshuffle", "rows/s", "its peak memory"),
-    "exact posterior",
-)
-_FOLD = "messages", "number", "on disk", "messages/s", "peak memory", "rows"
+_FOLD = "messages | number | on disk | messages/s | peak memory | rows"
 
 
-def _means_line(name: str, case: Case) -> list[str]:
+def _means_lines(name: str, case: Case) -> Iterable[list[str]]:
     original = {
         way: f"{found:g}" if (found := _original(way, case)) else NOTHING
         for way in (ORDERED, SHUFFLED)
     }
     apart = {way: _number(distance(case, way)) for way in WAYS}
     averaged = {way: _number(distance(case, way, averaged=True)) for way in WAYS}
-    return [
+    yield [
         *(name, apart[SECOND], apart[ORDERED], original[ORDERED], apart[SHUFFLED]),
         *(original[SHUFFLED], averaged[SECOND], averaged[SHUFFLED]),
     ]
@@ -178,7 +135,7 @@ def _mean(case: Case, way: str, averaged: bool) -> list[float] | None:
     return examination["averaged"]["mean"] if examination else case[way]["averaged"]
 
 
-def _errors_line(name: str, case: Case) -> list[str]:
+def _errors_lines(name: str, case: Case) -> Iterable[list[str]]:
     cells = [
         _number(_error(case, _mean(case, way, averaged)))
         for way in (FIRST, ORDERED, SHUFFLED)
@@ -187,7 +144,7 @@ def _errors_line(name: str, case: Case) -> list[str]:
     examination = case[SHUFFLED]["examination"]
     corrected = examination["corrected"]
     cells.append(_number(_error(case, corrected["mean"])) if corrected else "refused")
-    return [name, *cells, str(examination["epochs"])]
+    yield [name, *cells, str(examination["epochs"])]
 
 
 def _error(case: Case, mean: list[float] | None) -> float | None:
@@ -198,13 +155,13 @@ def _error(case: Case, mean: list[float] | None) -> float | None:
     return float(np.abs(np.subtract(mean, exact["mean"]) / exact["sd"]).max())
 
 
-def _scales_line(name: str, case: Case) -> list[str]:
+def _scales_lines(name: str, case: Case) -> Iterable[list[str]]:
     cells = [
         _factor(case, case[way]["sd"]) if way in case else NOTHING
         for way in (FIRST, ORDERED, SHUFFLED)
     ]
     corrected = case[SHUFFLED]["examination"]["corrected"]
-    return [name, *cells, _factor(case, corrected["sd"]) if corrected else "refused"]
+    yield [name, *cells, _factor(case, corrected["sd"]) if corrected else "refused"]
 
 
 def _factor(case: Case, sd: list[float]) -> str:
@@ -250,16 +207,16 @@ def _cost_lines(name: str, case: Case) -> Iterable[list[str]]:
             ]
 
 
-def _preparation_line(name: str, case: Case, seconds: dict[str, float]) -> list[str]:
+def _preparation_lines(name: str, case: Case) -> Iterable[list[str]]:
     made, shuffle = case.get(ROWS), case[PRESHUFFLE]
-    return [
+    yield [
         name,
         _seconds(made["seconds"]) if made else NOTHING,
         f"{made['bytes'] / 1e9:.2f} GB" if made else NOTHING,
         _seconds(shuffle["seconds"]),
         f"{shuffle['rows'] / shuffle['seconds']:,.0f}",
         f"{shuffle['peak_memory'] / 1e6:,.0f} MB",
-        _seconds(seconds[EXACT]),
+        _seconds(case[EXACT]["taken"]),
     ]
 
 
@@ -273,6 +230,31 @@ def _fold_line(name: str, case: Case) -> list[str]:
         f"{fold['peak_mb']:,.0f} MB",
         f"{fold['rows']:,}",
     ]
+
+
+TABLES: dict[str, tuple[str, Callable[[str, Case], Iterable[list[str]]]]] = {
+    "means": (
+        f"rows | {SECOND} | {ORDERED} | original | {SHUFFLED} | original "
+        f"| averaged: {SECOND} | averaged: {SHUFFLED}",
+        _means_lines,
+    ),
+    "errors": (
+        f"rows | {FIRST}, last step | averaged | {ORDERED}, last step | averaged "
+        f"| {SHUFFLED}, last step | averaged | corrected | whole epochs averaged",
+        _errors_lines,
+    ),
+    "scales": (f"rows | {FIRST} | {ORDERED} | {SHUFFLED} | corrected", _scales_lines),
+    "checks": (
+        "rows | streamed | `check_order` before the fit | `check_fit` at the last step "
+        "| `check_fit` when averaged | correction",
+        _check_lines,
+    ),
+    "cost": ("rows | way | peak memory | steps/s | steps | ready | fit | check_fit", _cost_lines),
+    "preparation": (
+        "rows | made in | on disk | preshuffle | rows/s | its peak memory | exact posterior",
+        _preparation_lines,
+    ),
+}
 
 
 def draw_means(cases: list[Case], file: Path) -> None:
@@ -342,14 +324,17 @@ def _place(name: str, case: Case) -> tuple[bool, int]:
 
 
 def _results(case: dict[str, dict[str, Any]]) -> Case:
-    return {kind: {**r["parameters"], **r["result"]} for kind, r in case.items()}
+    return {
+        kind: {"taken": record["seconds"], **record["parameters"], **record["result"]}
+        for kind, record in case.items()
+    }
 
 
-def _table(header: tuple[str, ...], lines: Iterable[list[str]]) -> str:
+def _table(header: str, lines: Iterable[list[str]]) -> str:
     """Give a table as Markdown, without lines that say nothing."""
-    told = [line for line in lines if set(line[1:]) != {NOTHING}]
-    cells = [header, ["---"] * len(header), *told]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    told = [" | ".join(line) for line in lines if set(line[1:]) != {NOTHING}]
+    rule = " | ".join(["---"] * len(header.split(" | ")))
+    return "".join(f"| {line} |\n" for line in (header, rule, *told))
 
 
 def _number(value: float | None) -> str:

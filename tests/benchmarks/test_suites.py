@@ -23,7 +23,7 @@ import pytest
 
 from benchmarks.suites.common import TableSuite
 
-SUBJECTS = "reading", "shuffling", "fitting", "order", "preshuffle"
+SUBJECTS = "passes", "fitting"
 SUITES = {
     name: suite
     for subject in SUBJECTS

@@ -23,7 +23,7 @@ import pytest
 
 from benchmarks import fit_speed, ladder
 from benchmarks.data import Data
-from benchmarks.fit_memory import first_batch
+from benchmarks.fit_speed import first_batch
 from benchmarks.fits import Case, hierarchical, in_memory, on_stream, wide
 from benchmarks.orderbook.experiment import parquet_files
 from benchmarks.pages import filled

@@ -15,7 +15,7 @@
 
 python -m tests.orderbook.small_reproduce WORK STEPS
 
-All stages run in this process, so that PyMC is imported and a model compiled once.
+All steps run in this process, so that PyMC is imported and a model compiled once.
 """
 
 import sys
@@ -24,8 +24,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from benchmarks.orderbook import reproduce
-from benchmarks.orderbook.reproduce import Settings, plan
-from benchmarks.orderbook.stages import run_stages
+from benchmarks.orderbook.reproduce import Settings
 from benchmarks.orderbook.tables import publish
 
 SETTINGS = {"sizes": (), "billion": 20_000, "messages": 8_000, "buffer_size": 5_000}
@@ -36,7 +35,7 @@ def run(work: Path, steps: int) -> None:
     with patch.object(
         reproduce, "in_process", lambda run, /, *args, **options: run(*args, **options)
     ):
-        records = run_stages(plan(settings, work / "tables"), work / "records")
+        records = reproduce.run(settings, work)
     publish(records, work / "results", None)
 
 

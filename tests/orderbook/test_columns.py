@@ -75,7 +75,7 @@ def test_columns_that_cannot_be_fitted_are_refused(rows, features, label, messag
 def test_the_remedies_lead_to_columns_that_can_be_fitted(rows):
     with pytest.raises(SystemExit, match="LABEL=won"):
         choose(rows, features=["x"], label=None)
-    with pytest.raises(SystemExit, match='FEATURES="x count"'):
+    with pytest.raises(SystemExit, match='FEATURES="x,count"'):
         choose(rows, features=None, label="won")
     columns = choose(rows, features=["x", "count"], label="won")
     posterior = exact_posterior(rows, columns)
@@ -91,6 +91,27 @@ def test_a_directory_with_nothing_to_read_is_refused_and_says_what_it_holds(tmp_
         main(["--data", str(tmp_path)])
     with pytest.raises(SystemExit, match="is not a directory"):
         main(["--data", str(tmp_path / "nothing")])
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(SystemExit, match=r"a\.parquet is not a Parquet file that can be read"):
+        main(["--data", str(tmp_path)])
+    pq.write_table(pa.table({"x": [0.5][:0], "up": [0][:0]}), tmp_path / "a.parquet")
+    with pytest.raises(SystemExit, match="holds no rows"):
+        main(["--data", str(tmp_path)])
+
+
+def test_files_of_other_columns_are_refused_and_permuted_ones_are_not(tmp_path):
+    pq.write_table(pa.table({"x": [0.5, 1.5], "up": [0, 1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"up": [0, 1], "x": [0.5, 1.5]}), tmp_path / "b.parquet")
+    assert choose(tmp_path, features=None, label=None) == ("x", "up")
+    pq.write_table(pa.table({"up": [0, 1]}), tmp_path / "c.parquet")
+    with pytest.raises(SystemExit, match=r"c\.parquet must have the columns of .*a\.parquet, x, up"):
+        choose(tmp_path, features=None, label=None)
+
+
+def test_a_number_that_is_not_finite_is_refused_in_the_first_pass(tmp_path):
+    pq.write_table(pa.table({"x": [0.5, np.nan], "up": [0, 1]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="must hold only finite numbers in x, up"):
+        exact_posterior(tmp_path)
 
 
 def test_a_refusal_imports_neither_pymc_nor_numba(rows):

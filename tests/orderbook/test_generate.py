@@ -13,31 +13,21 @@
 #   limitations under the License.
 
 import filecmp
-import json
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.orderbook import merge as merge_module
-from benchmarks.orderbook import messages as messages_module
+from benchmarks.orderbook import reading as reading_module
 from benchmarks.orderbook import simulate as simulate_module
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate, main, plan
-from benchmarks.orderbook.messages import LEVEL, SNAPSHOT, close_ms, find_files, read_parts
+from benchmarks.orderbook.messages import LEVEL, SNAPSHOT, close_ms
+from benchmarks.orderbook.reading import find_files, read_parts
 from benchmarks.orderbook.simulate import simulate
 from tests.orderbook.naive import NaiveBook, anova_f, as_float32, naive_rows, read_lines
-from tests.orderbook.test_fold import KALSHI, assert_equal_rows, read_rows, with_captures
-
-SNAPSHOT_KEYS = ["market_ticker", "market_id", "yes_dollars_fp", "no_dollars_fp"]
-DELTA_KEYS = [
-    *("market_ticker", "market_id", "price_dollars", "delta_fp", "side", "ts", "ts_ms"),
-]
-TRADE_KEYS = [
-    *("trade_id", "market_ticker", "yes_price_dollars", "no_price_dollars", "count_fp"),
-    *("taker_side", "taker_outcome_side", "taker_book_side", "ts", "ts_ms"),
-]
-KEYS = {"orderbook_delta": DELTA_KEYS, "orderbook_snapshot": SNAPSHOT_KEYS, "trade": TRADE_KEYS}
+from tests.orderbook.test_fold import assert_equal_rows, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -83,32 +73,6 @@ def test_same_seed_gives_the_same_bytes_whatever_the_workers(small, tmp_path, fi
     assert not same_files(small / file_format, tmp_path / "other")
 
 
-def test_messages_have_the_keys_of_the_real_ones_in_their_order(small):
-    seen = set()
-    for market, messages in all_messages(small / "json"):
-        for message in messages:
-            kind, body = message["event"]["type"], message["event"]["msg"]
-            assert list(message) == ["recv_ms", "event"]
-            assert list(message["event"]) == ["type", "sid", "seq", "msg"]
-            assert list(body) == KEYS[kind] or list(body) == SNAPSHOT_KEYS[:2]
-            assert body["market_ticker"] == market
-            seen.add(kind)
-    assert seen == set(KEYS)
-
-
-@with_captures
-def test_keys_and_their_types_are_those_of_real_captures(small):
-    def shapes(directory):
-        return {json.dumps(shape(message)) for message in read_lines(find_files(directory)[0])}
-
-    def shape(value):
-        if isinstance(value, dict):
-            return {key: shape(item) for key, item in value.items()}
-        return type(value).__name__
-
-    assert shapes(small / "json") == shapes(KALSHI)
-
-
 def test_books_are_consistent_until_the_close(small):
     """The dictionary book refuses negative sizes; no book may be crossed or one-sided."""
     for market, messages in all_messages(small / "json"):
@@ -149,8 +113,8 @@ def test_rows_are_those_of_the_dictionary_merged_by_time(small):
 
 
 def test_rows_do_not_depend_on_block_sizes(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(messages_module, "BLOCK_BYTES", 12_345)
-    monkeypatch.setattr(messages_module, "BLOCK_EVENTS", 77)
+    monkeypatch.setattr(reading_module, "BLOCK_BYTES", 12_345)
+    monkeypatch.setattr(reading_module, "BLOCK_EVENTS", 77)
     monkeypatch.setattr(merge_module, "MERGED_ROWS", 50)
     monkeypatch.setattr(merge_module, "FEWEST_ROWS", 5)
     for file_format in ("json", "parquet"):
@@ -164,15 +128,9 @@ def test_times_are_those_of_the_market_and_never_go_back(small):
         recv_ms = np.array([message["recv_ms"] for message in messages])
         assert (np.diff(recv_ms) >= 0).all()
         assert 0 <= close_ms(market) - recv_ms[0] <= 900_000
-        for message in messages:
-            body = message["event"]["msg"]
-            if isinstance(body.get("ts"), str):
-                millis = np.datetime64(body["ts"].removesuffix("Z"), "ms").astype(int)
-                assert millis == body["ts_ms"]
-                assert not body["ts"].endswith("0Z") or "." not in body["ts"]
 
 
-@pytest.mark.parametrize("messages", [128, 1001, 600_000])
+@pytest.mark.parametrize("messages", [128, 1001])
 def test_number_of_messages_is_exact(messages):
     markets = plan(messages, seed=0)
     counts = [sum((e.kind != LEVEL).sum() for e in simulate(market)) for market in markets]
@@ -184,11 +142,12 @@ def test_blocks_are_bounded_whatever_the_number_of_messages(tmp_path):
     (market, *_) = plan(600_000, seed=0)
     blocks = list(simulate(market))
     assert max(len(events.kind) for events in blocks) == simulate_module.BLOCK
+    assert sum((events.kind != LEVEL).sum() for events in blocks) == market.n_messages
     assert all(events.kind[0] == SNAPSHOT for events in blocks if SNAPSHOT in events.kind)
     generate(tmp_path / "p", messages=600_000, seed=0, file_format="parquet", progressbar=False)
     (file,) = (tmp_path / "p" / market.ticker).iterdir()
     read = [len(part.events.kind) for part in read_parts(file)]
-    assert max(read) <= messages_module.BLOCK_EVENTS < sum(read)
+    assert max(read) <= reading_module.BLOCK_EVENTS < sum(read)
 
 
 def test_features_and_label_drift_in_order_and_not_once_shuffled(large):

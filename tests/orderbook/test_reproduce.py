@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +33,7 @@ from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
 from benchmarks.orderbook.reproduce import main
 from benchmarks.orderbook.rows import _messages_for, write_rows
-from benchmarks.orderbook.stages import Stage, run_stages
+from benchmarks.orderbook.steps import Steps
 from benchmarks.orderbook.tables import COMMAND, make_tables
 from benchmarks.pages import filled
 from tests.orderbook.test_fold import read_rows
@@ -45,46 +44,42 @@ NUMBERS = ROOT / "docs/source/results/reproduce.json"
 
 
 class Kitchen:
-    """Stages that note that they ran: a table, a shuffled one, and what is read from each."""
+    """Steps that note that they ran: a table, a shuffled one, and what is read from each."""
 
     def __init__(self, folder):
         self.folder = folder
         self.ran = []
         self.fails = None
 
-    def run(self, *, steps=1, seed=0):
+    def run(self, *, n_steps=1, seed=0):
         self.ran.clear()
-        rows = self._stage("rows", {"seed": seed}, product=True)
-        shuffle = self._stage("shuffle", {"seed": seed}, (rows,), product=True)
-        stages = [
-            rows,
-            self._stage("exact", {"seed": seed}, (rows,)),
-            shuffle,
-            self._stage("fit", {"seed": seed, "steps": steps}, (shuffle,)),
-        ]
-        records = run_stages(stages, self.folder / "records")
-        assert list(records["case"]) == ["rows", "exact", "shuffle", "fit"]
-        return records["case"]
+        steps, of = Steps(self.folder), {"seed": seed}
+        with steps.product("case", "rows", of, lambda path: self.make("rows", path)) as rows:
+            steps.record("case", "exact", of, lambda: self.cook("exact", rows()))
+            with steps.product(
+                "case", "shuffle", of, lambda path: self.make("shuffle", path, rows())
+            ) as shuffled:
+                fit = {**of, "steps": n_steps}
+                steps.record("case", "fit", fit, lambda: self.cook("fit", shuffled()))
+        return steps.records["case"]
 
-    @property
-    def products(self):
-        return sorted(path.name for path in self.folder.iterdir() if path.name != "records")
+    def make(self, kind, path, *needed):
+        path.mkdir()
+        return self.cook(kind, *needed)
 
-    def _stage(self, kind, parameters, needs=(), *, product=False):
-        path = self.folder / f"{kind}-product" if product else None
-        run = partial(self._cook, kind, path, [need.product for need in needs])
-        return Stage("case", kind, run, parameters, needs=needs, product=path)
-
-    def _cook(self, kind, product, needed):
+    def cook(self, kind, *needed):
         assert all(path.exists() for path in needed)
-        if product is not None:
-            (self.folder / f".{product.name}-half").mkdir(exist_ok=True)
         if self.fails == kind:
             raise KeyboardInterrupt
-        if product is not None:
-            product.mkdir(exist_ok=True)
         self.ran.append(kind)
         return {"dish": kind}
+
+    def interrupted(self, kind, **options):
+        self.fails = kind
+        with pytest.raises(KeyboardInterrupt):
+            self.run(**options)
+        self.fails = None
+        return self.ran.copy()
 
 
 @pytest.fixture
@@ -92,52 +87,34 @@ def kitchen(tmp_path):
     return Kitchen(tmp_path)
 
 
-def test_finished_stages_do_not_run_again(kitchen):
+def test_finished_steps_are_not_taken_again(kitchen):
     first = kitchen.run()
-    assert kitchen.ran == ["rows", "exact", "shuffle", "fit"]
+    assert kitchen.ran == [*first] == ["rows", "exact", "shuffle", "fit"]
     assert kitchen.run() == first
     assert kitchen.ran == []
 
 
 @pytest.mark.parametrize("fails", ["rows", "exact", "shuffle", "fit"])
-def test_an_interrupted_run_goes_on_with_the_stage_that_was_interrupted(kitchen, fails):
-    kitchen.fails = fails
-    with pytest.raises(KeyboardInterrupt):
-        kitchen.run()
-    before = kitchen.ran.copy()
-    kitchen.fails = None
+def test_an_interrupted_run_goes_on_with_the_step_that_was_interrupted(kitchen, fails):
+    before = kitchen.interrupted(fails)
     kitchen.run()
     assert [*before, *kitchen.ran] == ["rows", "exact", "shuffle", "fit"]
+    assert not any((kitchen.folder / "tables").iterdir())
 
 
-def test_products_are_gone_when_nothing_needs_them(kitchen):
-    kitchen.fails = "fit"
-    with pytest.raises(KeyboardInterrupt):
-        kitchen.run()
-    assert kitchen.products == [".shuffle-product-half", "shuffle-product"]
-    kitchen.fails = None
-    kitchen.run()
-    assert kitchen.products == []
-
-
-def test_changed_parameters_run_that_stage_and_make_what_it_needs(kitchen):
-    kitchen.run(steps=1)
-    record = kitchen.run(steps=2)["fit"]
+def test_changed_parameters_take_that_step_and_make_what_it_needs(kitchen):
+    kitchen.run(n_steps=1)
+    record = kitchen.run(n_steps=2)["fit"]
     assert record["parameters"] == {"seed": 0, "steps": 2}
-    assert kitchen.ran == ["rows", "shuffle", "fit"]
-    kitchen.run(steps=2, seed=1)
+    assert sorted(kitchen.ran) == ["fit", "rows", "shuffle"]
+    kitchen.run(n_steps=2, seed=1)
     assert kitchen.ran == ["rows", "exact", "shuffle", "fit"]
 
 
-def test_a_product_that_was_being_made_again_is_not_taken_for_the_old_one(kitchen):
+def test_a_product_of_other_parameters_is_not_taken_for_the_one_needed(kitchen):
+    kitchen.interrupted("exact", seed=1)
     kitchen.run(seed=0)
-    kitchen.fails = "exact"
-    with pytest.raises(KeyboardInterrupt):
-        kitchen.run(seed=1)
-    kitchen.fails = None
-    kitchen.run(seed=0)
-    assert kitchen.ran == ["rows", "exact", "shuffle", "fit"][: len(kitchen.ran)]
-    assert kitchen.ran[0] == "rows"
+    assert kitchen.ran == ["rows", "exact", "shuffle", "fit"]
 
 
 @pytest.mark.parametrize("n_rows", [5_000, 450_000], ids=["one window", "two windows"])
