@@ -207,6 +207,23 @@ def test_a_store_that_is_gone_when_an_epoch_begins_is_a_stream_error(proxy, monk
         rows_of(source)
 
 
+def test_a_store_that_is_gone_in_the_middle_of_an_epoch_is_not_a_changed_file(monkeypatch):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    with memory.open("/gone/a.parquet", "wb") as file:
+        pq.write_table(pa.table({"x": np.random.default_rng(0).random(N_ROWS * 3)}), file, 262_144)
+    blocks = iter(parquet_source("/gone", filesystem=memory))
+    next(blocks)
+
+    def refuse(*args, **kwargs):
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(remote, "_WAITS", ())
+    for name in ("cat_file", "info"):
+        monkeypatch.setattr(memory, name, refuse)
+    with pytest.raises(StreamError, match=r"a\.parquet: reading failed \(connection refused; gave"):
+        list(blocks)
+
+
 def test_short_answers_are_asked_for_again_and_logged(proxy, rows, caplog):
     source = open_fsspec("in", proxy.endpoint)
     proxy.fail("truncate", times=2, only="1.parquet", span=MIDDLE)

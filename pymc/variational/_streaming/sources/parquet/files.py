@@ -271,13 +271,16 @@ def _open_parquet(
 
 def is_unchanged(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> bool:
     """Whether a file is the known one still, which its footer tells where its time does not."""
-    try:
+    with _as_stream_error(known.path, _UNREADABLE):
         if _size_and_mtime(fs, known.path) == (known.size, known.mtime_ns or -1):
             return True
+    try:
         with _open(fs, known.path) as (_, _, found):
             return _is_same(fs, known, found)
-    except (OSError, StreamError):
-        return False
+    except StreamError:
+        if is_local(fs):
+            return False
+        raise  # a store may be away for a while
 
 
 def _is_same(fs: "pyarrow.fs.FileSystem", known: ParquetInput, found: _Identity) -> bool:
@@ -298,7 +301,11 @@ def watch(path: str, is_same: Callable[[], bool]) -> Iterator[None]:
         yield
     except Exception as err:
         fault = err
-    if not is_same():
+    try:
+        same = is_same()
+    except Exception as err:  # nobody can tell
+        raise fault or err
+    if not same:
         raise StreamError(f"{path}: changed while it was read; make the source anew") from fault
     if fault is not None:
         raise fault
