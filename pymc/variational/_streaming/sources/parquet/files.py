@@ -43,7 +43,7 @@ __all__ = [
     "inspect_footer",
     "is_local",
     "is_unchanged",
-    "read_batches",
+    "open_parquet",
     "warn_of_copies",
     "watch",
 ]
@@ -217,33 +217,8 @@ def chunk_extent(chunk: Any) -> tuple[int, int]:
     return start, start + chunk.total_compressed_size
 
 
-def read_batches(
-    fs: "pyarrow.fs.FileSystem",
-    file: ParquetInput,
-    columns: Sequence[str],
-    batch_rows: int,
-    groups: Sequence[int] | None = None,
-) -> Iterator["pyarrow.RecordBatch"]:
-    """Yield the rows of some row groups of an unchanged file, by default all, and these columns."""
-    chosen = list(range(len(file.group_rows)) if groups is None else groups)
-    n_rows = 0
-    with _open_parquet(fs, file) as opened:
-        for batch in opened.iter_batches(
-            batch_rows, row_groups=chosen, columns=list(columns), use_threads=False
-        ):
-            n_rows += batch.num_rows
-            yield batch.select(list(columns))
-            del batch  # its memory is free while the next one is read
-        promised = sum(file.group_rows[group] for group in chosen)
-        if n_rows != promised:
-            raise StreamError(
-                f"{file.path}: {len(chosen)} row groups gave {n_rows} rows, "
-                f"its footer promises {promised}"
-            )
-
-
 @contextmanager
-def _open_parquet(
+def open_parquet(
     fs: "pyarrow.fs.FileSystem", known: ParquetInput
 ) -> Iterator["pyarrow.parquet.ParquetFile"]:
     """Open a file that must not change from when *known* was taken until it is closed.
