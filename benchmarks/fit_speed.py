@@ -121,8 +121,8 @@ def shapes_table(data: Data, turns: int) -> str:
 
 
 HEADER = (
-    " steps/s | ms a step | processor ms a step | MB/s from disk "
-    "| speed over the limit's | over `pm.Minibatch`'s |\n"
+    " steps/s | ms per step | CPU ms per step | disk MB/s "
+    "| speed / limit | speed / `pm.Minibatch` |\n"
 )
 RULE = "---|---|---|---|---|---|\n"
 

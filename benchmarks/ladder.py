@@ -74,8 +74,8 @@ def ladder(data: Data, turns: int) -> str:
     with taking_turns({**_lanes(case), (SETTINGS[0], PEER): peer}) as lanes:
         race(lanes.values(), turns=turns)
     text = (
-        "| setting | rows | steps/s | ms a step | processor ms a step "
-        "| speed over its own limit's | over the default's limit |\n|---|---|---|---|---|---|---|\n"
+        "| setting | rows | steps/s | ms per step | CPU ms per step "
+        "| speed / own limit | speed / default's limit |\n|---|---|---|---|---|---|---|\n"
     )
     for setting, way in sorted(lanes, key=lambda key: SETTINGS.index(key[0])):
         lane = lanes[setting, way]

@@ -101,8 +101,10 @@ def _fill(page: Path) -> None:
 
 
 def _wrapped(printed: str) -> str:
+    """Wrap sentences, not the lines of tables."""
     return "\n".join(
-        textwrap.fill(line, WIDTH, break_on_hyphens=False) for line in printed.splitlines()
+        line if "  " in line.strip() else textwrap.fill(line, WIDTH, break_on_hyphens=False)
+        for line in printed.splitlines()
     )
 
 

@@ -20,10 +20,12 @@ import ast
 import doctest
 import importlib.util
 import json
+import os
 import re
 import subprocess
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -33,10 +35,13 @@ import pytest
 from docs.pages import PAGES as FOLDER
 from docs.pages import Ran, code_blocks, run, shown
 from pymc.variational import streaming
+from pymc.variational._streaming.fit.report import Verdict
 from tests.variational.streaming.sources.libraries import HOW_TOS
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs" / "source"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+NOTEBOOK = SOURCE / "notebooks" / "first_fit.ipynb"
 UPSTREAM = sorted(FOLDER.glob("*.md"))
 """Pages that PyMC gets as they stand."""
 PAGES = [*UPSTREAM, *sorted(SOURCE.glob("*.md"))]
@@ -53,10 +58,12 @@ RUN_HERE = {
     "averaging.md",
     "coming_from.md",
     "fit_check.md",
+    "flights.md",
     "getting_started.md",
     "index.md",
     "order.md",
     "polish.md",
+    "remedies.md",
 }
 RUN_ELSEWHERE = {
     "models.md": "tests/variational/streaming/test_models.py",
@@ -65,6 +72,9 @@ RUN_ELSEWHERE = {
     "resume.md": "tests/variational/streaming/fit/test_resume.py",
     "sources.md": "tests/variational/streaming/sources/test_libraries.py",
 }
+
+SAME_STEP = ("scales off", "last-iterate noise", "not concave")
+"""Verdicts whose next step is that of "not converged"."""
 
 NUMBER = re.compile(r"-?\b\d[\d.,]*(e[+-]?\d+)?\b\.?")
 
@@ -121,6 +131,22 @@ class TestCode:
         *_, last = run_as_shown(FOLDER / "polish.md")
         assert last.names["report"].verdict == "fine"
 
+    @pytest.mark.slow
+    @quietly
+    def test_the_page_on_flights_gives_what_it_shows(self):
+        *_, last = run_as_shown(FOLDER / "flights.md")
+        assert last.names["report"].verdict == "fine"
+        assert 0.88 < last.names["inside"].mean() < 0.92
+
+    @quietly
+    def test_each_verdict_is_met_and_its_step_leads_out_of_it(self):
+        page = FOLDER / "remedies.md"
+        met = "\n".join(block.printed for block in run_as_shown(page)).splitlines()
+        verdicts = set(get_args(Verdict))
+        assert verdicts - set(met) <= {*SAME_STEP, "not Gaussian"}
+        for verdict in verdicts - {"fine"}:
+            assert f'"{verdict}"' in page.read_text().lower()
+
     def test_the_order_of_the_page_is_seen(self):
         seen, repaired = run_as_shown(FOLDER / "order.md")
         assert seen.names["report"].ordered
@@ -165,6 +191,33 @@ def run_shorter(page: Path) -> list[Ran]:
     copy = Path(page.name)
     copy.write_text(re.sub(r"\b20_000,", "500,", page.read_text()))
     return list(run(copy))
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Return what each cell of the notebook shows."""
+    names = ("nbformat", "nbclient", "ipykernel", "ipywidgets")
+    nbformat, nbclient, *_ = map(pytest.importorskip, names)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("import tests"))
+    folder = {"metadata": {"path": tmp_path_factory.mktemp("notebook")}}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    nbclient.NotebookClient(notebook, resources=folder).execute(env=environment)
+    return [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+
+
+class TestNotebook:
+    """A notebook shows what its objects are, and warns of nothing."""
+
+    def test_no_raw_dataclass_address_or_flood_is_shown(self, outputs):
+        shown = [json.dumps(output) for cell in outputs for output in cell]
+        assert not [text for text in shown if re.search(r"\(rows=|array\(|at 0x|Warning", text)]
+        assert max(map(len, outputs)) <= 20  # a line of log for each of ten epochs
+
+    def test_there_are_tables_a_figure_and_the_progress_of_a_fit(self, outputs):
+        kinds = {kind for cell in outputs for output in cell for kind in output.get("data", {})}
+        assert kinds >= {"text/plain", "text/html", "image/png", WIDGET}
 
 
 class TestUpstream:

@@ -31,13 +31,12 @@ from pymc.logprob.utils import replace_rvs_by_values
 from pymc.model.core import Model
 from pymc.pytensorf import compile
 from pymc.variational._streaming.batches.window import ShuffleBuffer
-from pymc.variational._streaming.contract import columns_read
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.bins import Moments, merge
 from pymc.variational._streaming.fit.density import scaling
 from pymc.variational._streaming.guards import contract_for, depends_on, total_size_of
-from pymc.variational._streaming.likelihood import is_of
+from pymc.variational._streaming.likelihood import columns_read, is_of
 from pymc.variational._streaming.sources.arrow import with_columns
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.utils import positive_int, progress_bar
