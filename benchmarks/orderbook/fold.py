@@ -40,6 +40,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -69,17 +70,12 @@ class FoldReport:
     """
 
     markets: int
-    """Markets read."""
     messages: int
-    """Messages read: deltas, snapshots and trades."""
+    """Deltas, snapshots and trades."""
     deltas: int
-    """Changes of one level."""
     snapshots: int
-    """Whole books."""
     trades: int
-    """Trades; they leave no state."""
     rows: int
-    """Rows written."""
     no_later_change: int
     """States dropped because no change of the mid that is known of follows."""
     one_sided: int
@@ -99,11 +95,10 @@ class FoldReport:
     clock_set_back: int
     """Messages received earlier than the one before them; their row takes the later time."""
     others: dict[str, int]
-    """Messages of other types that were passed over, by type."""
+    """Messages that were passed over, by type."""
     findings: tuple[str, ...]
     """Files that were damaged, and the first files in which a lost message showed."""
     seconds: float
-    """Duration."""
 
     def __str__(self) -> str:
         rate = self.messages / max(self.seconds, 1e-9)
@@ -394,7 +389,7 @@ def _write_files(
     pieces: Iterator[pa.Table], directory: Path, rows_per_file: int, progress: Progress, n_rows: int
 ) -> None:
     task = progress.add_task("Merging rows", total=n_rows)
-    for number, rows in enumerate(regrouped(pieces, rows_per_file)):
+    for number, rows in enumerate(regrouped(pieces, count(rows_per_file, rows_per_file))):
         # Imbalances are too many for a dictionary, which would be given up half way.
         pq.write_table(
             rows,

@@ -104,7 +104,9 @@ def test_files_of_other_columns_are_refused_and_permuted_ones_are_not(tmp_path):
     pq.write_table(pa.table({"up": [0, 1], "x": [0.5, 1.5]}), tmp_path / "b.parquet")
     assert choose(tmp_path, features=None, label=None) == ("x", "up")
     pq.write_table(pa.table({"up": [0, 1]}), tmp_path / "c.parquet")
-    with pytest.raises(SystemExit, match=r"c\.parquet must have the columns of .*a\.parquet, x, up"):
+    with pytest.raises(
+        SystemExit, match=r"c\.parquet must have the columns of .*a\.parquet, x, up"
+    ):
         choose(tmp_path, features=None, label=None)
 
 
