@@ -24,6 +24,8 @@ design effect, and with orders that bias a model; and follows the last iterate o
 import argparse
 import json
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,7 @@ from pymc.variational.streaming import StreamingDataset, check_order
 from tests.variational.streaming.order.test_score import CASES, model_of
 from tests.variational.streaming.order.test_score import WINDOW as CASE_WINDOW
 
-__all__ = ["false_alarms", "power"]
+__all__ = ["check_shuffled", "false_alarms", "power", "summary"]
 
 MARGINALS = {
     "normal": lambda rng, n: rng.normal(size=n),
@@ -66,7 +68,8 @@ MARGINALS = {
     "classes": lambda rng, n: rng.integers(0, 10, n),
     "zero-inflated Cauchy": lambda rng, n: rng.standard_cauchy(n) * (rng.random(n) < 0.05),
 }
-SHUFFLED_ROWS, SHUFFLED_WINDOW = 20_500, 1_000
+SHUFFLED_ROWS, SHUFFLED_WINDOW = 20_500, 2_000
+SAVE_EVERY = 250
 LEVELS = [0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4]
 
 EFFECTS = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 25.0, 50.0, 100.0]
@@ -74,42 +77,65 @@ N_ROWS, WINDOW, BATCH = 400_000, 20_000, 1_000
 EPOCHS = 5
 
 
-def false_alarms(n_datasets: int, seed: int = 0) -> dict:
-    """Check shuffled data sets of two to four random marginals, by columns and by a model."""
-    model = _regression()
-    scores: dict[str, list[float]] = {}
-    alarms: dict[str, int] = {}
+def false_alarms(
+    n_datasets: int, seed: int = 0, save: Callable[[dict], None] = lambda found: None
+) -> dict:
+    """Check shuffled data sets, and save what was found after every few hundred of them."""
+    checks = []
     for i in track(range(n_datasets), "shuffled data sets"):
-        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i,)))
-        names = rng.choice(list(MARGINALS), rng.integers(2, 5), replace=False)
-        rows = np.column_stack([MARGINALS[name](rng, SHUFFLED_ROWS) for name in names])
-        rows = rng.permutation(rows.astype(float))
-        four = np.column_stack([rows, np.ones((SHUFFLED_ROWS, 4 - len(names)))])
-        by_score = lambda pilot: model.at(pilot, SHUFFLED_ROWS) or Features(pilot, None)  # noqa: E731
-        found = {
-            "sample, columns": _sample(rows, SHUFFLED_WINDOW, seed=i),
-            "stream, columns": _stream(rows, SHUFFLED_WINDOW),
-            "sample, score": _sample(four, SHUFFLED_WINDOW, by_score, seed=i),
-            "stream, score": _stream(four, SHUFFLED_WINDOW, by_score),
-        }
-        for stage, reports in found.items():
-            least = min(r.p_value / r.threshold * ALPHA for r in reports)
-            scores.setdefault(stage, []).append(least)
-            alarms[stage] = alarms.get(stage, 0) + any(r.ordered for r in reports)
+        checks.append(check_shuffled(i, seed))
+        if i % SAVE_EVERY == 0:
+            save(summary(checks))
+    return summary(checks)
+
+
+def check_shuffled(i: int, seed: int = 0) -> dict[str, tuple[float, bool]]:
+    """Check two to four random marginals, by columns and by a model.
+
+    Returns
+    -------
+    dict
+        For each check the least p-value, as a share of the nominal level, and whether it alarms.
+    """
+    model = _regression()
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i,)))
+    names = rng.choice(list(MARGINALS), rng.integers(2, 5), replace=False)
+    rows = np.column_stack([MARGINALS[name](rng, SHUFFLED_ROWS) for name in names])
+    rows = rng.permutation(rows.astype(float))
+    four = np.column_stack([rows, np.ones((SHUFFLED_ROWS, 4 - len(names)))])
+    by_score = lambda pilot: model.at(pilot, SHUFFLED_ROWS) or Features(pilot, None)  # noqa: E731
+    found = {
+        "sample, columns": _sample(rows, SHUFFLED_WINDOW, seed=i),
+        "stream, columns": _stream(rows, SHUFFLED_WINDOW),
+        "sample, score": _sample(four, SHUFFLED_WINDOW, by_score, seed=i),
+        "stream, score": _stream(four, SHUFFLED_WINDOW, by_score),
+    }
     return {
-        "datasets": n_datasets,
-        "marginals": list(MARGINALS),
-        "nominal": ALPHA,
-        "alarms": alarms,
-        "levels": LEVELS,
-        "share_below_level": {
-            stage: [float(np.mean(np.array(s) < level)) for level in LEVELS]
-            for stage, s in scores.items()
-        },
-        "smallest_adjusted_p": {stage: min(s) for stage, s in scores.items()},
+        stage: (
+            min(float(r.p_value / r.threshold * ALPHA) for r in reports),
+            any(r.ordered for r in reports),
+        )
+        for stage, reports in found.items()
     }
 
 
+def summary(checks: list[dict[str, tuple[float, bool]]]) -> dict:
+    """Return how many data sets alarm, and how their p-values lie."""
+    p = {stage: np.array([check[stage][0] for check in checks]) for stage in checks[0]}
+    return {
+        "datasets": len(checks),
+        "marginals": list(MARGINALS),
+        "nominal": ALPHA,
+        "alarms": {stage: sum(check[stage][1] for check in checks) for stage in p},
+        "levels": LEVELS,
+        "share_below_level": {
+            stage: [float(np.mean(some < level)) for level in LEVELS] for stage, some in p.items()
+        },
+        "smallest_adjusted_p": {stage: float(some.min()) for stage, some in p.items()},
+    }
+
+
+@cache
 def _regression() -> ModelScore:
     """Return a linear regression with an unknown scale, whose score has even heavier tails."""
     ds = StreamingDataset(np.zeros((1, 4)), batch_size=1, total_size=1, order_check="off")
@@ -276,15 +302,19 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="file to put the table of orders into")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    table = cases()
     command = "python -m benchmarks.order_power"
-    results = {
-        "command": f"{command} --datasets {options.datasets} --repeats {options.repeats}",
-        "cases": table,
-        "power": power(options.repeats),
-        "false_alarms": false_alarms(options.datasets),
+    results: dict = {
+        "command": f"{command} --datasets {options.datasets} --repeats {options.repeats}"
     }
-    (options.out / "order_power.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    def save(**found) -> None:
+        results.update(found)
+        (options.out / "order_power.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    table = cases()
+    save(cases=table)
+    save(power=power(options.repeats))
+    save(false_alarms=false_alarms(options.datasets, save=lambda found: save(false_alarms=found)))
     plot(results, options.out / "order_power.png")
     if options.page is not None:
         text = filled(options.page.read_text(), "orders", None, make_table(table))

@@ -11,11 +11,12 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""What the order check costs, before a fit and while the rows stream.
+"""What the order check costs, before a fit and while the rows stream, and the batch contract.
 
     python -m benchmarks.order_speed --page docs/source/speed.md
 
-The table is that of the order books, in order of time.
+The first table is of the order books, in order of time.  The second has the processor time that
+both take from a step, of several models on random rows; ``--only checks`` leaves out the first.
 """
 
 import argparse
@@ -24,10 +25,11 @@ import sys
 import tempfile
 import time
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytensor.tensor as pt
@@ -41,6 +43,7 @@ from pymc.variational._streaming.order.features import Statistic
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.report import Stream
 from pymc.variational._streaming.order.score import ModelScore
+from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational.streaming import (
     StreamingDataset,
     check_order,
@@ -54,19 +57,28 @@ WINDOW = 1_000_000
 WATCHED_WINDOWS = 4
 BATCH = 4_096
 REPEATS = 5
+TURNS = 9
+ROWS = 1_000_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the order check costs.")
     parser.add_argument("--folder", type=Path, help="for the data; default: temporary")
     parser.add_argument("--page", type=Path, help="file to put the table into")
+    parser.add_argument("--only", choices=["order", "checks"], help="one of the tables")
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-        text = make_table([measure(Path(folder), n_rows) for n_rows in SIZES])
-    sys.stdout.write(text)
-    if chosen.page is not None:
-        page = chosen.page.read_text()
-        chosen.page.write_text(filled(page, "order", COMMAND, text))
+    tables = {"order": lambda: order_table(chosen.folder), "checks": checks_table}
+    for name in [chosen.only] if chosen.only else tables:
+        text = tables[name]()
+        sys.stdout.write(text)
+        if chosen.page is not None:
+            page = chosen.page.read_text()
+            chosen.page.write_text(filled(page, name, COMMAND, text))
+
+
+def order_table(parent: Path | None) -> str:
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        return make_table([measure(Path(folder), n_rows) for n_rows in SIZES])
 
 
 def measure(folder: Path, n_rows: int) -> tuple[int, float, float]:
@@ -132,6 +144,92 @@ def make_table(lines: list[tuple[int, float, float]]) -> str:
     for n_rows, before, watched in lines:
         text += f"| {n_rows:,} | {before:.2f} | {watched * 1e3:.3f} |\n"
     return text
+
+
+def order_book(ds: StreamingDataset) -> None:
+    b, x = pm.Normal("b", 0, 3, shape=4), pt.as_tensor(ds.as_tensor())
+    logit = b[0] + b[1] * x[:, 0] + b[2] * x[:, 1] + b[3] * x[:, 2]
+    pm.Bernoulli("up", logit_p=logit, observed=x[:, 4], total_size=ds.total_size)
+
+
+def groups(ds: StreamingDataset) -> None:
+    a, x = pm.Normal("a", 0, pm.HalfNormal("s"), shape=100), pt.as_tensor(ds.as_tensor())
+    rate = pm.math.exp(a[x[:, 3].astype("int64")] + pm.Normal("b") * x[:, 0])
+    pm.Poisson("n", rate, observed=x[:, 4], total_size=ds.total_size)
+
+
+def cells(ds: StreamingDataset) -> None:
+    a, x = pm.Normal("a", shape=200), pt.as_tensor(ds.as_tensor())
+    logit = a[(2 * x[:, 3] + x[:, 4]).astype("int64")] + pm.Normal("b") * x[:, 0]
+    pm.Bernoulli("y", logit_p=logit, observed=x[:, 5], total_size=ds.total_size)
+
+
+def trials(ds: StreamingDataset) -> None:
+    x = pt.as_tensor(ds.as_tensor())
+    logit = pm.Normal("a") + pm.Normal("b") * x[:, 0]
+    pm.Binomial("y", x[:, 3] + 1, logit_p=logit, observed=x[:, 6], total_size=ds.total_size)
+
+
+MODELS = {
+    "logistic regression, four columns and a label": order_book,
+    "hierarchical Poisson regression, 100 groups": groups,
+    "logistic regression, an index of two columns": cells,
+    "binomial regression, trials by row": trials,
+}
+
+
+def checks_table() -> str:
+    text = (
+        "| model | step, ms | batch contract, µs | share of the step | order check, µs | share |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    rng = np.random.default_rng(0)
+    x, number = rng.normal(size=(ROWS, 3)), rng.integers(0, 100, ROWS)
+    columns = [x, number, rng.integers(0, 2, (ROWS, 2)), rng.integers(0, number + 2)]
+    rows = np.column_stack(columns).astype(float)
+    for name, observe in MODELS.items():
+        step, contract, order = np.array(list(islice(_turns(rows, observe), TURNS))).T
+        text += (
+            f"| {name} | {np.median(step) * 1e3:.3f} | {np.median(contract) * 1e6:.1f} | "
+            f"{np.median(contract / step):.1%} | {np.median(order) * 1e6:.1f} | "
+            f"{np.median(order / step):.1%} |\n"
+        )
+    return text
+
+
+def _turns(rows: np.ndarray, observe: Callable) -> Iterator[tuple[float, float, float]]:
+    """Yield the processor seconds of a step, and of both checks of its rows."""
+    with StreamingDataset(rows, batch_size=BATCH, order_check="off", prefetch=False) as ds:
+        with pm.Model() as model:
+            observe(ds)
+            callback = ds.fit_callback()
+            step = pm.ADVI().objective.step_function(score=True, obj_optimizer=pm.adam())
+        contract = ds._reader._contract
+        batches = np.split(rows[: 16 * BATCH], 16)
+        score = ModelScore(model, ds.as_tensor()).at(rows[:BATCH], max(SIZES))
+        assert contract is not None and score is not None
+        while True:
+            yield (
+                _seconds(lambda _: step(), range(200)),
+                _seconds(contract.check, 8 * batches),
+                _seconds(partial(_watch, score), [rows]) * BATCH / (8 * len(rows)),
+            )
+        del callback
+
+
+def _watch(score: Statistic, rows: np.ndarray) -> None:
+    monitor = Monitor(Stream(as_source(rows), len(rows), max(SIZES)), lambda pilot: score)
+    for window in range(8):
+        monitor.add(window * len(rows), rows)
+        monitor.compare()
+
+
+def _seconds(function: Callable[[Any], object], items: Sequence[Any]) -> float:
+    """Return the processor seconds of a call with one of *items*."""
+    start = time.thread_time()
+    for item in items:
+        function(item)
+    return (time.thread_time() - start) / len(items)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@
 #   limitations under the License.
 """Contestants of the zoo: what fits a model, as a user of that tool would call it.
 
-Each yields estimates, as functions that return the means and the standard deviations of all
-unconstrained values; the time that an estimate takes to be called does not count.
+Each yields estimates, as functions that return the moments of all unconstrained values; the time
+that an estimate takes to be called does not count.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytensor
@@ -33,16 +33,26 @@ from benchmarks.zoo_models import Entry
 from pymc.variational.streaming import (
     CheckNoiseFloor,
     EpochAverage,
+    FitReport,
     StreamingDataset,
     parquet_source,
     polish,
     shuffle_buffer,
 )
 
-__all__ = ["CONTESTANTS", "STATSMODELS", "Case"]
+__all__ = ["CONTESTANTS", "STATSMODELS", "Case", "Moments"]
 
 BATCH_SIZE, LEARNING_RATE, MOST_STEPS = 4096, 0.02, 20_000
-Moments = tuple[np.ndarray, np.ndarray]
+
+
+class Moments(NamedTuple):
+    """What an estimate says of the posterior."""
+
+    mean: np.ndarray
+    sd: np.ndarray
+    report: FitReport | None = None
+
+
 Estimates = Iterator[Callable[[], Moments]]
 
 
@@ -58,55 +68,45 @@ class Case:
         rows = np.concatenate(list(parquet_source(self.rows)))
         return rows[:, :-1].copy(), rows[:, -1].copy()
 
-    def model(self) -> pm.Model:
-        """Build the model of all rows."""
-        x, y = self.in_memory()
-        with pm.Model() as model:
-            self.entry.model(pytensor.shared(x), pytensor.shared(y), len(y))
-        return model
+    def stream(self) -> StreamingDataset:
+        """Return a stream of the rows, which the model in context then observes."""
+        rows = shuffle_buffer(
+            parquet_source(self.rows), buffer_size=1_000_000, batch_size=BATCH_SIZE, seed=0
+        )
+        ds = StreamingDataset(rows, batch_size=BATCH_SIZE)
+        buffer: Any = ds.as_tensor()
+        self.entry.model(buffer[:, :-1], buffer[:, -1], ds.total_size)
+        return ds
 
 
-def _pymc(case: Case, method: str, optimizer: Any) -> Estimates:
+def _pymc(case: Case, method: Callable[..., Any], optimizer: Any) -> Estimates:
     """Fit random batches from memory."""
     parts = case.in_memory()
     shared = (pytensor.shared(part, borrow=True) for part in parts)
     with pm.Model():
         x, y = pm.Minibatch(*shared, batch_size=BATCH_SIZE)
         case.entry.model(x, y, len(parts[1]))
-        inference = {"advi": pm.ADVI, "fullrank_advi": pm.FullRankADVI}[method](random_seed=0)
-        yield from _steps(inference, [], optimizer)
+        yield from _steps(method(random_seed=0), [], optimizer)
 
 
 def _averaged(case: Case) -> Estimates:
     """Fit a stream, and average it."""
-    ds = _stream(case)
     with pm.Model():
-        rows: Any = ds.as_tensor()
-        case.entry.model(rows[:, :-1], rows[:, -1], ds.total_size)
-        average, inference = EpochAverage(ds), pm.ADVI(random_seed=0)
+        ds, inference = case.stream(), pm.ADVI(random_seed=0)
+        average = EpochAverage(ds)
         for _ in _steps(inference, [average, ds.fit_callback()], _adam()):
             yield partial(_average, average, inference.approx)
 
 
 def _polished(case: Case, max_steps: int) -> Estimates:
     """Fit a stream until its noise floor, if at all, and polish it."""
-    ds = _stream(case)
     with pm.Model():
-        rows: Any = ds.as_tensor()
-        case.entry.model(rows[:, :-1], rows[:, -1], ds.total_size)
-        inference = pm.ADVI(random_seed=0)
+        ds, inference = case.stream(), pm.ADVI(random_seed=0)
         if max_steps:
             callbacks = [CheckNoiseFloor(), ds.fit_callback()]
             inference.fit(max_steps, callbacks=callbacks, obj_optimizer=_adam(), progressbar=False)
         report = polish(inference.approx, ds, progressbar=False)
-    yield lambda: (inference.approx.mean.eval(), report.sd)
-
-
-def _stream(case: Case) -> StreamingDataset:
-    rows = shuffle_buffer(
-        parquet_source(case.rows), buffer_size=1_000_000, batch_size=BATCH_SIZE, seed=0
-    )
-    return StreamingDataset(rows, batch_size=BATCH_SIZE)
+    yield lambda: Moments(inference.approx.mean.eval(), report.sd, report)
 
 
 def _steps(inference: Any, callbacks: list, optimizer: Any) -> Estimates:
@@ -123,7 +123,7 @@ def _adam() -> Any:
 
 
 def _moments(approx: Any) -> Moments:
-    return approx.mean.eval(), approx.std.eval()
+    return Moments(approx.mean.eval(), approx.std.eval())
 
 
 def _average(average: EpochAverage, approx: Any) -> Moments:
@@ -174,29 +174,10 @@ def _numpyro(case: Case, guide_name: str) -> Estimates:
             state, done = run(state, jax.random.split(key, 500)), done + 500
         params = svi.get_params(state)
         if guide_name == "AutoNormal":
-            yield partial(lambda p: (p["z_auto_loc"], p["z_auto_scale"]), params)
+            yield partial(lambda p: Moments(p["z_auto_loc"], p["z_auto_scale"]), params)
         else:
             normal = guide.get_posterior(params)
-            yield partial(lambda q: (q.mean, np.sqrt(q.variance)), normal)
-
-
-def _laplace_of_extras(case: Case) -> Estimates:
-    from pymc_extras.inference import fit_laplace
-
-    found = fit_laplace("trust-ncg", model=case.model(), progressbar=False, draws=2).fit
-    covariance = found["covariance_matrix"].values
-    yield lambda: (found["mean_vector"].values, np.sqrt(np.diag(covariance)))
-
-
-def _dadvi_of_extras(case: Case) -> Estimates:
-    from pymc_extras.inference import fit_dadvi
-
-    model = case.model()
-    found = fit_dadvi(model, progressbar=False, include_transformed=True, random_seed=0)
-    draws = found["unconstrained_posterior"]
-    values = [draws[v.name].values for v in model.value_vars]
-    z = np.hstack([each.reshape(each.shape[0] * each.shape[1], -1) for each in values])
-    yield lambda: (z.mean(axis=0), z.std(axis=0))
+            yield partial(lambda q: Moments(q.mean, np.sqrt(q.variance)), normal)
 
 
 def _statsmodels(case: Case) -> Estimates:
@@ -210,7 +191,7 @@ def _logit(x: np.ndarray, y: np.ndarray) -> Moments:
     import statsmodels.api as sm
 
     fit = sm.Logit(y, x).fit(disp=0, maxiter=100)
-    return fit.params, fit.bse
+    return Moments(fit.params, fit.bse)
 
 
 def _logit_of_dummies(x: np.ndarray, y: np.ndarray) -> Moments:
@@ -223,22 +204,22 @@ def _negative_binomial(x: np.ndarray, y: np.ndarray) -> Moments:
     fit = sm.NegativeBinomial(y, x).fit(disp=0, maxiter=200)
     mean, sd = fit.params.copy(), fit.bse.copy()
     mean[-1], sd[-1] = -np.log(mean[-1]), sd[-1] / mean[-1]
-    return mean, sd
+    return Moments(mean, sd)
 
 
 def _zero_inflated(x: np.ndarray, y: np.ndarray) -> Moments:
     import statsmodels.api as sm
 
     fit = sm.ZeroInflatedPoisson(y, x, exog_infl=x[:, :2]).fit(disp=0, maxiter=500)
-    return np.concatenate([-fit.params[:2], fit.params[2:]]), fit.bse
+    return Moments(np.concatenate([-fit.params[:2], fit.params[2:]]), fit.bse)
 
 
 def _hurdle(x: np.ndarray, y: np.ndarray) -> Moments:
     import statsmodels.api as sm
 
-    (mean, sd), line = _logit(x, y > 0), sm.OLS(np.log(y[y > 0]), x[y > 0]).fit()
-    mean = np.concatenate([mean, line.params, [np.log(line.scale) / 2]])
-    return mean, np.concatenate([sd, line.bse, [np.sqrt(0.5 / line.nobs)]])
+    wet, line = _logit(x, y > 0), sm.OLS(np.log(y[y > 0]), x[y > 0]).fit()
+    mean = np.concatenate([wet.mean, line.params, [np.log(line.scale) / 2]])
+    return Moments(mean, np.concatenate([wet.sd, line.bse, [np.sqrt(0.5 / line.nobs)]]))
 
 
 def _student_t(x: np.ndarray, y: np.ndarray) -> Moments:
@@ -246,14 +227,14 @@ def _student_t(x: np.ndarray, y: np.ndarray) -> Moments:
 
     fit = TLinearModel(y, x).fit(disp=0, maxiter=2_000)
     mean, sd = np.array(fit.params)[[0, 1, 2, 4, 3]], np.array(fit.bse)[[0, 1, 2, 4, 3]]
-    return np.append(mean[:3], np.log(mean[3:])), np.append(sd[:3], sd[3:] / mean[3:])
+    return Moments(np.append(mean[:3], np.log(mean[3:])), np.append(sd[:3], sd[3:] / mean[3:]))
 
 
 def _ordinal(x: np.ndarray, y: np.ndarray) -> Moments:
     from statsmodels.miscmodels.ordinal_model import OrderedModel
 
     fit = OrderedModel(y.astype(int), x[:, 1:], distr="logit").fit(method="bfgs", disp=0)
-    return np.array(fit.params), np.array(fit.bse)
+    return Moments(np.array(fit.params), np.array(fit.bse))
 
 
 STATSMODELS: dict[str, Callable[[np.ndarray, np.ndarray], Moments]] = {
@@ -267,16 +248,14 @@ STATSMODELS: dict[str, Callable[[np.ndarray, np.ndarray], Moments]] = {
 }
 
 CONTESTANTS: dict[str, Callable[[Case], Estimates]] = {
-    "PyMC, default": partial(_pymc, method="advi", optimizer=pm.adagrad_window),
-    "PyMC, Adam": partial(_pymc, method="advi", optimizer=_adam()),
-    "PyMC, full rank": partial(_pymc, method="fullrank_advi", optimizer=_adam()),
+    "PyMC, default": partial(_pymc, method=pm.ADVI, optimizer=pm.adagrad_window),
+    "PyMC, Adam": partial(_pymc, method=pm.ADVI, optimizer=_adam()),
+    "PyMC, full rank": partial(_pymc, method=pm.FullRankADVI, optimizer=_adam()),
     "stream, averaged": _averaged,
     "ADVI, then polish": partial(_polished, max_steps=MOST_STEPS),
     "polish": partial(_polished, max_steps=0),
     "NumPyro, AutoNormal": partial(_numpyro, guide_name="AutoNormal"),
     "NumPyro, AutoMVN": partial(_numpyro, guide_name="AutoMultivariateNormal"),
     "NumPyro, AutoLaplace": partial(_numpyro, guide_name="AutoLaplaceApproximation"),
-    "pymc-extras, Laplace": _laplace_of_extras,
-    "pymc-extras, DADVI": _dadvi_of_extras,
     "statsmodels": _statsmodels,
 }

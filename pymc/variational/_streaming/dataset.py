@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pytensor
-import pytensor.tensor as pt
 
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.tensor.variable import TensorVariable
@@ -209,7 +208,7 @@ class StreamingDataset:
                 f"names {list(columns)}; slice ds.as_tensor() by position"
             )
         slices = [self._buffer[:, columns.index(name)] for name in names]
-        return pt.stack(slices, axis=1) if isinstance(column, list | tuple) else slices[0]
+        return slices[0] if isinstance(column, str) else pytensor.tensor.stack(slices, axis=1)
 
     def index(self, column: str) -> TensorVariable:
         """Return the positions of a category column among its levels, int64, (batch_size,)."""
@@ -217,7 +216,7 @@ class StreamingDataset:
             raise KeyError(
                 f"{column!r} is not a category column; pass categories=[{column!r}] to the source"
             )
-        return pt.cast(self[column], "int64")
+        return self[column].astype("int64")
 
     def __repr__(self) -> str:
         return (
@@ -228,6 +227,9 @@ class StreamingDataset:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the batches of one epoch, the last as short as it comes; the buffer stays."""
         return self._read_once(self._source, self._batch_size)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        raise TypeError("a stream is no array; pass a slice of ds.as_tensor(), or ds[...] by name")
 
     def fit_callback(self) -> FitCallback:
         """Put the first batch in, and return the callback that puts in the next ones.
@@ -382,8 +384,7 @@ class StreamingDataset:
 
     def _read_once(self, source: Source, n_rows: int) -> Iterator[np.ndarray]:
         """Yield one epoch of *source* in blocks of *n_rows*, the last as short as it comes."""
-        chunks = read_epochs(source, self._sample_shape, self._dtype, cycle=False)
-        items = rebatch(chunks, n_rows)
+        items = rebatch(read_epochs(source, self._sample_shape, self._dtype, cycle=False), n_rows)
         return (cast(item.rows, self._dtype) for item in items if isinstance(item, Batch))
 
     def _no_rows(self) -> np.ndarray:

@@ -13,7 +13,7 @@
 #   limitations under the License.
 """Refuse models whose posterior would be wrong in minibatches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -105,18 +105,42 @@ def check_model(
 
 
 def contract_for(
-    model: Model, buffer: SharedVariable, rows: np.ndarray, columns: tuple[str, ...] | None
+    model: Model,
+    buffer: SharedVariable,
+    rows: np.ndarray,
+    columns: tuple[str, ...] | None,
+    predicted: Mapping[str, Variable] = {},
 ) -> Contract:
     """Derive what the likelihoods of a model need of rows, such as indices within their axis.
 
-    Observed values may lie outside a support: the log-likelihood of such rows is -inf.
+    Observed values may lie outside a support: the log-likelihood of such rows is -inf. Variables
+    that are *predicted* must have a value for each row that depends on that row alone.
     """
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
-    graph = LikelihoodGraph(model, likelihoods, buffer)
+    others = {name: rv for name, rv in predicted.items() if rv not in likelihoods}
+    graph = LikelihoodGraph(model, likelihoods, buffer, list(others.values()))
     # Along which axis rows lie does not show where there is one.
     rows = np.resize(rows, (max(len(rows), _LEAST_ROWS), *rows.shape[1:]))
     axes = RowAxes(graph, rows)
+    for name, var in zip(others, graph.graphs[len(likelihoods) :]):
+        _require_by_row(name, var, axes)
     return derive_contract(graph, axes, likelihoods, columns).without_supports()
+
+
+def _require_by_row(name: str, var: Variable, axes: RowAxes) -> None:
+    """Refuse a variable whose leading axis is not the rows, or that ties them."""
+    try:
+        reason = "" if axes.of(var) == 0 else "its rows lie along another axis than the first"
+    except TiedError as err:
+        reason = str(err)
+    except Exception:  # an operation that cannot be tried by itself
+        value = np.shape(axes.value(var))
+        reason = "" if value[:1] == np.shape(axes.value(axes.rows))[:1] else f"its shape is {value}"
+    if reason:
+        raise StreamError(
+            f"{name!r} has not one value or vector per row, which depends on that row alone "
+            f"({reason}); predict a variable that has"
+        )
 
 
 def check_other_streams(model: Model) -> None:

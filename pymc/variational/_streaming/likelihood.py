@@ -13,7 +13,7 @@
 #   limitations under the License.
 """The log-likelihood of a model, row by row, and which axes of its graph run over the rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -29,16 +29,28 @@ from pytensor.graph.replace import clone_replace
 from pytensor.graph.rewriting.basic import in2out, node_rewriter
 from pytensor.graph.rewriting.utils import rewrite_graph
 from pytensor.graph.traversal import ancestors, explicit_graph_inputs, toposort
-from pytensor.tensor.elemwise import Elemwise
+from pytensor.tensor.basic import Join, MakeVector, ScalarFromTensor
+from pytensor.tensor.elemwise import DimShuffle, Elemwise
+from pytensor.tensor.math import All
 from pytensor.tensor.shape import Shape, Shape_i
+from pytensor.tensor.subtensor import Subtensor, get_constant_idx
 
 from pymc.initial_point import make_initial_point_expression
-from pymc.logprob.utils import local_remove_check_parameter
+from pymc.logprob.utils import CheckParameterValue, local_remove_check_parameter
 from pymc.model.core import Model
 from pymc.pytensorf import replace_rng_nodes
 from pymc.variational._streaming.errors import StreamError
 
-__all__ = ["UNCOMPILED", "LikelihoodGraph", "RowAxes", "TiedError", "is_of", "same"]
+__all__ = [
+    "UNCOMPILED",
+    "LikelihoodGraph",
+    "RowAxes",
+    "TiedError",
+    "columns_read",
+    "is_of",
+    "is_shape",
+    "same",
+]
 
 UNCOMPILED = Mode(linker="py", optimizer="minimum_compile")
 
@@ -83,8 +95,10 @@ class LikelihoodGraph:
         self.rows = buffer.type(name=buffer.name)
         copies = [v for v in ancestors(graphs) if is_of(v, buffer)]
         graphs = clone_replace(graphs, dict.fromkeys(copies, self.rows), copy_inputs_over=True)
-        self.graphs: list[Variable] = _simplify(graphs)
+        self.graphs, checks = _simplify(graphs, self.rows)
         self.terms = self.graphs[: len(likelihoods)]
+        self.checks = dict(zip(self.graphs[len(graphs) :], checks))
+        """What the parameters that are computed from rows alone must be, and its name."""
         roots = set(explicit_graph_inputs(graphs))
         self._values = [v for v in model.value_vars if v in roots]
         self.logps = self._compile(self.terms)
@@ -116,6 +130,12 @@ class LikelihoodGraph:
                 terms = self.logps(rows, *point)
             except IndexError:  # told of by the contract
                 return 0.0
+            except ValueError as err:
+                raise StreamError(
+                    f"the log-likelihood cannot be computed for a batch of {len(rows)} rows "
+                    f"({str(err).partition(chr(10))[0]}); leave out what has another length, such "
+                    "as dims of all rows"
+                ) from err
             return min((np.isfinite(t).sum() / max(1, t.size) for t in terms), default=1.0)
 
         return max(points, key=share)
@@ -124,6 +144,27 @@ class LikelihoodGraph:
 def is_of(var: Variable, buffer: SharedVariable) -> bool:
     """Whether *var* is a buffer: transforming a model copies it, but keeps the container."""
     return getattr(var, "container", None) is buffer.container
+
+
+def columns_read(graphs: Sequence[Variable], rows: Variable) -> np.ndarray:
+    """Return which columns of *rows* some graphs depend on, as numbers in the flattened row."""
+    shape = rows.type.shape[1:]
+    labels = np.arange(np.prod(shape, dtype=int)).reshape(1, *shape)
+    read: set[int] = set()
+    shapes = [v for v in ancestors(graphs) if is_shape(v)]
+    used = {v.owner for v in ancestors(graphs, shapes) if v not in shapes}
+    for node in {node for node in used if node and rows in node.inputs}:
+        taken = labels
+        if isinstance(node.op, Subtensor):
+            index = get_constant_idx(node.op.idx_list, node.inputs, allow_partial=True)
+            if not any(isinstance(entry, Variable) for entry in index[1:]):
+                taken = labels[(slice(None), *index[1:])]
+        read.update(taken.ravel().tolist())
+    return np.array(sorted(read), np.int64)
+
+
+def is_shape(var: Variable) -> bool:
+    return var.owner is not None and isinstance(var.owner.op, Shape | Shape_i)
 
 
 class RowAxes:
@@ -304,12 +345,34 @@ def _inline(fgraph: FunctionGraph, node: Apply) -> list[Variable]:
     return inline_ofg_node(node)
 
 
-def _simplify(graphs: Sequence[Variable]) -> list[Variable]:
-    """Leave out the checks of parameters, which are made for all rows at once, and inner graphs."""
+def _simplify(graphs: Sequence[Variable], rows: Variable) -> tuple[list[Variable], list[str]]:
+    """Leave out inner graphs, and the checks of parameters, which are made for all rows at once.
+
+    Checks of what is computed from rows alone are appended to the graphs, and named.
+    """
     lowered: Any = rewrite_graph(list(graphs), include=("lower_xtensor",))
     fgraph = FunctionGraph(outputs=list(lowered), clone=False)
-    in2out(local_remove_check_parameter, _inline).rewrite(fgraph)
-    return list(fgraph.outputs)
+    in2out(_inline).rewrite(fgraph)
+    names = []
+    for node in fgraph.toposort():
+        if isinstance(node.op, CheckParameterValue):
+            for condition in _conjuncts(node.inputs[1:]):
+                if set(explicit_graph_inputs([condition])) == {rows}:
+                    fgraph.add_output(condition)
+                    names.append(node.op.msg)
+    in2out(local_remove_check_parameter).rewrite(fgraph)
+    return list(fgraph.outputs), names
+
+
+def _conjuncts(conditions: Sequence[Variable]) -> Iterator[Variable]:
+    """Yield the conditions that all hold where some scalars do, before they were reduced."""
+    for condition in conditions:
+        op = condition.owner and condition.owner.op
+        reduced = isinstance(op, All | Join | MakeVector | ScalarFromTensor)
+        if reduced or (isinstance(op, DimShuffle) and op.is_expand_dims):
+            yield from _conjuncts(condition.owner.inputs)
+        elif condition.type.dtype == "bool":
+            yield condition
 
 
 def _initial_point(model: Model) -> dict[Variable, np.ndarray]:

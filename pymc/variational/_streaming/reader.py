@@ -15,6 +15,7 @@
 
 import logging
 import threading
+import time
 
 from collections.abc import Generator, Iterator
 from numbers import Integral
@@ -28,7 +29,7 @@ from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.sources.base import Source
-from pymc.variational._streaming.utils import positive_int
+from pymc.variational._streaming.utils import EpochLog, positive_int
 
 __all__ = ["BatchReader", "Position", "TotalSize"]
 
@@ -87,6 +88,7 @@ class BatchReader:
         self._prefetch = prefetch
         self._items: Prefetcher | Generator[Any] | None = None
         self._batches: Iterator[Any] = iter(())
+        self._log = EpochLog(logger)
         self._thread: threading.Thread | None = None
         """The thread that has read last."""
         self.position = self._next = Position(0, 0, 0)
@@ -108,6 +110,7 @@ class BatchReader:
             self._thread.join()  # it may still be in a read that was interrupted
         self._order.check_sample()
         self._next = self.position
+        self._log = EpochLog(logger, self.position.offset)
         items = read_epochs(
             self._source,
             self._sample_shape,
@@ -128,7 +131,9 @@ class BatchReader:
         if isinstance(self._items, Prefetcher):
             self._items.touch()
         self.position = self._next  # also if the read fails: a step has used the batch before
+        start = time.perf_counter()
         batch = self._read()
+        self._log.waited += time.perf_counter() - start
         self.ended = batch is None
         if batch is not None:
             if self._contract is not None:
@@ -170,6 +175,7 @@ class BatchReader:
                 return item
             if isinstance(item, EpochEnd):
                 self._total_size.compare(item.n_rows, whole=True)
+                self._log.end_epoch(item.epoch, item.n_rows)
             else:
                 self._order.raise_or_warn(item)
         return None

@@ -14,9 +14,12 @@
 """Helpers that several subpackages need."""
 
 import hashlib
+import logging
+import time
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -27,12 +30,17 @@ from rich.text import Text
 
 from pymc.progress_bar import CustomProgress, default_progress_theme
 
-__all__ = ["digest", "draw_seed", "positive_int", "progress_bar"]
+__all__ = ["EpochLog", "digest", "draw_seed", "positive_int", "progress_bar"]
+
+_MOST_LINES = 10
+_PAUSE = 10.0
+"""Lines about single epochs, and seconds between those that follow."""
 
 
 def digest(*parts: Any) -> str:
-    """Return a hash of *parts*, which are compared by their ``repr``."""
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    """Return a hash of *parts*, which are compared by their ``repr``, or as bytes."""
+    short = [hashlib.blake2b(p).digest() if isinstance(p, bytes) else p for p in parts]
+    return hashlib.blake2b(repr(short).encode(), digest_size=16).hexdigest()
 
 
 def draw_seed(seed: int | None) -> int:
@@ -53,24 +61,65 @@ def positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+class EpochLog:
+    """Tells of each epoch: how many rows, how fast, and whether the fit waits for data.
+
+    After ten lines, one line every ten seconds stands for all epochs since the last.
+
+    Parameters
+    ----------
+    logger : logging.Logger
+    offset : int
+        Row at which the first epoch begins.
+    """
+
+    def __init__(self, logger: logging.Logger, offset: int = 0):
+        self.waited = 0.0
+        """Seconds spent waiting for data since the last line."""
+        self._logger = logger
+        self._rows, self._epochs, self._lines = -offset, 0, 0
+        self._start = time.perf_counter()
+
+    def end_epoch(self, epoch: int, n_rows: int) -> None:
+        now = time.perf_counter()
+        self._rows, self._epochs = self._rows + n_rows, self._epochs + 1
+        seconds = max(now - self._start, 1e-9)
+        if self._lines >= _MOST_LINES and seconds < _PAUSE:
+            return
+        first = epoch - self._epochs + 1
+        epochs = f"epoch {epoch}" if first == epoch else f"epochs {first} to {epoch}"
+        self._logger.info(
+            f"{epochs}: {self._rows:,} rows in {seconds:.1f} s ({self._rows / seconds:,.0f} rows/s), "
+            f"{min(self.waited / seconds, 1):.0%} of the time waiting for data"
+        )
+        self._start, self._lines = now, self._lines + 1
+        self._rows, self._epochs, self.waited = 0, 0, 0.0
+
+
 @contextmanager
 def progress_bar(
     description: str, total: int | None = None, *, show: bool = True
 ) -> Iterator[Callable[..., None]]:
     """Show on stderr how many rows are done and how fast.
 
+    In a notebook without ipywidgets, where rich would warn at each change, only the end is shown.
+
     Yields
     ------
     callable
         Adds a number of rows to those that are done, and may change the description.
     """
+    options: dict[str, Any] = {"theme": default_progress_theme, "stderr": True}
+    console = Console(**options)
+    if console.is_jupyter and find_spec("ipywidgets") is None:
+        console = Console(**options, force_jupyter=False, force_terminal=False)
     bar = CustomProgress(
         "[progress.description]{task.description}",
         BarColumn(),
         "[progress.percentage]{task.percentage:>3.0f}%",
         _RowsPerSecond(),
         TimeRemainingColumn(),
-        console=Console(theme=default_progress_theme, stderr=True),
+        console=console,
         disable=not show,
     )
     with bar:

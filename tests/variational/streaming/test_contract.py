@@ -204,6 +204,31 @@ BROKEN = {
         {"y": -0.5},
         "-0.5 in column 'y', outside the support of 'y'",
     ),
+    "scale that is zero": (
+        lambda buf: pm.Normal("y", effect(buf), buf[:, 2], observed=buf[:, 0], total_size=N),
+        {"u": 0},
+        "0.0 in column 'u', where the model needs sigma > 0",
+    ),
+    "scale of a part of the model": (
+        lambda buf: pm.NormalMixture(
+            "y",
+            [0.3, 0.7],
+            pm.Normal("m", shape=2),
+            pt.stack([buf[:, 1], buf[:, 2] - 0.5], axis=1),
+            observed=buf[:, 0],
+            total_size=N,
+        ),
+        {"u": 0.25},
+        "0.25 in column 'u', where the model needs sigma > 0",
+    ),
+    "probability that is none": (
+        lambda buf: [
+            effect(buf),
+            pm.Bernoulli("y", buf[:, 1] / 2, observed=buf[:, 3], total_size=N),
+        ],
+        {"g": 3},
+        "3.0 in column 'g', where the model needs 0 <= p <= 1",
+    ),
     "beyond the bound of a censored value": (
         lambda buf: pm.Censored(
             "y", pm.Normal.dist(effect(buf)), None, 2, observed=buf[:, 3], total_size=N
@@ -215,13 +240,11 @@ BROKEN = {
 
 
 @pytest.mark.filterwarnings("ignore:the Potential:UserWarning")
-@pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("build, late, message", BROKEN.values(), ids=BROKEN)
-def test_a_row_of_a_late_batch_is_refused(build, late, message, prefetch):
+def test_a_row_of_a_late_batch_is_refused(build, late, message):
     pa = pytest.importorskip("pyarrow")
     rows = pa.table(dict(zip("xguy", table(**late).T)))
-    options = {"batch_size": BATCH, "order_check": "off", "prefetch": prefetch}
-    with StreamingDataset(rows, **options) as ds, pm.Model():
+    with StreamingDataset(rows, batch_size=BATCH, order_check="off") as ds, pm.Model():
         build(ds.as_tensor())
         with pytest.raises(StreamError, match=f"row {LATE} of the stream holds .*{message}"):
             callback = ds.fit_callback()
@@ -230,12 +253,38 @@ def test_a_row_of_a_late_batch_is_refused(build, late, message, prefetch):
         del callback
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_conditions_on_several_columns_are_those_of_each_row(seed):
+    """A box of whole numbers holds for the index, and none for counts among varying trials."""
+    rng = np.random.default_rng(seed)
+    n, high = 600, [5, 4, 6]
+    group, level, trials = (rng.integers(0, k, n) for k in high)
+    group[:] = np.minimum(group, 3 + (np.arange(n) > rng.integers(n)))
+    counts = rng.integers(0, trials + 1 + (rng.random(n) < 0.01))
+    rows = np.column_stack([group, level, trials, counts]).astype(float)
+    bad = np.flatnonzero((4 * group + level >= 16) | (counts > trials))
+    with StreamingDataset(rows, batch_size=20, order_check="off") as ds, pm.Model():
+        buf = ds.as_tensor()
+        index = (4 * buf[:, 0] + buf[:, 1]).astype("int64")
+        logit = pm.Normal("a", shape=16)[index]
+        pm.Binomial("y", buf[:, 2], logit_p=logit, observed=buf[:, 3], total_size=n)
+        with pytest.raises(StreamError, match=r"row \d+ of the stream holds") as caught:
+            callback = ds.fit_callback()
+            while ds.rows_seen < n:
+                ds.advance()
+        del callback
+    row = int(str(caught.value).split()[1])
+    assert row in bad and row // 20 == bad[0] // 20
+
+
 REPAIRED = {
     "rounded": (counts(lambda buf: pt.floor(buf[:, 3])), {"y": 2.5}),
     "scaled": (counts(lambda buf: (2 * buf[:, 3]).astype("int64")), {"y": 2.5}),
     "longer axis": (groups(whole, 4), {"g": 3}),
     "clipped": (groups(lambda buf: pt.clip(buf[:, 1], 0, 2).astype("int64")), {"g": 7}),
     "from the end": (groups(whole), {"g": -3}),
+    "scale in rows that were kept": (BROKEN["scale that is zero"][0], {"u": 0.1}),
+    "amount in rows that were kept": (BROKEN["negative amount"][0], {"y": 0.5}),
     "column that is not read": (groups(whole), {"u": 0.5, "y": -7}),
 }
 

@@ -16,6 +16,8 @@
 import itertools
 import json
 import logging
+import re
+import time
 import warnings
 
 import numpy as np
@@ -24,6 +26,7 @@ import pytest
 
 import pymc as pm
 
+from pymc.variational._streaming import utils
 from pymc.variational.streaming import (
     EpochAverage,
     StreamError,
@@ -344,3 +347,41 @@ class TestArguments:
             assert ds.advance()
             with pytest.raises(StreamError, match="gave no rows in epoch 1"):
                 ds.advance()
+
+
+class TestEpochLog:
+    def run(self, caplog, *, n_epochs):
+        ds = StreamingDataset(tell_tale(2), batch_size=4, order_check="off")
+        with ds, caplog.at_level(logging.INFO, logger="pymc"):
+            for _ in range(2 * n_epochs + 1):
+                ds.advance()
+        return [r.message for r in caplog.records if r.message.startswith("epoch")]
+
+    def test_an_epoch_is_a_line_with_its_rows_rate_and_wait(self, caplog):
+        lines = self.run(caplog, n_epochs=2)
+        for epoch, line in enumerate(lines):
+            pattern = rf"epoch {epoch}: 8 rows in \d+\.\d s \([\d,]+ rows/s\), \d+% of the time"
+            assert re.match(pattern, line)
+        assert len(lines) == 2
+
+    def test_many_short_epochs_share_a_line(self, caplog, monkeypatch):
+        monkeypatch.setattr(utils, "_PAUSE", 0.05)
+        lines = self.run(caplog, n_epochs=2000)
+        assert 10 < len(lines) < 200
+        found = [list(map(int, re.findall(r"\d+", line.partition(":")[0]))) for line in lines]
+        assert [span[0] for span in found] == [0, *(span[-1] + 1 for span in found[:-1])]
+        rows = [int(re.search(r": ([\d,]+) rows in", line)[1].replace(",", "")) for line in lines]
+        assert rows == [8 * (span[-1] - span[0] + 1) for span in found]
+
+    def test_a_slow_source_is_waited_for(self, caplog):
+        def blocks():
+            for _ in range(4):
+                time.sleep(0.1)
+                yield np.ones((2, 2))
+
+        ds = StreamingDataset(blocks, batch_size=2, total_size=8, order_check="off")
+        with ds, caplog.at_level(logging.INFO, logger="pymc"):
+            for _ in range(5):
+                ds.advance()
+        (line,) = [r.message for r in caplog.records if r.message.startswith("epoch")]
+        assert int(re.search(r"(\d+)% of the time", line)[1]) > 60

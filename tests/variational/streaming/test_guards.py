@@ -248,76 +248,18 @@ def test_ties_through_values_that_no_row_has_are_refused(ds, mean, message):
 
 
 ACCEPTED = {
-    "regression": lambda buf, n: pm.Normal("y", linear(buf), observed=buf[:, 1], total_size=n),
     "named axes": lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:, :3], total_size=(n, None)),
-    "logistic": lambda buf, n: pm.Bernoulli(
-        "y", logit_p=linear(buf), observed=buf[:, 3], total_size=n
-    ),
     "probability that is linear": lambda buf, n: pm.Bernoulli(
         "y", pm.Normal("a") + linear(buf), observed=buf[:, 3], total_size=n
     ),
     "scale that is linear": lambda buf, n: pm.Normal(
         "y", 0, 0.01 + linear(buf), observed=buf[:, 1], total_size=n
     ),
-    "hierarchical": lambda buf, n: pm.Normal(
-        "y",
-        pm.Normal("g", 0, pm.HalfNormal("s"), shape=5)[buf[:, 4].astype("int64")],
-        observed=buf[:, 1],
-        total_size=n,
-    ),
-    "categories": lambda buf, n: pm.Categorical(
-        "y",
-        logit_p=pt.outer(buf[:, 0], pm.Normal("b", shape=5)),
-        observed=buf[:, 4],
-        total_size=n,
-    ),
-    "counts": lambda buf, n: pm.Poisson(
-        "y", pt.exp(linear(buf)), observed=buf[:, 4].astype("int64"), total_size=n
-    ),
-    "ordered categories": lambda buf, n: pm.OrderedLogistic(
-        "y", eta=linear(buf), cutpoints=np.arange(4.0), observed=buf[:, 4], total_size=n
-    ),
-    "proportions": lambda buf, n: pm.Beta(
-        "y", 2, pt.exp(linear(buf)), observed=pm.math.invlogit(buf[:, 1]), total_size=n
-    ),
-    "positive": lambda buf, n: pm.Gamma(
-        "y", 2, 1 + linear(buf), observed=buf[:, 1] ** 2, total_size=n
-    ),
-    "truncated": lambda buf, n: pm.Truncated(
-        "y", pm.Normal.dist(linear(buf)), lower=-9, observed=buf[:, 1], total_size=n
-    ),
-    "covariance that differs by row": lambda buf, n: pm.MvNormal(
-        "y",
-        pm.Normal("m", shape=3),
-        np.eye(3) * (1 + buf[:, 3])[:, None, None],
-        observed=buf[:, :3],
-        total_size=n,
-    ),
     "saturated": lambda buf, n: pm.Bernoulli(
         "y",
         pm.math.invlogit(1e4 * buf[:, :3] @ pm.Normal("b", shape=3)),
         observed=buf[:, 3],
         total_size=n,
-    ),
-    "mixture": lambda buf, n: pm.NormalMixture(
-        "y",
-        pm.Dirichlet("w", np.ones(2)),
-        pm.Normal("m", shape=2),
-        observed=buf[:, 0],
-        total_size=n,
-    ),
-    "censored": lambda buf, n: pm.Censored(
-        "y", pm.Normal.dist(pm.Normal("b")), -1, 1, observed=pt.clip(buf[:, 0], -1, 1), total_size=n
-    ),
-    "custom": lambda buf, n: pm.CustomDist(
-        "y",
-        pm.Normal("b"),
-        logp=lambda value, b: -pt.abs(value - b),
-        observed=buf[:, 0],
-        total_size=n,
-    ),
-    "multivariate over columns": lambda buf, n: pm.MvNormal(
-        "y", pm.Normal("m", shape=3), np.eye(3), observed=buf[:, :3], total_size=n
     ),
     "deterministic beside it": lambda buf, n: pm.Normal(
         "y", pm.Deterministic("mu", linear(buf)), observed=buf[:, 1], total_size=n
@@ -411,6 +353,27 @@ def test_a_variable_of_another_model_is_refused(ds):
         pm.Normal("y", b, 1, observed=ds.as_tensor()[:, 1], total_size=60)
         with pytest.raises(StreamError, match="variables that are not in this model; call fit_c"):
             ds.fit_callback()
+
+
+def test_a_stream_is_observed_by_its_buffer(ds):
+    with pm.Model():
+        with pytest.raises(TypeError, match=r"no array; pass a slice of ds\.as_tensor\(\)"):
+            pm.Normal("y", pm.Normal("b"), observed=ds, total_size=60)
+    with pm.Model():
+        pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 1], total_size=60)
+        ds.fit_callback()
+
+
+def test_dims_of_all_rows_are_left_out(ds):
+    def model(**kwargs):
+        with pm.Model(coords={"row": range(60)}) as model:
+            pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 1], total_size=60, **kwargs)
+        return model
+
+    with model(dims="row"), pytest.raises(StreamError, match=r"leave out what has another length"):
+        ds.fit_callback()
+    with model():
+        ds.fit_callback()
 
 
 def test_a_stream_in_more_replacements_is_refused(ds):

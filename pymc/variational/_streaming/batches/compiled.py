@@ -26,7 +26,7 @@ _AHEAD = 128
 """Rows whose places are fetched into the cache together."""
 
 _TILE = 256
-"""Values of a column that are compared together."""
+"""Rows of which values are compared together, so that they stay in the cache for all columns."""
 
 
 @compiled()
@@ -106,24 +106,25 @@ def are_within(rows, columns, lower, upper, whole):
     rows : ndarray, shape (n_rows, n_columns)
     columns : ndarray of int64
         Numbers of the columns.
-    lower, upper : ndarray of float64
-        Ends of the interval of each.
-    whole : ndarray of bool
+    lower, upper : ndarray of float64, shape (n_columns,)
+        Ends of the interval of each column.
+    whole : ndarray of bool, shape (n_columns,)
         Whether its values must be whole numbers, too.
     """
     values = np.empty(_TILE, rows.dtype)
-    for i in range(len(columns)):
-        column, low, high = np.uint64(columns[i]), lower[i], upper[i]
-        inside = True
-        for first in range(0, len(rows), _TILE):
-            tile = rows[first : first + _TILE]
+    inside = True
+    for first in range(0, len(rows), _TILE):
+        tile = rows[first : first + _TILE]
+        for i in range(len(columns)):
+            column = np.uint64(columns[i])
+            low, high = lower[column], upper[column]
             for row in range(len(tile)):
                 values[row] = tile[row, column]
             # Of adjacent values, and without an early end, many are compared in one instruction.
             for row in range(len(tile)):
                 value = np.float64(values[row])
                 inside &= (value >= low) & (value <= high)
-            if whole[i]:
+            if whole[column]:
                 for row in range(len(tile)):
                     inside &= values[row] == np.floor(values[row])
         if not inside:

@@ -15,26 +15,29 @@
 
 import os
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pytensor.graph.basic import Variable
+from pytensor.graph.replace import clone_replace
 from pytensor.graph.traversal import ancestors
 
 from pymc.logprob.utils import replace_rvs_by_values
 from pymc.model.core import Model
 from pymc.pytensorf import compile
 from pymc.variational._streaming.batches.window import ShuffleBuffer
+from pymc.variational._streaming.contract import columns_read
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.bins import Moments, merge
 from pymc.variational._streaming.fit.density import scaling
 from pymc.variational._streaming.guards import contract_for, depends_on, total_size_of
+from pymc.variational._streaming.likelihood import is_of
 from pymc.variational._streaming.sources.arrow import with_columns
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.utils import positive_int, progress_bar
@@ -84,7 +87,7 @@ def log_score(
     approx : Approximation
         What :func:`pymc.fit` returned.
     rows : Source, ndarray, Arrow table or data frame
-        Rows with the columns of the stream, such as ``parquet_source("valid/")``.
+        Rows with the columns of the stream, in any order, such as ``parquet_source("valid/")``.
     ds : StreamingDataset, optional
         Stream whose place the rows take. Default: the only one of the model.
     draws : int, default 200
@@ -104,7 +107,7 @@ def log_score(
     StreamError
         If no observed variable depends on the stream, or it is not clear which stream is meant.
     ValueError
-        If there are no rows, or they have other columns than the stream.
+        If there are no rows, or they lack a column that is read, or have other levels.
 
     Notes
     -----
@@ -151,7 +154,7 @@ def predict(
     *,
     to: str | os.PathLike,
     var_names: Sequence[str] | None = None,
-    quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+    quantiles: float | Sequence[float] = (0.05, 0.5, 0.95),
     ds: StreamingDataset | None = None,
     draws: int = 200,
     seed: int = 0,
@@ -168,14 +171,14 @@ def predict(
     approx : Approximation
         What :func:`pymc.fit` returned.
     rows : Source, ndarray, Arrow table or data frame
-        Rows with the columns of the stream, such as ``parquet_source("new/")``. The values of the
-        observed column make no difference, but there must be some.
+        Rows with the columns of the stream, in any order, such as ``parquet_source("new/")``.
+        Columns that the predicted variables do not read, such as the observed one, may be missing.
     to : path
         File to write. It appears when it is whole.
     var_names : sequence of str, optional
         Observed variables and Deterministics to predict, with one value, or one vector, per row.
         Default: the observed variables that depend on the stream.
-    quantiles : sequence of float, default (0.05, 0.5, 0.95)
+    quantiles : float or sequence of float, default (0.05, 0.5, 0.95)
         Probabilities of the quantiles.
     ds : StreamingDataset, optional
         Stream whose place the rows take. Default: the only one of the model.
@@ -193,8 +196,10 @@ def predict(
     FileExistsError
         If the file exists, without *overwrite*.
     StreamError
-        If a variable does not depend on the stream, or has not one value or vector per row, or it
-        is not clear which stream is meant.
+        If a variable does not depend on the stream, or on another one too, or has not one value or
+        vector per row that depends on that row alone, or it is not clear which stream is meant.
+    ValueError
+        If there are no rows, or they lack a column that is read, or have other levels.
     KeyError
         If the model has no variable of a name.
 
@@ -219,21 +224,20 @@ def predict(
     >>> pq.read_table("predictions.parquet").column_names
     ['y_mean', 'y_sd', 'y_q5', 'y_q50', 'y_q95']
     """
-    if not all(0 <= q <= 1 for q in quantiles):
-        raise ValueError(f"quantiles={tuple(quantiles)} must lie between 0 and 1")
+    probabilities = np.ravel(quantiles)
+    if not np.all((probabilities >= 0) & (probabilities <= 1)):
+        raise ValueError(f"quantiles={quantiles} must lie between 0 and 1")
     to = Path(to)
+    if to.is_dir():
+        raise IsADirectoryError(f"{to} is a folder; pass the name of a file")
     if to.exists() and not overwrite:
         raise FileExistsError(f"{to} exists; pass overwrite=True to replace it")
     posterior = _Posterior(approx, ds, draws, seed)
     variables = posterior.variables(var_names)
     sample = posterior.compile(posterior.forward(list(variables.values())))
-    pa = import_pyarrow()
-    with _new_parquet(to) as write:
-        for block in posterior.blocks(rows, "Predicting", progressbar):
-            columns: dict[str, np.ndarray] = {}
-            for name, values in zip(variables, sample(block)):
-                columns |= _describe(name, values, quantiles)
-            write(pa.table(columns))
+    table = import_pyarrow().table
+    blocks = posterior.blocks(rows, "Predicting", progressbar, variables)
+    _write(to, (table(_describe(variables, sample(block), probabilities)) for block in blocks))
 
 
 class _Posterior:
@@ -284,12 +288,18 @@ class _Posterior:
         rows = self._buffer.type("rows")
         above = list(ancestors(graphs))
         values = [value for value in self._model.value_vars if value in above]
-        container = self._buffer.container
-        copies = [a for a in above if getattr(a, "container", None) is container]
+        copies = [a for a in above if is_of(a, self._buffer)]
+        others = [a.name for a in above if hasattr(a.tag, "fit_callback") and a not in copies]
+        if others:
+            raise StreamError(
+                f"what is predicted depends on the stream {others[0]!r} too, which has no rows; "
+                "predict variables of one stream"
+            )
+        graphs = clone_replace(graphs, dict.fromkeys(copies, rows), copy_inputs_over=True)
+        self._read = columns_read(graphs, rows)
         function = compile(
             [rows, *values],
             graphs,
-            givens=dict.fromkeys(copies, rows),
             random_seed=self._seed,
             on_unused_input="ignore",
             allow_input_downcast=True,
@@ -297,23 +307,26 @@ class _Posterior:
         points = [[self._draws[v.name][i] for v in values] for i in range(self._n_draws)]
 
         def evaluate(block: np.ndarray) -> list[np.ndarray]:
-            draws = [[_per_row(v, len(block)) for v in function(block, *p)] for p in points]
+            draws = [[v.reshape(len(block), -1) for v in function(block, *p)] for p in points]
             return [np.stack(of_one) for of_one in zip(*draws)]
 
         return evaluate
 
-    def blocks(self, rows: Any, description: str, show: bool) -> Iterator[np.ndarray]:
+    def blocks(
+        self, rows: Any, description: str, show: bool, predicted: Mapping[str, Variable] = {}
+    ) -> Iterator[np.ndarray]:
         """Yield the rows in their order, in blocks."""
         if isinstance(rows, ShuffleBuffer):
             raise TypeError("rows is a shuffle_buffer; pass the source that it shuffles")
-        source = with_columns(rows, self._stream.columns, self._stream._source.levels)
+        names = self._stream.columns
+        unread = [name for j, name in enumerate(names or ()) if j not in self._read]
+        source = with_columns(rows, names, self._stream._source.levels, unread)
         size = max(1, _BLOCK_VALUES // self._n_draws)
         n_rows, contract = 0, None
         with progress_bar(description, source.n_rows, show=show) as advance:
             for block in self._stream._read_once(source, size):
-                contract = contract or contract_for(
-                    self._model, self._buffer, block, self._stream.columns
-                )
+                if contract is None:
+                    contract = contract_for(self._model, self._buffer, block, names, predicted)
                 contract.check(block, n_rows)
                 yield block
                 n_rows += len(block)
@@ -345,45 +358,32 @@ def _only_stream(model: Model) -> StreamingDataset:
     return streams[0]
 
 
-def _per_row(values: np.ndarray, n_rows: int) -> np.ndarray:
-    if values.ndim == 0 or len(values) != n_rows:
-        raise StreamError(
-            f"a variable has shape {values.shape} for {n_rows} rows; predict those that have one "
-            "value or vector per row, with the rows as the leading axis"
-        )
-    return values.reshape(n_rows, -1)
-
-
-def _describe(name: str, draws: np.ndarray, quantiles: Sequence[float]) -> dict[str, np.ndarray]:
+def _describe(
+    names: Iterable[str], draws: Sequence[np.ndarray], quantiles: np.ndarray
+) -> dict[str, np.ndarray]:
     """Return a column for each moment and quantile of each value of a row."""
     columns = {}
-    for k in range(draws.shape[2]):
-        of_one = draws[:, :, k]
-        prefix = name if draws.shape[2] == 1 else f"{name}[{k}]"
-        columns[f"{prefix}_mean"] = of_one.mean(axis=0)
-        columns[f"{prefix}_sd"] = of_one.std(axis=0, ddof=1)
-        cuts = np.quantile(of_one, quantiles, axis=0)
-        columns |= {f"{prefix}_q{100 * q:g}": cut for q, cut in zip(quantiles, cuts)}
+    for name, of_variable in zip(names, draws):
+        for k, of_one in enumerate(np.moveaxis(of_variable, 2, 0)):
+            prefix = name if of_variable.shape[2] == 1 else f"{name}[{k}]"
+            columns[f"{prefix}_mean"] = of_one.mean(axis=0)
+            columns[f"{prefix}_sd"] = of_one.std(axis=0, ddof=1)
+            cuts = np.quantile(of_one, quantiles, axis=0)
+            columns |= {f"{prefix}_q{100 * q:g}": cut for q, cut in zip(quantiles, cuts)}
     return columns
 
 
-@contextmanager
-def _new_parquet(to: Path) -> Iterator[Callable[["pa.Table"], None]]:
+def _write(to: Path, tables: Iterator["pa.Table"]) -> None:
     """Write tables to a file beside *to*, which takes its place when it is whole."""
     import pyarrow.parquet as pq
 
     part = to.with_name(f".{to.name}.part")
     try:
-        with open(part, "wb") as file, ExitStack() as stack:
-            writers: list[pq.ParquetWriter] = []
-
-            def write(table: "pa.Table") -> None:
-                if not writers:
-                    writers.append(stack.enter_context(pq.ParquetWriter(file, table.schema)))
-                writers[0].write_table(table)
-
-            yield write
-            stack.close()
+        with open(part, "wb") as file:
+            first = next(tables)
+            with pq.ParquetWriter(file, first.schema) as writer:
+                for table in chain([first], tables):
+                    writer.write_table(table)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, to)

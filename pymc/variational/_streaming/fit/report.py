@@ -126,7 +126,7 @@ class StreamRows:
     """Whether these are all rows of the stream."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class FitReport:
     """How far a fit is from where all rows say that it should be.
 
@@ -292,7 +292,7 @@ class FitReport:
         figure.suptitle(f"Fit check: {self.verdict}")
         return axes
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         title = f"Fit check: {self.verdict}"
         if self._is_narrow():
             title += f", but the family is up to {self.narrowness:.3g} times too narrow"

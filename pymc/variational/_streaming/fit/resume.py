@@ -73,7 +73,7 @@ def resumable_fit(
     n : int
         Steps of the whole fit, those of earlier calls included.
     path : path_like
-        File of the checkpoint. If it exists, the fit goes on from there.
+        Local file of the checkpoint. If it exists, the fit goes on from there.
     datasets : StreamingDataset or sequence of StreamingDataset
         The stream, or all streams, of the model, in the order of the first call. Their callbacks
         are added here.
@@ -136,6 +136,11 @@ def resumable_fit(
     """
     positive_int("n", n)
     positive_int("every", every)
+    if "://" in os.fspath(path):
+        raise ValueError(
+            f"path={path!r} is a URI, and a checkpoint is a local file; pass a local path, and "
+            "copy the file to the store"
+        )
     streams = as_streams(datasets)
     if any(getattr(callback, "is_of_stream", False) for callback in callbacks):
         raise ValueError(

@@ -27,9 +27,8 @@ from pytensor.tensor.subtensor import AdvancedSubtensor, get_idx_list
 
 from pymc.model.core import Model
 from pymc.pytensorf import compile, join_nonshared_inputs
-from pymc.variational._streaming.contract import columns_read
 from pymc.variational._streaming.guards import depends_on, total_size_of
-from pymc.variational._streaming.likelihood import is_of
+from pymc.variational._streaming.likelihood import columns_read, is_of
 from pymc.variational.minibatch_rv import get_scaling
 
 __all__ = ["compile_density", "flat_names"]

@@ -41,7 +41,9 @@ class Statistic(ABC):
     columns: np.ndarray
     """Whether a column takes part, shape (n_columns,)."""
     share: float
-    """Share of the rows that can be used while they stream."""
+    """Share of the rows that is used while they stream."""
+    rare_share: float
+    """Share of the rows, those with rare values, that is used besides, at most by a half more."""
 
     @abstractmethod
     def sums(self, rows: np.ndarray) -> np.ndarray:
@@ -74,7 +76,7 @@ class Features(Statistic):
     columns : sequence of str, optional
     """
 
-    share = 0.25
+    share, rare_share = 0.25, 0.125
 
     def __init__(self, pilot: np.ndarray, columns: Sequence[str] | None):
         pilot = _flat(pilot)

@@ -186,7 +186,7 @@ class Monitor:
         self._every = 1
         self._n_rare = 0
         share = len(self._rare_among(pilot)) / len(pilot)
-        self._every = max(1, round(2 * share / self._statistic.share))
+        self._every = max(1, round(share / self._statistic.rare_share))
         self._n_rare = 0
 
     def _rare_among(self, rows: np.ndarray) -> np.ndarray:

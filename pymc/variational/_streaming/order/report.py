@@ -17,7 +17,7 @@ import json
 import re
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -97,7 +97,7 @@ class Comparison(NamedTuple):
     """What limits the comparison, or what else it found."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class OrderReport:
     """Whether the windows of a stream differ more than random ones would.
 
@@ -129,12 +129,12 @@ class OrderReport:
     """Drift that this check would just have seen."""
     rows_read: int = 0
     """Number of rows that the comparison used."""
-    _found: Comparison | None = field(default=None, repr=False)
+    _found: Comparison | None = None
     """Statistics of all features; None if one window holds the whole table."""
-    _shown: Sequence[int] = field(default=(), repr=False)
+    _shown: Sequence[int] = ()
     """Features of the figure in the comparison, worst first."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if self._found is None:
             return f"Nothing to compare: one window of {self.window:,} rows holds the whole table."
         groups = self._groups(self._found)

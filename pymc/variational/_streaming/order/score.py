@@ -73,7 +73,7 @@ class Score(Statistic):
     points serve that do not depend on the order of the rows.
     """
 
-    share = 1 / 32
+    share, rare_share = 1 / 64, 1 / 64
     """Gradients at two points cost more than the sums of columns, so fewer rows are used."""
 
     def __init__(self, model: ModelScore, point: np.ndarray, pilot: np.ndarray, n_rows: int):

@@ -26,7 +26,7 @@ import time
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,9 +66,9 @@ _WIDE = 16
 """Columns of numbers from which on row-major files are read at least twice as fast."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PreshuffleReport:
-    """What a shuffle did."""
+    """What a shuffle did. It prints as one line."""
 
     rows: int
     piles: int
@@ -82,7 +82,7 @@ class PreshuffleReport:
     """Largest resident size of any process that took part, in bytes, with all that was in it."""
     destination: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
             f"{self.destination}: {self.rows:,} rows shuffled in {self.piles} partitions, "
             f"{self.bytes_read / 1e9:.2f} GB read, {self.bytes_written / 1e9:.2f} GB written, "
@@ -252,12 +252,8 @@ def _require_all_rows(table: Files | Batches, scattered: Done, gathered: Done) -
 
 def _suggest_rows(path: str, writer: Writer) -> None:
     """Tell of the format for wide tables of numbers."""
-    wide = len(writer.summary) >= _WIDE
-    if (
-        writer.format == "parquet"
-        and wide
-        and all(c.min is not None for c in writer.summary.values())
-    ):
+    is_wide = writer.format == "parquet" and len(writer.summary) >= _WIDE
+    if is_wide and all(column.min is not None for column in writer.summary.values()):
         _log.info(
             f"{path} has {len(writer.summary)} columns of numbers; "
             'format="arrow" lets arrow_source read them several times as fast'
@@ -266,6 +262,10 @@ def _suggest_rows(path: str, writer: Writer) -> None:
 
 def _check_split(split: Mapping[str, float]) -> dict[str, float]:
     """Return the fractions of a split by folder, or refuse them."""
+    if not isinstance(split, Mapping):
+        raise TypeError(
+            f'split={split!r} has no names; pass such as {{"train": 0.9, "valid": 0.1}}'
+        )
     for folder, fraction in split.items():
         if not fraction > 0:
             raise ValueError(f"split={dict(split)}: {folder!r} must be more than 0")
@@ -397,6 +397,8 @@ def _as_stream_error() -> Iterator[None]:
         raise
     except Exception as err:
         text = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
+        if isinstance(err, CancelledError):
+            text = "a task was cancelled, as when the scheduler of a cluster is lost"
         raise StreamError(
             f"preshuffle stopped ({text}); nothing was published; remove the cause and run it again"
         ) from err

@@ -41,9 +41,9 @@ import numpy as np
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle.plan import MAX_AT_ONCE, MAX_PARTITIONS, Part, Plan
 from pymc.variational._streaming.preshuffle.write import Writer
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow, read_batches
 from pymc.variational._streaming.sources.summary import Summarizer
-from pymc.variational._streaming.sources.tables import Piece, conform, read_piece
+from pymc.variational._streaming.sources.tables import Piece, conform
 
 if TYPE_CHECKING:
     import pyarrow
@@ -117,7 +117,8 @@ def scatter_pieces(
     plan: Plan, folder: str, index: int, fs: "pyarrow.fs.FileSystem", pieces: Sequence[Piece]
 ) -> Done:
     """Scatter row groups of files."""
-    read = (read_piece(fs, piece, plan.schema.names, plan.batch_rows) for piece in pieces)
+    names = plan.schema.names
+    read = (read_batches(fs, file, names, plan.batch_rows, groups) for file, groups in pieces)
     return scatter(plan, folder, index, itertools.chain.from_iterable(read))
 
 

@@ -45,9 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Workspace", "open_workspace", "publish"]
 
-_FIRST_PART = re.compile(r"part-0+-of-\d+\.\w+")
 _LATER_PART = re.compile(r"part-(?!0+-)\d{5,}-of-\d{5,}\.\w+")
-"""Names of the files that are uploaded last, and before."""
+"""Names of the files that are uploaded before the first of their folder."""
 _REPLACED = "replaced"
 """Name of the folder that holds a destination's old contents while new ones take their place."""
 _locked_here: dict[str, object] = {}
@@ -124,7 +123,7 @@ def _upload(work: Workspace, files: Mapping[str, str]) -> None:
     work.fs.create_dir(work.destination, recursive=True)
     work.fs.delete_dir_contents(work.destination)
     try:
-        for name in sorted(files, key=lambda name: bool(_FIRST_PART.search(name))):
+        for name in sorted(files, key=lambda name: not _LATER_PART.search(name)):
             target = f"{work.destination}/{name}"
             work.fs.create_dir(os.path.dirname(target), recursive=True)
             pafs.copy_files(
@@ -161,14 +160,13 @@ def _require_replaceable(destination: str) -> None:
     """Refuse what no rename can put a folder in the place of."""
     if os.path.lexists(destination) and not os.path.isdir(destination):
         raise NotADirectoryError(f"destination={destination!r} is a file; pass a directory")
-    places = {"a mount point": os.path.ismount(destination)}
-    places["the current directory"] = destination == os.path.realpath(os.getcwd())
-    for place, is_here in places.items():
-        if is_here:
-            raise ValueError(
-                f"destination={destination!r} is {place}, which cannot be replaced as a whole; "
-                "pass a directory inside it"
-            )
+    is_mount = os.path.ismount(destination)
+    if is_mount or destination == os.path.realpath(os.getcwd()):
+        place = "a mount point" if is_mount else "the current directory"
+        raise ValueError(
+            f"destination={destination!r} is {place}, which cannot be replaced as a whole; "
+            "pass a directory inside it"
+        )
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ from pymc.variational._streaming.sources.ipc import checksum, group_columns, to_
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
 from pymc.variational._streaming.sources.summary import Summary
-from pymc.variational._streaming.sources.tables import encode
 
 if TYPE_CHECKING:
     import pyarrow
@@ -80,7 +79,7 @@ class Writer:
             ) as writer,
         ):
             for batch in batches:
-                writer.write_batch(encode(batch, self.schema, self.dictionaries), batch.num_rows)
+                writer.write_batch(self._encode(batch), batch.num_rows)
                 rows += batch.num_rows
             mark = dataclasses.replace(
                 self.marks[part.folder], index=part.index, data_end=sink.tell()
@@ -126,7 +125,9 @@ class Writer:
                 piece = batch.slice(start, self.batch_rows - filled)
                 for rows, names in zip(held, groups.values()):
                     for j, name in enumerate(names):
-                        rows[filled : filled + piece.num_rows, j] = self._numbers(piece, name)
+                        numbers = self._codes(name, piece.column(name))
+                        place = slice(filled, filled + piece.num_rows)
+                        rows[place, j] = numbers.to_numpy(zero_copy_only=False)
                 start, filled = start + piece.num_rows, filled + piece.num_rows
                 if filled == self.batch_rows:
                     yield held
@@ -134,12 +135,24 @@ class Writer:
         if filled:
             yield [rows[:filled] for rows in held]
 
-    def _numbers(self, batch: "pyarrow.RecordBatch", name: str) -> np.ndarray:
-        """Return the values of a column, codes for levels."""
-        column = batch.column(name)
-        if name in self.dictionaries:
-            column = import_pyarrow().compute.index_in(column, value_set=self.dictionaries[name])
-        return column.to_numpy(zero_copy_only=False)
+    def _encode(self, batch: "pyarrow.RecordBatch") -> "pyarrow.RecordBatch":
+        """Make dictionaries of the columns that are written as codes."""
+        pa, columns = import_pyarrow(), []
+        for column, field in zip(batch.columns, self.schema):
+            if field.name in self.dictionaries:
+                column = pa.DictionaryArray.from_arrays(
+                    self._codes(field.name, column),
+                    self.dictionaries[field.name],
+                    ordered=field.type.ordered,
+                )
+            columns.append(column)
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+
+    def _codes(self, name: str, column: "pyarrow.Array") -> "pyarrow.Array":
+        """Return the codes of the values of a column, or the column where it has none."""
+        if name not in self.dictionaries:
+            return column
+        return import_pyarrow().compute.index_in(column, value_set=self.dictionaries[name])
 
 
 def flush(path: str) -> None:

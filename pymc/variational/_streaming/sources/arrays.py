@@ -29,10 +29,10 @@ from pymc.variational._streaming.sources.base import (
     require_finite,
     skip_rows,
 )
-from pymc.variational._streaming.sources.categories import LevelFinder
+from pymc.variational._streaming.sources.categories import find_levels
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.rows import RowFormat
-from pymc.variational._streaming.utils import digest, progress_bar
+from pymc.variational._streaming.utils import digest
 
 __all__ = ["IterableSource", "as_source", "is_table"]
 
@@ -50,7 +50,8 @@ def as_source(data: Any) -> Source:
     if isinstance(data, Source):
         return data
     if isinstance(data, str | os.PathLike):
-        raise TypeError(f"source={data!r} is a path; pass parquet_source({data!r})")
+        path = os.fspath(data)
+        raise TypeError(f"source={path!r} is a path; pass parquet_source({path!r})")
     if hasattr(data, "as_tensor"):
         raise TypeError("source is a StreamingDataset; pass the source that it was made of")
     if is_table(data):
@@ -163,19 +164,15 @@ class IterableSource(Source):
         return made
 
     def _find_levels(self) -> None:
-        """Find in one pass the levels that were not given."""
-        missing = [name for name, levels in self._levels.items() if levels is None]
-        if not missing:
-            return
-        finder = LevelFinder(missing)
+        self._levels = find_levels(self._levels, self._first_pass, self.n_rows)
+
+    def _first_pass(self, names: Sequence[str]) -> Iterator[Any]:
+        """Yield batches whose columns hold what levels can be found of."""
         self._probed = self._open()
-        with progress_bar(f"Finding levels of {', '.join(missing)}", self.n_rows) as add:
-            for block in _arrow_batches(self._probed):
-                batch = import_pyarrow().record_batch(block)
-                RowFormat.from_schema(batch.schema, self._names, "block 0", self._levels)
-                finder.add(batch)
-                add(batch.num_rows)
-        self._levels |= finder.finish()
+        for block in _arrow_batches(self._probed):
+            batch = import_pyarrow().record_batch(block)
+            RowFormat.from_schema(batch.schema, self._names, "block 0", self._levels)
+            yield batch
 
     def batches(self) -> Iterator[Any]:
         for block in _arrow_batches(self._make()):

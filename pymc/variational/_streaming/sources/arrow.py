@@ -15,21 +15,19 @@
 
 import os
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import IterableSource, as_source, is_table
-from pymc.variational._streaming.sources.base import Source, is_arrow
-from pymc.variational._streaming.sources.categories import Categories, LevelFinder, given_levels
+from pymc.variational._streaming.sources.base import Source, is_arrow, shorten
+from pymc.variational._streaming.sources.categories import Categories, find_levels, given_levels
 from pymc.variational._streaming.sources.ipc import (
     ROWS_KEY,
+    IpcFile,
     RecordBatchSource,
     RowMajorSource,
-    identity,
     reading,
 )
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
@@ -121,20 +119,63 @@ def arrow_source(
 
 
 def with_columns(
-    rows: Any, columns: tuple[str, ...] | None, levels: Mapping[str, Any] | None = None
+    rows: Any,
+    columns: tuple[str, ...] | None,
+    levels: Mapping[str, Any],
+    unread: Sequence[str] = (),
 ) -> Source:
-    """Return a source of *rows* that has the *columns* of a stream, and *levels* of categories."""
+    """Return a source of *rows* with the *columns* of a stream, in its order and with its *levels*.
+
+    Columns that are *unread* may be missing, and are zero then.
+    """
     if is_arrow(rows) and columns is not None:
         table = import_pyarrow().table(rows)  # a reader gives its rows only once
-        rows = arrow_source(lambda: table, columns=columns, categories=levels)
+        present = [name for name in columns if name in table.column_names or name not in unread]
+        known = {name: levels[name] for name in levels if name in present}
+        rows = arrow_source(lambda: table, columns=present, categories=known)
     source = as_source(rows)
     source.probe()
-    if columns is not None and source.columns not in (None, columns):
+    if columns is None or source.columns is None:
+        return source
+    missing = [name for name in columns if name not in (*source.columns, *unread)]
+    if missing:
         raise ValueError(
-            f"rows has columns {source.columns} where the stream has {columns}; "
-            "pass columns=[...] to the source"
+            f"rows has columns {list(source.columns)}, and none of {missing}, which the stream "
+            "has; pass rows with all of its columns"
         )
-    return source
+    for name in set(columns).intersection(source.columns):
+        if source.levels.get(name) != levels.get(name):
+            raise ValueError(
+                f"rows has {_few(source.levels.get(name))} of {name!r} where the stream has "
+                f"{_few(levels.get(name))}; pass categories=train.levels to the source of rows, "
+                "where train is the source of the stream"
+            )
+    return source if source.columns == columns else _Rearranged(source, columns)
+
+
+def _few(levels: Sequence[Any] | None) -> str:
+    """Say which levels there are."""
+    return f"levels {', '.join(shorten([repr(v) for v in levels], 4))}" if levels else "no levels"
+
+
+class _Rearranged(Source):
+    """The rows of another source with other columns: found by name, or zero."""
+
+    def __init__(self, source: Source, columns: tuple[str, ...]):
+        assert source.columns is not None
+        self._source = source
+        places = {name: place for place, name in enumerate(source.columns)}
+        self._places = np.array([places.get(name, len(places)) for name in columns])
+        self.columns, self.sample_shape, self.n_rows = columns, (len(columns),), source.n_rows
+        if source.integral is not None:
+            self.integral = tuple((*source.integral, True)[place] for place in self._places)
+
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
+        for block in self._source.blocks(epoch, start, block_rows=block_rows):
+            zeros = np.zeros((len(block), 1), block.dtype)
+            yield np.concatenate([block, zeros], axis=1)[:, self._places]
 
 
 def _open_files(
@@ -147,27 +188,10 @@ def _open_files(
     return _IpcSource(paths, columns, levels)
 
 
-@dataclass(frozen=True, slots=True)
-class _IpcFile:
-    """One Arrow IPC file as it was when it was first opened."""
-
-    path: str
-    identity: tuple[int, int]
-    """Size in bytes, and time of the last modification in ns."""
-    fields: tuple[int, ...]
-    """Indices of the columns in this file."""
-    batch_rows: tuple[int, ...]
-    """Number of rows of each record batch."""
-
-    def require_unchanged(self, when: str) -> None:
-        if self.identity != identity(self.path):
-            raise StreamError(f"{self.path}: changed {when}; make the source anew")
-
-
 class _IpcSource(RecordBatchSource):
     def __init__(self, paths: Sequence[str], columns: Sequence[str] | None, levels: dict[str, Any]):
         frozen: RowFormat | None = None
-        self._files = []
+        files = []
         for path in paths:
             with reading(path) as reader:
                 schema = reader.schema
@@ -175,57 +199,35 @@ class _IpcSource(RecordBatchSource):
                 frozen = RowFormat.from_schema(schema, columns, path, levels)
             frozen = frozen.widen(schema, path, whole=columns is None)
             fields = tuple(schema.get_field_index(name) for name in frozen.columns)
-            self._files.append(_inspect(path, fields))
+            # A record batch must be read to learn its number of rows; one column is enough.
+            with reading(path, fields[:1]) as reader:
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+                files.append(IpcFile(path, (batch.num_rows for batch in batches), fields=fields))
         assert frozen is not None
-        self.columns = frozen.columns
-        self.sample_shape = (len(self.columns),)
-        self._format = frozen.with_levels(levels | self._find_levels(levels))
-        self.levels, self.integral = self._format.listed_levels(), self._format.integral
-        rows = np.array([n for file in self._files for n in file.batch_rows], np.int64)
-        self._starts = np.cumsum(rows) - rows
-        self.n_rows = int(rows.sum())
+        self._set_files(files)
         if not self.n_rows:
             raise ValueError(f"{paths[0]}: no rows to stream in {len(paths)} file(s)")
-        self.fingerprint = digest(
-            self.columns, self.levels, [file.identity for file in self._files]
+        self.columns = frozen.columns
+        self.sample_shape = (len(self.columns),)
+        self._format = frozen.with_levels(
+            find_levels(levels, lambda _: self.batches(), self.n_rows)
         )
-
-    def _find_levels(self, levels: dict[str, Any]) -> dict[str, Any]:
-        """Find in one pass the levels that are not given."""
-        finder = LevelFinder([name for name, known in levels.items() if known is None])
-        for file in self._files if None in levels.values() else ():
-            for batch in self._batches(file, 0):
-                finder.add(batch)
-        return finder.finish()
+        self.levels, self.integral = self._format.listed_levels(), self._format.integral
+        self.fingerprint = digest(self.columns, self.levels, [file.identity for file in files])
 
     def batches(self) -> Iterator[Any]:
         for file in self._files:
-            for batch in self._batches(file, 0):
+            for batch in _read_batches(file, 0):
                 yield batch.select(list(self.columns or ()))
 
-    def _read_from(self, first: int) -> Iterator[np.ndarray]:
-        for file in self._files:
-            if first < len(file.batch_rows):
-                yield from self._read(file, max(0, first))
-            first -= len(file.batch_rows)
-
-    def _read(self, file: _IpcFile, first: int) -> Iterator[np.ndarray]:
-        for number, batch in enumerate(self._batches(file, first), start=first):
+    def _read(self, file: IpcFile, first: int) -> Iterator[np.ndarray]:
+        for number, batch in enumerate(_read_batches(file, first), start=first):
             yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
 
-    def _batches(self, file: _IpcFile, first: int) -> Iterator[Any]:
-        with reading(file.path, file.fields) as reader:
-            file.require_unchanged("since the source was made")
-            for number in range(first, len(file.batch_rows)):
-                batch = reader.get_batch(number)
-                batch.validate(full=True)
-                yield batch
-            file.require_unchanged("while it was read")
 
-
-def _inspect(path: str, fields: tuple[int, ...]) -> _IpcFile:
-    # A record batch must be read to learn its number of rows; one column is enough.
-    with reading(path, fields[:1]) as reader:
-        known = identity(path)
-        rows = tuple(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
-    return _IpcFile(path, known, fields, rows)
+def _read_batches(file: IpcFile, first: int) -> Iterator[Any]:
+    with file.open() as reader:
+        for number in range(first, len(file.batch_rows)):
+            batch = reader.get_batch(number)
+            batch.validate(full=True)
+            yield batch

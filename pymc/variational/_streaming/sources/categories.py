@@ -13,18 +13,26 @@
 #   limitations under the License.
 """Category columns, whose values stream as positions among the levels of the column."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import shorten
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.sources.summary import Summary
+from pymc.variational._streaming.utils import progress_bar
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Categories", "LevelFinder", "describe_levels", "encode", "given_levels", "levels_of"]
+__all__ = [
+    "Categories",
+    "describe_levels",
+    "encode",
+    "find_levels",
+    "given_levels",
+    "levels_of",
+]
 
 Categories = Sequence[str] | Mapping[str, Sequence[Any]]
 
@@ -35,6 +43,9 @@ def given_levels(categories: Categories | None) -> dict[str, Any]:
         raise TypeError(f"categories={categories!r} is a string; pass a list of names")
     if not isinstance(categories, Mapping):
         return dict.fromkeys(categories or ())
+    for name, levels in categories.items():
+        if isinstance(levels, str):
+            raise TypeError(f"categories[{name!r}]={levels!r} is a string; pass a list of levels")
     return {name: _as_levels(name, list(levels)) for name, levels in categories.items()}
 
 
@@ -56,6 +67,8 @@ class LevelFinder:
             array = batch.column(name)
             is_dictionary = pa.types.is_dictionary(array.type)
             values = _plain(array.dictionary if is_dictionary else array.unique()).drop_null()
+            if pa.types.is_floating(values.type):
+                values = values.filter(pa.compute.is_finite(values))
             if is_dictionary:
                 self._ordered.add(name)
             if known is not None:
@@ -73,6 +86,23 @@ class LevelFinder:
             if name not in self._ordered:
                 self._levels[name] = values.take(import_pyarrow().compute.sort_indices(values))
         return self._levels
+
+
+def find_levels(
+    levels: Mapping[str, Any],
+    read: Callable[[list[str]], Iterable["pyarrow.RecordBatch"]],
+    n_rows: int | None,
+) -> dict[str, Any]:
+    """Return the levels that are known, and those of other columns from one pass over *n_rows*."""
+    missing = [name for name, known in levels.items() if known is None]
+    if not missing:
+        return dict(levels)
+    finder = LevelFinder(missing)
+    with progress_bar(f"Finding levels of {', '.join(missing)}", n_rows) as add:
+        for batch in read(missing):
+            finder.add(batch)
+            add(batch.num_rows)
+    return {**levels, **finder.finish()}
 
 
 def levels_of(summary: Summary) -> dict[str, Any]:
@@ -112,12 +142,12 @@ def _as_levels(name: str, levels: list[Any]) -> "pyarrow.Array":
 
 
 def _plain(array: "pyarrow.Array") -> "pyarrow.Array":
-    """Return values with one type for all strings, and one for all integers."""
+    """Return values with one type for all strings, and one for all integers but the largest."""
     pa: Any = import_pyarrow()
     is_, kind = pa.types, array.type
     if is_.is_string(kind) or is_.is_string_view(kind):
         return array.cast(pa.large_string())
-    return array.cast(pa.int64()) if is_.is_integer(kind) else array
+    return array.cast(pa.int64()) if is_.is_integer(kind) and not is_.is_uint64(kind) else array
 
 
 def _cast(name: str, values: "pyarrow.Array", kind: "pyarrow.DataType") -> "pyarrow.Array":

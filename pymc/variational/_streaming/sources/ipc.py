@@ -23,7 +23,7 @@ import os
 import zlib
 
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import Source, skip_rows
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow, watch
 from pymc.variational._streaming.sources.parquet.mark import check_marks, parse_mark
 from pymc.variational._streaming.sources.rows import RowFormat, exact_limit
 from pymc.variational._streaming.sources.summary import Summary
@@ -42,16 +42,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ROWS_KEY",
+    "IpcFile",
     "RecordBatchSource",
     "RowMajorSource",
     "checksum",
     "group_columns",
-    "identity",
     "reading",
     "to_metadata",
 ]
 
 ROWS_KEY, _SCHEMA_KEY, _CHECKSUM_KEY = b"pymc.rows", b"pymc.schema", b"pymc.checksum"
+_TAIL = 1 << 16
+"""Bytes at the end of a file: its footer, and the last rows."""
 _WORDS = 512
 """Words of 8 bytes that are added up before their sums get a CRC, which is ten times as slow."""
 
@@ -93,12 +95,6 @@ def checksum(arrays: Sequence[np.ndarray], number: int) -> dict[bytes, bytes]:
     return {_CHECKSUM_KEY: b"%d" % number}
 
 
-def identity(path: str) -> tuple[int, int]:
-    """Return the size of a file in bytes, and the time of its last modification in ns."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
-
-
 @contextmanager
 def reading(path: str, fields: Sequence[int] = ()) -> Iterator[Any]:
     """Open an IPC file to read these fields, or all.
@@ -117,16 +113,63 @@ def reading(path: str, fields: Sequence[int] = ()) -> Iterator[Any]:
         ) from err
 
 
+class IpcFile:
+    """One Arrow IPC file as it was when it was first opened."""
+
+    def __init__(
+        self,
+        path: str,
+        batch_rows: Iterable[int],
+        *,
+        fields: Sequence[int] = (),
+        has_checksums: bool = False,
+    ):
+        self.path = path
+        self.batch_rows = tuple(batch_rows)
+        """Number of rows of each record batch."""
+        self._fields = fields
+        """Indices of the columns to read; none stand for all."""
+        self._has_checksums = has_checksums
+        self.identity = self._identify()
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """Open the file, which must not change until it is closed."""
+        with reading(self.path, self._fields) as reader:
+            if not self._is_same():
+                raise StreamError(
+                    f"{self.path}: changed since the source was made; make the source anew"
+                )
+            with watch(self.path, self._is_same):
+                yield reader
+
+    def _is_same(self) -> bool:
+        return self._identify() == self.identity
+
+    def _identify(self) -> tuple[int, int | str]:
+        """Return the size, and the time of the last change; with checksums, a digest of the end."""
+        status = os.stat(self.path)
+        if not self._has_checksums:
+            return status.st_size, status.st_mtime_ns
+        with open(self.path, "rb") as file:
+            file.seek(max(0, status.st_size - _TAIL))
+            return status.st_size, digest(file.read())
+
+
 class RecordBatchSource(Source):
     """Rows of IPC files, which are read from the first row of a record batch on."""
 
     concurrent = True
-    _starts: np.ndarray
-    """First row of each record batch, and the number of all rows."""
+
+    def _set_files(self, files: Sequence[IpcFile]) -> None:
+        rows = [n for file in files for n in file.batch_rows]
+        self._files, self.n_rows = files, sum(rows)
+        self._starts = np.cumsum([0, *rows])
+        """First row of each record batch, and the number of all rows."""
 
     @abstractmethod
-    def _read_from(self, first: int) -> Iterator[np.ndarray]:
-        """Read on from the record batch *first*, counted over all files."""
+    def _read(self, file: IpcFile, first: int) -> Iterator[np.ndarray]:
+        """Read the rows of a file from its record batch *first* on."""
 
     def read_starts(self, rows: np.ndarray) -> np.ndarray:
         return self._starts[np.searchsorted(self._starts, rows, side="right") - 1]
@@ -136,6 +179,13 @@ class RecordBatchSource(Source):
     ) -> Generator[np.ndarray]:
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         return skip_rows(self._read_from(first), start - int(self._starts[first]))
+
+    def _read_from(self, first: int) -> Iterator[np.ndarray]:
+        """Read on from the record batch *first*, counted over all files."""
+        for file in self._files:
+            if first < len(file.batch_rows):
+                yield from self._read(file, max(first, 0))
+            first -= len(file.batch_rows)
 
 
 class RowMajorSource(RecordBatchSource):
@@ -150,27 +200,23 @@ class RowMajorSource(RecordBatchSource):
         levels: Mapping[str, Any],
         partial: bool,
     ):
-        pa, marks = import_pyarrow(), {}
-        self._files: list[tuple[str, tuple[int, int]]] = []
-        starts = []
-        self.n_rows = 0
+        pa, marks, files = import_pyarrow(), {}, []
         for path in paths:
             with reading(path) as reader:
                 metadata = reader.schema.metadata or {}
-            if ROWS_KEY not in metadata:
-                raise StreamError(f"{path}: not shuffled with {paths[0]}; remove it")
-            self._files.append((path, identity(path)))
-            sizes = json.loads(metadata[ROWS_KEY])
-            starts.append(np.arange(0, sizes["n_rows"], sizes["batch_rows"]) + self.n_rows)
-            self.n_rows += sizes["n_rows"]
+                if ROWS_KEY not in metadata:
+                    raise StreamError(f"{path}: not shuffled with {paths[0]}; remove it")
+                sizes = json.loads(metadata[ROWS_KEY])
+                n_rows, size = sizes["n_rows"], sizes["batch_rows"]
+                rows = (min(size, n_rows - first) for first in range(0, n_rows, size))
+                files.append(IpcFile(path, rows, has_checksums=True))
             marks[path] = parse_mark(path, metadata)
             self.summary = self.summary or Summary.from_metadata(metadata, path)
+        self._set_files(files)
         self.mark = check_marks(marks, partial=partial)
-        self._n_batches = [len(found) for found in starts]
-        self._starts = np.concatenate([*starts, [self.n_rows]])
         self._choose(pa.ipc.read_schema(pa.py_buffer(metadata[_SCHEMA_KEY])), columns, paths[0])
         self.levels = self._kept_levels(levels, paths[0])
-        self.fingerprint = digest(self.columns, [known for _, known in self._files])
+        self.fingerprint = digest(self.columns, [file.identity for file in files])
 
     def _kept_levels(self, given: Mapping[str, Any], where: str) -> dict[str, tuple[Any, ...]]:
         """Return the levels whose codes the files hold, which those that are given must be."""
@@ -209,15 +255,10 @@ class RowMajorSource(RecordBatchSource):
             if (chosen := [name for name in self.columns if name in names])
         ]
 
-    def _read_from(self, first: int) -> Iterator[np.ndarray]:
-        for (path, known), n_batches in zip(self._files, self._n_batches):
-            if first < n_batches:
-                if identity(path) != known:
-                    raise StreamError(f"{path}: changed since the source was made; make it anew")
-                with reading(path) as reader:
-                    for number in range(max(first, 0), n_batches):
-                        yield self._rows(reader, number, path)
-            first -= n_batches
+    def _read(self, file: IpcFile, first: int) -> Iterator[np.ndarray]:
+        with file.open() as reader:
+            for number in range(first, len(file.batch_rows)):
+                yield self._rows(reader, number, file.path)
 
     def _rows(self, reader: Any, number: int, path: str) -> np.ndarray:
         """Read the rows of a record batch, which must be those that were written."""

@@ -29,7 +29,14 @@ from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["PIECE_ROWS", "RowFormat", "exact_limit", "is_pandas_index", "piece_rows"]
+__all__ = [
+    "PIECE_ROWS",
+    "RowFormat",
+    "choose_columns",
+    "exact_limit",
+    "is_pandas_index",
+    "piece_rows",
+]
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 PIECE_ROWS = 1 << 18
@@ -59,8 +66,9 @@ class _Type(NamedTuple):
     dtype: np.dtype
     integral: bool = False
     """Whether the values must survive every later cast: integers, levels and times."""
-    is_time: bool | None = False
-    """Whether the values are seconds since 1970; None where all are null."""
+    is_time: bool | str | None = False
+    """Whether the values are seconds since 1970, "UTC" where their zone is known; None where all
+    are null."""
 
     def join(self, other: "_Type") -> "_Type":
         """Return what holds the values of both exactly."""
@@ -110,21 +118,16 @@ class RowFormat:
         A ValueError that names *where* is raised for columns that are missing, ambiguous or not
         numeric, and for the index of a data frame that *columns* does not name.
         """
-        names, levels = tuple(schema.names if columns is None else columns), levels or {}
+        names, levels = choose_columns(schema, columns, where), levels or {}
         index = [name for name in names if is_pandas_index(name)]
         if columns is None and index:
             raise ValueError(
                 f"{where}: column {index[0]!r} is pandas' index; leave it out with columns=[...], "
                 "or write the rows with index=False"
             )
-        if not names:
-            raise ValueError(f"{where}: no columns to stream; columns={columns!r}")
         for name in levels.keys() - set(names):
             raise ValueError(f"{where}: categories names {name!r}, which is not in {list(names)}")
-        types = _types(schema, names, where, levels)
-        if len(set(names)) < len(names):
-            raise ValueError(f"{where}: columns={list(names)} names a column twice")
-        return cls(names, types, levels)
+        return cls(names, _types(schema, names, where, levels), levels)
 
     def widen(self, schema: "pyarrow.Schema", where: str, *, whole: bool) -> "RowFormat":
         """Return the format that also holds these columns of *schema*, all of it if *whole*.
@@ -137,12 +140,13 @@ class RowFormat:
                 f"{where}: columns {schema.names} where {list(self.columns)} came before; "
                 "pass columns=[...] to stream columns by name"
             )
-        types = _types(schema, self.columns, where, self.levels)
+        names = choose_columns(schema, self.columns, where)
+        types = _types(schema, names, where, self.levels)
         for name, mine, other in zip(self.columns, self.types, types):
             if None not in (mine.is_time, other.is_time) and mine.is_time != other.is_time:
                 raise ValueError(
-                    f"{where}: column {name!r} has times where it had none before, or none where "
-                    "it had times; write the files with one type"
+                    f"{where}: column {name!r} has times where it had none before, or times "
+                    "without a zone beside some with one; write the files with one type"
                 )
         return replace(self, types=tuple(map(_Type.join, self.types, types)))
 
@@ -204,7 +208,8 @@ class RowFormat:
             if array.null_count:
                 bad[:, j] |= array.is_null().to_numpy(zero_copy_only=False)
             if (self.integral[j] or column.dtype.kind in "iu") and self.dtype.kind == "f":
-                bad[:, j] |= _exceeds(column, exact_limit(self.dtype))
+                low, high = _bounds(column.dtype, True, exact_limit(self.dtype))
+                bad[:, j] |= (column < low) | (column > high)
         return rows, bad if bad.any() else None
 
     def fault(self, batch: "pyarrow.RecordBatch", bad: np.ndarray) -> tuple[int, str]:
@@ -237,14 +242,26 @@ class RowFormat:
         return array.cast(pa.int8()) if pa.types.is_null(array.type) else array
 
 
-def _types(
-    schema: "pyarrow.Schema", names: Sequence[str], where: str, levels: Mapping[str, Any]
-) -> tuple[_Type, ...]:
-    """Return the types of these columns, or name all that cannot be used."""
+def choose_columns(
+    schema: "pyarrow.Schema", columns: Sequence[str] | None, where: str
+) -> tuple[str, ...]:
+    """Return *columns*, by default all, each of which must be there once."""
+    names = tuple(schema.names if columns is None else columns)
+    if not names:
+        raise ValueError(f"{where}: no columns to stream; columns={columns!r}")
     for name in names:
         if len(schema.get_all_field_indices(name)) != 1:
             problem = "more than one column" if name in schema.names else "no column"
             raise ValueError(f"{where}: has {problem} {name!r}; its columns are {schema.names}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where}: columns={list(names)} names a column twice")
+    return names
+
+
+def _types(
+    schema: "pyarrow.Schema", names: Sequence[str], where: str, levels: Mapping[str, Any]
+) -> tuple[_Type, ...]:
+    """Return the types of these columns, or name all that cannot be used."""
     kinds = {name: _value_type(schema.field(name).type) for name in names}
     types = {name: _number_type(kind) for name, kind in kinds.items() if name not in levels}
     unusable = [name for name, kind in types.items() if kind is None]
@@ -280,7 +297,7 @@ def _number_type(kind: "pyarrow.DataType") -> _Type | None:
     if is_.is_null(kind):
         return _Type(np.dtype(bool), True, None)
     if is_.is_timestamp(kind) or is_.is_date(kind):
-        return _Type(np.dtype(float), True, True)
+        return _Type(np.dtype(float), True, "UTC" if getattr(kind, "tz", None) else True)
     if is_.is_decimal(kind):
         return _Type(np.dtype(float), kind.scale <= 0)
     if is_.is_integer(kind) or is_.is_boolean(kind) or is_.is_floating(kind):
@@ -315,16 +332,10 @@ def _to_numpy(array: "pyarrow.Array") -> np.ndarray:
     return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
-def _exceeds(values: np.ndarray, limit: float) -> np.ndarray:
-    """Mark integers that a float with this limit cannot hold; decimals arrive as floats."""
-    low, high = _bounds(values.dtype, True, limit)
-    return (values < low) | (values > high)
-
-
 def _bounds(kind: np.dtype, integral: bool, limit: float) -> np.ndarray:
     """Return the least and the greatest value of a type that stay exact, in this type.
 
-    An integer that arrives as a float was rounded already if it is the limit or more.
+    An integer that arrives as a float, as decimals do, was rounded already at the limit or beyond.
     """
     if kind.kind == "f":
         high = limit - 1 if integral and np.isfinite(limit) else np.finfo(kind).max

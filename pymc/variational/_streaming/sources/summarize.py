@@ -72,4 +72,6 @@ def summarize(source: Any, *, progressbar: bool = True) -> Summary:
             summarizer.add_dictionaries(batch)
             summarizer.add(conform(batch, plain))
     summary = summarizer.finish()
-    return summary.with_levels(source.levels) if isinstance(source, Source) else summary
+    if not isinstance(source, Source):
+        return summary
+    return summary.with_types(source.summary or {}).with_levels(source.levels)

@@ -17,6 +17,7 @@ import dataclasses
 import html
 import json
 import math
+import re
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ MAX_LEVELS = 4096
 """Largest number of levels that metadata hold; a column of strings with more counts as text."""
 _FIGURES = ("rows", "nulls", "min", "max", "mean", "sd")
 _SHOWN_LEVELS = 4
+_SHOWN_UNITS = {"date": "D", "timestamp": "m"}
+"""Units of NumPy in which places in time are shown, by the Arrow type of the column."""
+_PLACES = ("min", "max", "mean")
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -94,6 +98,14 @@ class Summary(Mapping[str, ColumnSummary]):
         }
         return Summary(self.rows, self.columns | known)
 
+    def with_types(self, known: Mapping[str, ColumnSummary]) -> "Summary":
+        """Return a summary that tells times by the types that the columns are *known* to have."""
+        columns = {
+            name: dataclasses.replace(column, type=known.get(name, column).type)
+            for name, column in self.columns.items()
+        }
+        return Summary(self.rows, columns)
+
     def to_metadata(self) -> dict[bytes, bytes]:
         """Return the key and the value for the metadata of a file."""
         return {SUMMARY_KEY: json.dumps(dataclasses.asdict(self)).encode()}
@@ -135,12 +147,16 @@ class Summary(Mapping[str, ColumnSummary]):
 
     def _cells(self) -> Iterator[tuple[str, ...]]:
         for name, column in self.columns.items():
-            figures = (getattr(column, figure) for figure in _FIGURES)
+            unit = _SHOWN_UNITS.get(re.split(r"\W|\d", column.type)[0], "")
+            figures = (
+                _format(getattr(column, figure), unit if figure in _PLACES else "")
+                for figure in _FIGURES
+            )
             levels = column.levels or ()
             shown = ", ".join(map(str, levels[:_SHOWN_LEVELS]))
             if len(levels) > _SHOWN_LEVELS:
                 shown += f", ... ({len(levels)})"
-            yield name, *map(_format, figures), shown
+            yield name, *figures, shown
 
 
 class Summarizer:
@@ -268,9 +284,11 @@ class _Column:
         return tuple(levels if _is_dictionary(self.kind) else sorted(levels))
 
 
-def _format(value: float | None) -> str:
+def _format(value: float | None, unit: str) -> str:
     if value is None:
         return ""
+    if unit and math.isfinite(value):
+        return str(np.datetime64(math.floor(value), "s").astype(f"datetime64[{unit}]"))
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 

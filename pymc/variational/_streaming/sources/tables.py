@@ -14,13 +14,13 @@
 """Tables as they come: Parquet files, or the record batches of any other source.
 
 Dictionaries differ from batch to batch, and Arrow cannot take rows of views.  So columns of both
-are read as plain values; :func:`encode` makes dictionaries of them again.
+are read as plain values, of which a writer makes dictionaries again.
 """
 
 import math
 import os
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -28,30 +28,23 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
+    check_footer,
     import_pyarrow,
-    inspect,
+    inspect_all,
     is_local,
+    is_unchanged,
+    read_batches,
 )
 from pymc.variational._streaming.sources.parquet.mark import MARK_KEY, read_mark
-from pymc.variational._streaming.sources.parquet.parquet import read_batches
 from pymc.variational._streaming.sources.parquet.paths import list_parquet, resolve, stands_for
-from pymc.variational._streaming.sources.rows import is_pandas_index
+from pymc.variational._streaming.sources.rows import choose_columns, is_pandas_index
 from pymc.variational._streaming.sources.summary import SUMMARY_KEY, Summary, dictionary_of
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
 
-__all__ = [
-    "Batches",
-    "Files",
-    "Piece",
-    "conform",
-    "encode",
-    "open_table",
-    "plain_schema",
-    "read_piece",
-]
+__all__ = ["Batches", "Files", "Piece", "conform", "open_table", "plain_schema"]
 
 _PAGE_BYTES = 1 << 20
 _PAGE_ROWS = 1 << 10
@@ -87,14 +80,15 @@ class Files:
         self.row_bytes, self.page_bytes = 1.0, 0
         self.files, schemas, marks = [], [], []
         found: Summary | None = None
-        for path in paths:
-            file, metadata = inspect(self.fs, path)
-            schemas.append(_choose(metadata.schema.to_arrow_schema(), columns, path))
-            _refuse_int96(metadata, schemas[-1].names, path)
+        for inspected in inspect_all(self.fs, paths):
+            check_footer(inspected)
+            file, schema, metadata, _ = inspected
+            schemas.append(_choose(schema, columns, file.path))
+            _refuse_int96(metadata, schemas[-1].names, file.path)
             self._measure(metadata, set(schemas[-1].names))
             self.files.append(file)
-            marks.append(read_mark(path, metadata))
-            found = found or Summary.from_metadata(metadata.metadata, path)
+            marks.append(read_mark(file.path, metadata))
+            found = found or Summary.from_metadata(metadata.metadata, file.path)
         if columns is None:
             _refuse_partitions(paths, schemas[0].names)
         self.schema = _unify(schemas, paths)
@@ -109,7 +103,7 @@ class Files:
         n_rows = max(1, min(_SAMPLED_ROWS, int(n_bytes / self.row_bytes)))
         pieces = [(f, (g,)) for f in self.files for g, rows in enumerate(f.group_rows) if rows]
         chosen = pieces[:: math.ceil(len(pieces) / _SAMPLED_GROUPS) or 1]
-        return [next(read_piece(self.fs, piece, self.schema.names, n_rows)) for piece in chosen]
+        return [next(self._read(f, n_rows, g)) for f, g in chosen]
 
     def cut(self, task_rows: int) -> Iterator[tuple[Piece, ...]]:
         """Cut the row groups of all files into runs of about *task_rows*, one for each task."""
@@ -132,21 +126,21 @@ class Files:
         self, batch_rows: int, advance: Callable[[float], None]
     ) -> Iterator["pyarrow.RecordBatch"]:
         """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
-        for piece in chain.from_iterable(self.cut(1)):
-            for batch in read_piece(self.fs, piece, self.schema.names, batch_rows):
+        for file in self.files:
+            for batch in self._read(file, batch_rows):
                 yield batch
                 advance(batch.num_rows)
+
+    def _read(
+        self, file: ParquetInput, batch_rows: int, groups: Sequence[int] | None = None
+    ) -> Iterator["pyarrow.RecordBatch"]:
+        return read_batches(self.fs, file, self.schema.names, batch_rows, groups)
 
     def require_unchanged(self) -> None:
         """Look at each file again."""
         paths = list_parquet(self._source, self._filesystem)[1]
         same = paths == [file.path for file in self.files]
-        if same and is_local(self.fs):
-            pairs = zip(self.fs.get_file_info(paths), self.files)
-            same = all((i.size, i.mtime_ns) == (file.size, file.mtime_ns) for i, file in pairs)
-        elif same:  # the time of the last modification may be unknown
-            same = all(inspect(self.fs, file.path)[0] == file for file in self.files)
-        if not same:
+        if not (same and all(is_unchanged(self.fs, file) for file in self.files)):
             raise StreamError(
                 f"source={self.name!r} changed while it was being shuffled; "
                 "nothing was published; run preshuffle again when it is at rest"
@@ -246,28 +240,11 @@ class Batches:
         """Accept any destination: it is replaced when all rows have been read."""
 
 
-def read_piece(
-    fs: "pyarrow.fs.FileSystem", piece: Piece, columns: Sequence[str], batch_rows: int
-) -> Iterator["pyarrow.RecordBatch"]:
-    """Yield batches of the row groups of a piece, in bounded memory."""
-    file, groups = piece
-    for _, batch in read_batches(
-        fs, file, columns=columns, row_groups=groups, batch_rows=batch_rows
-    ):
-        yield batch
-
-
 def _choose(
     schema: "pyarrow.Schema", columns: Sequence[str] | None, where: str
 ) -> "pyarrow.Schema":
     """Return the chosen columns of a schema, without the metadata of another shuffle."""
-    names = schema.names if columns is None else list(columns)
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"{where}: columns={names} must be at least one, and distinct")
-    for name in names:
-        if schema.names.count(name) != 1:
-            problem = "more than one" if name in schema.names else "no"
-            raise ValueError(f"{where}: has {problem} column {name!r}; it has {schema.names}")
+    names = choose_columns(schema, columns, where)
     kept = {k: v for k, v in (schema.metadata or {}).items() if k not in (MARK_KEY, SUMMARY_KEY)}
     return import_pyarrow().schema([schema.field(name) for name in names], kept)
 
@@ -275,21 +252,23 @@ def _choose(
 def _unify(schemas: Sequence["pyarrow.Schema"], paths: Sequence[str]) -> "pyarrow.Schema":
     """Return one schema for all files, or name the first that differs."""
     pa = import_pyarrow()
-    names = set(schemas[0].names)
+    names, merged = set(schemas[0].names), result_schema(schemas[:1])
     for schema, path in zip(schemas, paths):
+        if schema.equals(schemas[0]):
+            continue
         if differ := names.symmetric_difference(schema.names):
             raise ValueError(
                 f"{path}: has columns {schema.names} where {paths[0]} has {schemas[0].names}; "
                 f"pass columns=[...] without {sorted(differ)}"
             )
         try:
-            result_schema([schemas[0], schema])
+            merged = result_schema([merged, schema])
         except (pa.ArrowInvalid, pa.ArrowTypeError) as err:
             raise ValueError(
                 f"{path}: its columns differ from those of {paths[0]} ({err}); "
                 "write them with one type, or pass columns=[...] to leave them out"
             ) from None
-    return result_schema(schemas)
+    return merged
 
 
 def _refuse_int96(metadata: Any, columns: Collection[str], path: str) -> None:
@@ -361,23 +340,6 @@ def conform(batch: "pyarrow.RecordBatch", plain: "pyarrow.Schema") -> "pyarrow.R
                 "write it with one type that holds all values"
             ) from None
     return pa.RecordBatch.from_arrays(columns, schema=plain)
-
-
-def encode(
-    batch: "pyarrow.RecordBatch",
-    schema: "pyarrow.Schema",
-    dictionaries: Mapping[str, "pyarrow.Array"],
-) -> "pyarrow.RecordBatch":
-    """Encode the dictionary columns of *schema* with these dictionaries."""
-    pa = import_pyarrow()
-    columns = []
-    for column, field in zip(batch.columns, schema):
-        if field.name in dictionaries:
-            values = dictionaries[field.name]
-            indices = pa.compute.index_in(column, value_set=values)
-            column = pa.DictionaryArray.from_arrays(indices, values, ordered=field.type.ordered)
-        columns.append(column)
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _plain(kind: "pyarrow.DataType") -> "pyarrow.DataType":

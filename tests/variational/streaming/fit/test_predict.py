@@ -24,6 +24,7 @@ import pymc as pm
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
+    arrow_source,
     log_score,
     predict,
     shuffle_buffer,
@@ -60,6 +61,10 @@ def approx(ds) -> pm.MeanField:
         pm.Deterministic("both", pm.math.stack([mean, 2 * mean], axis=1))
         pm.Deterministic("total", effect.sum())
         pm.Deterministic("range", ds["x"].max())
+        pm.Deterministic("centred", ds["x"] - ds["x"].mean())
+        pm.Deterministic("by_group", effect * ds["x"].mean())
+        pm.Deterministic("across", pm.math.stack([mean, mean, mean]))
+        pm.Deterministic("joint", ds["x"] + other["x"].mean())
         pm.Normal("y", mean, 2, observed=ds["y"], total_size=ds.total_size)
         pm.Binomial("count", 10, 0.3, observed=ds["count"], total_size=ds.total_size)
         pm.Normal("z", effect[0], 1, observed=other["x"], total_size=other.total_size)
@@ -141,12 +146,86 @@ def test_an_existing_file_is_replaced_only_if_asked_for(ds, approx, tmp_path):
     [
         ("total", StreamError, "does not depend on the rows"),
         ("range", StreamError, "one value or vector per row"),
+        ("centred", StreamError, "depends on that row alone"),
+        ("by_group", StreamError, "one value or vector per row"),
+        ("across", StreamError, "another axis"),
+        ("joint", StreamError, "depends on the stream 'other' too"),
         ("absent", KeyError, "absent"),
     ],
 )
 def test_what_has_no_value_per_row_is_refused(ds, approx, tmp_path, name, error, message):
+    """There are three rows, as many as a vector has that is none of rows."""
+    rows = TABLE[:3]
     with pytest.raises(error, match=message):
-        predict(approx, TABLE, to=tmp_path / "p", var_names=[name], ds=ds, progressbar=False)
+        predict(approx, rows, to=tmp_path / "p", var_names=[name], ds=ds, progressbar=False)
+
+
+def test_columns_that_a_prediction_does_not_read_may_be_missing(ds, approx, tmp_path):
+    new = TABLE.drop_columns(["y", "count"])
+    to = tmp_path / "p.parquet"
+    options = {"to": to, "ds": ds, "overwrite": True, "progressbar": False}
+    found = []
+    for rows in (TABLE, new, arrow_source(new.select(["x", "group"]))):
+        predict(approx, rows, **options)
+        found.append(pq.read_table(to))
+    assert found[0] == found[1] == found[2]
+    with pytest.raises(ValueError, match=r"none of \['x'\]"):
+        predict(approx, arrow_source(new.drop_columns(["x"])), **options)
+
+
+def test_a_folder_is_no_file(ds, approx, tmp_path):
+    with pytest.raises(IsADirectoryError, match="pass the name of a file"):
+        predict(approx, TABLE, to=tmp_path, ds=ds, overwrite=True, progressbar=False)
+
+
+@pytest.fixture(scope="module")
+def train():
+    table = pa.table({"level": list("abc") * 10, "y": np.zeros(30)})
+    return arrow_source(table, categories=["level"])
+
+
+@pytest.fixture(scope="module")
+def fitted(train):
+    ds = StreamingDataset(train, batch_size=10)
+    with pm.Model(coords=ds.coords) as model:
+        effect = pm.Normal("effect", 0, 1, dims="level")
+        pm.Normal("y", effect[ds.index("level")], 1, observed=ds["y"], total_size=30)
+    approx = pm.MeanField(model=model)
+    approx.groups[0].shared_params["mu"].set_value([-5.0, 0.0, 5.0])
+    approx.groups[0].shared_params["rho"].set_value(np.full(3, -20.0))
+    approx.ds = ds
+    return approx
+
+
+class TestCategories:
+    """A table has its own levels, whose positions need not be those of the stream."""
+
+    ROWS = pa.table({"level": ["b", "c", "b"], "y": [0.0, 5.0, 0.0]})
+
+    def test_levels_are_matched_by_name(self, train, fitted):
+        """Each row lies at the mean of its level."""
+        encoded = self.ROWS.set_column(0, "level", self.ROWS["level"].dictionary_encode())
+        other_order = arrow_source(self.ROWS.select(["y", "level"]), categories=train.levels)
+        for rows in (self.ROWS, encoded, self.ROWS.select(["y", "level"]), other_order):
+            score = log_score(fitted, rows, progressbar=False)
+            assert score.mean == pytest.approx(norm.logpdf(0))
+
+    @pytest.mark.parametrize(
+        ("rows", "categories", "found"),
+        [
+            (ROWS, ["level"], "'b', 'c'"),
+            (ROWS, {"level": list("cba")}, "'c', 'b', 'a'"),
+            (ROWS.set_column(0, "level", pa.array([1, 2, 1])), None, "no levels"),
+        ],
+        ids=["found", "in another order", "positions"],
+    )
+    def test_other_levels_are_refused(self, train, fitted, rows, categories, found):
+        source = arrow_source(rows, categories=categories)
+        message = rf"rows has (levels )?{found} of 'level' .* pass categories=train.levels"
+        with pytest.raises(ValueError, match=message):
+            log_score(fitted, source, progressbar=False)
+        with pytest.raises(ValueError, match=message), fitted.ds.rows(source):
+            pass
 
 
 def test_the_stream_must_be_named_where_there_are_two(approx):

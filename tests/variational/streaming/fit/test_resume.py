@@ -348,6 +348,8 @@ class TestFile:
             fit(rows, tmp_path / "f", 9, callbacks=[Best(1)])
         with pytest.raises(FileNotFoundError, match=r"no/\.f\.part"):
             fit(rows, tmp_path / "no" / "f", 9, callbacks=[Die(1)])
+        with pytest.raises(ValueError, match="is a URI, and a checkpoint is a local file; pass"):
+            fit(rows, "s3://bucket/f", 9, callbacks=[Die(1)])
         assert not list(tmp_path.iterdir())
 
     def test_parameters_that_are_not_finite_are_not_saved(self, rows, checkpoint, seven_steps):

@@ -15,8 +15,8 @@
 
 ``python -m tests.variational.streaming.preshuffle.killed FOLDER KIND EVERY`` kills at every
 EVERY-th line of ``TRACED`` that the main thread executes, each time in a child process.  KIND is
-"local", "remote" for a filesystem that cannot rename folders, or "overwrite" where there are other
-rows before.
+"remote" for a filesystem that cannot rename folders, or "overwrite" for a local one where there are
+other rows before.
 """
 
 import os

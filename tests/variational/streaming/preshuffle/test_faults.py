@@ -14,11 +14,10 @@
 """What a shuffle leaves behind when something goes wrong: nothing, and the next run works."""
 
 import os
-import signal
 import subprocess
 import sys
 
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -89,13 +88,13 @@ def require_whole(root, names=("in", "out")):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("kind", ["local", "remote", "overwrite"])
+@pytest.mark.parametrize("kind", ["remote", "overwrite"])
 def test_a_kill_at_any_moment_leaves_all_or_nothing_and_the_next_run_finishes(tmp_path, kind):
     module = "tests.variational.streaming.preshuffle.killed"
-    command = [sys.executable, "-m", module, str(tmp_path), kind, "9"]
+    command = [sys.executable, "-m", module, str(tmp_path), kind, "11"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) > 30
+    assert int(done.stdout.split()[0]) > 20
 
 
 @KINDS
@@ -206,20 +205,29 @@ def test_a_source_file_that_vanishes_is_named(source, tmp_path):
 
 
 @KINDS
-@pytest.mark.parametrize("change", ["rewritten", "added", "touched"])
+@pytest.mark.parametrize("change", ["rewritten", "added"])
 def test_a_source_that_changes_between_the_passes_is_not_published(
     source, tmp_path, change, filesystem
 ):
     def meddle():
-        if change == "touched":
-            os.utime(source / "1.parquet", ns=(1, 1))
-        else:
-            name = "4.parquet" if change == "added" else "1.parquet"
-            pq.write_table(pa.table({"row": range(5000)}), source / name)
+        name = "4.parquet" if change == "added" else "1.parquet"
+        pq.write_table(pa.table({"row": range(5000)}), source / name)
 
     with pytest.raises(StreamError, match="in' changed while it was being shuffled; nothing was"):
         shuffle(source, executor=at(20, meddle), filesystem=filesystem)
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_another_time_alone_is_no_change_on_a_disk(source, tmp_path):
+    def touch():
+        os.utime(source / "1.parquet", ns=(1, 1))
+
+    shuffle(source, executor=at(20, touch))
+    require_whole(tmp_path)
+    (tmp_path / "out").rename(tmp_path / "old")
+    os.utime(source / "1.parquet")
+    with pytest.raises(StreamError, match="in' changed while it was being shuffled"):
+        shuffle(source, executor=at(20, touch), filesystem=remote)
 
 
 @pytest.mark.parametrize("place", ["first message", "last message", "index", "end", "length"])
@@ -257,7 +265,8 @@ def test_rows_that_scratch_loses_are_missed(source, tmp_path, scratch):
 
 
 def test_an_executor_that_dies_is_named(source, tmp_path):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=die) as pool:
+    options = {"mp_context": get_context("spawn"), "initializer": os._exit, "initargs": (1,)}
+    with ProcessPoolExecutor(1, **options) as pool:
         with pytest.raises(StreamError, match=r"stopped \(BrokenProcessPool: .*run it again"):
             shuffle(source, executor=pool)
     assert os.listdir(tmp_path) == ["in"]
@@ -268,6 +277,13 @@ def test_an_executor_that_was_shut_down_is_named(source):
     pool.shutdown()
     with pytest.raises(StreamError, match=r"stopped \(RuntimeError: cannot schedule new futures"):
         shuffle(source, executor=pool)
+
+
+def test_a_lost_scheduler_is_named(source, tmp_path):
+    """Dask cancels the tasks of a scheduler that it cannot reach any more."""
+    with pytest.raises(StreamError, match=r"stopped \(a task was cancelled, as when the scheduler"):
+        shuffle(source, executor=fail_at(3, CancelledError()))
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_a_second_run_is_refused(source, tmp_path):
@@ -302,7 +318,3 @@ def test_the_source_is_never_written_to(source):
         shuffle(source, executor=fail_at(20, OSError("gone")))
     shuffle(source)
     assert (digests(source), [p.stat().st_mtime_ns for p in sorted(source.iterdir())]) == before
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -61,7 +61,7 @@ def shuffle(source, destination, *, seed=0, **options):
     return preshuffle(source, destination, seed=seed, progressbar=False, **options)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(layout=strategies.layouts)
 def test_every_row_comes_out_once_whatever_the_layout(tmp_path_factory, layout):
     folder = tmp_path_factory.mktemp("layout")
@@ -263,8 +263,8 @@ def test_the_report_is_short_and_right(tmp_path):
         ({"seed": True}, "seed=True must be a non-negative integer"),
         ({"memory_limit": "much"}, "memory_limit='much' is not a size; pass bytes or a string"),
         ({"memory_limit": "1MB"}, r"memory_limit=1000000 is too small .*pass at least .*'\d+MB'"),
-        ({"columns": ["rows"]}, r"has no column 'rows'; it has \['row', 'twice'\]"),
-        ({"columns": ["row", "row"]}, "must be at least one, and distinct"),
+        ({"columns": ["rows"]}, r"has no column 'rows'; its columns are \['row', 'twice'\]"),
+        ({"columns": ["row", "row"]}, "names a column twice"),
         ({"scratch": "s3://bucket/scratch"}, "scratch is a URI; pass a directory"),
         ({"compression": "zip"}, "compression='zip' is not available"),
         ({"columns": "row"}, "columns='row' is a string; pass a list of names"),

@@ -298,13 +298,17 @@ class TestSummary:
         found = summarize(pa.table({"x": values}).to_batches(max_chunksize=777))["x"]
         assert found.sd == pytest.approx(values.std(ddof=1), rel=1e-9)
 
-    def test_times_are_seconds(self):
+    def test_times_are_seconds_and_shown_as_dates(self, tmp_path):
         times = pd.to_datetime(["2026-01-01", "2026-01-03"])
         table = pa.table({"t": times, "d": pa.array(times).cast(pa.date32())})
         for name in ("t", "d"):
             column = summarize(table)[name]
             assert column.max - column.min == 2 * 86400
             assert column.min == times[0].timestamp()
+        assert "2026-01-02T00:00 " in repr(summarize(table))  # the mean
+        shuffle(table, tmp_path / "out")
+        source = parquet_source(tmp_path / "out", columns=["d"], invalid="drop")
+        assert " 2026-01-02 " in repr(summarize(source))
 
 
 def test_each_pass_is_told_of_in_one_line(tmp_path, frame, caplog):

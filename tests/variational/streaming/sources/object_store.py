@@ -27,10 +27,14 @@ import pytest
 
 __all__ = ["FAULTS", "Proxy", "s3_server"]
 
-FAULTS = ("throttle", "error", "refuse", "drop", "truncate", "stall")
-"""SlowDown, a 500, no answer, half a body, a short answer, and an answer that never ends."""
+FAULTS = ("throttle", "error", "expire", "refuse", "drop", "truncate", "stall")
+"""SlowDown, a 500, an expired credential, no answer, half a body, a short answer, and an answer that never ends."""
 
-_ANSWERS = {"throttle": (503, "SlowDown"), "error": (500, "InternalError")}
+_ANSWERS = {
+    "throttle": (503, "SlowDown"),
+    "error": (500, "InternalError"),
+    "expire": (400, "ExpiredToken"),
+}
 _LATENCY = 0.2
 _STALL = 60.0
 """Seconds; longer than a client should wait."""

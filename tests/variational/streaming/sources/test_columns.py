@@ -23,7 +23,7 @@ import pytest
 
 import pymc as pm
 
-from pymc.variational._streaming.sources.parquet import parquet
+from pymc.variational._streaming.sources import categories
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
@@ -251,6 +251,15 @@ class TestTimes:
         with pytest.raises(ValueError, match=r"b.parquet: column 't' has times where it had none"):
             parquet_source(tmp_path)
 
+    def test_times_of_a_zone_do_not_mix_with_those_of_none(self, tmp_path):
+        """The same hour would be two times, some hours apart."""
+        hour = pa.array([0], pa.timestamp("s"))
+        pq.write_table(pa.table({"t": hour}), tmp_path / "a.parquet")
+        zoned = hour.cast(pa.timestamp("s", "America/New_York"))
+        pq.write_table(pa.table({"t": zoned}), tmp_path / "b.parquet")
+        with pytest.raises(ValueError, match=r"b.parquet: column 't' .* without a zone beside"):
+            parquet_source(tmp_path)
+
 
 CARRIERS = ["UA", "AA", "B6", "AA"]
 
@@ -331,6 +340,18 @@ class TestCategories:
         with pytest.raises(StreamError, match="'x' is 'b', which is none of its levels 'a', None"):
             rows_of(arrow_source(table, categories={"x": ["a", None]}))
 
+    def test_nan_is_no_level(self):
+        table = pa.table({"g": [2.5, float("nan"), 1.5]})
+        source = arrow_source(table, categories=["g"])
+        with pytest.raises(StreamError, match=r"'g' is nan, which is none of its levels 1.5, 2.5"):
+            list(source)
+
+    def test_large_unsigned_integers_are_levels(self):
+        table = pa.table({"id": pa.array([2**63 + 1, 5, 2**63 + 1], pa.uint64())})
+        source = arrow_source(table, categories=["id"])
+        assert np.concatenate(list(source)).ravel().tolist() == [1, 0, 1]
+        assert source.levels == {"id": (5, 2**63 + 1)}
+
     def test_rows_of_other_levels_are_dropped_on_demand(self, tmp_path, flights):
         pq.write_table(flights, tmp_path / "a.parquet")
         levels = {"carrier": ["AA", "UA"]}
@@ -341,7 +362,7 @@ class TestCategories:
         pq.write_table(flights, tmp_path / "raw.parquet")
         preshuffle(tmp_path / "raw.parquet", tmp_path / "out", seed=0, progressbar=False)
         found = parquet_source(tmp_path / "raw.parquet", categories=["carrier", "late"]).levels
-        monkeypatch.setattr(parquet, "LevelFinder", None)
+        monkeypatch.setattr(categories, "LevelFinder", None)
         assert parquet_source(tmp_path / "out", categories=["carrier", "late"]).levels == found
 
     @pytest.mark.parametrize(

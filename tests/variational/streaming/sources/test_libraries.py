@@ -90,7 +90,6 @@ def test_an_abandoned_pass_leaves_no_open_file(heading):
     "title, few, many, own",
     [
         ("DuckDB", 1_000_000, 6_000_000, False),
-        ("A generator of record batches", 1_000_000, 6_000_000, False),
         ("Arrow IPC and Feather files", 1_000_000, 6_000_000, False),
         ("Arrays and memory maps", 1_000_000, 6_000_000, True),
         ("zarr, h5py, xarray and dask arrays", 250_000, 2_000_000, False),

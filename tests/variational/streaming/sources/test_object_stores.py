@@ -190,6 +190,15 @@ def test_a_fault_that_stays_ends_the_epoch_with_the_name_of_the_file(
     np.testing.assert_array_equal(found, rows[: len(found)])
 
 
+@pytest.mark.parametrize("client", [open_pyarrow, open_fsspec])
+def test_an_expired_credential_is_named_and_not_tried_again(proxy, client, caplog):
+    source = client("in", proxy.endpoint)
+    proxy.fail("expire", only="1.parquet")
+    with pytest.raises(StreamError, match=r"in/1\.parquet: .*renew the credential, which has"):
+        rows_of(source)
+    assert not [record for record in caplog.records if "attempt" in record.message]
+
+
 def test_a_store_that_is_gone_when_an_epoch_begins_is_a_stream_error(proxy, monkeypatch):
     monkeypatch.setattr(remote, "_WAITS", (0.05,))
     source = open_pyarrow("in", proxy.endpoint)

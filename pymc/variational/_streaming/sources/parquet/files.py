@@ -14,13 +14,13 @@
 """Parquet files on any filesystem, and whether they are still the same."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import batched
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,15 +33,19 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 __all__ = [
+    "Inspected",
     "ParquetInput",
+    "check_footer",
     "chunk_extent",
     "column_ranges",
     "import_pyarrow",
-    "inspect",
     "inspect_all",
+    "inspect_footer",
     "is_local",
-    "open_parquet",
+    "is_unchanged",
+    "read_batches",
     "warn_of_copies",
+    "watch",
 ]
 
 _MAGIC = b"PAR1"
@@ -87,6 +91,15 @@ class ParquetInput:
         raise IndexError(f"row groups {list(groups)} end {row} rows before")
 
 
+class Inspected(NamedTuple):
+    """A file, and what its footer says; see :func:`check_footer`."""
+
+    file: ParquetInput
+    schema: "pyarrow.Schema"
+    metadata: "pyarrow.parquet.FileMetaData"
+    footer: bytes
+
+
 def import_pyarrow() -> Any:
     """Import pyarrow on first use, and say how to get it where it is missing."""
     try:
@@ -105,30 +118,58 @@ def is_local(fs: "pyarrow.fs.FileSystem") -> bool:
     return isinstance(fs, import_pyarrow().fs.LocalFileSystem)
 
 
-def inspect(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[ParquetInput, Any]:
-    """Read the footer of *path*: what identifies the file, and its Parquet metadata.
+def inspect_footer(file: ParquetInput, footer: bytes) -> Inspected:
+    """Say what a footer says."""
+    pa = import_pyarrow()
+    metadata = pa.parquet.read_metadata(pa.BufferReader(_MAGIC + footer))
+    return Inspected(file, metadata.schema.to_arrow_schema(), metadata, footer)
 
-    A footer that cannot be read, or contradicts itself or the size of the file, is a StreamError.
-    """
+
+def _inspect(fs: "pyarrow.fs.FileSystem", path: str) -> Inspected:
+    """Read the footer of *path*; one that cannot be read is a StreamError."""
     with _open(fs, path) as (_, footer, identity), _as_stream_error(path, _UNREADABLE):
-        metadata = _parse(footer)
-        metadata.schema.to_arrow_schema()  # a type that Arrow cannot convert is refused here
-        _check_footer(metadata, data_end=identity[0] - len(footer))
-    group_rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-    return ParquetInput(path, *identity, tuple(group_rows)), metadata
+        found = inspect_footer(ParquetInput(path, *identity, ()), footer)
+        metadata = found.metadata
+        rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
+        if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+            raise OSError("its footer and its row groups hold different numbers of rows; corrupt")
+    return found._replace(file=replace(found.file, group_rows=rows))
 
 
-def inspect_all(
-    fs: "pyarrow.fs.FileSystem", paths: Sequence[str]
-) -> Iterator[tuple[ParquetInput, Any]]:
+def inspect_all(fs: "pyarrow.fs.FileSystem", paths: Sequence[str]) -> Iterator[Inspected]:
     """Inspect files in their order, several at a time where each takes the time of some requests."""
     fsspec = fsspec_of(fs)
     if is_local(fs) or not (fsspec is None or getattr(fsspec, "async_impl", False)):
-        yield from map(partial(inspect, fs), paths)
+        yield from map(partial(_inspect, fs), paths)
         return
     with ThreadPoolExecutor(_MAX_REQUESTS) as pool:
         for some in batched(paths, 8 * _MAX_REQUESTS):
-            yield from pool.map(partial(inspect, fs), some)
+            yield from pool.map(partial(_inspect, fs), some)
+
+
+def check_footer(found: Inspected) -> None:
+    """Raise StreamError if types, counts or offsets in a footer contradict each other.
+
+    A footer has no checksum, and Arrow trusts it: a flipped bit there could give other rows.
+    """
+    file, _, metadata, footer = found
+    leaves = [metadata.schema.column(j) for j in range(metadata.num_columns)]
+    extents = []
+    with _as_stream_error(file.path, _UNREADABLE):
+        for number, group in enumerate(map(metadata.row_group, range(metadata.num_row_groups))):
+            chunks = [group.column(j) for j in range(group.num_columns)]
+            agree = (_agree(chunk, leaf, group.num_rows) for chunk, leaf in zip(chunks, leaves))
+            if len(chunks) != len(leaves) or not all(agree):
+                raise OSError(
+                    f"its footer describes row group {number} against its schema; corrupt"
+                )
+            if group.num_rows:  # the chunks of an empty row group need not have a place
+                extents += [chunk_extent(chunk) for chunk in chunks]
+        free = len(_MAGIC)
+        for start, end in sorted(extents):
+            if not free <= start <= end <= file.size - len(footer):
+                raise OSError(f"its footer puts a column at bytes {start} to {end}; corrupt")
+            free = end
 
 
 def column_ranges(
@@ -176,53 +217,91 @@ def chunk_extent(chunk: Any) -> tuple[int, int]:
     return start, start + chunk.total_compressed_size
 
 
+def read_batches(
+    fs: "pyarrow.fs.FileSystem",
+    file: ParquetInput,
+    columns: Sequence[str],
+    batch_rows: int,
+    groups: Sequence[int] | None = None,
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield the rows of some row groups of an unchanged file, by default all, and these columns."""
+    chosen = list(range(len(file.group_rows)) if groups is None else groups)
+    n_rows = 0
+    with _open_parquet(fs, file) as opened:
+        for batch in opened.iter_batches(
+            batch_rows, row_groups=chosen, columns=list(columns), use_threads=False
+        ):
+            n_rows += batch.num_rows
+            yield batch.select(list(columns))
+            del batch  # its memory is free while the next one is read
+        promised = sum(file.group_rows[group] for group in chosen)
+        if n_rows != promised:
+            raise StreamError(
+                f"{file.path}: {len(chosen)} row groups gave {n_rows} rows, "
+                f"its footer promises {promised}"
+            )
+
+
 @contextmanager
-def open_parquet(
+def _open_parquet(
     fs: "pyarrow.fs.FileSystem", known: ParquetInput
 ) -> Iterator["pyarrow.parquet.ParquetFile"]:
     """Open a file that must not change from when *known* was taken until it is closed.
 
-    Another time alone, as ``touch`` gives it, is no change on a disk; an object store gives another
-    time only to another object.
     Reads are buffered and never ahead, so memory does not depend on the size of the file or of its
     row groups.
     """
     path = known.path
-    with _open(fs, path) as (handle, footer, identity), _as_stream_error(path, "reading failed"):
-        if not _is_unchanged(fs, known, identity):
+    with _open(fs, path) as (handle, footer, found), _as_stream_error(path, "reading failed"):
+        if not _is_same(fs, known, found):
             raise StreamError(f"{path}: changed since the source was made; make the source anew")
-        fault = None
-        try:
-            with import_pyarrow().parquet.ParquetFile(
+        with (
+            watch(path, lambda: is_unchanged(fs, known)),
+            import_pyarrow().parquet.ParquetFile(
                 handle,
                 # On a disk, Arrow's own reading of the footer costs less than parsing these bytes.
-                metadata=None if is_local(fs) else _parse(footer),
+                metadata=None if is_local(fs) else inspect_footer(known, footer).metadata,
                 pre_buffer=False,
                 buffer_size=_READ_BUFFER if is_local(fs) else _REMOTE_READ_BUFFER,
                 page_checksum_verification=True,
-            ) as file:
-                yield file
-        except Exception as err:
-            fault = err  # a file that is written meanwhile fails in any way
-        if _size_and_mtime(fs, path) != identity[:2] and not _reopens(fs, known):
-            raise StreamError(f"{path}: changed while it was read; make the source anew") from fault
-        if fault is not None:
-            raise fault
+            ) as file,
+        ):
+            yield file
 
 
-def _reopens(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> bool:
-    """Whether a file of another time is the known one still."""
+def is_unchanged(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> bool:
+    """Whether a file is the known one still, which its footer tells where its time does not."""
     try:
-        with _open(fs, known.path) as (_, _, now):
-            return _is_unchanged(fs, known, now)
-    except StreamError:
+        if _size_and_mtime(fs, known.path) == (known.size, known.mtime_ns or -1):
+            return True
+        with _open(fs, known.path) as (_, _, found):
+            return _is_same(fs, known, found)
+    except (OSError, StreamError):
         return False
 
 
-def _is_unchanged(fs: "pyarrow.fs.FileSystem", known: ParquetInput, found: _Identity) -> bool:
+def _is_same(fs: "pyarrow.fs.FileSystem", known: ParquetInput, found: _Identity) -> bool:
+    """Compare a file with the known one: on a disk, another time alone is no change.
+
+    An object store gives another time only to another object.
+    """
     size, mtime_ns, footer = found
     same = (size, footer) == (known.size, known.digest)
     return same and (is_local(fs) or mtime_ns == known.mtime_ns)
+
+
+@contextmanager
+def watch(path: str, is_same: Callable[[], bool]) -> Iterator[None]:
+    """Name a file that changes meanwhile as changed, whatever error that causes."""
+    fault = None
+    try:
+        yield
+    except Exception as err:
+        fault = err
+    if not is_same():
+        raise StreamError(f"{path}: changed while it was read; make the source anew") from fault
+    if fault is not None:
+        raise fault
 
 
 @contextmanager
@@ -254,36 +333,6 @@ def _sample(fs: "pyarrow.fs.FileSystem", path: str) -> str:
     """Return a digest of bytes from the start and the middle: equal footers can have other rows."""
     with _open(fs, path) as (handle, _, (size, *_)), _as_stream_error(path, _UNREADABLE):
         return digest(*(handle.read_at(min(size - at, _TAIL), at) for at in (0, size // 2)))
-
-
-def _parse(footer: bytes) -> Any:
-    pa = import_pyarrow()
-    return pa.parquet.read_metadata(pa.BufferReader(_MAGIC + footer))
-
-
-def _check_footer(metadata: "pyarrow.parquet.FileMetaData", *, data_end: int) -> None:
-    """Raise OSError if counts, types or offsets in a footer contradict each other.
-
-    A footer has no checksum, and Arrow trusts it: a flipped bit there could give other rows.
-    """
-    leaves = [metadata.schema.column(j) for j in range(metadata.num_columns)]
-    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-    rows = [group.num_rows for group in groups]
-    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
-        raise OSError("its footer and its row groups hold different numbers of rows; corrupt")
-    extents = []
-    for number, group in enumerate(groups):
-        chunks = [group.column(j) for j in range(group.num_columns)]
-        agree = (_agree(chunk, leaf, group.num_rows) for chunk, leaf in zip(chunks, leaves))
-        if len(chunks) != len(leaves) or not all(agree):
-            raise OSError(f"its footer describes row group {number} against its schema; corrupt")
-        if group.num_rows:  # the chunks of an empty row group need not have a place
-            extents += [chunk_extent(chunk) for chunk in chunks]
-    free = len(_MAGIC)
-    for start, end in sorted(extents):
-        if not free <= start <= end <= data_end:
-            raise OSError(f"its footer puts a column at bytes {start} to {end}; corrupt")
-        free = end
 
 
 def _bounds(chunk: Any) -> tuple[float, float]:

@@ -126,7 +126,7 @@ def check_marks(
 
 def _data_end(metadata: "pyarrow.parquet.FileMetaData") -> int:
     """Return the byte at which the last column of the last row group ends."""
-    if not metadata.num_row_groups or not metadata.num_columns:
+    if not metadata.num_row_groups:
         return 4
     group = metadata.row_group(metadata.num_row_groups - 1)
-    return chunk_extent(group.column(metadata.num_columns - 1))[1]
+    return chunk_extent(group.column(group.num_columns - 1))[1] if group.num_columns else 4

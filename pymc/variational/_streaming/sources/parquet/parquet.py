@@ -26,16 +26,18 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.sources.categories import (
     Categories,
-    LevelFinder,
+    find_levels,
     given_levels,
     levels_of,
 )
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
+    check_footer,
     column_ranges,
     import_pyarrow,
     inspect_all,
-    open_parquet,
+    inspect_footer,
+    read_batches,
     warn_of_copies,
 )
 from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
@@ -48,7 +50,7 @@ from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["parquet_source", "read_batches"]
+__all__ = ["parquet_source"]
 
 
 def parquet_source(
@@ -185,18 +187,20 @@ class _ParquetSource(Source):
     ) -> None:
         """Read the footer of each file once, and keep what is needed of it."""
         frozen: RowFormat | None = None
-        marks, ranges, summary = {}, [], None
-        self._files = []
-        for file, metadata in inspect_all(self._fs, paths):
+        marks, summary = {}, None
+        self._files: list[ParquetInput] = []
+        self._footers: dict[str, bytes] = {}
+        """Footers of files that were not used yet."""
+        self._ranges: dict[str, np.ndarray] = {}
+        for file, schema, metadata, footer in inspect_all(self._fs, paths):
             path = file.path
-            schema = metadata.schema.to_arrow_schema()
             if frozen is None:
                 frozen = RowFormat.from_schema(schema, columns, path, levels)
             frozen = frozen.widen(schema, path, whole=columns is None)
             marks[path] = read_mark(path, metadata)
             summary = summary or Summary.from_metadata(metadata.metadata, path)
-            ranges.append(column_ranges(metadata, frozen.plain_columns))
             self._files.append(file)
+            self._footers[path] = footer
         assert frozen is not None
         self.mark = check_marks(marks, partial=partial)
         warn_of_copies(self._fs, self._files)
@@ -205,29 +209,20 @@ class _ParquetSource(Source):
         if self.shuffled and summary is not None:  # others need not be of these rows
             self.summary = summary.select(frozen.columns)
             kept = levels_of(self.summary)
-        self._format = frozen.with_levels(self._find_levels(levels, kept))
-        self._part_ranges = np.concatenate(ranges)
+        self._format = frozen
+        known = {n: kept.get(n) if values is None else values for n, values in levels.items()}
+        total = sum(file.n_rows for file in self._files)
+        found = find_levels(known, lambda names: self._read_columns(names, PIECE_ROWS), total)
+        self._format = frozen.with_levels(found)
         self.columns, self.integral = frozen.columns, self._format.integral
         self.levels = self._format.listed_levels()
         self.sample_shape = (len(self.columns),)
 
-    def _find_levels(self, levels: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
-        """Return all levels: those that are given or *kept*, and others from one pass."""
-        known = {n: kept.get(n) if values is None else values for n, values in levels.items()}
-        missing = [name for name, values in known.items() if values is None]
-        if not missing:
-            return known
-        finder = LevelFinder(missing)
-        total = sum(file.n_rows for file in self._files)
-        with progress_bar(f"Finding levels of {', '.join(missing)}", total) as add:
-            for file in self._files:
-                groups = range(len(file.group_rows))
-                for _, batch in read_batches(
-                    self._fs, file, columns=missing, row_groups=groups, batch_rows=PIECE_ROWS
-                ):
-                    finder.add(batch)
-                    add(batch.num_rows)
-        return known | finder.finish()
+    def _read_columns(self, columns: Sequence[str], size: int) -> Iterator["pyarrow.RecordBatch"]:
+        """Read all rows of some columns."""
+        for file in self._files:
+            self._ranges_of(file)
+            yield from read_batches(self._fs, file, columns, size)
 
     def _count_invalid_rows(self) -> int:
         """Count the rows that are dropped, and set how many each row group has left."""
@@ -247,8 +242,22 @@ class _ParquetSource(Source):
         order = self._order(0)
         starts, stops = self._part_bounds(order)
         inside = (starts < stop) & (stops > start) & (starts < stops)
-        low, high = self._part_ranges[order[inside]].transpose(2, 0, 1)
+        ranges = np.concatenate([self._ranges_of(file) for file in self._files])
+        low, high = ranges[order[inside]].transpose(2, 0, 1)
         return np.stack([low.min(axis=0), high.max(axis=0)], axis=1)
+
+    def _ranges_of(self, file: ParquetInput) -> np.ndarray:
+        """Return the bounds on the columns of a file, whose footer is checked when it is first used.
+
+        Both take several times as long as reading the footer.
+        """
+        if (footer := self._footers.get(file.path)) is not None:
+            inspected = inspect_footer(file, footer)
+            check_footer(inspected)
+            ranges = column_ranges(inspected.metadata, self._format.plain_columns)
+            self._ranges[file.path] = ranges
+            self._footers.pop(file.path, None)
+        return self._ranges[file.path]
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the row groups of all files in the order of an epoch."""
@@ -285,22 +294,16 @@ class _ParquetSource(Source):
 
     def batches(self) -> Iterator["pyarrow.RecordBatch"]:
         if self._drop:
-            yield from super().batches()
-            return
-        for file in self._files:
-            groups, names = range(len(file.group_rows)), self.columns
-            for _, batch in read_batches(
-                self._fs, file, columns=names, row_groups=groups, batch_rows=self._piece_rows
-            ):
-                yield batch
+            return super().batches()
+        return self._read_columns(self.columns or (), self._piece_rows)
 
     def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
         size = _divide(max(file.group_rows[group] for group in groups), size)
-        batches = read_batches(
-            self._fs, file, columns=self.columns, row_groups=groups, batch_rows=size
-        )
-        for first, batch in batches:
+        self._ranges_of(file)
+        first = 0
+        for batch in read_batches(self._fs, file, self.columns or (), size, groups):
             yield self._convert(batch, file, groups, first)
+            first += batch.num_rows
             del batch  # its memory is free while the next one is read
 
     def _convert(
@@ -318,37 +321,6 @@ class _ParquetSource(Source):
             f"{file.path}: {fault} in row {row} of row group {group}; "
             'repair the file or pass invalid="drop"'
         )
-
-
-def read_batches(
-    fs: Any,
-    file: ParquetInput,
-    *,
-    columns: Sequence[str] | None,
-    row_groups: Sequence[int],
-    batch_rows: int,
-) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
-    """Yield batches of at most *batch_rows* rows of some row groups, and the first row of each.
-
-    Rows are counted over the row groups that are read (see ``ParquetInput.place``), and columns
-    come in the order asked for.
-    """
-    row, groups = 0, list(row_groups)
-    with open_parquet(fs, file) as opened:
-        for batch in opened.iter_batches(
-            batch_rows, row_groups=groups, columns=columns, use_threads=False
-        ):
-            first, row = row, row + batch.num_rows
-            if columns is not None and batch.schema.names != list(columns):
-                batch = batch.select(columns)
-            yield first, batch
-            del batch  # its memory is free while the next one is read
-        promised = sum(file.group_rows[group] for group in groups)
-        if row != promised:
-            raise StreamError(
-                f"{file.path}: {len(groups)} row groups gave {row} rows, "
-                f"its footer promises {promised}"
-            )
 
 
 def _divide(group_rows: int, most: int) -> int:

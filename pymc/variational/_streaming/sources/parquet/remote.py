@@ -16,6 +16,7 @@
 
 import io
 import logging
+import re
 import time
 
 from collections.abc import Callable
@@ -31,6 +32,7 @@ _WAITS = (0.5, 1.0, 2.0, 4.0)
 _DEADLINE = 60.0
 """Seconds after the start of the first attempt until which a new one may start."""
 _FINAL = FileNotFoundError, PermissionError, NotImplementedError
+_EXPIRED = re.compile(r"expired.{0,9}(token|credential)|(token|credential).{0,19}expired", re.I)
 
 T = TypeVar("T")
 
@@ -45,10 +47,12 @@ def retried(call: Callable[[], T]) -> T:
     for attempt in count(1):
         try:
             return call()
-        except _FINAL:
-            raise
         except Exception as err:
             text = str(err).strip() or type(err).__name__
+            if _EXPIRED.search(text) and not isinstance(err, FileNotFoundError):
+                raise PermissionError(f"{text}; renew the credential, which has expired") from err
+            if isinstance(err, _FINAL):
+                raise
             if attempt > len(_WAITS) or time.monotonic() > deadline:
                 raise OSError(f"{text}; gave up after {attempt} attempts") from err
             logger.warning(f"{text}; attempt {attempt + 1} follows in {_WAITS[attempt - 1]} s")
