@@ -89,7 +89,7 @@ def check_model(
     for rv in likelihoods:
         _check_total_size(model, rv, total_size)
     batch = buffer.get_value(borrow=True)
-    graph = LikelihoodGraph(model, likelihoods, buffer, potentials)
+    graph = LikelihoodGraph(model, likelihoods, buffer, batch, potentials)
     axes = RowAxes(graph, batch)
     contract = derive_contract(graph, axes, likelihoods, columns)
     contract.check(batch)
@@ -112,9 +112,9 @@ def contract_for(
     Observed values may lie outside a support: the log-likelihood of such rows is -inf.
     """
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
-    graph = LikelihoodGraph(model, likelihoods, buffer)
     # Along which axis rows lie does not show where there is one.
     rows = np.resize(rows, (max(len(rows), _LEAST_ROWS), *rows.shape[1:]))
+    graph = LikelihoodGraph(model, likelihoods, buffer, rows)
     axes = RowAxes(graph, rows)
     return derive_contract(graph, axes, likelihoods, columns).without_supports()
 

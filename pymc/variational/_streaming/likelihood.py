@@ -68,6 +68,8 @@ class LikelihoodGraph:
         Observed variables.
     buffer : SharedVariable
         Variable that holds the rows.
+    rows : ndarray
+        Some rows, since those of the buffer may be none.
     others : sequence of Variable
         Further variables of the model, such as potentials, whose graphs follow the terms.
     """
@@ -77,6 +79,7 @@ class LikelihoodGraph:
         model: Model,
         likelihoods: Sequence[Variable],
         buffer: SharedVariable,
+        rows: np.ndarray,
         others: Sequence[Any] = (),
     ):
         graphs: Any = [*_logp(model, likelihoods), *model.replace_rvs_by_values(others)]
@@ -89,7 +92,7 @@ class LikelihoodGraph:
         self._values = [v for v in model.value_vars if v in roots]
         self.logps = self._compile(self.terms)
         start = _initial_point(model)
-        self.point = self._finite_point(buffer.get_value(), [start[v] for v in self._values])
+        self.point = self._finite_point(rows, [start[v] for v in self._values])
 
     def evaluate(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return the log-likelihood of each row, for each term, at a random point."""
