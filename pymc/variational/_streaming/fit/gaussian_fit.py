@@ -118,7 +118,7 @@ def best_gaussian(
     covariance: np.ndarray,
     *,
     tolerance: float = 0.02,
-    max_steps: int = 30,
+    max_steps: int,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Return mean and covariance of the Gaussian with the highest evidence lower bound.
 

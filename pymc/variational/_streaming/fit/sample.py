@@ -67,6 +67,10 @@ class Sample:
         """Return a smaller sample, of the first rows of each stream."""
         return Sample(self._density, [part[:n_rows] for part in self._rows], self._totals)
 
+    def alone(self) -> "Sample":
+        """Return the log density of these rows alone, which is wider than that of all."""
+        return Sample(self._density, self._rows, [len(part) for part in self._rows])
+
     @property
     def n_rows(self) -> int:
         return sum(map(len, self._rows))

@@ -62,6 +62,9 @@ _SIZES = (4_096, 32_768, 262_144)
 _DRAW_ROWS = 65_536
 """Rows at which likelihoods are evaluated for draws of the approximation."""
 
+_NEAR_STEPS = 12
+"""Steps to the nearest Gaussian, beyond which it is sought on few rows first."""
+
 _WEIGHTED_ROWS = 2**25
 """Likelihoods of rows that a round of importance sampling takes, within bounds on the pairs."""
 
@@ -301,7 +304,8 @@ def _fit_gaussian(
     rng: np.random.Generator,
 ) -> bool:
     """Keep the moments of the posterior, if it is near a Gaussian."""
-    found = best_gaussian(_parts(run, likelihood, len(mean), rng), mean, covariance)
+    parts = _parts(run, likelihood, len(mean), rng)
+    found = best_gaussian(parts, mean, covariance, max_steps=_NEAR_STEPS)
     if found is None:
         return False
     prior = run.density.prior.value_and_gradient
@@ -341,13 +345,14 @@ def _fit_ridge(
     """Fit a Gaussian where the mode of the density is of no use.
 
     Along the ridge of a non-centred hierarchy the density does not say where the posterior is,
-    but the bound does, in which the ridge's width counts. Few rows show the way.
+    but the bound does, in which the ridge's width counts. The posterior of few rows is wide, and
+    begins where that of more rows is near.
     """
-    size, found = len(mode.x), (mode.x, mode.curvature.covariance())
+    size, scales = len(mode.x), np.minimum(mode.curvature.scale, 1)
+    found = mode.x, np.diag(scales**2)
     for n_rows in (_SIZES[0], _DRAW_ROWS):
-        sample = run.sample.first(n_rows)
-        parts = _parts(run, sample.likelihood, size, rng)
-        better = best_gaussian(parts, *found, max_steps=200)
+        parts = _parts(run, run.sample.first(n_rows).alone().likelihood, size, rng)
+        better = best_gaussian(parts, *found, max_steps=100)
         if better is None:
             break
         found = better

@@ -140,9 +140,8 @@ class Curvature:
         return self.scale * (self.vectors @ step), float(slopes @ step - step**2 @ self.values / 2)
 
     def covariance(self) -> np.ndarray:
-        """Return the inverse, shape (d, d), with the sizes of eigenvalues if it is indefinite."""
-        values = np.maximum(np.abs(self.values), 1e-10)
-        factor = self.scale[:, None] * self.vectors / np.sqrt(values)
+        """Return the inverse, shape (d, d), of a concave function's."""
+        factor = self.scale[:, None] * self.vectors / np.sqrt(self.values)
         return factor @ factor.T
 
     def distance(self, step: np.ndarray) -> float:
