@@ -101,6 +101,19 @@ def test_an_invalid_value_is_named_in_a_table_that_is_read_in_pieces(tmp_path, v
         rows_of(parquet_source(tmp_path))
 
 
+def test_rows_that_a_reader_leaves_out_are_missed(tmp_path, monkeypatch):
+    """A damaged page header can end a column early, for all columns alike."""
+    write_layout(tmp_path, [[5, 5]])
+    source, read = parquet_source(tmp_path), pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda *args, **kwargs: (b[:7] for b in read(*args, **kwargs)),
+    )
+    with pytest.raises(StreamError, match="2 row groups gave 7 rows, its footer promises 10"):
+        rows_of(source)
+
+
 class TestLargeValues:
     """A sum shows whether any value is infinite, unless it overflows itself."""
 
