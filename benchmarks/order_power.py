@@ -165,7 +165,6 @@ def cases() -> list[dict]:
                     for x in (rows, shuffled)
                 ]
                 case[f"{stage}, {by}"] = [r.ordered for r in reports]
-                case["drift"] = reports[0].drift if by == "score" and stage == "sample" else 0.0
         found.append(case)
     return found
 

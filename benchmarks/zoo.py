@@ -29,6 +29,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -234,7 +235,8 @@ def _child(model: str, name: str, chosen: argparse.Namespace) -> dict[str, Any]:
     if done.returncode == -signal.SIGXCPU:
         return {"failed": "no result in time"}
     if done.returncode:
-        return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
+        errors = re.findall(r"^\S*Error\b.*", done.stderr, re.MULTILINE)
+        return {"failed": errors[-1] if errors else f"exit code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1]) or {"failed": "no result"}
 
 

@@ -23,7 +23,6 @@ The table and the figure are saved in ``build/demo``.
 
 import argparse
 import json
-import re
 import shutil
 import sys
 import time
@@ -67,13 +66,7 @@ def run(
     rows: Path, columns: tuple[str, ...], work: Path, n_steps: int
 ) -> tuple["Posterior", dict[str, "Fit"]]:
     """Fit the model to the *columns* of *rows* in three ways, with what is made on the way in *work*."""
-    from benchmarks.orderbook.experiment import (
-        BATCH_SIZE,
-        exact_posterior,
-        fit_model,
-        in_process,
-        shuffle,
-    )
+    from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, in_process, shuffle
 
     try:
         exact = exact_posterior(rows, columns)
@@ -81,31 +74,28 @@ def run(
         raise SystemExit(str(error)) from None
     buffer_size = max(exact.n_rows // WINDOW_SHARE, BATCH_SIZE)
     say(f"{exact.n_rows:,} rows; the buffer holds {buffer_size:,} of them")
-    shuffled = work / "shuffled"
-    fits = {}
-    for name, folder, size in (
-        (IN_MEMORY, rows, None),
-        (ORDERED, rows, buffer_size),
-        (SHUFFLED, shuffled, buffer_size),
-    ):
-        if folder is shuffled:
-            say("\nShuffling the rows once, on disk")
-            in_process(shuffle, rows, shuffled, seed=SEED, columns=columns)
-        say(f"\n{LEGEND[name]}")
-        fits[name] = in_process(
-            fit_model,
-            folder,
-            buffer_size=size,
-            n_steps=n_steps,
-            seed=SEED,
-            columns=columns,
-            finish=name == SHUFFLED,
-        )
-        for warning in fits[name].warnings:
-            say(f"StreamWarning: {warning}")
-    if finish := fits[SHUFFLED].finish:
-        say(f"\ncheck_fit: {finish.check}\n\npolish: {finish.polished}")
+    options = {"n_steps": n_steps, "seed": SEED, "columns": columns}
+    fits = {
+        IN_MEMORY: _fit(IN_MEMORY, rows, buffer_size=None, **options),
+        ORDERED: _fit(ORDERED, rows, buffer_size=buffer_size, **options),
+    }
+    say("\nShuffling the rows once, on disk")
+    in_process(shuffle, rows, work / "shuffled", seed=SEED, columns=columns)
+    options |= {"examine": True, "check_last": False}
+    fits[SHUFFLED] = _fit(SHUFFLED, work / "shuffled", buffer_size=buffer_size, **options)
+    if examination := fits[SHUFFLED].examination:
+        say("\n" + "\n\n".join([*examination.said, examination.refusal or ""]))
     return exact, fits
+
+
+def _fit(name: str, rows: Path, **options: Any) -> "Fit":
+    from benchmarks.orderbook.experiment import fit_model, in_process
+
+    say(f"\n{LEGEND[name]}")
+    fit = in_process(fit_model, rows, **options)
+    for warning in fit.warnings:
+        say(f"StreamWarning: {warning}")
+    return fit
 
 
 def say(text: str) -> None:
@@ -127,9 +117,9 @@ def markdown_table(exact: "Posterior", fits: dict[str, "Fit"]) -> str:
         cells = [name, *(f"{e:+.2f}" for e in errors(fit.averaged, exact))]
         cells += [f"{abs(errors(fit.last, exact)).max():.1f}"]
         lines.append([*cells, f"{fit.peak_mb:.0f} MB", f"{fit.steps_per_second:.0f}"])
-    finish = fits[SHUFFLED].finish
-    if finish is not None and finish.polished is not None:
-        cells = [f"{e:+.2f}" for e in errors(finish.state.mean, exact)]
+    examination = fits[SHUFFLED].examination
+    if examination is not None and examination.corrected is not None:
+        cells = [f"{e:+.2f}" for e in errors(examination.corrected.mean, exact)]
         lines.append([POLISHED, *cells, "", "", ""])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -205,7 +195,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.steps <= 1_000:
         raise SystemExit(f"--steps must be more than 1000, got {args.steps}")
     started = time.perf_counter()
-    features = re.split(r"[,\s]+", args.features.strip()) if args.features else None
+    features = args.features
+    if features is not None:
+        features = [name.strip() for name in features.split("," if "," in features else None)]
     if args.data is not None and not args.data.is_dir():
         raise SystemExit(f"DATA={args.data} is not a directory")
     messages = args.data is None or holds_messages(args.data)

@@ -47,7 +47,6 @@ from tests.variational.streaming.memory import peak_mb
 __all__ = [
     "BATCH_SIZE",
     "Examination",
-    "Finish",
     "Fit",
     "Posterior",
     "State",
@@ -113,18 +112,8 @@ class Examination:
     """After ``polish``; None if that refused."""
     refusal: str | None
     """Why ``polish`` refused."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """What was said of a fit at its end, and how ``polish`` finished it."""
-
-    check: str
-    """The report of ``check_fit``."""
-    polished: str
-    """The report of ``polish``."""
-    state: State
-    """The approximation afterwards."""
+    said: tuple[str, ...]
+    """The last report of ``check_fit``, and that of ``polish``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +135,6 @@ class Fit:
     peak_mb: float
     """Largest resident set of the process until the end of the fit."""
     examination: Examination | None
-    finish: Finish | None
     warnings: tuple[str, ...]
     """What the stream warned of."""
 
@@ -224,7 +212,6 @@ def fit_model(
     columns: Sequence[str] | None = None,
     examine: bool = False,
     check_last: bool = True,
-    finish: bool = False,
     progressbar: bool = True,
 ) -> Fit:
     """Fit in this process.
@@ -242,8 +229,6 @@ def fit_model(
         Check the order of the rows before the fit, and the fit after it; only for streams.
     check_last : bool
         Check the fit also as the last step left it, not only when it is averaged.
-    finish : bool
-        Check the fit and polish it, as its user would; only for streams.
     progressbar : bool
     """
     import pymc as pm
@@ -257,7 +242,7 @@ def fit_model(
         warnings.simplefilter("always")
         began = time.perf_counter()
         ds = build_model(rows, buffer_size, seed, columns)
-        order = _check_order(_buffer(rows, buffer_size, seed)) if examine else {}
+        order = _check_order(_buffer(rows, buffer_size, seed, columns)) if examine else {}
         average = EpochAverage(ds) if examine else None
         callbacks = [tail, *([average] if examine else [])]
         callbacks += [ds.fit_callback()] if ds is not None else []
@@ -280,7 +265,6 @@ def fit_model(
             seconds={"ready": ready - began, "fit": ended - ready},
             peak_mb=peak_mb(),
             examination=_examine(approx, ds, average, order, check_last) if examine else None,
-            finish=_finish(approx, ds) if finish else None,
             warnings=_of_stream(caught),
         )
 
@@ -328,33 +312,26 @@ def _examine(
     """Check *approx*, then improve it as its user would, and tell how it went."""
     from pymc.variational.streaming import StreamError, polish
 
-    last = _checked(approx, ds) if check_last else _state(approx)
+    last = _checked(approx, ds)[0] if check_last else _state(approx)
     epochs = average.epochs
     average.apply(approx)
-    averaged = _checked(approx, ds)
+    averaged, *said = _checked(approx, ds)
     corrected = refusal = None
     try:
-        polish(approx, ds, progressbar=False)
+        said.append(str(polish(approx, ds, progressbar=False)))
         corrected = _state(approx)
     except StreamError as error:
         refusal = str(error)
-    return Examination(order, epochs, last, averaged, corrected, refusal)
+    return Examination(order, epochs, last, averaged, corrected, refusal, tuple(said))
 
 
-def _checked(approx: Any, ds: Any) -> State:
+def _checked(approx: Any, ds: Any) -> tuple[State, str]:
     from pymc.variational.streaming import check_fit
 
     began = time.perf_counter()
     check = check_fit(approx, ds, progressbar=False)
     seconds, worst = time.perf_counter() - began, float(np.abs(check.z).max())
-    return _state(approx, verdict=check.verdict, z=worst, seconds=seconds)
-
-
-def _finish(approx: Any, ds: Any) -> Finish:
-    from pymc.variational.streaming import check_fit, polish
-
-    check = str(check_fit(approx, ds, progressbar=False))
-    return Finish(check, str(polish(approx, ds, progressbar=False)), _state(approx))
+    return _state(approx, verdict=check.verdict, z=worst, seconds=seconds), str(check)
 
 
 def _check_order(source: Any) -> dict[str, Any]:

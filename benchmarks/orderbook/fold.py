@@ -40,6 +40,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ from rich.progress import Progress
 from benchmarks.orderbook.book import COUNTERS, NO_LABEL, ROW, Book
 from benchmarks.orderbook.merge import Sorted, merged, regrouped
 from benchmarks.orderbook.messages import DELTA, Events, MessageError, close_ms
-from benchmarks.orderbook.publish import bar, published
+from benchmarks.orderbook.publish import bar, published, run_command
 from benchmarks.orderbook.reading import DamageError, Part, find_files, first_ms, read_parts
 
 __all__ = ["FoldReport", "fold", "main"]
@@ -69,17 +70,12 @@ class FoldReport:
     """
 
     markets: int
-    """Markets read."""
     messages: int
-    """Messages read: deltas, snapshots and trades."""
+    """Deltas, snapshots and trades."""
     deltas: int
-    """Changes of one level."""
     snapshots: int
-    """Whole books."""
     trades: int
-    """Trades; they leave no state."""
     rows: int
-    """Rows written."""
     no_later_change: int
     """States dropped because no change of the mid that is known of follows."""
     one_sided: int
@@ -99,30 +95,28 @@ class FoldReport:
     clock_set_back: int
     """Messages received earlier than the one before them; their row takes the later time."""
     others: dict[str, int]
-    """Messages of other types that were passed over, by type."""
+    """Messages that were passed over, by type."""
     findings: tuple[str, ...]
     """Files that were damaged, and the first files in which a lost message showed."""
     seconds: float
-    """Duration."""
 
     def __str__(self) -> str:
+        def told(*names: str) -> str:
+            return ", ".join(f"{getattr(self, name):,} {name.replace('_', ' ')}" for name in names)
+
         rate = self.messages / max(self.seconds, 1e-9)
         lines = [
-            f"{self.messages:,} messages of {self.markets:,} markets in {self.seconds:.1f} s "
+            f"{told('messages')} of {told('markets')} in {self.seconds:.1f} s "
             f"({rate:,.0f} a second)",
-            f"  {self.deltas:,} deltas, {self.snapshots:,} snapshots, {self.trades:,} trades",
-            f"  {self.rows:,} rows",
-            f"  dropped: {self.no_later_change:,} without a later change of the mid, "
-            f"{self.one_sided:,} with a one-sided book, {self.after_close:,} after the close, "
-            f"{self.left_out:,} left out since messages before them are missing",
-            f"  lost messages: {self.crossed:,} crossed books, {self.below_zero:,} sizes below "
-            f"zero, {self.gaps:,} gaps; {self.holes:,} silences",
-            f"  clock set back: {self.clock_set_back:,} times",
+            f"  {told('deltas', 'snapshots', 'trades')}",
+            f"  {told('rows')}",
+            f"  dropped: {told('no_later_change', 'one_sided', 'after_close', 'left_out')}",
+            f"  lost messages: {told('crossed', 'below_zero', 'gaps', 'holes')}",
+            f"  {told('clock_set_back')}",
+            *(f"  {n:,} passed over of type {kind}" for kind, n in self.others.items()),
+            *(f"  {finding}" for finding in self.findings),
         ]
-        if self.others:
-            counts = (f"{n:,} {kind}" for kind, n in self.others.items())
-            lines.append(f"  passed over: {', '.join(counts)}")
-        return "\n".join([*lines, *(f"  {finding}" for finding in self.findings)])
+        return "\n".join(lines)
 
 
 def fold(
@@ -394,7 +388,7 @@ def _write_files(
     pieces: Iterator[pa.Table], directory: Path, rows_per_file: int, progress: Progress, n_rows: int
 ) -> None:
     task = progress.add_task("Merging rows", total=n_rows)
-    for number, rows in enumerate(regrouped(pieces, rows_per_file)):
+    for number, rows in enumerate(regrouped(pieces, count(rows_per_file, rows_per_file))):
         # Imbalances are too many for a dictionary, which would be given up half way.
         pq.write_table(
             rows,
@@ -418,16 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--keep-going", action="store_true", help="read damaged files to their last whole line"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the destination")
-    parser.add_argument("--quiet", action="store_true", help="show no progress and no report")
-    options = vars(parser.parse_args(arguments))
-    quiet = options.pop("quiet")
-    try:
-        report = fold(**options, progressbar=not quiet)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    if not quiet:
-        sys.stdout.write(f"{report}\n")
+    sys.stdout.write(f"{run_command(parser, fold, arguments)}\n")
 
 
 if __name__ == "__main__":

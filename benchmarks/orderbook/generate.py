@@ -28,7 +28,7 @@ import argparse
 import gzip
 import json
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +50,7 @@ from benchmarks.orderbook.messages import (
     YES,
     Events,
 )
-from benchmarks.orderbook.publish import bar, published
+from benchmarks.orderbook.publish import bar, published, run_command
 from benchmarks.orderbook.simulate import FEWEST_MESSAGES, Market, simulate
 
 __all__ = ["generate", "main", "plan"]
@@ -106,11 +106,11 @@ def generate(
             directory = content / market.ticker
             directory.mkdir()
             day = datetime.fromtimestamp(market.open_ms / 1000, UTC).date().isoformat()
-            blocks = _watched(simulate(market), lambda n: progress.advance(task, n))
             if file_format == "json":
-                _write_json(directory / f"{day}.ndjson.gz", market.ticker, blocks)
+                _write_json(directory / f"{day}.ndjson.gz", market.ticker, simulate(market))
             else:
-                _write_parquet(directory / f"{day}.parquet", blocks)
+                _write_parquet(directory / f"{day}.parquet", simulate(market))
+            progress.advance(task, market.n_messages)
 
         with ThreadPoolExecutor(workers) as pool:
             for _ in pool.map(write, markets):
@@ -151,12 +151,6 @@ def _ticker(series: str, close_ms: int) -> str:
     close = datetime.fromtimestamp(close_ms / 1000, EXCHANGE_ZONE)
     month = MONTHS[close.month - 1]
     return f"{series}-{close:%y}{month}{close:%d%H%M}-{close:%M}"
-
-
-def _watched(blocks: Iterable[Events], advance: Callable[[int], None]) -> Iterator[Events]:
-    for events in blocks:
-        yield events
-        advance(int((events.kind != LEVEL).sum()))
 
 
 def _write_json(path: Path, market: str, blocks: Iterable[Events]) -> None:
@@ -219,14 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", dest="file_format", choices=("json", "parquet"), default="json")
     parser.add_argument("--workers", type=int, default=2, help="markets written at the same time")
-    parser.add_argument("--overwrite", action="store_true", help="replace the destination")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    options = vars(parser.parse_args(arguments))
-    quiet = options.pop("quiet")
-    try:
-        generate(**options, progressbar=not quiet)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+    run_command(parser, generate, arguments)
 
 
 if __name__ == "__main__":

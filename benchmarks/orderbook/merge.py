@@ -13,13 +13,13 @@
 #   limitations under the License.
 """Merge the rows of markets by time, in bounded memory.
 
->>> for table in regrouped(merged([Sorted(rows, up), ...]), 1_000_000):
+>>> for table in regrouped(merged([Sorted(rows, up), ...]), [1_000_000, 2_000_000]):
 ...     pq.write_table(table, path)
 """
 
 import heapq
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,19 +77,20 @@ def merged(markets: list[Sorted]) -> Iterator[pa.Table]:
     yield _table(_divided(pool, _NEVER)[0])
 
 
-def regrouped(pieces: Iterator[pa.Table], n_rows: int) -> Iterator[pa.Table]:
-    """Cut and join *pieces* to *n_rows* rows each, the last as short as it comes."""
+def regrouped(pieces: Iterator[pa.Table], ends: Iterable[int]) -> Iterator[pa.Table]:
+    """Cut and join *pieces* so that a table ends after each number of rows in *ends*."""
     held: list[pa.Table] = []
-    n_held = 0
-    for piece in pieces:
-        while n_held + len(piece) >= n_rows:
-            cut = n_rows - n_held
-            yield pa.concat_tables([*held, piece.slice(0, cut)]).combine_chunks()
-            held, n_held, piece = [], 0, piece.slice(cut)
-        held.append(piece)
-        n_held += len(piece)
-    if n_held:
-        yield pa.concat_tables(held).combine_chunks()
+    start = 0
+    for end in ends:
+        while sum(piece.num_rows for piece in held) < end - start:
+            if (piece := next(pieces, None)) is None:
+                break
+            held.append(piece)
+        if not any(piece.num_rows for piece in held):
+            return
+        rows = pa.concat_tables(held)
+        yield rows[: end - start].combine_chunks()
+        held, start = [rows[end - start :]], end
 
 
 _NO_ROWS = np.empty(0, KEYED)

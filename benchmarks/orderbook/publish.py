@@ -13,16 +13,18 @@
 #   limitations under the License.
 """Directories that appear complete or not at all, and the bar that shows how far they are."""
 
+import argparse
 import contextlib
 import shutil
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-__all__ = ["bar", "published"]
+__all__ = ["bar", "published", "run_command"]
 
 
 @contextlib.contextmanager
@@ -77,3 +79,16 @@ def bar(show: bool) -> Progress:
     """Make a progress bar on standard error."""
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not show)
+
+
+def run_command(
+    parser: argparse.ArgumentParser, function: Callable, arguments: Sequence[str] | None
+) -> Any:
+    """Call a function that publishes a directory with the options of a command line."""
+    parser.add_argument("--overwrite", action="store_true", help="replace the destination")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    options = vars(parser.parse_args(arguments))
+    try:
+        return function(progressbar=not options.pop("quiet"), **options)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")

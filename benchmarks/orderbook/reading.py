@@ -167,6 +167,8 @@ def _read_parquet(path: Path) -> Iterator[Part]:
 
 def _check_times(path: Path, lines: np.ndarray, **times: np.ndarray) -> None:
     for name, each in times.items():
+        if SECONDS[1] <= each.min() <= each.max() < LATEST_MS:
+            continue
         wrong = ~((each >= 0) & (each < LATEST_MS)) | ((each >= SECONDS[0]) & (each < SECONDS[1]))
         if wrong.any():
             at = wrong.argmax()
@@ -175,6 +177,8 @@ def _check_times(path: Path, lines: np.ndarray, **times: np.ndarray) -> None:
 
 
 def _opened(path: Path) -> Any:
+    if path.suffix in CODECS and path.stat().st_size == 0:
+        raise OSError("it is empty")
     return pa.input_stream(path, compression=CODECS.get(path.suffix))
 
 
@@ -244,11 +248,13 @@ class _LineReader:
         others = Counter(table["type"].filter(pc.is_null(kind)).to_pylist())
         if others:
             known = pc.is_valid(kind)
-            unread = pc.and_(pc.match_substring_regex(texts, UNREAD), pc.invert(known))
+            other = ~known.to_numpy(zero_copy_only=False)
+            unread = pc.match_substring_regex(texts.filter(pa.array(other)), UNREAD)
             if pc.any(unread).as_py():
-                self._fail(numbers[_first(unread)], "not as Kalshi sends it and recorders write it")
+                number = numbers[other][unread.index(True).as_py()]
+                self._fail(number, "not as Kalshi sends it and recorders write it")
             table, kind, texts = (rows.filter(known) for rows in (table, kind, texts))
-            numbers = numbers[known.to_numpy()]
+            numbers = numbers[~other]
         if len(table):
             yield from self._split(table, kind.to_numpy().astype(np.uint8), texts, numbers, others)
         elif others:
@@ -433,7 +439,3 @@ def _by_code(codes: np.ndarray) -> list[np.ndarray]:
 
 def _one(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-def _first(mask: pa.Array) -> int:
-    return int(mask.to_numpy(zero_copy_only=False).argmax())

@@ -26,12 +26,15 @@ Delete that folder to start anew. The numbers, tables and figures go into the re
 """
 
 import argparse
+import json
 import math
 import os
 import shutil
 import time
+import zlib
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -53,7 +56,6 @@ from benchmarks.orderbook.experiment import (
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
 from benchmarks.orderbook.rows import write_rows
-from benchmarks.orderbook.steps import Records, Steps
 from benchmarks.orderbook.tables import (
     CAPTURES,
     EXACT,
@@ -64,12 +66,13 @@ from benchmarks.orderbook.tables import (
     PRESHUFFLE,
     ROWS,
     SHUFFLED,
+    Records,
     case_name,
     publish,
 )
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["Settings", "main", "run"]
+__all__ = ["Settings", "Steps", "main", "run"]
 
 SEED = 0
 ROW_BYTES = 13
@@ -97,6 +100,71 @@ class Settings:
     """Rows."""
     steps: int = 20_000
     """Of each fit, at least; two whole epochs if those are more."""
+
+
+class Steps:
+    """The results of steps, each a small JSON file in *folder*, so that a run can go on.
+
+    >>> steps = Steps(folder)
+    >>> with steps.product("1M", "rows", {"rows": 1_000_000}, write_rows) as rows:
+    ...     steps.record("1M", "fit", {"steps": 8_000}, lambda: fit_rows(rows()))
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.records: Records = {}
+        self._folder = folder
+        self._console = Console(stderr=True)
+        for name in ("records", "tables"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def record(
+        self, case: str, kind: str, parameters: dict[str, Any], run: Callable[[], Any]
+    ) -> None:
+        """Call *run* for a result that is plain JSON, unless that of these parameters is there."""
+        file = self._folder / "records" / f"{_name(case, kind)}.json"
+        record = json.loads(file.read_text()) if file.exists() else {}
+        if record.get("parameters") != parameters:
+            began = time.perf_counter()
+            result = run()
+            record = {"parameters": parameters, "seconds": time.perf_counter() - began}
+            record["result"] = result
+            unfinished = file.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(record, indent=1))
+            unfinished.replace(file)
+            self._console.print(f"{case} {kind}: {record['seconds']:.1f} s", highlight=False)
+        self.records.setdefault(case, {})[kind] = record
+
+    @contextmanager
+    def product(
+        self, case: str, kind: str, parameters: dict[str, Any], make: Callable[[Path], Any]
+    ) -> Iterator[Callable[[], Path]]:
+        """Record a step that makes a directory, and yield what returns it for other steps.
+
+        It is made again if a step needs it and it is gone, and deleted in the end.
+        """
+        number = zlib.crc32(json.dumps(parameters).encode())
+        path = self._folder / "tables" / f"{_name(case, kind)}-{number:08x}"
+        unfinished = path.with_name(f"{path.name}.unfinished")
+
+        def make_whole() -> Any:
+            for old in (path, unfinished):
+                shutil.rmtree(old, ignore_errors=True)
+            result = make(unfinished)
+            unfinished.rename(path)
+            return result
+
+        def ready() -> Path:
+            if not path.exists():
+                make_whole()
+            return path
+
+        self.record(case, kind, parameters, make_whole)
+        yield ready
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _name(case: str, kind: str) -> str:
+    return f"{case}-{kind}".replace(" ", "-")
 
 
 def run(settings: Settings, work: Path) -> Records:

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.orderbook.book import Book
 from benchmarks.orderbook.generate import SERIES, plan
-from benchmarks.orderbook.merge import COLUMNS
+from benchmarks.orderbook.merge import COLUMNS, regrouped
 from benchmarks.orderbook.messages import close_ms
 from benchmarks.orderbook.publish import published
 from benchmarks.orderbook.simulate import Market, simulate
@@ -40,8 +40,6 @@ __all__ = ["write_rows"]
 
 ROWS_PER_FILE = 1_000_000
 AHEAD = 4
-
-Columns = tuple[np.ndarray, ...]
 
 
 def write_rows(
@@ -85,12 +83,8 @@ def write_rows(
         raise ValueError(f"planned must be at least rows={rows}, got {planned}")
     with published(destination, overwrite=overwrite) as (content, _):
         windows = _windows(plan(_messages_for(planned or rows), seed), workers)
-        for number, columns in enumerate(_cut(windows, bounds)):
-            pq.write_table(
-                pa.table(dict(zip(COLUMNS, columns))),
-                content / f"part-{number:05}.parquet",
-                compression="zstd",
-            )
+        for number, table in enumerate(regrouped(windows, bounds)):
+            pq.write_table(table, content / f"part-{number:05}.parquet", compression="zstd")
 
 
 def _messages_for(rows: int) -> int:
@@ -98,11 +92,11 @@ def _messages_for(rows: int) -> int:
     return 1_000 + rows * 103 // 100
 
 
-def _windows(markets: list[Market], workers: int) -> Iterator[Columns]:
+def _windows(markets: list[Market], workers: int) -> Iterator[pa.Table]:
     """Yield the rows of the markets that are open at the same time, window by window."""
     groups = iter([markets[at : at + len(SERIES)] for at in range(0, len(markets), len(SERIES))])
     with ThreadPoolExecutor(workers) as pool:
-        waiting: list[Future[Columns]] = [
+        waiting: list[Future[pa.Table]] = [
             pool.submit(_window, group) for group in islice(groups, AHEAD)
         ]
         while waiting:
@@ -110,12 +104,13 @@ def _windows(markets: list[Market], workers: int) -> Iterator[Columns]:
             waiting += [pool.submit(_window, group) for group in islice(groups, 1)]
 
 
-def _window(markets: list[Market]) -> Columns:
+def _window(markets: list[Market]) -> pa.Table:
     """Merge the rows of *markets* by time; those of the same time go by market."""
     in_order = sorted(markets, key=lambda market: market.ticker)
     rows, up = (np.concatenate(parts) for parts in zip(*map(_market, in_order)))
     order = np.argsort(rows["recv_ms"], kind="stable")
-    return (*(rows[name][order] for name in COLUMNS[:-1]), up[order])
+    columns = (*(rows[name][order] for name in COLUMNS[:-1]), up[order])
+    return pa.table(dict(zip(COLUMNS, columns)))
 
 
 def _market(market: Market) -> tuple[np.ndarray, np.ndarray]:
@@ -132,15 +127,3 @@ def _market(market: Market) -> tuple[np.ndarray, np.ndarray]:
         labels.append(up)
     up = np.concatenate(labels)
     return np.concatenate(rows)[: len(up)], up
-
-
-def _cut(pieces: Iterator[Columns], bounds: list[int]) -> Iterator[Columns]:
-    """Join *pieces* and cut them where *bounds* rows have gone by; drop what comes after."""
-    held, n_before = next(pieces), 0
-    for bound in bounds:
-        n = bound - n_before
-        while len(held[0]) < n:
-            more = next(pieces)
-            held = tuple(np.concatenate(pair) for pair in zip(held, more))
-        yield tuple(column[:n] for column in held)
-        held, n_before = tuple(column[n:] for column in held), bound

@@ -24,10 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.orderbook.steps import Records
 from benchmarks.pages import filled
 
-__all__ = ["publish"]
+__all__ = ["Records", "publish"]
 
 CAPTURES, MESSAGES = "Kalshi captures", "messages"
 ROWS, EXACT, PRESHUFFLE, FOLD = "rows", "exact", "preshuffle", "fold"
@@ -47,6 +46,9 @@ ORIGINAL_ROWS = 122_000_000
 COMMAND = "make reproduce"
 COLORS = {FIRST: "tab:gray", SECOND: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
 NOTHING = "–"
+
+Records = dict[str, dict[str, dict[str, Any]]]
+"""By case, then by kind: the "parameters" of a step, its "result" and its "seconds"."""
 
 Case = dict[str, Any]
 """Results by kind."""

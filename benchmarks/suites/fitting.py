@@ -11,12 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Steps of a fit, its memory, and how far its posterior is from others."""
-
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+"""Steps of a fit, and its memory."""
 
 from benchmarks.data import Data
 from benchmarks.fits import (
@@ -27,12 +22,9 @@ from benchmarks.fits import (
     on_stream,
     order_book,
 )
-from benchmarks.orderbook.experiment import Fit, Posterior, exact_posterior, fit_model, in_process
 from benchmarks.peers import fetch_dataloader
 from benchmarks.suites.common import BUFFER_SIZE, N_STEPS, TableSuite, fit, peak_growth, unit
 from benchmarks.turns import Runner
-
-N_STEPS_OF_FIT = 6_000
 
 
 class _StepsSuite(TableSuite):
@@ -89,48 +81,5 @@ class MemorySuite(TableSuite):
         return peak_growth(fit, on_dataloader, _case(data, n_rows), wheel)
 
 
-class DriftSuite(TableSuite):
-    """Posterior means, averaged over the second half of a fit; the worst of them."""
-
-    def setup_cache(self) -> Any:
-        data = super().setup_cache()
-        return {n_rows: _fits(data, n_rows) for n_rows in self.params[0]}
-
-    @unit("posterior sd")
-    def track_stream_from_exact(self, fits: dict, n_rows: int) -> float:
-        exact, stream, _ = fits[n_rows]
-        return _distance(stream.averaged, exact.mean, exact)
-
-    @unit("posterior sd")
-    def track_minibatch_from_exact(self, fits: dict, n_rows: int) -> float:
-        exact, _, in_memory = fits[n_rows]
-        return _distance(in_memory.averaged, exact.mean, exact)
-
-    @unit("posterior sd")
-    def track_stream_from_minibatch(self, fits: dict, n_rows: int) -> float:
-        exact, stream, in_memory = fits[n_rows]
-        return _distance(stream.averaged, in_memory.averaged, exact)
-
-
 def _case(data: Data, n_rows: int) -> Case:
     return Case(data.shuffled(data.order_book(n_rows)), order_book, buffer_size=BUFFER_SIZE)
-
-
-def _fits(data: Data, n_rows: int) -> tuple[Posterior, Fit, Fit]:
-    rows = data.shuffled(data.order_book(n_rows))
-    return exact_posterior(rows), _averaged(rows, BUFFER_SIZE), _averaged(rows, None)
-
-
-def _averaged(rows: Path, buffer_size: int | None) -> Fit:
-    return in_process(
-        fit_model,
-        rows,
-        buffer_size=buffer_size,
-        n_steps=N_STEPS_OF_FIT,
-        seed=0,
-        progressbar=False,
-    )
-
-
-def _distance(ours: tuple, theirs: tuple, exact: Posterior) -> float:
-    return float(np.abs(np.subtract(ours, theirs) / exact.sd).max())

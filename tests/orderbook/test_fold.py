@@ -569,6 +569,14 @@ class TestDamage:
         assert text.count("\n") == 1
         assert MARKET in text and f"{OTHER}/2026-08-11.ndjson.gz, line 41: not a message" in text
 
+    def test_an_empty_file_is_damaged_only_where_it_should_be_compressed(self, tmp_path):
+        path = write_lines(tmp_path / "in", GOOD)
+        path.with_name("2026-08-12.ndjson").touch()
+        assert folded(tmp_path)[0].findings == ()
+        path.with_name("2026-08-13.ndjson.gz").touch()
+        shutil.rmtree(tmp_path / "out")
+        refused(tmp_path, "2026-08-13.ndjson.gz is damaged or cut short: it is empty")
+
     def test_keep_going_reads_each_to_its_last_whole_line(self, tmp_path):
         self.damaged(tmp_path)
         report, table = folded(tmp_path, keep_going=True)
@@ -702,7 +710,7 @@ def test_files_hold_the_rows_asked_for(lengths, n_rows):
     table = pa.table({"row": np.arange(sum(lengths))})
     starts = np.cumsum([0, *lengths])
     pieces = [table.slice(start, n) for start, n in zip(starts, lengths)]
-    files = list(regrouped(iter(pieces), n_rows))
+    files = list(regrouped(iter(pieces), count(n_rows, n_rows)))
     assert [len(file) for file in files[:-1]] == [n_rows] * (len(files) - 1)
     assert [row for file in files for row in file["row"].to_pylist()] == table["row"].to_pylist()
 

@@ -31,9 +31,8 @@ import pytest
 from benchmarks.orderbook.experiment import PRIOR_SD, exact_posterior, in_process
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
-from benchmarks.orderbook.reproduce import main
+from benchmarks.orderbook.reproduce import Steps, main
 from benchmarks.orderbook.rows import _messages_for, write_rows
-from benchmarks.orderbook.steps import Steps
 from benchmarks.orderbook.tables import COMMAND, make_tables
 from benchmarks.pages import filled
 from tests.orderbook.test_fold import read_rows

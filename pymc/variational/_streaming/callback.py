@@ -76,6 +76,9 @@ class FitCallback(Callback):
         if not self.dataset._advance(is_last=is_last) and not is_last:
             raise StopIteration(f"the stream ended at step {i}")
 
+    def __iter__(self) -> Any:
+        raise TypeError("a fit takes a list; pass callbacks=[ds.fit_callback()]")
+
     def _is_repeated(self, approx: Any, losses: np.ndarray | None, i: int) -> bool:
         """Whether no step was made since the last call: another fit has other losses."""
         mark = approx.params[0].get_value().sum() if losses is None else id(losses.base)

@@ -227,8 +227,9 @@ def derive_contract(
     """Derive from the graph of a model what must hold for each row of its stream.
 
     Derived are whole numbers where a column is cast to integers, indices within the axis that they
-    index, and observed values within a support that does not depend on parameters. Whatever
-    depends on parameters, or on several rows, is left out.
+    index, observed values within a support that does not depend on parameters, and the bounds of
+    what rows alone give to a distribution. Whatever depends on parameters, or on several rows, is
+    left out.
     """
     needed = *_casts(axes), *_indices(axes), *_parameters(graph, axes)
     found = [(*condition, False) for condition in needed]

@@ -251,8 +251,8 @@ class StreamingDataset:
             variable depends on it, or one has another ``total_size``, or its log-likelihood is
             not one independent term per row. Without a context, the first step finds it.
             From then on every row must be what the model needs: whole numbers where a column is
-            cast to integers, indices within the axis that they index, and observed values in the
-            support of their distribution.
+            cast to integers, indices within the axis that they index, observed values in the
+            support of their distribution, and parameters that it gives within their bounds.
         """
         self._require_own_rows()
         callback = self._driver = FitCallback(self)

@@ -89,7 +89,7 @@ def check_model(
     for rv in likelihoods:
         _check_total_size(model, rv, total_size)
     batch = buffer.get_value(borrow=True)
-    graph = LikelihoodGraph(model, likelihoods, buffer, potentials)
+    graph = LikelihoodGraph(model, likelihoods, buffer, batch, potentials)
     axes = RowAxes(graph, batch)
     contract = derive_contract(graph, axes, likelihoods, columns)
     contract.check(batch)
@@ -118,9 +118,9 @@ def contract_for(
     """
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     others = {name: rv for name, rv in predicted.items() if rv not in likelihoods}
-    graph = LikelihoodGraph(model, likelihoods, buffer, list(others.values()))
     # Along which axis rows lie does not show where there is one.
     rows = np.resize(rows, (max(len(rows), _LEAST_ROWS), *rows.shape[1:]))
+    graph = LikelihoodGraph(model, likelihoods, buffer, rows, list(others.values()))
     axes = RowAxes(graph, rows)
     for name, var in zip(others, graph.graphs[len(likelihoods) :]):
         _require_by_row(name, var, axes)

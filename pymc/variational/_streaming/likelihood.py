@@ -30,6 +30,7 @@ from pytensor.graph.rewriting.basic import in2out, node_rewriter
 from pytensor.graph.rewriting.utils import rewrite_graph
 from pytensor.graph.traversal import ancestors, explicit_graph_inputs, toposort
 from pytensor.tensor.basic import Join, MakeVector, ScalarFromTensor
+from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.math import All
 from pytensor.tensor.shape import Shape, Shape_i
@@ -80,6 +81,8 @@ class LikelihoodGraph:
         Observed variables.
     buffer : SharedVariable
         Variable that holds the rows.
+    rows : ndarray
+        Some rows, since those of the buffer may be none.
     others : sequence of Variable
         Further variables of the model, such as potentials, whose graphs follow the terms.
     """
@@ -89,6 +92,7 @@ class LikelihoodGraph:
         model: Model,
         likelihoods: Sequence[Variable],
         buffer: SharedVariable,
+        rows: np.ndarray,
         others: Sequence[Any] = (),
     ):
         graphs: Any = [*_logp(model, likelihoods), *model.replace_rvs_by_values(others)]
@@ -103,7 +107,7 @@ class LikelihoodGraph:
         self._values = [v for v in model.value_vars if v in roots]
         self.logps = self._compile(self.terms)
         start = _initial_point(model)
-        self.point = self._finite_point(buffer.get_value(), [start[v] for v in self._values])
+        self.point = self._finite_point(rows, [start[v] for v in self._values])
 
     def evaluate(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return the log-likelihood of each row, for each term, at a random point."""
@@ -357,11 +361,16 @@ def _simplify(graphs: Sequence[Variable], rows: Variable) -> tuple[list[Variable
     for node in fgraph.toposort():
         if isinstance(node.op, CheckParameterValue):
             for condition in _conjuncts(node.inputs[1:]):
-                if set(explicit_graph_inputs([condition])) == {rows}:
+                if set(explicit_graph_inputs([condition])) == {rows} and _is_cheap(condition):
                     fgraph.add_output(condition)
                     names.append(node.op.msg)
     in2out(local_remove_check_parameter).rewrite(fgraph)
     return list(fgraph.outputs), names
+
+
+def _is_cheap(var: Variable) -> bool:
+    """Whether nothing like the factors of a covariance has to be computed for each row."""
+    return not any(v.owner and isinstance(v.owner.op, Blockwise) for v in ancestors([var]))
 
 
 def _conjuncts(conditions: Sequence[Variable]) -> Iterator[Variable]:

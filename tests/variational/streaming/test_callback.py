@@ -225,6 +225,13 @@ class TestCallback:
                 inference.fit(1, callbacks=[ds.fit_callback()], **quick)
             inference.refine(2, progressbar=False)
 
+    def test_it_is_passed_in_a_list(self):
+        ds = StreamingDataset(tell_tale(5), batch_size=4)
+        with normal_model(ds):
+            with pytest.raises(TypeError, match=r"pass callbacks=\[ds\.fit_callback\(\)\]"):
+                pm.fit(3, callbacks=ds.fit_callback(), **QUICK)
+            pm.fit(3, callbacks=[ds.fit_callback()], **QUICK)
+
     @pytest.mark.parametrize("prefetch", [True, False])
     def test_an_error_of_the_source_reaches_the_fit(self, prefetch):
         def source():

@@ -15,8 +15,6 @@
 
 import warnings
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from pymc.variational._streaming.dataset import StreamingDataset
@@ -179,13 +177,12 @@ class EpochAverage(Callback):
                 "approx has other parameters than the average; apply it to the approximation "
                 "that was fitted"
             )
-        steps = self._steps.after(self._burn_in, at_least=_MIN_BINS)
-        n_travelled = _count_travelled(group, steps)
-        if n_travelled is None:
+        path, sd = self._steps.after(self._burn_in, at_least=_MIN_BINS), marginal_sd(scale(group))
+        steps, way = _without_arrival(path, sd)
+        if _warn_of_travel(group, steps, way, sd):
             return
         kept = self._kept_epochs(self._burn_in)
-        if n_travelled:
-            steps = steps[n_travelled:]
+        if len(steps) < len(path):
             kept = self._kept_epochs(1 - sum(part.n for part in steps) / self._steps.n, last=False)
         else:
             steps = self._steps.after(self._burn_in)
@@ -238,47 +235,38 @@ class EpochAverage(Callback):
         return kept if last or begin >= fraction * epochs.n - 1e-9 else []
 
 
-def _count_travelled(group: Group, steps: Sequence[Moments]) -> int | None:
-    """Return how many parts at the beginning of a path are the way to where it stays.
+def _without_arrival(path: list[Moments], sd: np.ndarray) -> tuple[list[Moments], np.ndarray]:
+    """Return a path without its way to where it stays, and how long that was, or infinite."""
+    steps, arrives = path, np.zeros(len(sd), bool)
+    while len(steps) >= 2 * _MIN_BINS:
+        end = steps[len(steps) // 2 :]
+        way = np.abs(steps[0].mean - merge(end).mean)
+        scatter = np.std([part.mean for part in end], axis=0, ddof=1)
+        away = (way > _ARRIVAL * scatter) & (way > _MAX_TREND * sd)
+        if not away.any():
+            break
+        steps, arrives = steps[1:], arrives | away
+    return steps, np.where(arrives, np.abs(path[0].mean - merge(steps).mean), np.inf)
 
-    None, with a warning, if it does not stay anywhere.
-    """
+
+def _warn_of_travel(group: Group, steps: list[Moments], way: np.ndarray, sd: np.ndarray) -> bool:
+    """Return whether means move from half to half of a path more than they scatter, and warn."""
     if len(steps) < _MIN_BINS:
-        return 0
-    sd = marginal_sd(scale(group))
-    moved, travels = _travels(steps, sd)
-    for n_left_out in range(1, len(steps) - _MIN_BINS + 1):
-        if not travels.any():
-            return n_left_out - 1
-        rest = steps[n_left_out:]
-        further, rest_travels = _travels(rest, sd)
-        way = np.abs(steps[0].mean - merge(rest).mean)
-        still = travels & (further > _SETTLED * way) & (further > _MAX_TREND * sd)
-        if not (rest_travels | still).any():
-            return n_left_out
+        return False
+    half, path = len(steps) // 2, merge(steps)
+    moved = np.abs(merge(steps[half:]).mean - merge(steps[:half]).mean)
+    trend = moved > np.minimum(_TREND_RATIO * np.sqrt(path.squares / path.n), _SETTLED * way)
+    travels = trend & (moved > _MAX_TREND * sd)
     if not travels.any():
-        return 0
-    trend = np.where(travels, moved / sd, 0)
-    worst = int(np.argmax(trend))
+        return False
+    distance = np.where(travels, moved / sd, 0)
+    worst = int(np.argmax(distance))
     warnings.warn(
-        f"the means still travel: that of {names(group)[worst]} moved by {trend[worst]:.2g} sd "
+        f"the means still travel: that of {names(group)[worst]} moved by {distance[worst]:.2g} sd "
         "of approx between the halves of the steps after the burn-in, more than the steps "
         "scatter, so an average would lag behind, and approx is left as it is; call "
         "polish(approx, ds)",
         StreamWarning,
         stacklevel=3,
     )
-    return None
-
-
-def _travels(steps: Sequence[Moments], sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return how far the halves of a path are apart, and which means travel, each shape (d,)."""
-    half = len(steps) // 2
-    path, moved = merge(steps), np.abs(merge(steps[half:]).mean - merge(steps[:half]).mean)
-    trend = moved > _TREND_RATIO * np.sqrt(path.squares / path.n)
-    way, arrival = np.zeros(len(sd)), np.zeros(len(sd), bool)
-    if half >= _MIN_BINS:
-        way = np.abs(steps[0].mean - merge(steps[half:]).mean)
-        arrival = way > _ARRIVAL * np.std([part.mean for part in steps[half:]], axis=0, ddof=1)
-    travels = (trend & (moved > _MAX_TREND * sd)) | (arrival & (way > _MAX_TREND * sd))
-    return np.maximum(moved, way * arrival), travels
+    return True

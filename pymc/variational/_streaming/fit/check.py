@@ -35,14 +35,10 @@ from pymc.variational._streaming.fit.gaussian import (
     refuse_endless,
     scale,
 )
-from pymc.variational._streaming.fit.newton import (
-    Optimum,
-    Sample,
-    find_optimum,
-    is_dense,
-    lower_bound,
-)
+from pymc.variational._streaming.fit.newton import Optimum, Rows, find_optimum, is_dense
 from pymc.variational._streaming.fit.report import FitReport, StreamRows
+from pymc.variational._streaming.fit.sample import Sample
+from pymc.variational._streaming.fit.trust_region import Function
 from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.opvi import Approximation, Group
 
@@ -50,15 +46,6 @@ __all__ = ["check_fit", "measure"]
 
 _SAMPLE_VALUES = 2**23
 """Values of rows up to which a sample is held in memory."""
-
-_BLOCK_VALUES = 2**16
-"""Values of a block of a sample, at most."""
-
-_SAMPLE_BLOCKS = 64
-"""Blocks of a sample, whose scatter shows what it is worth."""
-
-_SMALL_BLOCKS = 1024
-"""Blocks of a sample in which parameters are looked for that few rows depend on."""
 
 _MAX_FACTOR = 30.0
 """Ratio of a second derivative of all rows to that of the sample up to which it is rescaled."""
@@ -121,9 +108,9 @@ def check_fit(
     Notes
     -----
     The expected log density and its Hessian come from antithetic pairs of draws, as many as there
-    are parameters, 8 at least. They are exact where the log density is quadratic. Beyond 256
-    parameters of a mean-field approximation, Hessian-vector products and Krylov spaces take the
-    place of the whole Hessian. Parameters of which the sample has few rows, such as the effects of
+    are parameters, 8 at least. They are exact where the log density is quadratic. Beyond 512
+    parameters of a mean-field approximation, products of the Hessian with vectors take its
+    place. Parameters of which the sample has few rows, such as the effects of
     rare levels, get their second derivatives from another pass over all rows.
 
     The posterior's standard deviations are those of linear response: of the inverse of the
@@ -167,7 +154,7 @@ def check_fit(
         rows = positive_int("rows", rows)
     return measure(
         group,
-        streams,
+        Density(group, streams),
         scale(group),
         rows=rows,
         executor=executor,
@@ -178,35 +165,50 @@ def check_fit(
 
 def measure(
     group: Group,
-    streams: Sequence[StreamingDataset],
+    density: Density,
     scales: np.ndarray,
     *,
     rows: int | None = None,
+    known: tuple[Sample, np.ndarray] | None = None,
+    shared: Sequence[int] = (),
     executor: Executor | None,
     seed: int,
     progressbar: bool,
 ) -> FitReport:
-    """Compare the Gaussian with the mean of *group*, and these scales, with all rows."""
-    density, at = Density(group, streams), mean(group)
-    n_known = sum(min(stream.total_size or 0, rows or math.inf) for stream in streams)
-    rng = np.random.default_rng(seed)
+    """Compare the Gaussian with the mean of *group*, and these scales, with all rows.
+
+    If *known*, a sample and what the Hessian of all rows exceeds that of the sample by, near the
+    mean, serve for the curvature. Of many parameters, the *shared* ones get exact standard
+    deviations.
+    """
+    at, rng = mean(group), np.random.default_rng(seed)
+    n_known = sum(min(stream.total_size or 0, rows or math.inf) for stream in density.streams)
     with progress_bar("Checking", int(n_known) or None, show=progressbar) as advance:
         read = partial(_read_all, density, rows=rows, executor=executor, advance=advance)
-        passes = read(partial(_score, x=at), keep=_sample_size(streams, scales))
-        samples = [_sample(part, term) for part, term in zip(passes, density.likelihoods)]
-        few = [_has_few(sample, part, at) for sample, part in zip(samples, passes)]
-        offset = rng.choice([-1.0, 1.0], len(at)) * marginal_sd(scales) * np.any(few, axis=0)
-        if offset.any():
-            again = read(partial(_secant, x=at, offset=offset))
-            samples = [_corrected(*pair, at, offset) for pair in zip(samples, again)]
+        n_kept = 0 if known else _sample_size(density.streams, scales)
+        passes = read(partial(_score, x=at), keep=n_kept)
+        sample, difference = known or (_sample(density, passes), None)
+        error, factors, extra = 0.0, np.ones(len(at)), np.zeros(len(at))
+        if not known:
+            error = sample.relative_error
+            factors, extra = _correction(sample, passes, at, marginal_sd(scales), read, rng)
     value, gradient = density.prior.value_and_gradient(at)
     value += sum(part.weight * part.sums[0] for part in passes)
     gradient = gradient + sum(part.weight * part.sums[1] for part in passes)
-    optimum = find_optimum(at, scales, gradient, samples, density.prior, rng)
-    elbo, elbo_error = lower_bound(scales, value, optimum)
-    noise = np.sqrt(sum(part.total**2 * part.row_variance() / part.batch_size for part in passes))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        signal_to_noise = np.where(noise > 0, np.abs(gradient) / noise, 0).max()
+    likelihood = sample.around(at, value, gradient, difference)
+    of_rows = Rows(likelihood, sample.n_rows, error, factors, extra, shared)
+    optimum = find_optimum(at, scales, of_rows, density.prior, rng)
+    return _report(group, density, scales, passes, gradient, optimum)
+
+
+def _report(
+    group: Group,
+    density: Density,
+    scales: np.ndarray,
+    passes: Sequence["_Pass"],
+    gradient: np.ndarray,
+    optimum: Optimum,
+) -> FitReport:
     sd = marginal_sd(scales) if np.isnan(optimum.sd).any() else optimum.sd
     return FitReport(
         names=names(group),
@@ -215,17 +217,17 @@ def measure(
         sd=optimum.sd,
         family_sd=marginal_sd(scale(group)),
         z_error=max(part.step_error(optimum) for part in passes),
-        elbo=elbo,
-        elbo_error=math.hypot(elbo_error, *(part.value_error() for part in passes)),
+        elbo=optimum.elbo,
+        elbo_error=math.hypot(optimum.elbo_error, *(part.value_error() for part in passes)),
         streams=tuple(
             StreamRows(part.name, part.n_rows, size, part.unread == 0)
             for part, size in zip(passes, density.total_sizes)
         ),
-        signal_to_noise=float(signal_to_noise) if noise.any() else np.inf,
+        signal_to_noise=_signal_to_noise(gradient, passes),
         between_within_ratio=max(part.between_within_ratio() for part in passes) or None,
-        moved=all(stream.rows_seen > 0 for stream in streams),
+        moved=all(stream.rows_seen > 0 for stream in density.streams),
         group=group,
-        start=at,
+        start=mean(group),
         optimum=optimum,
     )
 
@@ -288,6 +290,13 @@ class _Pass:
         return ratio if ratio > _MIN_RATIO and chance < _FALSE_ALARM else 0.0
 
 
+def _signal_to_noise(gradient: np.ndarray, passes: Sequence[_Pass]) -> float:
+    """Return the gradient of all rows beside the scatter of that of a batch, at most."""
+    noise = np.sqrt(sum(part.total**2 * part.row_variance() / part.batch_size for part in passes))
+    known = noise > 0
+    return float((np.abs(gradient[known]) / noise[known]).max()) if known.any() else np.inf
+
+
 def _read_all(
     density: Density, function: Callable[..., Any], rows: int | None, **kwargs: Any
 ) -> list[_Pass]:
@@ -304,12 +313,6 @@ def _score(term: Term, rows: np.ndarray, x: np.ndarray) -> tuple[Any, ...]:
     return value, gradient, gradient**2 / len(rows), value**2 / len(rows)
 
 
-def _secant(term: Term, rows: np.ndarray, x: np.ndarray, offset: np.ndarray) -> tuple[Any, ...]:
-    """Return the Hessian times *offset*, averaged along it."""
-    up, down = (term.value_and_gradient(x + side * offset, rows)[1] for side in (1, -1))
-    return ((up - down) / 2,)
-
-
 def _sample_size(streams: Sequence[StreamingDataset], scales: np.ndarray) -> int:
     """Return a number of rows that fits memory and costs less than a pass over millions."""
     size = len(scales)
@@ -321,37 +324,38 @@ def _sample_size(streams: Sequence[StreamingDataset], scales: np.ndarray) -> int
     return min(wanted, _SAMPLE_VALUES // values)
 
 
-def _sample(part: _Pass, term: Term) -> Sample:
-    rows = np.concatenate([p.first_rows for p in part.parts])
-    n_blocks = math.ceil(rows.size / _BLOCK_VALUES)
-    if len(rows) < part.total:
-        n_blocks = max(n_blocks, min(len(rows), _SAMPLE_BLOCKS))
-    blocks = np.array_split(rows, n_blocks)
-    size = len(part.sums[1])
-    return Sample(term, blocks, part.total / len(rows), np.ones(size), np.zeros(size))
+def _sample(density: Density, passes: Sequence[_Pass]) -> Sample:
+    rows = [np.concatenate([part.first_rows for part in each.parts]) for each in passes]
+    return Sample(density, rows, [each.total for each in passes])
 
 
-def _has_few(sample: Sample, part: _Pass, x: np.ndarray) -> np.ndarray:
-    """Return on which parameters few rows of a sample depend, shape (d,)."""
-    if sample.weight == 1:
-        return np.zeros(len(x), bool)
-    rows = np.concatenate(sample.blocks)
-    blocks = np.array_split(rows, min(len(rows), _SMALL_BLOCKS))
-    without = np.zeros(len(x), int)
-    for block in blocks:
-        without += sample.term.value_and_gradient(x, block)[1] == 0
-    return (without > len(blocks) / 2) & (part.sums[2] > 0)
+def _correction(
+    sample: Sample,
+    passes: Sequence[_Pass],
+    x: np.ndarray,
+    sd: np.ndarray,
+    read: Callable[..., list[_Pass]],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return factors and addends that make second derivatives those of all rows.
 
-
-def _corrected(sample: Sample, part: _Pass, x: np.ndarray, offset: np.ndarray) -> Sample:
-    """Return a sample whose second derivatives along *offset* are those of all rows."""
-    rare = offset != 0
-    where = np.where(rare, offset, 1)
-    true = part.weight * part.sums[0] / where
-    pieces = (_secant(sample.term, rows, x, offset)[0] for rows in sample.blocks)
-    sampled = sample.weight * sum(pieces) / where
+    Those of parameters of which the sample has few rows are corrected. Only if there are such, all rows are read again.
+    """
+    few = [rare & (part.sums[2] > 0) for rare, part in zip(sample.is_rare(x), passes)]
+    rare = np.any(few, axis=0)
+    if not rare.any():
+        return np.ones(len(x)), np.zeros(len(x))
+    offset = np.where(rare, rng.choice([-1.0, 1.0], len(x)) * sd, 0)
+    again = read(lambda term, rows: _halved(partial(term.value_and_gradient, rows=rows), x, offset))
+    true = sum(part.weight * part.sums[0] for part in again)
+    [sampled] = _halved(sample.likelihood, x, offset)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.nan_to_num(true / sampled)
     scalable = (ratio > 1 / _MAX_FACTOR) & (ratio < _MAX_FACTOR)
     factors = np.where(rare, np.sqrt(np.where(scalable, ratio, 0)), 1)
-    return sample._replace(factors=factors, extra=np.where(rare & ~scalable, true, 0))
+    return factors, np.where(rare & ~scalable, true / np.where(rare, offset, 1), 0)
+
+
+def _halved(function: Function, x: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray]:
+    """Return the Hessian times *offset*, averaged along it."""
+    return ((function(x + offset)[1] - function(x - offset)[1]) / 2,)

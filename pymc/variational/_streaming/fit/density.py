@@ -15,7 +15,6 @@
 
 import math
 import threading
-import warnings
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -28,7 +27,6 @@ import numpy as np
 import pytensor.tensor as pt
 
 from pytensor.compile.sharedvalue import SharedVariable
-from pytensor.gradient import NullTypeGradError
 from pytensor.graph.basic import Variable
 from pytensor.graph.replace import clone_replace
 from pytensor.graph.traversal import ancestors
@@ -69,73 +67,33 @@ _worker = threading.local()
 class Term:
     """A summand of a log density: the likelihood of any number of rows, or all that needs none.
 
-    What is used is compiled when it is first used, and again in a process that it was sent to.
+    It is compiled when it is first used, and again in a process that it was sent to.
     """
 
     def __init__(self, total: Variable, flat: Variable, rows: Variable | None = None):
         self._total, self._flat, self._rows = total, flat, rows
-        self._functions: dict[str, Callable | None] = {}
+        self._function: Callable | None = None
 
     def value_and_gradient(
         self, x: np.ndarray, rows: np.ndarray | None = None
     ) -> tuple[float, np.ndarray]:
         """Return the value and the gradient, shape (d,), at unconstrained parameters *x*."""
-        function = self._function("gradient")
-        assert function is not None
-        value, gradient = function(*self._given(rows), x)
+        given = () if self._rows is None else (rows,)
+        if self._function is None:
+            with _compiling:
+                self._function = self._function or self._compile()
+        value, gradient = self._function(*given, x)
         return float(value), np.asarray(gradient, "float64")
 
-    def hessp(self, x: np.ndarray, v: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return the Hessian at *x* times *v*, shape (d,).
-
-        Where second derivatives have no fast code, as those of gammaln on numba, it is the
-        central difference of gradients along *v*.
-        """
-        function = self._function("hessp")
-        if function is not None:
-            return np.asarray(function(*self._given(rows), x, v), "float64")
-        size = np.abs(v).max()
-        if not size:
-            return np.zeros(len(v))
-        step = np.finfo(self._flat.type.dtype).eps ** (1 / 3) * max(1.0, np.abs(x).max()) / size
-        up = self.value_and_gradient(x + step * v, rows)[1]
-        return (up - self.value_and_gradient(x - step * v, rows)[1]) / (2 * step)
-
-    def hessian(self, x: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return the Hessian at *x*, shape (d, d)."""
-        columns = np.array([self.hessp(x, v, rows) for v in np.eye(len(x))])
-        return (columns + columns.T) / 2
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_functions": {}}
+        return {**self.__dict__, "_function": None}
 
-    def _given(self, rows: np.ndarray | None) -> list[Any]:
-        return [] if self._rows is None else [rows]
-
-    def _function(self, name: str) -> Callable | None:
-        """Return a compiled function, None where it would run in Python."""
-        if name not in self._functions:
-            with _compiling:
-                self._functions[name] = self._compile(name)
-        return self._functions[name]
-
-    def _compile(self, name: str) -> Callable | None:
-        inputs = [] if self._rows is None else [self._rows]
+    def _compile(self) -> Callable:
+        inputs = [self._flat] if self._rows is None else [self._rows, self._flat]
         gradient = pt.grad(self._total, self._flat, disconnected_inputs="ignore")
-        outputs: Any = [self._total, gradient]
-        inputs.append(self._flat)
-        if name == "hessp":
-            v = self._flat.type("v")
-            try:
-                outputs = pt.grad((gradient * v).sum(), self._flat, disconnected_inputs="ignore")
-            except (NotImplementedError, NullTypeGradError):
-                return None
-            inputs.append(v)
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            function = compile(inputs, outputs, on_unused_input="ignore", allow_input_downcast=True)
-        slow = any("object mode" in str(warning.message) for warning in told)
-        return None if slow and name == "hessp" else function
+        return compile(
+            inputs, [self._total, gradient], on_unused_input="ignore", allow_input_downcast=True
+        )
 
 
 class Density:
@@ -174,14 +132,14 @@ class Density:
             self.likelihoods.append(_term(group, terms, buffer))
         self.prior = _term(group, list(factors.values()))
         """All that does not depend on the rows of streams."""
-        self._model = model
+        self.model = model
         self._contracts: dict[int, Contract] = {}
 
     def contract(self, number: int, rows: np.ndarray) -> Contract:
         """Return what rows of a stream must meet, which is derived with the first of them."""
         if number not in self._contracts:
             stream = self.streams[number]
-            found = contract_for(self._model, stream.as_tensor(), rows, stream.columns)
+            found = contract_for(self.model, stream.as_tensor(), rows, stream.columns)
             self._contracts[number] = found
         return self._contracts[number]
 

@@ -28,6 +28,7 @@ from pymc.variational.opvi import Approximation, Group
 __all__ = [
     "as_streams",
     "gaussian_group",
+    "log_volume",
     "marginal_sd",
     "mean",
     "names",
@@ -35,6 +36,7 @@ __all__ = [
     "scale",
     "set_mean",
     "set_scale",
+    "times",
 ]
 
 
@@ -112,6 +114,16 @@ def scale(group: Group) -> np.ndarray:
 def marginal_sd(scale: np.ndarray) -> np.ndarray:
     """Return the standard deviation of each parameter, for a result of :func:`scale`."""
     return scale if scale.ndim == 1 else np.linalg.norm(scale, axis=1)
+
+
+def log_volume(scale: np.ndarray) -> float:
+    """Return the logarithm of the determinant of a scale."""
+    return float(np.log(np.diag(scale) if scale.ndim == 2 else scale).sum())
+
+
+def times(scale: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """Return a scale times a standard normal draw."""
+    return scale @ draw if scale.ndim == 2 else scale * draw
 
 
 def set_scale(group: Group, values: np.ndarray) -> None:

@@ -20,45 +20,96 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scipy.stats import chi2
+from scipy.stats import norm
 
+from pymc.variational._streaming.fit.gaussian import log_volume, times
 from pymc.variational._streaming.fit.trust_region import Function
 
-__all__ = ["Moments", "best_gaussian", "importance_moments", "normal_draws"]
-
-_PAIRS = 500
-"""Pairs of antithetic draws."""
-
-_ENOUGH = 0.5
-"""Share of effective draws at which another round would change little."""
+__all__ = ["PosteriorMoments", "Probe", "best_gaussian", "importance_moments", "normal_draws"]
 
 _ROUNDS = 4
+
+_ENOUGH = 0.5
+"""Share of effective draws from which on rounds end that change little."""
+
+_SMALL = 0.03
+"""Relative change of moments that is little."""
+
+_KEPT = 0.8
+"""Share of the draws that another round must leave effective."""
+
+_STANDARD_ERRORS = 2.0
+"""Standard errors up to which a correction of a moment is taken for noise."""
 
 _MAX_RATIO = 4.0
 """Factor by which a variance may change in one step."""
 
 
-class Moments(NamedTuple):
-    """Moments of a density."""
+class PosteriorMoments(NamedTuple):
+    """Moments of a posterior density."""
 
     mean: np.ndarray
     covariance: np.ndarray
+    skewness: np.ndarray
     efficiency: float
     """Effective number of draws over their number, 1 for a Gaussian density."""
 
 
 def normal_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
-    """Return half of antithetic draws, sets of orthogonal ones, shape (n, size), n >= *pairs*.
+    """Return half of antithetic draws, shape (n, size), n being *pairs* or *size* at least.
 
-    Second moments, over all, are those of a standard normal distribution, and so are lengths.
+    A Latin hypercube (McKay, Beckman and Conover 1979) of absolute values has the moments of a
+    normal distribution in each coordinate; its columns are then made orthogonal.
     """
-    n_sets = math.ceil(pairs / size)
-    squares = chi2.ppf((np.arange(n_sets) + 0.5) / n_sets, size)
-    sets = []
-    for length in np.sqrt(squares / squares.mean() * size):
-        q, r = np.linalg.qr(rng.normal(size=(size, size)))
-        sets.append(q * np.sign(np.diag(r)) * length)
-    return np.concatenate(sets)
+    n = max(pairs, size)
+    absolute = norm.ppf(0.5 + (np.arange(n) + 0.5) / (2 * n))
+    draws = rng.permuted(np.tile(absolute[:, None], size), axis=0)
+    draws *= rng.choice([-1.0, 1.0], draws.shape)
+    u, _, v = np.linalg.svd(draws, full_matrices=False)
+    return math.sqrt(n) * u @ v
+
+
+class Probe:
+    """A function of value and gradient at antithetic pairs of draws from a Gaussian N(μ, LLᵀ).
+
+    Where the draws are those of :func:`normal_draws`, what is quadratic is integrated exactly.
+    """
+
+    def __init__(self, function: Function, draws: np.ndarray, mean: np.ndarray, scale: np.ndarray):
+        self.draws, self.scale = draws, scale
+        self.value, gradient = function(mean)
+        self.gains, self.even, self.odd = np.zeros(len(draws)), *np.zeros((2, *draws.shape))
+        for k, draw in enumerate(draws):
+            offset = times(scale, draw)
+            (up, slope), (down, opposite) = function(mean + offset), function(mean - offset)
+            self.gains[k] = (up + down) / 2 - self.value
+            self.even[k] = (slope + opposite) / 2 - gradient
+            self.odd[k] = (slope - opposite) / 2
+        self.value += self.gains.mean()
+        """Expected value."""
+        self.gradient = gradient + self.even.mean(axis=0)
+        """Expected gradient."""
+
+    def precision(self) -> np.ndarray:
+        """Return -LᵀHL of the expected Hessian H, shape (d, d), by Stein's lemma."""
+        slopes = self.draws.T @ self.odd @ self.scale / len(self.draws)
+        return -(slopes + slopes.T) / 2
+
+    def precision_variance(self) -> np.ndarray:
+        """Return its variance by draws, along each parameter; 0 where none are left over."""
+        n, size = self.draws.shape
+        if n == size:
+            return np.zeros(size)
+        directions = self.scale / np.linalg.norm(self.scale, axis=1)[:, None]
+        rest = self.odd - self.draws @ (self.draws.T @ self.odd) / n
+        along = self.draws @ directions.T
+        noise = along * (rest @ self.scale @ directions.T)
+        return (noise**2).sum(0) / (along**2).sum(0) ** 2 * n / (n - size)
+
+    def value_variance(self) -> float:
+        """Return the variance of the expected value."""
+        rest = self.gains + ((self.draws @ self.precision()) * self.draws).sum(axis=1) / 2
+        return float(rest.var(ddof=1) / len(rest) + self.precision_variance().sum() / 4)
 
 
 def best_gaussian(
@@ -81,28 +132,27 @@ def best_gaussian(
     mean : ndarray, shape (d,)
     covariance : ndarray, shape (d, d)
     """
-    size, share = len(mean), 1.0
-    factor = np.linalg.cholesky(covariance)
-    here = _expect(parts, mean, factor)
+    factor, share = np.linalg.cholesky(covariance), 1.0
+    bound, gradient, precision = _expect(parts, mean, factor)
     for _ in range(max_steps):
-        if not (np.isfinite(here.hessian).all() and np.isfinite(here.gradient).all()):
+        if not (np.isfinite(precision).all() and np.isfinite(gradient).all()):
             return None
-        values, vectors = np.linalg.eigh(-factor.T @ here.hessian @ factor)
+        values, vectors = np.linalg.eigh(precision)
         values = np.clip(values, 1 / _MAX_RATIO, _MAX_RATIO)
-        while True:
-            spread = vectors / np.sqrt(1 + share * (values - 1))
-            covariance = factor @ spread @ (factor @ spread).T
+        while share > 1e-3:
+            spread = factor @ vectors / np.sqrt(1 + share * (values - 1))
+            covariance = spread @ spread.T
             new_factor = np.linalg.cholesky(covariance)
-            new_mean = mean + share * covariance @ here.gradient
+            new_mean = mean + share * covariance @ gradient
             new = _expect(parts, new_mean, new_factor)
-            if new.bound >= here.bound - 1e-3 - 1e-10 * abs(here.bound):
+            if new[0] >= bound - 1e-3 - 1e-10 * abs(bound):
                 break
             share /= 2
-            if share < 1e-3:
-                return None
+        else:
+            return None
         sd, new_sd = np.linalg.norm(factor, axis=1), np.sqrt(np.diag(covariance))
         moved = max(np.abs((new_mean - mean) / new_sd).max(), np.abs(np.log(new_sd / sd)).max())
-        mean, factor, here = new_mean, new_factor, new
+        mean, factor, (bound, gradient, precision) = new_mean, new_factor, new
         if moved < tolerance * share:
             return mean, covariance
         share = min(1.0, 2 * share)
@@ -113,18 +163,18 @@ def importance_moments(
     log_density: Callable[[np.ndarray], float],
     mean: np.ndarray,
     covariance: np.ndarray,
+    pairs: int,
     rng: np.random.Generator,
-) -> Moments:
+) -> PosteriorMoments:
     """Return the moments of a density near N(mean, covariance).
 
     Each round draws from the Gaussian with the moments of the one before, until enough draws are
     effective (Cappé et al. 2004); the largest weights are truncated (Ionides 2008). Correlations
-    stay as they are, and standard deviations are multiplied by ratios of weighted to unweighted
-    draws, in which most of the noise cancels.
+    stay as they are, and means and variances are corrected by what is beyond the noise.
     """
-    half = rng.normal(size=(_PAIRS, len(mean)))
+    half = normal_draws(len(mean), pairs, rng)
     draws = np.concatenate([half, -half])
-    best = Moments(mean, covariance, 0.0)
+    best = PosteriorMoments(mean, covariance, np.zeros(len(mean)), 0.0)
     for _ in range(_ROUNDS):
         offsets = draws @ np.linalg.cholesky(covariance).T
         logs = np.array([log_density(mean + offset) for offset in offsets])
@@ -133,38 +183,36 @@ def importance_moments(
         weights = np.minimum(weights, weights.mean() * math.sqrt(len(weights)))
         weights /= weights.sum()
         efficiency = float(1 / (weights**2).sum() / len(weights))
-        if efficiency < best.efficiency:
+        if efficiency < _KEPT * best.efficiency:
             break
         shift = weights @ offsets
-        ratio = np.sqrt((weights @ offsets**2 - shift**2) / (offsets**2).mean(axis=0))
+        squares = (offsets - shift) ** 2
+        variance = weights @ squares
+        skewness = weights @ (squares * (offsets - shift)) / variance**1.5
+        # Ratios of weighted to unweighted draws, in which most of the noise cancels.
+        excess = variance / (offsets**2).mean(axis=0) - 1
+        spread = (weights - 1 / len(weights)) ** 2
+        shift = _beyond_noise(shift, np.sqrt(spread @ squares))
+        ratio = np.sqrt(1 + _beyond_noise(excess, np.sqrt(spread @ (squares / variance - 1) ** 2)))
         mean, covariance = mean + shift, covariance * np.outer(ratio, ratio)
-        best = Moments(mean, covariance, efficiency)
-        if efficiency > _ENOUGH:
+        best = PosteriorMoments(mean, covariance, skewness, efficiency)
+        change = max(np.abs(shift / np.sqrt(variance)).max(), np.abs(np.log(ratio)).max())
+        if efficiency > _ENOUGH and change < _SMALL:
             break
     return best
 
 
-class _Expectation(NamedTuple):
-    bound: float
-    gradient: np.ndarray
-    hessian: np.ndarray
+def _beyond_noise(estimate: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Shrink estimates of small values, the more the less they exceed their standard errors."""
+    noise = (_STANDARD_ERRORS * error) ** 2
+    return estimate * np.maximum(0, 1 - noise / np.maximum(estimate**2, 1e-300))
 
 
 def _expect(
     parts: Sequence[tuple[Function, np.ndarray]], mean: np.ndarray, factor: np.ndarray
-) -> _Expectation:
-    """Return bound, expected gradient and Hessian, from antithetic draws (Stein's lemma)."""
-    size = len(mean)
-    bound = float(np.log(np.diag(factor)).sum())
-    expected, slopes = np.zeros(size), np.zeros((size, size))
-    for function, draws in parts:
-        odd = np.zeros((len(draws), size))
-        for k, draw in enumerate(draws):
-            offset = factor @ draw
-            (value, gradient), (opposite, other) = function(mean + offset), function(mean - offset)
-            bound += (value + opposite) / 2 / len(draws)
-            expected += (gradient + other) / 2 / len(draws)
-            odd[k] = (gradient - other) / 2
-        slopes += draws.T @ odd / len(draws)
-    hessian = np.linalg.solve(factor.T, slopes)
-    return _Expectation(bound, expected, (hessian + hessian.T) / 2)
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Return bound, expected gradient, and precision in the coordinates of the Gaussian."""
+    probes = [Probe(function, draws, mean, factor) for function, draws in parts]
+    bound = log_volume(factor) + sum(probe.value for probe in probes)
+    gradient = np.sum([probe.gradient for probe in probes], axis=0)
+    return bound, gradient, np.sum([probe.precision() for probe in probes], axis=0)

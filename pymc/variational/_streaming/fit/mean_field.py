@@ -14,20 +14,20 @@
 """The best mean-field Gaussian of many parameters, in memory proportional to their number."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from scipy.linalg import hadamard
+from scipy.sparse.linalg import LinearOperator, cg
 
 from pymc.variational._streaming.fit.trust_region import (
-    RELATIVE_STEP,
-    Curvature,
     Function,
-    Pattern,
+    hessp,
 )
 
-__all__ = ["MeanField", "best_mean_field", "expected", "linear_response", "sign_draws"]
+__all__ = ["MeanField", "best_mean_field", "expected", "response_sd", "sign_draws"]
 
 Part = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray, np.ndarray]]
 
@@ -44,10 +44,13 @@ class MeanField(NamedTuple):
     """Last step of a mean, in units of the scales."""
 
 
-def sign_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
+def sign_draws(
+    size: int, pairs: int, rng: np.random.Generator, alone: Sequence[int] = ()
+) -> np.ndarray:
     """Return half of antithetic draws of signs, shape (pairs, size).
 
-    Up to *pairs* parameters are orthogonal; of more, some share a pattern but for its sign.
+    Up to *pairs* parameters are orthogonal; of more, some share a pattern but for its sign, apart
+    from a few that are *alone*, since others depend on them.
 
     Parameters
     ----------
@@ -55,7 +58,9 @@ def sign_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
     pairs : int
         Power of 2.
     """
-    patterns = rng.permutation(size) % pairs
+    alone = list(alone)[: pairs - 1]
+    patterns = len(alone) + rng.permutation(size) % (pairs - len(alone))
+    patterns[alone] = np.arange(len(alone))
     return hadamard(pairs, "int8")[:, patterns] * rng.choice(np.array([-1, 1], "int8"), size)
 
 
@@ -75,8 +80,7 @@ def expected(
 
 def best_mean_field(
     parts: Sequence[Part],
-    mean: np.ndarray,
-    scales: np.ndarray,
+    q: MeanField,
     *,
     tolerance: float,
     max_steps: int = 100,
@@ -92,23 +96,19 @@ def best_mean_field(
     parts : sequence of callable
         Parts of the log density: functions of mean and scales that return what
         :func:`expected` returns.
-    mean, scales : ndarray, shape (d,)
+    q : MeanField
+        Where the search begins.
     tolerance : float
         Step, in units of the scales, that ends the search.
     show : callable
         Function that is told where each step has led.
     """
-    size = len(mean)
-    x, radius, distance = np.concatenate([mean, np.log(scales)]), np.sqrt(len(mean)), np.inf
+    size, distance = len(q.mean), np.inf
+    x, radius = _coordinates(q)[0], np.sqrt(size)
     value, gradient = _bound(parts, x)
     for _ in range(max_steps):
-        unit = np.concatenate([np.exp(x[size:]), np.full(size, np.sqrt(0.5))])
-
-        def product(v: np.ndarray) -> np.ndarray:
-            offset = unit * v * (RELATIVE_STEP / np.abs(v).max())
-            up, down = _bound(parts, x + offset)[1], _bound(parts, x - offset)[1]
-            return unit * (down - up) / 2 * (np.abs(v).max() / RELATIVE_STEP)
-
+        unit = _coordinates(MeanField(x[:size], np.exp(x[size:]), distance))[1]
+        product = partial(_precision_product, parts, x, unit)
         step, predicted, is_inside = _steihaug(product, unit * gradient, radius)
         new, new_gradient = _bound(parts, x + unit * step)
         ratio = (new - value) / predicted if np.isfinite(new) else -1.0
@@ -127,17 +127,37 @@ def best_mean_field(
     return MeanField(x[:size], np.exp(x[size:]), distance)
 
 
-def linear_response(parts: Sequence[Part], q: MeanField) -> Curvature:
-    """Return the curvature of the bound, in means and log scales, of a few hundred parameters.
+def response_sd(
+    function: Function, q: MeanField, places: Sequence[int], rng: np.random.Generator
+) -> np.ndarray:
+    """Return standard deviations of the posterior for some parameters, by linear response.
 
-    The means' part of its inverse is the covariance of the posterior to the first order (Giordano,
+    Means and scales respond, since the scale of a group's effects follows theirs (Giordano,
     Broderick and Jordan 2018).
     """
-    x = np.concatenate([q.mean, np.log(q.scales)])
-    steps = RELATIVE_STEP * np.concatenate([q.scales, np.ones(len(q.mean))])
-    pattern = Pattern.dense(len(x))
-    differences = pattern.differences(lambda y: _bound(parts, y)[1], x, steps)
-    return Curvature(pattern.assemble(differences, steps))
+    size, (x, unit) = len(q.mean), _coordinates(q)
+    parts = [partial(expected, function, sign_draws(size, 8, rng, places))]
+    product = partial(_precision_product, parts, x, unit)
+    operator = LinearOperator((2 * size, 2 * size), lambda v: product(np.ravel(v)), dtype="float64")
+    variances = []
+    for place in places:
+        target = np.zeros(2 * size)
+        target[place] = 1
+        variances.append(cg(operator, target, rtol=0.01, maxiter=_MAX_PRODUCTS)[0][place])
+    return q.scales[places] * np.sqrt(np.maximum(variances, 1))
+
+
+def _coordinates(q: MeanField) -> tuple[np.ndarray, np.ndarray]:
+    """Return means and log scales, and the units in which steps of them are alike."""
+    unit = np.concatenate([q.scales, np.full(len(q.scales), np.sqrt(0.5))])
+    return np.concatenate([q.mean, np.log(q.scales)]), unit
+
+
+def _precision_product(
+    parts: Sequence[Part], x: np.ndarray, unit: np.ndarray, v: np.ndarray
+) -> np.ndarray:
+    """Return the negative Hessian of the bound, in these units, times *v*."""
+    return -unit * hessp(lambda y: _bound(parts, y)[1], x, unit * v, unit)
 
 
 def _bound(parts: Sequence[Part], x: np.ndarray) -> tuple[float, np.ndarray]:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -35,10 +36,10 @@ from pymc.variational._streaming.fit.gaussian import (
     set_mean,
     set_scale,
 )
-from pymc.variational._streaming.fit.report import FitReport
-from pymc.variational._streaming.fit.search import PassesSpent, Search, find_fit, note_flat
+from pymc.variational._streaming.fit.report import POLISH_AGAIN, FitReport
+from pymc.variational._streaming.fit.search import Fit, PassesSpent, Search, find_fit, note_flat
 from pymc.variational._streaming.utils import positive_int, progress_bar
-from pymc.variational.opvi import Approximation
+from pymc.variational.opvi import Approximation, Group
 
 __all__ = ["polish"]
 
@@ -138,38 +139,19 @@ def polish(
     """
     started = time.perf_counter()
     streams, group = as_streams(ds), gaussian_group(approx)
-    remedy = "save some of its rows, and fit a StreamingDataset of these"
-    refuse_endless(streams, "polish", remedy)
+    refuse_endless(streams, "polish", "save some of its rows, and fit a StreamingDataset of these")
+    most, rng = positive_int("max_passes", max_passes), np.random.default_rng(seed)
     before = mean(group), scale(group)
-    rng = np.random.default_rng(seed)
     with progress_bar("Polishing", show=progressbar) as advance:
-        most = positive_int("max_passes", max_passes)
         run = Search(Density(group, streams), names(group), executor, advance, most)
-        unfinished = False
-        try:
-            find_fit(run, before, tolerance, rng)
-        except PassesSpent:
-            unfinished = True
-            run.notes.append(f"the search was ended by max_passes={max_passes}")
-        except KeyboardInterrupt:
-            if run.best is not None and run.is_higher(run.best[0], before[0]):
-                set_mean(group, run.best[0])
-                set_scale(group, run.best[1])
-            raise
-        run.max_passes = math.inf
+        unfinished = _search(run, group, before, tolerance, rng)
         note_flat(run)
-        if run.best is None or not run.is_better(run.best, before, rng):
+        if run.best is not None and run.is_better(run.best, before, rng):
+            _place(group, run.best)
+        else:
             run.covariance = None
             run.notes.append("the fit before had a higher bound, and is left as it was")
-        else:
-            set_mean(group, run.best[0])
-            set_scale(group, run.best[1])
-    scales = scale(group) if run.covariance is None else np.linalg.cholesky(run.covariance)
-    report = measure(group, streams, scales, executor=executor, seed=seed, progressbar=progressbar)
-    if run.covariance is not None:
-        sd = np.sqrt(np.diag(run.covariance))
-        optimum = report.optimum._replace(covariance=run.covariance, principal_s=report.s)
-        report = replace(report, sd=sd, optimum=optimum)
+    report = _measured(run, group, executor=executor, seed=seed, progressbar=progressbar)
     return replace(
         report,
         moved=True,
@@ -177,5 +159,36 @@ def polish(
         seconds=time.perf_counter() - started,
         found=run.found,
         notes=tuple(run.notes),
-        unfinished=unfinished,
+        remedy=POLISH_AGAIN if unfinished else run.remedy(),
     )
+
+
+def _measured(run: Search, group: Group, **kwargs: Any) -> FitReport:
+    """Check the result, which has the covariance of the posterior if that was found."""
+    if run.covariance is None:
+        return measure(group, run.density, scale(group), shared=run.shared, **kwargs)
+    scales = np.linalg.cholesky(run.covariance)
+    report = measure(group, run.density, scales, known=run.known, **kwargs)
+    optimum = report.optimum._replace(covariance=run.covariance, principal_s=report.s)
+    return replace(report, sd=np.sqrt(np.diag(run.covariance)), optimum=optimum)
+
+
+def _search(run: Search, group: Group, before: Fit, tolerance: float, rng) -> bool:
+    """Find the best fit, and return whether *max_passes* ended that."""
+    try:
+        find_fit(run, before, tolerance, rng)
+    except PassesSpent:
+        run.notes.append(f"the search was ended by max_passes={run.max_passes}")
+        return True
+    except KeyboardInterrupt:
+        if run.best is not None and run.is_higher(run.best[0], before[0]):
+            _place(group, run.best)
+        raise
+    finally:
+        run.max_passes = math.inf
+    return False
+
+
+def _place(group: Group, fit: Fit) -> None:
+    set_mean(group, fit[0])
+    set_scale(group, fit[1])

@@ -15,20 +15,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.gaussian import mean, names, set_mean, set_scale
 from pymc.variational._streaming.fit.newton import Optimum
-from pymc.variational.approximations import FullRank
-from pymc.variational.opvi import Group
+from pymc.variational.approximations import FullRank, FullRankGroup, MeanFieldGroup
+from pymc.variational.opvi import Approximation, Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["FitReport", "StreamRows", "Verdict"]
+__all__ = ["COMPARE", "POLISH_AGAIN", "Finding", "FitReport", "StreamRows", "Verdict"]
 
 Verdict = Literal[
     "fine",
@@ -72,15 +72,8 @@ _MAX_NAMES = 60
 """Parameters whose names fit beside the figure."""
 
 _POLISH = "Call polish(approx, ds)."
-_POLISH_AGAIN = "Call polish(approx, ds) with a higher max_passes."
-_COMPARE = "Compare with pm.sample on a part of the rows."
-
-_FOUND: dict[Verdict, str] = {
-    "flat direction": "Give it a narrower prior.",
-    "several modes": "Order or bound the parameters, so that one mode is left.",
-    "not Gaussian": _COMPARE,
-}
-"""What to do about what :func:`polish` finds of a posterior, the gravest first."""
+POLISH_AGAIN = "Call polish(approx, ds) with a higher max_passes."
+COMPARE = "Compare with pm.sample on a part of the rows."
 
 _EXPLANATIONS = {
     "fine": "The means are at most {z:.2g} posterior sd off, the scales {percent:.2g} %.",
@@ -110,6 +103,13 @@ _EXPLANATIONS = {
         "before a restart, use ds.load_state_dict with its position, and check again."
     ),
 }
+
+
+class Finding(NamedTuple):
+    """What makes the numbers of a report doubtful, and what to do about it."""
+
+    text: str
+    remedy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +171,12 @@ class FitReport:
     """Passes over all rows that were made."""
     seconds: float | None = None
     """Time that :func:`polish` took, None for a check alone."""
-    found: Mapping[Verdict, str] = field(default_factory=dict)
+    found: Mapping[Verdict, Finding] = field(default_factory=dict)
     """What :func:`polish` found of the posterior that makes its numbers doubtful, by verdict."""
     notes: tuple[str, ...] = ()
     """What else :func:`polish` has to say about how it ended."""
-    unfinished: bool = False
-    """Whether *max_passes* ended :func:`polish`."""
+    remedy: str = COMPARE
+    """What to do if a polished fit is off still."""
 
     @property
     def rows(self) -> int:
@@ -205,7 +205,7 @@ class FitReport:
             return "one batch"
         if means_off and self.between_within_ratio is not None and not self.is_polished:
             return "ordered rows"
-        for verdict in _FOUND:
+        for verdict in ("flat direction", "several modes", "not Gaussian"):  # gravest first
             if verdict in self.found:
                 return verdict
         if self._is_flat():
@@ -221,14 +221,20 @@ class FitReport:
             return "unknown"
         return "scales off" if self._factor(_STANDARD_ERRORS) > _FINE_FACTOR else "fine"
 
-    def full_rank(self) -> FullRank:
-        """Return a full-rank approximation with the covariance of the posterior.
+    def full_rank(self, var_names: Sequence[str] | None = None) -> Approximation:
+        """Return an approximation with the covariance of the posterior.
 
         Its mean is that of the fit, its covariance that of linear response, as in *sd*.
 
+        Parameters
+        ----------
+        var_names : sequence of str, optional
+            Variables whose covariance is wanted; the others are independent, with *sd*. Default:
+            all.
+
         Returns
         -------
-        FullRank
+        FullRank or Approximation
             For ``.sample()``, with its factor of the covariance in memory.
 
         Raises
@@ -238,31 +244,51 @@ class FitReport:
             parameters than a covariance can be held of.
         """
         if self.verdict not in ("fine", "scales off"):
-            remedy = _FOUND.get(self.verdict) or self._remedy()
+            found = self.found.get(self.verdict)
+            remedy = found.remedy if found else self._remedy()
             raise StreamError(f"the fit is not at its optimum ({self.verdict}); {remedy[:-1]}")
         if not np.array_equal(mean(self.group), self.start):
             raise StreamError("approx has changed since it was checked; check it again")
-        covariance = self.covariance()
-        with self.group.model:
-            approx = FullRank()
-        group = approx.groups[0]
-        if names(group) != self.names:
+        with self.group.model as model:
+            if var_names is None:
+                approx = FullRank()
+            else:
+                chosen = FullRankGroup([model[name] for name in var_names])
+                approx = Approximation([chosen, MeanFieldGroup(None)])
+        if sorted(name for group in approx.groups for name in names(group)) != sorted(self.names):
             raise StreamError("the model has changed since the fit; fit and check it again")
-        set_mean(group, self.start)
-        set_scale(group, np.linalg.cholesky(covariance))
+        for group in approx.groups:
+            chosen = [self.names.index(name) for name in names(group)]
+            set_mean(group, self.start[chosen])
+            if isinstance(group, FullRankGroup):
+                set_scale(group, np.linalg.cholesky(self._covariance(chosen)))
+            else:
+                set_scale(group, self.sd[chosen])
         return approx
 
     def covariance(self) -> np.ndarray:
         """Return the covariance of the posterior by linear response, shape (d, d)."""
+        return self._covariance(list(range(len(self.names))))
+
+    def _covariance(self, chosen: list[int]) -> np.ndarray:
+        size, block = len(self.names), np.ix_(chosen, chosen)
         if self.optimum.covariance is not None:
-            return self.optimum.covariance
-        if len(self.start) > _MAX_DENSE:
+            return self.optimum.covariance[block]
+        if size <= _MAX_DENSE:
+            precision = np.array([self.optimum.precision(unit) for unit in np.eye(size)])
+            inverse = np.linalg.inv((precision + precision.T) / 2)
+            covariance = (self.family_sd[:, None] * inverse * self.family_sd)[block]
+        elif len(chosen) <= _MAX_DENSE:
+            units = (np.where(np.arange(size) == place, 1.0, 0.0) for place in chosen)
+            columns = np.array([self.optimum.solve(unit)[chosen] for unit in units])
+            covariance = (columns + columns.T) / 2
+        else:
             raise StreamError(
-                f"a covariance of {len(self.start)} parameters is too large; use report.sd"
+                f"a covariance of {len(chosen)} parameters is too large; use report.sd, or "
+                "full_rank(var_names) of some"
             )
-        precision = np.array([self.optimum.precision(unit) for unit in np.eye(len(self.start))])
-        inverse = np.linalg.inv((precision + precision.T) / 2)
-        return self.family_sd[:, None] * inverse * self.family_sd
+        ratio = self.sd[chosen] / np.sqrt(np.diag(covariance))
+        return covariance * np.outer(ratio, ratio)
 
     def plot(self) -> "Sequence[Axes]":
         """Plot z and s of each parameter, with the band that counts as fine.
@@ -318,8 +344,8 @@ class FitReport:
         if self.verdict == "wrong size":
             return "\n".join(_miscounted(s) for s in self.streams if s.rows != s.total_size)
         if self.verdict in self.found:
-            text = self.found[self.verdict]
-            return f"{text[0].upper()}{text[1:]}.\n{_FOUND[self.verdict]}"
+            text, remedy = self.found[self.verdict]
+            return f"{text[0].upper()}{text[1:]}.\n{remedy}"
         worst = int(np.argmax(np.abs(self.z)))
         z = abs(self.z[worst])
         text = _EXPLANATIONS[self.verdict].format(
@@ -345,14 +371,14 @@ class FitReport:
         if self.verdict == "unknown" and self.z_error > _FINE_Z:
             return "Check all rows."
         if self.is_polished:
-            return _POLISH_AGAIN if self.unfinished else _COMPARE
+            return self.remedy
         return _POLISH
 
     def _numbers(self) -> list[str]:
         lines = [f"{self.rows:,} rows; ELBO {self.elbo:,.2f} ± {self.elbo_error:.2g}"]
         if self.seconds is not None:
             lines.append(f"Polished in {self.passes} passes and {self.seconds:.1f} s.")
-        others = [text for verdict, text in self.found.items() if verdict != self.verdict]
+        others = [found.text for verdict, found in self.found.items() if verdict != self.verdict]
         lines += [f"{note[0].upper()}{note[1:]}." for note in (*others, *self.notes)]
         if self.z_error:
             lines.append(f"z has a standard error of {self.z_error:.2g}: not all rows were read.")

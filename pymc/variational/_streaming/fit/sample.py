@@ -24,12 +24,15 @@ from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.fit.density import Density, sample_rows
-from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Optimum, Pattern
+from pymc.variational._streaming.fit.trust_region import Function, Pattern
 
 __all__ = ["Sample"]
 
 _MAX_VALUES = 2**22
 """Values of a sample that are held in memory, 32 MB of float64."""
+
+_BLOCKS = 1024
+"""Blocks in which parameters are looked for that few rows depend on."""
 
 
 class Sample:
@@ -65,6 +68,16 @@ class Sample:
         return Sample(self._density, [part[:n_rows] for part in self._rows], self._totals)
 
     @property
+    def n_rows(self) -> int:
+        return sum(map(len, self._rows))
+
+    @property
+    def relative_error(self) -> float:
+        """Relative error of its sums by the choice of rows, 0 where it has all."""
+        sizes = [len(rows) for rows, weight in zip(self._rows, self._weights) if weight > 1]
+        return 1 / math.sqrt(min(sizes)) if sizes else 0.0
+
+    @property
     def is_whole(self) -> bool:
         """Whether these are all rows."""
         return max(self._weights) <= 1
@@ -84,9 +97,8 @@ class Sample:
         return self.likelihood_hessian(pattern, x, steps) + self.prior_hessian(x, steps)
 
     def prior_hessian(self, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        dense = Pattern.dense(len(x))
         gradient = self._density.prior.value_and_gradient
-        return dense.assemble(dense.differences(lambda y: gradient(y)[1], x, steps), steps)
+        return Pattern.dense(len(x)).hessian(lambda y: gradient(y)[1], x, steps)
 
     def likelihood(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = 0.0, np.zeros(len(x))
@@ -97,23 +109,34 @@ class Sample:
         return value, gradient
 
     def likelihood_hessian(self, pattern: Pattern, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        differences = pattern.differences(lambda y: self.likelihood(y)[1], x, steps)
-        return pattern.assemble(differences, steps)
+        return pattern.hessian(lambda y: self.likelihood(y)[1], x, steps)
 
-    def around(self, optimum: Optimum) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
-        """Return the likelihood with the gradient and the Hessian of all rows at an optimum.
+    def is_rare(self, x: np.ndarray) -> list[np.ndarray]:
+        """Return on which parameters few rows of each stream depend, each of shape (d,)."""
+        rare = []
+        for likelihood, rows, weight in zip(self._density.likelihoods, self._rows, self._weights):
+            blocks = np.array_split(rows, min(len(rows), _BLOCKS)) if weight > 1 else []
+            without = np.zeros(len(x))
+            for block in blocks:
+                without += likelihood.value_and_gradient(x, block)[1] == 0
+            rare.append(without > len(blocks) / 2)
+        return rare
 
-        The sample serves the rest, which is small near the optimum (Quiroz et al. 2019).
+    def around(
+        self, x: np.ndarray, value: float, gradient: np.ndarray, difference: np.ndarray | None
+    ) -> Function:
+        """Return the likelihood with the value and the gradient of all rows at *x*.
+
+        These are of the whole log density, and so is the *difference* of the Hessians. The sample
+        serves the rest, which is small near the optimum (Quiroz et al. 2019).
         """
-        x = optimum.x
-        slope = optimum.gradient - self.value_and_gradient(x)[1]
-        steps = RELATIVE_STEP * optimum.curvature.scale
-        difference = optimum.curvature.hessian - self.hessian(Pattern.dense(len(x)), x, steps)
+        at, slope = self.value_and_gradient(x)
+        height, slope = value - at, gradient - slope
 
         def corrected(y: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = self.likelihood(y)
-            more = difference @ (y - x)
-            return value + (slope + more / 2) @ (y - x), gradient + slope + more
+            here, gradient = self.likelihood(y)
+            more = 0 if difference is None else difference @ (y - x)
+            return here + height + (slope + more / 2) @ (y - x), gradient + slope + more
 
         return corrected
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["RELATIVE_STEP", "Curvature", "Function", "Optimum", "Pattern", "maximize"]
+__all__ = ["RELATIVE_STEP", "Curvature", "Function", "Mode", "Pattern", "hessp", "maximize"]
 
 Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
 """Function that returns its value and gradient."""
@@ -62,6 +62,12 @@ class Pattern:
     def dense(cls, size: int) -> "Pattern":
         """Return the pattern of a Hessian without zeros."""
         return cls(np.ones((size, size)))
+
+    def hessian(
+        self, gradient: Callable[[np.ndarray], np.ndarray], x: np.ndarray, steps: np.ndarray
+    ) -> np.ndarray:
+        """Return the Hessian at *x*, shape (d, d), by differences over *steps* of parameters."""
+        return self.assemble(self.differences(gradient, x, steps), steps)
 
     def differences(
         self, gradient: Callable[[np.ndarray], np.ndarray], x: np.ndarray, steps: np.ndarray
@@ -134,8 +140,9 @@ class Curvature:
         return self.scale * (self.vectors @ step), float(slopes @ step - step**2 @ self.values / 2)
 
     def covariance(self) -> np.ndarray:
-        """Return the inverse, shape (d, d), of a concave function's."""
-        factor = self.scale[:, None] * self.vectors / np.sqrt(self.values)
+        """Return the inverse, shape (d, d), with the sizes of eigenvalues if it is indefinite."""
+        values = np.maximum(np.abs(self.values), 1e-10)
+        factor = self.scale[:, None] * self.vectors / np.sqrt(values)
         return factor @ factor.T
 
     def distance(self, step: np.ndarray) -> float:
@@ -143,7 +150,15 @@ class Curvature:
         return float(np.abs(step / np.sqrt(np.diag(self.covariance()))).max())
 
 
-class Optimum(NamedTuple):
+def hessp(
+    gradient: Callable[[np.ndarray], np.ndarray], x: np.ndarray, v: np.ndarray, scale: np.ndarray
+) -> np.ndarray:
+    """Return the Hessian at *x* times *v*, by a difference over a part of *scale*."""
+    share = RELATIVE_STEP / max(np.abs(v / scale).max(), np.finfo(float).tiny)
+    return (gradient(x + share * v) - gradient(x - share * v)) / (2 * share)
+
+
+class Mode(NamedTuple):
     """Where damped Newton steps have ended."""
 
     x: np.ndarray
@@ -173,8 +188,8 @@ def maximize(
     tolerance: float,
     max_steps: int = 100,
     steps: np.ndarray | None = None,
-    show: Callable[[Optimum], None] = lambda optimum: None,
-) -> Optimum:
+    show: Callable[[Mode], None] = lambda optimum: None,
+) -> Mode:
     """Maximize by Newton steps, damped in the metric of the Hessian's diagonal.
 
     Damping in this metric crosses long ridges, where a ball in parameter space would have to be
@@ -205,7 +220,7 @@ def maximize(
         distance = np.inf
         if curvature.is_concave:
             distance = curvature.distance(curvature.step(gradient, 0.0)[0])
-        show(Optimum(x, value, gradient, curvature, distance))
+        show(Mode(x, value, gradient, curvature, distance))
         if distance < tolerance or n == max_steps:
             break
         found = _rise(function, x, value, gradient, curvature, damping)
@@ -215,7 +230,7 @@ def maximize(
         moved += distance
         if moved > _REUSE:
             curvature, moved = Curvature(hessian(x, RELATIVE_STEP * curvature.scale)), 0.0
-    return Optimum(x, value, gradient, curvature, distance)
+    return Mode(x, value, gradient, curvature, distance)
 
 
 def _rise(

@@ -71,27 +71,32 @@ def compare_groups(units: np.ndarray, groups: np.ndarray, seed: int = 0) -> Diff
     """
     rng = np.random.default_rng(seed)
     groups = np.unique(groups, return_inverse=True)[1]
-    tests = [_test(units, groups, rng)]
+    scores = _scores(units, rng)
+    tests = [_test(*scores, groups)]
     n = len(units) // _JOINED * _JOINED
     of_joined = groups[:n:_JOINED] // _JOINED
     if 1 < np.unique(of_joined).size < len(of_joined):
         joined = units[:n].reshape(-1, _JOINED, units.shape[1]).sum(axis=1)
-        tests.append(_test(joined, of_joined, rng))
+        tests.append(_test(*_scores(joined, rng), of_joined))
     single, pooled = (np.minimum(2 * np.min(p, axis=0), 1) for p in zip(*tests))
     component, within = variance_components(units, groups)
-    scores = ndtri((_ranks(units, rng) + 0.5) / len(units))
-    ratio = np.divide(*variance_components(scores, groups))
+    ratio = np.divide(*variance_components(scores[1], groups))
     return Differences(single, float(pooled), component, within, ratio)
 
 
-def _test(
-    units: np.ndarray, groups: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, float]:
+def _scores(units: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ranks in each coordinate, with ties in random order, and their normal scores."""
+    shuffled = rng.permutation(len(units))
+    order = shuffled[np.argsort(units[shuffled], axis=0, kind="stable")]
+    ranks = np.empty(units.shape, np.int64)
+    np.put_along_axis(ranks, order, np.arange(len(units))[:, None], axis=0)
+    return ranks, ndtri((np.arange(len(units)) + 0.5) / len(units))[ranks]
+
+
+def _test(ranks: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, float]:
     """Return p-values of each coordinate, shape (n_coordinates,), and of all together."""
-    ranks = _ranks(units, rng)
-    scores = ndtri((ranks + 0.5) / len(units))
     between, total, k = _squares(scores, groups)
-    by_score = betainc((len(units) - k) / 2, (k - 1) / 2, 1 - np.minimum(between / total, 1))
+    by_score = betainc((len(scores) - k) / 2, (k - 1) / 2, 1 - np.minimum(between / total, 1))
     single = 2 * np.minimum(by_score, _count_extremes(ranks, groups))
     return single, _pool(scores, between.sum(), total[0], k)
 
@@ -102,14 +107,6 @@ def variance_components(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndar
     n = len(values)
     within = np.maximum(total - between, 1e-12 * total + 1e-300) / (n - k)
     return np.maximum(between / (k - 1) - within, 0) * k / n, within
-
-
-def _ranks(units: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    shuffled = rng.permutation(len(units))
-    order = shuffled[np.argsort(units[shuffled], axis=0, kind="stable")]
-    ranks = np.empty(units.shape, np.int64)
-    np.put_along_axis(ranks, order, np.arange(len(units))[:, None], axis=0)
-    return ranks
 
 
 def _squares(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

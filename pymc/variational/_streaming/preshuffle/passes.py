@@ -41,7 +41,8 @@ import numpy as np
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle.plan import MAX_AT_ONCE, MAX_PARTITIONS, Part, Plan
 from pymc.variational._streaming.preshuffle.write import Writer
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow, read_batches
+from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.parquet.parquet import read_batches
 from pymc.variational._streaming.sources.summary import Summarizer
 from pymc.variational._streaming.sources.tables import Piece, conform
 

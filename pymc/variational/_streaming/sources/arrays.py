@@ -240,19 +240,20 @@ class _OneShotSource(IterableSource):
     def blocks(
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
+        return skip_rows(self._take(), start)
+
+    def batches(self) -> Iterator[Any]:
+        self._take()
+        return super().batches()
+
+    def _take(self) -> Iterator[np.ndarray]:
         if self._unread is None:
             raise StreamError(
                 "source is a one-shot iterator and has been read; pass a function that makes "
                 "a new iterator, or cycle=False for a single pass"
             )
         blocks, self._unread = self._unread, None
-        return skip_rows(blocks, start)
-
-    def batches(self) -> Iterator[Any]:
-        if self._unread is None:
-            raise StreamError("source is a one-shot iterator and has been read; make it anew")
-        self._unread = None
-        return super().batches()
+        return blocks
 
     def count(self) -> int:
         raise ValueError(

@@ -33,9 +33,9 @@ from pymc.variational._streaming.sources.parquet.files import (
     inspect_all,
     is_local,
     is_unchanged,
-    read_batches,
 )
 from pymc.variational._streaming.sources.parquet.mark import MARK_KEY, read_mark
+from pymc.variational._streaming.sources.parquet.parquet import read_batches
 from pymc.variational._streaming.sources.parquet.paths import list_parquet, resolve, stands_for
 from pymc.variational._streaming.sources.rows import choose_columns, is_pandas_index
 from pymc.variational._streaming.sources.summary import SUMMARY_KEY, Summary, dictionary_of

@@ -126,19 +126,60 @@ def test_separated_outcomes_without_a_prior_are_told_of(logistic):
     assert "Give it a narrower prior" in str(report)
 
 
-def test_a_posterior_that_is_not_near_a_gaussian_is_not_called_fine():
-    """A funnel, whose standard deviations no Gaussian has."""
-    rows = np.random.default_rng(0).normal(size=(2_000, 1))
-    ds = StreamingDataset(rows, batch_size=100)
+def funnel(ds, centred: bool) -> pm.Model:
+    """Return a model of nine values that no row is about, and of the scale of these."""
     with pm.Model() as model:
         width = pm.Normal("width", 0, 3)
-        pm.Normal("x", 0, pm.math.exp(width / 2), shape=9)
+        if centred:
+            pm.Normal("x", 0, pm.math.exp(width / 2), shape=9)
+        else:
+            pm.Deterministic("x", pm.math.exp(width / 2) * pm.Normal("z", 0, 1, shape=9))
         pm.Normal("y", pm.Normal("mu"), 1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
-    report = polish(pm.MeanField(model=model), ds, progressbar=False)
-    assert report.verdict in ("flat direction", "not Gaussian")
-    assert "Call polish" not in str(report)
+    return model
+
+
+def test_a_funnel_is_told_of_and_its_remedy_ends_right():
+    """No Gaussian has the standard deviations of a funnel; non-centred, it is one."""
+    rows = np.random.default_rng(0).normal(size=(2_000, 1))
+    ds = StreamingDataset(rows, batch_size=100)
+    report = polish(pm.MeanField(model=funnel(ds, centred=True)), ds, progressbar=False)
+    assert report.verdict == "not Gaussian"
+    assert "rises without end along width, a funnel of a scale" in str(report)
+    assert "non-centred: a standard normal variable times the scale" in str(report)
     with pytest.raises(StreamError, match="the fit is not at its optimum"):
         report.full_rank()
+    report = polish(pm.MeanField(model=funnel(ds, centred=False)), ds, progressbar=False)
+    assert report.verdict == "fine"
+    np.testing.assert_allclose(report.sd[1:-1], 1, rtol=0.01)
+    assert report.sd[0] == pytest.approx(3, rel=0.01)
+
+
+def test_a_skewed_posterior_is_told_of():
+    """That of a rate of no events is exponential, and its logarithm has skewness -1.14."""
+    ds = StreamingDataset(np.zeros((1_000, 1)), batch_size=100)
+    with pm.Model() as model:
+        rate, counts = pm.Exponential("rate", 1), ds.as_tensor()[:, 0].astype("int64")
+        pm.Poisson("y", rate, observed=counts, total_size=ds.total_size)
+    approx = pm.MeanField(model=model)
+    report = polish(approx, ds, progressbar=False)
+    assert approx.mean.eval()[0] == pytest.approx(-np.euler_gamma - np.log(1_001), abs=0.15)
+    assert report.verdict == "not Gaussian"
+    assert "rate_log__ has skewness -" in str(report)
+    assert "Compare with pm.sample on a part of the rows" in str(report)
+
+
+def test_a_multivariate_likelihood_needs_no_fit_before():
+    """Before one the buffer holds no rows, on which linear algebra cannot be evaluated."""
+    rows = np.random.default_rng(0).normal(1.0, 1.0, size=(1_000, 2))
+    ds = StreamingDataset(rows, batch_size=100)
+    with pm.Model() as model:
+        mu = pm.Normal("mu", 0, 10, shape=2)
+        pm.MvNormal("y", mu, cov=np.eye(2), observed=ds.as_tensor(), total_size=ds.total_size)
+    approx = pm.MeanField(model=model)
+    report = polish(approx, ds, progressbar=False)
+    assert report.verdict == "fine"
+    np.testing.assert_allclose(approx.mean.eval(), rows.mean(axis=0), atol=0.1 * report.sd[0])
+    np.testing.assert_allclose(report.sd, 1 / np.sqrt(1_000), rtol=0.01)
 
 
 def test_a_stream_without_end_is_refused():
@@ -171,32 +212,55 @@ def test_a_second_mode_is_told_of():
     assert "Order or bound the parameters" in str(report)
 
 
-@pytest.fixture(scope="module")
-def groups():
-    """Return rows of 600 groups, and the exact posterior of their effects."""
+def normal_hierarchy(n_groups: int, n_rows: int):
+    """Return rows of groups, and the exact moments of their posterior.
+
+    Given the spread of the effects it is normal; the spread is integrated over a grid.
+    """
     rng = np.random.default_rng(1)
-    n_groups, n_rows = 600, 6_000
     group = rng.integers(n_groups, size=n_rows)
-    y = rng.normal(size=n_groups)[group] + 2 + rng.normal(size=n_rows)
-    size = np.bincount(group, minlength=n_groups)
-    precision = np.diag(np.r_[1 / 100 + n_groups, size + 1.0])
-    precision[0, 1:] = precision[1:, 0] = -1
-    right = np.r_[0, np.bincount(group, y, n_groups)]
-    mean = np.linalg.solve(precision, right)
-    return np.column_stack([group, y]), mean, np.sqrt(np.diag(np.linalg.inv(precision)))
+    y = rng.normal(size=n_groups)[group] + 2 + 2 * rng.normal(size=n_rows)
+    size, total = np.bincount(group, minlength=n_groups), np.bincount(group, y, n_groups)
+    log_spreads = np.linspace(-1.5, 1.0, 126)
+    logp, first, second = [], [], []
+    for tau in np.exp(-2 * log_spreads):
+        precision = np.diag(np.r_[1 / 100 + n_groups * tau, size / 4 + tau])
+        precision[0, 1:] = precision[1:, 0] = -tau
+        covariance = np.linalg.inv(precision)
+        mean = covariance @ np.r_[0, total / 4]
+        fit = (n_groups * np.log(tau) + np.linalg.slogdet(covariance)[1] + mean[1:] @ total / 4) / 2
+        logp.append(fit - 1 / tau / 2 - np.log(tau) / 2)  # a half-normal prior, on the log scale
+        first.append(mean)
+        second.append(np.diag(covariance) + mean**2)
+    weights = np.exp(logp - np.max(logp))
+    weights = weights / weights.sum()
+    spread = weights @ log_spreads
+    mean = np.insert(weights @ first, 1, spread)
+    sd = np.sqrt(np.insert(weights @ second, 1, weights @ log_spreads**2) - mean**2)
+    return np.column_stack([group, y]), mean, sd
 
 
-def test_means_of_many_parameters_are_exact(groups):
-    rows, mean, sd = groups
+@pytest.mark.parametrize("n_groups, n_rows", [(50, 1_000), (600, 3_000)])
+def test_a_hierarchy_ends_at_the_posterior(n_groups, n_rows):
+    """Of many parameters, the scale of the effects seems surer unless their scales follow it."""
+    rows, mean, sd = normal_hierarchy(n_groups, n_rows)
     ds = StreamingDataset(rows, batch_size=100)
     with pm.Model() as model:
-        mu = pm.Normal("mu", 0, 10)
-        a = pm.Normal("a", mu, 1, shape=600)
+        mu, spread = pm.Normal("mu", 0, 10), pm.HalfNormal("spread", 1)
+        a = pm.Normal("a", mu, spread, shape=n_groups)
         r = ds.as_tensor()
-        pm.Normal("y", a[r[:, 0].astype("int64")], 1, observed=r[:, 1], total_size=ds.total_size)
+        pm.Normal("y", a[r[:, 0].astype("int64")], 2, observed=r[:, 1], total_size=ds.total_size)
     approx = pm.MeanField(model=model)
-    polish(approx, ds, progressbar=False)
+    report = polish(approx, ds, progressbar=False)
+    assert report.names[:3] == ("mu", "spread_log__", "a[0]")
     np.testing.assert_allclose((approx.mean.eval() - mean) / sd, 0, atol=0.1)
+    np.testing.assert_allclose(report.sd, sd, rtol=0.1)
+    assert report.verdict == "fine"
+    full = report.full_rank(["mu"])
+    assert {group.ddim for group in full.groups} == {1, n_groups + 1}
+    draws = full.sample(4_000, random_seed=0)["posterior"]
+    assert float(draws["mu"].std()) == pytest.approx(sd[0], rel=0.1)
+    np.testing.assert_allclose(draws["a"].std(("chain", "draw")), sd[2:], rtol=0.15)
 
 
 def test_an_interrupt_keeps_the_fit(logistic):

@@ -143,7 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault in _ANSWERS:
             status, code = _ANSWERS[fault]
-            self.answer(status, {}, f"<Error><Code>{code}</Code></Error>".encode())
+            text = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>"
+            self.answer(status, {"Content-Type": "application/xml"}, text.encode())
         elif fault == "truncate":
             self.answer(status, headers, body[: len(body) // 2])
         elif fault:

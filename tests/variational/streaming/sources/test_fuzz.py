@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pymc.variational.streaming import StreamError, parquet_source
+from pymc.variational.streaming import StreamError, parquet_source, preshuffle
 from tests.variational.streaming.sources.fuzz import FAULTS, run
 from tests.variational.streaming.sources.fuzz_files import damage, make_case, regions
 
@@ -76,6 +76,34 @@ def test_half_floats_have_no_bounds_in_a_footer_that_disturb_the_order_check(tmp
     bounds = source.ranges(0, source.n_rows)
     assert np.isnan(bounds[0]).all()
     np.testing.assert_array_equal(bounds[1], [values.min(), values.max()])
+
+
+def test_a_footer_that_takes_one_column_for_another_is_refused(tmp_path):
+    """No checksum of a page shows it, since the page is whole, and pyarrow reads it."""
+    path, rng = tmp_path / "a.parquet", np.random.default_rng(0)
+    table = pa.table({name: rng.random(2000) for name in "xyz"})
+    pq.write_table(table, path, use_dictionary=False, compression="none", write_page_checksum=True)
+    assert len(list(parquet_source(path))) == 1
+    chunks = map(pq.read_metadata(path).row_group(0).column, (1, 2))
+    y, z = (_encode(chunk.data_page_offset) for chunk in chunks)
+    content = path.read_bytes()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    path.write_bytes(content[:start] + content[start:].replace(z, y))
+    found = pq.read_table(path, page_checksum_verification=True)
+    assert found["z"].equals(found["y"])
+    with pytest.raises(StreamError, match=r"a\.parquet: .*its footer puts a column at bytes"):
+        list(parquet_source(path))
+    with pytest.raises(StreamError, match=r"a\.parquet: .*its footer puts a column at bytes"):
+        preshuffle(path, tmp_path / "out", seed=0, progressbar=False)
+
+
+def _encode(number: int) -> bytes:
+    """Encode an integer as Thrift's compact protocol does."""
+    number, encoded = 2 * number, []
+    while number > 127:
+        encoded.append(number % 128 + 128)
+        number //= 128
+    return bytes([*encoded, number])
 
 
 @pytest.mark.parametrize("names", [["s.x", "s"], ["s", "s.x"]], ids=["flat first", "struct first"])

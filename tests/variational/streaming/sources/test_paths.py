@@ -202,6 +202,34 @@ class TestTables:
         with pytest.raises(ValueError, match=message):
             preshuffle(root / path, root.parent / "out", seed=0)
 
+    def test_the_reader_to_use_is_one_that_a_source_takes(self, root):
+        """A stand-in for the libraries has any attribute, and gives itself when it is called."""
+
+        class Library:
+            __getattr__ = __call__ = lambda self, *_: self
+
+        def source_of(read):
+            assert isinstance(read(), Library)
+            return arrow_source(lambda: pa.table({"x": [1.0, 2.0]}))
+
+        with pytest.raises(ValueError) as caught:
+            parquet_source(root)
+        advice = str(caught.value).partition("read it with ")[2]
+        libraries = dict.fromkeys(["deltalake", "hudi", "spark", "catalog"], Library())
+        source = eval(advice, {"arrow_source": source_of, "name": "ticks", **libraries})
+        assert np.concatenate(list(source.blocks())).ravel().tolist() == [1.0, 2.0]
+
+    def test_a_delta_table_is_read_as_advised(self, tmp_path):
+        deltalake = pytest.importorskip("deltalake")
+        for mode, n_rows in (("append", 5), ("overwrite", 3)):
+            table = pa.table({"x": np.arange(float(n_rows))})
+            deltalake.write_deltalake(tmp_path / "ticks", table, mode=mode)
+        with pytest.raises(ValueError) as caught:
+            parquet_source(tmp_path / "ticks")
+        advice = str(caught.value).partition("read it with ")[2]
+        source = eval(advice, {"arrow_source": arrow_source, "deltalake": deltalake})
+        assert sum(map(len, source.blocks())) == 3
+
     def test_they_are_found_on_object_stores_and_from_above(self, root):
         with pytest.raises(ValueError, match=r"ticks: is .*arrow_source"):
             parquet_source(root.parent)

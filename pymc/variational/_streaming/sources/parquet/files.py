@@ -43,7 +43,7 @@ __all__ = [
     "inspect_footer",
     "is_local",
     "is_unchanged",
-    "read_batches",
+    "open_parquet",
     "warn_of_copies",
     "watch",
 ]
@@ -217,33 +217,8 @@ def chunk_extent(chunk: Any) -> tuple[int, int]:
     return start, start + chunk.total_compressed_size
 
 
-def read_batches(
-    fs: "pyarrow.fs.FileSystem",
-    file: ParquetInput,
-    columns: Sequence[str],
-    batch_rows: int,
-    groups: Sequence[int] | None = None,
-) -> Iterator["pyarrow.RecordBatch"]:
-    """Yield the rows of some row groups of an unchanged file, by default all, and these columns."""
-    chosen = list(range(len(file.group_rows)) if groups is None else groups)
-    n_rows = 0
-    with _open_parquet(fs, file) as opened:
-        for batch in opened.iter_batches(
-            batch_rows, row_groups=chosen, columns=list(columns), use_threads=False
-        ):
-            n_rows += batch.num_rows
-            yield batch.select(list(columns))
-            del batch  # its memory is free while the next one is read
-        promised = sum(file.group_rows[group] for group in chosen)
-        if n_rows != promised:
-            raise StreamError(
-                f"{file.path}: {len(chosen)} row groups gave {n_rows} rows, "
-                f"its footer promises {promised}"
-            )
-
-
 @contextmanager
-def _open_parquet(
+def open_parquet(
     fs: "pyarrow.fs.FileSystem", known: ParquetInput
 ) -> Iterator["pyarrow.parquet.ParquetFile"]:
     """Open a file that must not change from when *known* was taken until it is closed.
@@ -271,13 +246,16 @@ def _open_parquet(
 
 def is_unchanged(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> bool:
     """Whether a file is the known one still, which its footer tells where its time does not."""
-    try:
+    with _as_stream_error(known.path, _UNREADABLE):
         if _size_and_mtime(fs, known.path) == (known.size, known.mtime_ns or -1):
             return True
+    try:
         with _open(fs, known.path) as (_, _, found):
             return _is_same(fs, known, found)
-    except (OSError, StreamError):
-        return False
+    except StreamError:
+        if is_local(fs):
+            return False
+        raise  # a store may be away for a while
 
 
 def _is_same(fs: "pyarrow.fs.FileSystem", known: ParquetInput, found: _Identity) -> bool:
@@ -298,7 +276,11 @@ def watch(path: str, is_same: Callable[[], bool]) -> Iterator[None]:
         yield
     except Exception as err:
         fault = err
-    if not is_same():
+    try:
+        same = is_same()
+    except Exception as err:  # nobody can tell
+        raise fault or err
+    if not same:
         raise StreamError(f"{path}: changed while it was read; make the source anew") from fault
     if fault is not None:
         raise fault

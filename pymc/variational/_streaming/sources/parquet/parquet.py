@@ -37,7 +37,7 @@ from pymc.variational._streaming.sources.parquet.files import (
     import_pyarrow,
     inspect_all,
     inspect_footer,
-    read_batches,
+    open_parquet,
     warn_of_copies,
 )
 from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
@@ -50,7 +50,7 @@ from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["parquet_source"]
+__all__ = ["parquet_source", "read_batches"]
 
 
 def parquet_source(
@@ -321,6 +321,31 @@ class _ParquetSource(Source):
             f"{file.path}: {fault} in row {row} of row group {group}; "
             'repair the file or pass invalid="drop"'
         )
+
+
+def read_batches(
+    fs: Any,
+    file: ParquetInput,
+    columns: Sequence[str],
+    batch_rows: int,
+    groups: Sequence[int] | None = None,
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield the rows of some row groups of an unchanged file, by default all, and these columns."""
+    chosen = list(range(len(file.group_rows)) if groups is None else groups)
+    n_rows = 0
+    with open_parquet(fs, file) as opened:
+        for batch in opened.iter_batches(
+            batch_rows, row_groups=chosen, columns=list(columns), use_threads=False
+        ):
+            n_rows += batch.num_rows
+            yield batch.select(list(columns))
+            del batch  # its memory is free while the next one is read
+        promised = sum(file.group_rows[group] for group in chosen)
+        if n_rows != promised:
+            raise StreamError(
+                f"{file.path}: {len(chosen)} row groups gave {n_rows} rows, "
+                f"its footer promises {promised}"
+            )
 
 
 def _divide(group_rows: int, most: int) -> int:

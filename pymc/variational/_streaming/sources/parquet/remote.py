@@ -33,6 +33,8 @@ _DEADLINE = 60.0
 """Seconds after the start of the first attempt until which a new one may start."""
 _FINAL = FileNotFoundError, PermissionError, NotImplementedError
 _EXPIRED = re.compile(r"expired.{0,9}(token|credential)|(token|credential).{0,19}expired", re.I)
+_REFUSED = re.compile(r"HTTP status 40[013]\b")
+"""What pyarrow says of an expired credential where it misses the text of the answer."""
 
 T = TypeVar("T")
 
@@ -54,7 +56,8 @@ def retried(call: Callable[[], T]) -> T:
             if isinstance(err, _FINAL):
                 raise
             if attempt > len(_WAITS) or time.monotonic() > deadline:
-                raise OSError(f"{text}; gave up after {attempt} attempts") from err
+                hint = "; renew the credential if it has expired" if _REFUSED.search(text) else ""
+                raise OSError(f"{text}; gave up after {attempt} attempts{hint}") from err
             logger.warning(f"{text}; attempt {attempt + 1} follows in {_WAITS[attempt - 1]} s")
             time.sleep(_WAITS[attempt - 1])
     raise AssertionError
