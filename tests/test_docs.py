@@ -145,7 +145,7 @@ class TestCode:
         verdicts = set(get_args(Verdict))
         assert verdicts - set(met) <= {*SAME_STEP, "not Gaussian"}
         for verdict in verdicts - {"fine"}:
-            assert f'"{verdict}"' in page.read_text().lower()
+            assert f'"{verdict}"'.lower() in page.read_text().lower()
 
     def test_the_order_of_the_page_is_seen(self):
         seen, repaired = run_as_shown(FOLDER / "order.md")

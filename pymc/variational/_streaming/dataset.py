@@ -308,7 +308,7 @@ class StreamingDataset:
         array([0., 0., 0.])
         """
         self._require_own_rows()
-        source = with_columns(rows, self.columns, self._source.levels)
+        source = with_columns(rows, self._source)
         own = np.concatenate(list(self._read_once(source, self._batch_size)))
         self._reader.require(own)
         return self._replace(own)

@@ -105,6 +105,7 @@ class ShuffleBuffer(Source):
         window.insert(np.zeros((1, 1)))
 
     levels = property(lambda self: self.source.levels)  # type: ignore[assignment]
+    times = property(lambda self: self.source.times)  # type: ignore[assignment]
     n_rows = property(lambda self: self.source.n_rows)  # type: ignore[assignment]
     columns = property(lambda self: self.source.columns)  # type: ignore[assignment]
     sample_shape = property(lambda self: self.source.sample_shape)  # type: ignore[assignment]

@@ -319,7 +319,7 @@ class _Posterior:
             raise TypeError("rows is a shuffle_buffer; pass the source that it shuffles")
         names = self._stream.columns
         unread = [name for j, name in enumerate(names or ()) if j not in self._read]
-        source = with_columns(rows, names, self._stream._source.levels, unread)
+        source = with_columns(rows, self._stream._source, unread)
         size = max(1, _BLOCK_VALUES // self._n_draws)
         n_rows, contract = 0, None
         with progress_bar(description, source.n_rows, show=show) as advance:

@@ -221,7 +221,7 @@ class IterableSource(Source):
         if self._format is None:
             self._format = RowFormat.from_schema(batch.schema, self._names, where, self._levels)
             self.columns, self.integral = self._format.columns, self._format.integral
-            self.levels = self._format.listed_levels()
+            self.levels, self.times = self._format.listed_levels(), self._format.times
         self._format.require(batch.schema, where, whole=self._names is None)
         return self._format.pieces(batch, where)
 

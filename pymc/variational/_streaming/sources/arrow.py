@@ -15,7 +15,7 @@
 
 import os
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,16 +118,13 @@ def arrow_source(
     return IterableSource(make_reader, columns=columns, levels=levels, n_rows=size)
 
 
-def with_columns(
-    rows: Any,
-    columns: tuple[str, ...] | None,
-    levels: Mapping[str, Any],
-    unread: Sequence[str] = (),
-) -> Source:
-    """Return a source of *rows* with the *columns* of a stream, in its order and with its *levels*.
+def with_columns(rows: Any, stream: Source, unread: Sequence[str] = ()) -> Source:
+    """Return a source of *rows* with the columns of a stream, in its order and with its levels.
 
     Columns that are *unread* may be missing, and are zero then.
     """
+    stream.probe()
+    columns, levels = stream.columns, stream.levels
     if is_arrow(rows) and columns is not None:
         table = import_pyarrow().table(rows)  # a reader gives its rows only once
         present = [name for name in columns if name in table.column_names or name not in unread]
@@ -149,6 +146,12 @@ def with_columns(
                 f"rows has {_few(source.levels.get(name))} of {name!r} where the stream has "
                 f"{_few(levels.get(name))}; pass categories=train.levels to the source of rows, "
                 "where train is the source of the stream"
+            )
+        if {source.times.get(name), stream.times.get(name)} == {True, "UTC"}:
+            has = "a" if stream.times[name] is True else "no"
+            raise ValueError(
+                f"rows has {has} time zone in {name!r}, unlike the stream; give it what the stream "
+                "has, as by tz_localize of pandas"
             )
     return source if source.columns == columns else _Rearranged(source, columns)
 
@@ -213,6 +216,7 @@ class _IpcSource(RecordBatchSource):
             find_levels(levels, lambda _: self.batches(), self.n_rows)
         )
         self.levels, self.integral = self._format.listed_levels(), self._format.integral
+        self.times = self._format.times
         self.fingerprint = digest(self.columns, self.levels, [file.identity for file in files])
 
     def batches(self) -> Iterator[Any]:

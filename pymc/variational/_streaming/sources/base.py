@@ -53,6 +53,8 @@ class Source(ABC):
     """Which columns hold integers, where the blocks' dtype does not tell."""
     levels: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
     """Levels of the category columns, by name; a row holds their positions."""
+    times: Mapping[str, bool | str] = MappingProxyType({})
+    """Columns of times, by name: "UTC" where their zone is known, else True."""
     seed: int | None = None
     fingerprint: str | None = None
     """What the stream of rows depends on, besides the epoch; None where nobody can know."""

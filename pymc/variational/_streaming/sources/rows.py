@@ -98,6 +98,11 @@ class RowFormat:
         return tuple(kind.integral for kind in self.types)
 
     @property
+    def times(self) -> dict[str, bool | str]:
+        """The columns of times, with "UTC" where their zone is known."""
+        return {name: kind.is_time for name, kind in zip(self.columns, self.types) if kind.is_time}
+
+    @property
     def plain_columns(self) -> tuple[str | None, ...]:
         """The columns whose numbers are those of the table; None for levels and times."""
         return tuple(

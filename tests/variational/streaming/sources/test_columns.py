@@ -259,6 +259,12 @@ class TestTimes:
         pq.write_table(pa.table({"t": zoned}), tmp_path / "b.parquet")
         with pytest.raises(ValueError, match=r"b.parquet: column 't' .* without a zone beside"):
             parquet_source(tmp_path)
+        for rows, own, has in ((hour, zoned, "a"), (zoned, hour, "no")):
+            ds = StreamingDataset(pa.table({"t": rows}), batch_size=1)
+            with pytest.raises(ValueError, match=f"rows has {has} time zone in 't'"):
+                ds.rows(pa.table({"t": own}))
+            with ds.rows(pa.table({"t": rows})):
+                assert ds.as_tensor().get_value() == 0
 
 
 CARRIERS = ["UA", "AA", "B6", "AA"]

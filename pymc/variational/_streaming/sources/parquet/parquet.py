@@ -215,7 +215,7 @@ class _ParquetSource(Source):
         found = find_levels(known, lambda names: self._read_columns(names, PIECE_ROWS), total)
         self._format = frozen.with_levels(found)
         self.columns, self.integral = frozen.columns, self._format.integral
-        self.levels = self._format.listed_levels()
+        self.levels, self.times = self._format.listed_levels(), self._format.times
         self.sample_shape = (len(self.columns),)
 
     def _read_columns(self, columns: Sequence[str], size: int) -> Iterator["pyarrow.RecordBatch"]:
