@@ -144,12 +144,15 @@ def summary(case: Case) -> dict[str, Any]:
     rows, start = np.column_stack(case.in_memory()), _clock()
     made = getattr(zoo_references, case.entry.reference)(case.entry, rows)
     seconds, processor_seconds = _clock() - start
+    mean_error, sd_error = ((made[f"{n}_se"] / made["sd"]).max() for n in ("mean", "sd"))
+    if 3 * mean_error > MEAN_TOLERANCE or 3 * sd_error > case.entry.sd_tolerance:
+        return {"failed": f"the reference is {mean_error:.2g} sd and {sd_error:.1%} uncertain"}
     at = compared(len(made["sd"]))
     return {
         "rows": len(rows),
         "parameters": len(made["sd"]),
-        "mean_error": float((made["mean_se"] / made["sd"]).max()),
-        "sd_error": float((made["sd_se"] / made["sd"]).max()),
+        "mean_error": float(mean_error),
+        "sd_error": float(sd_error),
         "seconds": seconds,
         "processor_seconds": processor_seconds,
         **{name: [float(f"{value:.6g}") for value in made[name][at]] for name in ("mean", "sd")},
@@ -294,25 +297,34 @@ def memory(found: Found) -> str:
 
 def _by_contestant(found: Found, cell: Callable[[dict], str]) -> str:
     """Return a table with a cell for each fit."""
+    names = _measured(found)
 
     def row(model: str, _: dict) -> str:
-        fits = (found.get(f"{model}: {name}") for name in CONTESTANTS)
+        fits = (found.get(f"{model}: {name}") for name in names)
         return " | ".join("" if fit is None else cell(fit) for fit in fits)
 
-    return _table(found, " | ".join(CONTESTANTS), REFERENCE, row)
+    missing = ", ".join(name for name in CONTESTANTS if name not in names)
+    text = _table(found, " | ".join(names), REFERENCE, row)
+    return text + (f"\nTools not yet measured: {missing}.\n" if missing else "")
+
+
+def _measured(found: Found) -> list[str]:
+    return [name for name in CONTESTANTS if any(key.endswith(f": {name}") for key in found)]
 
 
 def _table(found: Found, head: str, name: str, row: Callable[[str, dict], str]) -> str:
     """Return a table with a line for each model of which a fit succeeded."""
-    text = f"| model | {head} |\n" + "|---" * (2 + head.count(" | ")) + "|\n"
-    missing = []
+    text, missing = "", []
     for model in MODELS:
         fit = found.get(f"{model}: {name}", {"failed": "not yet measured"})
         if "failed" in fit:
             missing.append(f"{model} ({fit['failed'][:200]})")
         else:
             text += f"| {model} | {row(model, fit)} |\n"
-    return text + (f"\nWithout a result: {'; '.join(missing)}.\n" if missing else "")
+    if not text:
+        return "Not yet measured.\n"
+    text = f"| model | {head} |\n" + "|---" * (2 + head.count(" | ")) + "|\n" + text
+    return text + (f"\nModels without a result: {'; '.join(missing)}.\n" if missing else "")
 
 
 def _outcome(fit: dict) -> str:
@@ -337,16 +349,18 @@ def plot(found: Found, path: Path) -> None:
     """Draw a cell for each fit: green with its seconds if right, else the more red the worse."""
     import matplotlib.pyplot as plt
 
-    names = [model for model in MODELS if f"{model}: {REFERENCE}" in found]
-    fig, ax = plt.subplots(figsize=(12, 0.42 * len(names) + 2), layout="constrained")
+    names = [model for model in MODELS if "mean" in found.get(f"{model}: {REFERENCE}", {})]
+    fig, ax = plt.subplots(
+        figsize=(3 + 0.9 * len(_measured(found)), 0.42 * len(names) + 2), layout="constrained"
+    )
     for i, model in enumerate(names):
-        for j, contestant in enumerate(CONTESTANTS):
+        for j, contestant in enumerate(_measured(found)):
             if (fit := found.get(f"{model}: {contestant}")) is not None:
                 color = _color(fit, MODELS[model].sd_tolerance)
                 ax.add_patch(plt.Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, color=color, lw=0))
                 text = _outcome(fit).replace("*", "").replace(", ", "\n")
                 ax.text(j, i, text, ha="center", va="center", fontsize=8)
-    labels = [name.replace(", ", ",\n") for name in CONTESTANTS]
+    labels = [name.replace(", ", ",\n") for name in _measured(found)]
     ax.set_xticks(range(len(labels)), labels, fontsize=8)
     ax.set_yticks(range(len(names)), names)
     ax.set(xlim=(-0.5, len(labels) - 0.5), ylim=(len(names) - 0.5, -0.5))

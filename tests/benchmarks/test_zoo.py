@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import sys
+import types
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+import benchmarks
 import pymc as pm
 
 from benchmarks import zoo
@@ -70,6 +73,16 @@ def test_errors_count_beyond_three_standard_errors_of_the_reference(case):
     assert found["median_sd"] == pytest.approx(1.05)
     found = zoo.compare(case, zoo.Moments([0.2, 0.0], [2.04, 1.0]), close)
     assert found["right"] and found["mean_error"] == found["sd_error"] == 0
+
+
+@pytest.mark.parametrize("error", [0.01, 0.04])
+def test_a_reference_that_is_too_uncertain_is_none(case, monkeypatch, error):
+    ones = np.ones(2)
+    made = {"mean": ones, "sd": ones, "mean_se": error * ones, "sd_se": 0 * ones}
+    fake = types.SimpleNamespace(hmc=lambda entry, rows: made)
+    monkeypatch.setitem(sys.modules, "benchmarks.zoo_references", fake)
+    monkeypatch.setattr(benchmarks, "zoo_references", fake, raising=False)
+    assert ("failed" in zoo.summary(case)) == (error > 0.1 / 3)
 
 
 def test_of_many_parameters_the_first_the_last_and_others_between_are_compared(case):
@@ -141,11 +154,12 @@ def test_tables_say_seconds_or_errors_or_why_there_are_none():
         "logistic: PyMC, Adam": {"failed": "ValueError: no"},
         "mixture: reference": {"failed": "RuntimeError: not converged"},
     }
-    head, _, line, *_, missing, _, limit = zoo.times(found).splitlines()
-    cells = dict(zip(head.split(" | "), line.split(" | ")))
+    head, _, line, *_, missing, _, tools, _, limit = zoo.times(found).splitlines()
+    cells = dict(zip(*(each.strip("| ").split(" | ") for each in (head, line))))
     assert cells["polish"] == "**10** (20)"
     assert cells["ADVI, then polish"] == "12 sd, 61 %"
     assert cells["PyMC, Adam"] == "fails"
+    assert "PyMC, full rank" not in head and "PyMC, full rank" in tools
     assert "hurdle (not yet measured)" in missing
     assert "mixture (RuntimeError: not converged)" in missing
     assert "stopped after 120 processor seconds" in limit
