@@ -178,8 +178,8 @@ class EpochAverage(Callback):
                 "that was fitted"
             )
         path, sd = self._steps.after(self._burn_in, at_least=_MIN_BINS), marginal_sd(scale(group))
-        steps, way = _without_arrival(path, sd)
-        if _warn_of_travel(group, steps, way, sd):
+        steps, way, away = _without_arrival(path, sd)
+        if _warn_of_travel(group, steps, way, away, sd):
             return
         kept = self._kept_epochs(self._burn_in)
         if len(steps) < len(path):
@@ -235,28 +235,37 @@ class EpochAverage(Callback):
         return kept if last or begin >= fraction * epochs.n - 1e-9 else []
 
 
-def _without_arrival(path: list[Moments], sd: np.ndarray) -> tuple[list[Moments], np.ndarray]:
-    """Return a path without its way to where it stays, and how long that was, or infinite."""
+def _without_arrival(
+    path: list[Moments], sd: np.ndarray
+) -> tuple[list[Moments], np.ndarray, np.ndarray]:
+    """Return a path without its way to where it stays, how long that was, and what goes on.
+
+    The length is infinite for means that were there from the beginning. Those that go on have
+    not arrived when half of the least path that tells is left.
+    """
     steps, arrives = path, np.zeros(len(sd), bool)
-    while len(steps) >= 2 * _MIN_BINS:
+    while True:
         end = steps[len(steps) // 2 :]
         way = np.abs(steps[0].mean - merge(end).mean)
-        scatter = np.std([part.mean for part in end], axis=0, ddof=1)
+        scatter = np.std([part.mean for part in end], axis=0, ddof=1 if len(end) > 1 else 0)
         away = (way > _ARRIVAL * scatter) & (way > _MAX_TREND * sd)
-        if not away.any():
+        if len(steps) < 2 * _MIN_BINS or not away.any():
             break
         steps, arrives = steps[1:], arrives | away
-    return steps, np.where(arrives, np.abs(path[0].mean - merge(steps).mean), np.inf)
+    whole = np.where(arrives, np.abs(path[0].mean - merge(steps).mean), np.inf)
+    return steps, whole, away & arrives
 
 
-def _warn_of_travel(group: Group, steps: list[Moments], way: np.ndarray, sd: np.ndarray) -> bool:
+def _warn_of_travel(
+    group: Group, steps: list[Moments], way: np.ndarray, away: np.ndarray, sd: np.ndarray
+) -> bool:
     """Return whether means move from half to half of a path more than they scatter, and warn."""
     if len(steps) < _MIN_BINS:
         return False
     half, path = len(steps) // 2, merge(steps)
     moved = np.abs(merge(steps[half:]).mean - merge(steps[:half]).mean)
     trend = moved > np.minimum(_TREND_RATIO * np.sqrt(path.squares / path.n), _SETTLED * way)
-    travels = trend & (moved > _MAX_TREND * sd)
+    travels = away | (trend & (moved > _MAX_TREND * sd))
     if not travels.any():
         return False
     distance = np.where(travels, moved / sd, 0)
