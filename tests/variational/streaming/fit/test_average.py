@@ -12,6 +12,8 @@
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -226,6 +228,19 @@ class TestWarnings:
         with pytest.warns(StreamWarning, match=r"means still travel: .* polish\(approx, ds\)"):
             average.apply(approx)
         np.testing.assert_array_equal(mean_of(approx), means[-1])
+
+    @pytest.mark.parametrize("steps", [70, 85, 100])
+    def test_the_tail_of_an_arrival_is_left_out_or_told_of(self, ds, approx, steps):
+        """Each step closes a part of the distance, which single steps scatter more than."""
+        rng = np.random.default_rng(0)
+        means = 40 * rng.normal(size=(1_000, 2))
+        means[:, 0] += 10_000 * np.exp(-np.maximum(0, np.arange(1_000) - 500) / steps)
+        average = EpochAverage(ds)
+        walk(average, approx, ds, means)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            average.apply(approx)
+        assert told or abs(mean_of(approx)[0]) < 8
 
     def test_a_correlated_path_that_stays_is_averaged(self, ds, approx):
         """It forgets its place in 10 steps; a false alarm is one of 5 standard deviations."""
