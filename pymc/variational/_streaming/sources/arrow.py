@@ -53,9 +53,9 @@ def arrow_source(
     make_reader : callable, table, path_like or sequence of path_like
         A function that is called afresh for each pass over the data, and returns a
         ``RecordBatchReader``, a table, an iterable of record batches, or an object with
-        ``__arrow_c_stream__``. Or a table or data frame (Arrow, pandas, Polars). Or the path of Arrow IPC (Feather version 2) files: a file, a
-        directory (searched for ``*.arrow``, ``*.feather`` and ``*.ipc``, in order of name), a
-        glob, or a list of these.
+        ``__arrow_c_stream__``. Or a table or data frame (Arrow, pandas, Polars). Or the path of
+        Arrow IPC (Feather version 2) files: a file, a directory (searched for ``*.arrow``,
+        ``*.feather`` and ``*.ipc``, in order of name), a glob, or a list of these.
     columns : sequence of str, optional
         The columns of a row, in this order. Default: all columns of the first batch.
     categories : sequence of str, or mapping from str to sequence, optional
