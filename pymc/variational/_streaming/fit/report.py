@@ -251,10 +251,10 @@ class FitReport:
             raise StreamError("approx has changed since it was checked; check it again")
         with self.group.model as model:
             if var_names is None:
-                approx = FullRank()
+                approx: Approximation = FullRank()
             else:
-                chosen = FullRankGroup([model[name] for name in var_names])
-                approx = Approximation([chosen, MeanFieldGroup(None)])
+                whole = FullRankGroup([model[name] for name in var_names])
+                approx = Approximation([whole, MeanFieldGroup(None)])
         if sorted(name for group in approx.groups for name in names(group)) != sorted(self.names):
             raise StreamError("the model has changed since the fit; fit and check it again")
         for group in approx.groups:
