@@ -238,10 +238,10 @@ class EpochAverage(Callback):
 def _without_arrival(
     path: list[Moments], sd: np.ndarray
 ) -> tuple[list[Moments], np.ndarray, np.ndarray]:
-    """Return a path without its way to where it stays, how long that was, and what goes on.
+    """Return a path without its arrival, how long that was, and which means still arrive.
 
-    The length is infinite for means that were there from the beginning. Those that go on have
-    not arrived when half of the least path that tells is left.
+    The length is infinite for means that stay from the beginning on. Too short a path is not cut
+    further: a mean that is still arriving there lags behind in any average.
     """
     steps, arrives = path, np.zeros(len(sd), bool)
     while True:
