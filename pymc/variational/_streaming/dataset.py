@@ -81,7 +81,7 @@ class StreamingDataset:
         If an argument does not fit the source.
     StreamError
         While streaming: if a value is NaN, infinite or not exact in *dtype*, or not what the model
-        needs (see :meth:`fit_callback`), the data changed, or a one-shot source ran out. With ``order_check="raise"`` also an :class:`OrderError`.
+        needs (see :meth:`fit_callback`), the data changed, or a one-shot source ran out.
 
     Notes
     -----

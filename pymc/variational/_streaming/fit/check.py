@@ -339,7 +339,8 @@ def _correction(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return factors and addends that make second derivatives those of all rows.
 
-    Those of parameters of which the sample has few rows are corrected. Only if there are such, all rows are read again.
+    Those of parameters of which the sample has few rows are corrected. Only if there are such, all
+    rows are read again.
     """
     few = [rare & (part.sums[2] > 0) for rare, part in zip(sample.is_rare(x), passes)]
     rare = np.any(few, axis=0)

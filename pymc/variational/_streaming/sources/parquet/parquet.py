@@ -89,8 +89,9 @@ def parquet_source(
         Seed of the order of the row groups. Default: drawn once, and shown as ``.seed``.
     invalid : {"raise", "drop"}, default "raise"
         What to do with a row that holds a null, a NaN, an infinity, a value that the rows' dtype
-        cannot hold exactly, or one that is none of the given levels. "drop" reads the table once to count such rows, so
-        that ``n_rows`` is right, and shows their number as ``.n_dropped``.
+        cannot hold exactly, or one that is none of the given levels. "drop" reads the table
+        once to count such rows, so that ``n_rows`` is right, and shows their number as
+        ``.n_dropped``.
     partial : bool, default False
         Accept some of the files that :func:`preshuffle` wrote, such as all but those that are
         held out; they hold a random sample of the rows.
