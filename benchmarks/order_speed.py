@@ -206,7 +206,7 @@ def _turns(rows: np.ndarray, observe: Callable) -> Iterator[tuple[float, float, 
             observe(ds)
             callback = ds.fit_callback()
             step = pm.ADVI().objective.step_function(score=True, obj_optimizer=pm.adam())
-        contract = ds._reader._contract
+        contract = ds._reader._examiner.contract
         batches = np.split(rows[: 16 * BATCH], 16)
         score = ModelScore(model, ds.as_tensor()).at(rows[:BATCH], max(SIZES))
         assert contract is not None and score is not None

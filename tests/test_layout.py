@@ -35,7 +35,17 @@ VARIATIONAL = Path(streaming.__file__).parent
 PACKAGE = "pymc.variational._streaming"
 FACADE = "pymc.variational.streaming"
 ORDER = (
-    *("errors", "utils", "sources", "batches", "likelihood", "contract", "guards", "order"),
+    *(
+        "errors",
+        "utils",
+        "sources",
+        "batches",
+        "likelihood",
+        "contract",
+        "conditions",
+        "guards",
+        "order",
+    ),
     *("reader", "callback", "dataset", "fit", "preshuffle"),
 )
 """What lies in the package; a part imports itself and earlier ones."""

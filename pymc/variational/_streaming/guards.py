@@ -24,7 +24,8 @@ from pytensor.tensor.type_other import NoneConst
 from pytensor.xtensor.type import XTensorType
 
 from pymc.model.core import Model
-from pymc.variational._streaming.contract import Contract, derive_contract
+from pymc.variational._streaming.conditions import derive_contract
+from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.likelihood import (
     LikelihoodGraph,

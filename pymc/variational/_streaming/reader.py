@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pymc.variational._streaming.batches.prefetch import Prefetcher, read_epochs
-from pymc.variational._streaming.batches.rebatch import Batch, EpochEnd, rebatch
+from pymc.variational._streaming.batches.rebatch import Batch, Chunk, EpochEnd, rebatch
 from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.order.check import OrderCheck
@@ -83,7 +83,7 @@ class BatchReader:
         self._dtype = dtype
         self._total_size = total_size
         self._order = order
-        self._contract: Contract | None = None
+        self._examiner = _Examiner(order)
         self._cycle = cycle
         self._prefetch = prefetch
         self._items: Prefetcher | Generator[Any] | None = None
@@ -118,7 +118,7 @@ class BatchReader:
             epoch=self.position.epoch,
             start=self.position.offset,
             cycle=self._cycle,
-            compare=self._order.compare,
+            compare=self._examiner,
         )
         self._items = items
         if self._prefetch:
@@ -136,8 +136,7 @@ class BatchReader:
         self._log.waited += time.perf_counter() - start
         self.ended = batch is None
         if batch is not None:
-            if self._contract is not None:
-                self._contract.check(batch.rows, batch.offset)
+            self._examiner.require(batch)
             rows_seen = self.position.rows_seen
             self.position = Position(batch.epoch, batch.offset, rows_seen)
             self._next = Position(*batch.end, rows_seen + len(batch.rows))
@@ -145,12 +144,12 @@ class BatchReader:
 
     def hold_to(self, contract: Contract | None) -> None:
         """Check that all rows from now on meet a contract."""
-        self._contract = contract
+        self._examiner.contract = contract
 
     def require(self, rows: np.ndarray) -> None:
         """Raise StreamError if rows that are not of the stream break what the model needs."""
-        if self._contract is not None:
-            self._contract.without_supports().check(rows)
+        if self._examiner.contract is not None:
+            self._examiner.contract.without_supports().check(rows)
 
     def stop(self) -> None:
         """End the thread, and close the files."""
@@ -165,7 +164,7 @@ class BatchReader:
             "_items": None,
             "_batches": iter(()),
             "_thread": None,
-            "_contract": None,
+            "_examiner": _Examiner(self._order),
         }
 
     def _read(self) -> Batch | None:
@@ -179,6 +178,33 @@ class BatchReader:
             else:
                 self._order.raise_or_warn(item)
         return None
+
+
+class _Examiner:
+    """What looks at rows when they are read, in the thread that reads ahead.
+
+    The thread must not refer to the reader, or that would never be collected.
+    """
+
+    def __init__(self, order: OrderCheck):
+        self.contract: Contract | None = None
+        self._order = order
+        self._met: tuple[Contract | None, tuple[int, int]] = None, (0, 0)
+        """Which contract the rows meet, and from which place on."""
+
+    def __call__(self, item: Chunk | EpochEnd) -> Any:
+        contract = self.contract
+        if contract is not None and isinstance(item, Chunk):
+            contract.check(item.rows, item.offset)
+            if self._met[0] is not contract:
+                self._met = contract, (item.epoch, item.offset)
+        return self._order.compare(item)
+
+    def require(self, batch: Batch) -> None:
+        """Check a batch whose rows were read before the contract was known."""
+        contract, (met, place) = self.contract, self._met
+        if contract is not None and (met is not contract or (batch.epoch, batch.offset) < place):
+            contract.check(batch.rows, batch.offset)
 
 
 class TotalSize:

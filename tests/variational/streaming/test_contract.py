@@ -322,6 +322,40 @@ def test_a_model_that_is_met_at_the_first_step_is_held_to_it_too():
                 pm.fit(20, callbacks=[callback], **options)
 
 
+@pytest.mark.parametrize("dtype", ["float16", ">f8", ">i4", "uint8", "longdouble"])
+def test_rows_of_any_type_are_held_to_it(dtype):
+    rows = table(g=3).astype(dtype)
+    with StreamingDataset(rows, batch_size=BATCH, order_check="off") as ds, pm.Model():
+        groups(whole)(ds.as_tensor())
+        callback = ds.fit_callback()
+        with pytest.raises(StreamError, match=f"row {LATE} of the stream holds 3"):
+            while ds.rows_seen < N:
+                ds.advance()
+        del callback
+
+
+@pytest.mark.parametrize("late", [5, 15, 25, 45])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_rows_that_were_read_before_the_model_was_known_are_held_to_it(late, prefetch):
+    """The thread has read some chunks by then, and compares the others itself."""
+    rows = np.ones((N, 4))
+    rows[late, 1] = 7
+    chunks = [rows[i : i + BATCH] for i in range(0, N, BATCH)]
+    with StreamingDataset(chunks, batch_size=5, order_check="off", prefetch=prefetch) as ds:
+        callback = ds.fit_callback()
+        while ds.rows_seen < late - 5:
+            ds._advance()
+        for shape in (9, 3):  # the second model refuses what the first one takes
+            with pm.Model() as model:
+                groups(whole, shape)(ds.as_tensor())
+            if ds.rows_seen + 5 <= late:
+                callback.check(model)
+        with pytest.raises(StreamError, match=f"row {late} of the stream holds 7.0"):
+            callback.check(model)
+            ds._advance()
+            ds._advance()
+
+
 def test_rows_of_ones_own_are_held_to_the_indices_of_the_model():
     with StreamingDataset(table(), batch_size=BATCH, order_check="off") as ds, pm.Model():
         groups(whole)(ds.as_tensor())
