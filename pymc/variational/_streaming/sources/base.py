@@ -97,13 +97,6 @@ class Source(ABC):
         """
         return None
 
-    def ranges(self, start: int, stop: int) -> np.ndarray | None:
-        """Return bounds on the columns in rows *start* to *stop* of epoch 0, shape (columns, 2).
-
-        They come from metadata; None where there are none, NaN for a column without them.
-        """
-        return None
-
     def count(self) -> int:
         """Read one epoch to count its rows."""
         n_rows = 0

@@ -102,14 +102,6 @@ class RowFormat:
         """The columns of times, with "UTC" where their zone is known."""
         return {name: kind.is_time for name, kind in zip(self.columns, self.types) if kind.is_time}
 
-    @property
-    def plain_columns(self) -> tuple[str | None, ...]:
-        """The columns whose numbers are those of the table; None for levels and times."""
-        return tuple(
-            None if name in self.levels or kind.is_time is not False else name
-            for name, kind in zip(self.columns, self.types)
-        )
-
     @classmethod
     def from_schema(
         cls,

@@ -28,7 +28,6 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
-    check_footer,
     import_pyarrow,
     inspect_all,
     is_local,
@@ -80,9 +79,7 @@ class Files:
         self.row_bytes, self.page_bytes = 1.0, 0
         self.files, schemas, marks = [], [], []
         found: Summary | None = None
-        for inspected in inspect_all(self.fs, paths):
-            check_footer(inspected)
-            file, schema, metadata, _ = inspected
+        for file, schema, metadata in inspect_all(self.fs, paths):
             schemas.append(_choose(schema, columns, file.path))
             _refuse_int96(metadata, schemas[-1].names, file.path)
             self._measure(metadata, set(schemas[-1].names))
