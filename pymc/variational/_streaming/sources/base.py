@@ -30,6 +30,7 @@ __all__ = [
     "as_batch",
     "describe_value",
     "is_arrow",
+    "is_finite",
     "match_shape",
     "require_finite",
     "shorten",
@@ -144,13 +145,18 @@ def shorten(names: Sequence[str], n: int = 8) -> list[str]:
     return [*names[:n], *([f"{len(names) - n} more"] if len(names) > n else [])]
 
 
+def is_finite(rows: np.ndarray) -> bool:
+    """Whether all values are finite; False also where only their sum is not."""
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(rows.sum()))
+
+
 def require_finite(rows: np.ndarray, offset: int) -> None:
     """Raise StreamError if a value is NaN or infinite; *offset* is the position of the first row."""
     if rows.dtype.kind != "f":
         return
-    with np.errstate(all="ignore"):  # a value that is not finite makes the sum so
-        if np.isfinite(rows.sum()):
-            return
+    if is_finite(rows):
+        return
     places = np.argwhere(~np.isfinite(rows))
     if len(places):
         raise StreamError(f"{describe_value(rows, places[0], offset, None)}; repair the data")
