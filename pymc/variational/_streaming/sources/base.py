@@ -110,7 +110,7 @@ class Source(ABC):
     def batches(self) -> Iterator[Any]:
         """Yield the rows of epoch 0 as Arrow record batches, with the types that they came with."""
         for block in self.blocks():
-            yield as_batch(block, self.columns)
+            yield as_batch(block, self.columns, self.levels)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.blocks()
@@ -126,13 +126,19 @@ class Source(ABC):
         return f"<{type(self).__name__.lstrip('_')}: {self.describe()}>"
 
 
-def as_batch(rows: np.ndarray, columns: tuple[str, ...] | None) -> Any:
+def as_batch(
+    rows: np.ndarray, columns: Sequence[str] | None, levels: Mapping[str, Sequence[Any]] = {}
+) -> Any:
     """Return rows as a record batch; without names, columns are called "0", "1" and so on."""
     if rows.ndim > 2:
         raise ValueError(f"rows have shape {rows.shape[1:]}; reshape them to one dimension")
-    values = np.ascontiguousarray(rows.reshape(len(rows), -1).T)
-    names = columns or [str(j) for j in range(len(values))]
-    return import_pyarrow().RecordBatch.from_arrays(list(values), names=list(names))
+    pa, arrays = import_pyarrow(), list(np.ascontiguousarray(rows.reshape(len(rows), -1).T))
+    names = list(columns or map(str, range(len(arrays))))
+    for j, name in enumerate(names):
+        if name in levels:
+            codes = pa.array(arrays[j].astype("int32"))
+            arrays[j] = pa.DictionaryArray.from_arrays(codes, pa.array(levels[name]))
+    return pa.RecordBatch.from_arrays(arrays, names=names)
 
 
 def is_arrow(block: Any) -> bool:

@@ -26,6 +26,7 @@ from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import is_finite
 from pymc.variational._streaming.sources.categories import describe_levels, encode
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.summary import PER_SECOND, is_dictionary, is_text
 
 if TYPE_CHECKING:
     import pyarrow
@@ -245,7 +246,7 @@ class RowFormat:
         pa = import_pyarrow()
         if name in self.levels:
             return encode(name, array, self.levels[name])
-        if pa.types.is_dictionary(array.type):
+        if is_dictionary(array.type):
             array = array.dictionary_decode()  # a value can be null in the dictionary itself
         if pa.types.is_temporal(array.type):
             return _seconds(array)
@@ -281,7 +282,7 @@ def _types(
     if unusable:
         found = ", ".join(f"{name!r} ({kinds[name]})" for name in unusable)
         usable = [name for name in names if name not in unusable]
-        text = [name for name in unusable if _is_text(kinds[name])]
+        text = [name for name in unusable if is_text(kinds[name])]
         remedies = [f"leave them out with columns={usable}"] if usable else []
         remedies += [f"stream levels with categories={text}"] if text else []
         raise ValueError(
@@ -291,12 +292,7 @@ def _types(
 
 
 def _value_type(kind: "pyarrow.DataType") -> "pyarrow.DataType":
-    return kind.value_type if import_pyarrow().types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: "pyarrow.DataType") -> bool:
-    is_ = import_pyarrow().types
-    return is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind)
+    return kind.value_type if is_dictionary(kind) else kind
 
 
 def _level_type(levels: Any) -> _Type:
@@ -322,7 +318,7 @@ def _seconds(array: "pyarrow.Array") -> "pyarrow.Array":
     pa = import_pyarrow()
     if pa.types.is_date(array.type):
         array = array.cast(pa.timestamp("s"))
-    unit = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[array.type.unit]
+    unit = PER_SECOND[array.type.unit]
     is_null = array.is_null().to_numpy(zero_copy_only=False)
     ticks = array.cast(pa.int64()).fill_null(0).to_numpy()
     lost = np.zeros(len(ticks), bool)

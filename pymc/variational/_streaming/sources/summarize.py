@@ -71,7 +71,4 @@ def summarize(source: Any, *, progressbar: bool = True) -> Summary:
         for batch in table.read(_BATCH_ROWS, advance):
             summarizer.add_dictionaries(batch)
             summarizer.add(conform(batch, plain))
-    summary = summarizer.finish()
-    if not isinstance(source, Source):
-        return summary
-    return summary.with_types(source.summary or {}).with_levels(source.levels)
+    return summarizer.finish()

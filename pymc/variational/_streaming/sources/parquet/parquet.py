@@ -265,9 +265,9 @@ class _ParquetSource(Source):
                 import_pyarrow().default_memory_pool().release_unused()
 
     def batches(self) -> Iterator["pyarrow.RecordBatch"]:
-        if self._drop:
-            return super().batches()
-        return self._read_columns(self.columns or (), self._piece_rows)
+        for batch in self._read_columns(self.columns or (), self._piece_rows):
+            bad = self._format.to_rows(batch)[1] if self._drop else None
+            yield batch if bad is None else batch.filter(import_pyarrow().array(~bad.any(axis=1)))
 
     def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
         size = _divide(max(file.group_rows[group] for group in groups), size)
