@@ -33,7 +33,6 @@ import zlib
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -150,14 +149,10 @@ def _memory_for_a_task(at_once: int) -> Iterator[None]:
 
 def _peak_memory() -> int:
     """Return the largest resident size of this process so far, in bytes; 0 on Windows."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would begin at the size of the process that started this one
-        lines = (line.split() for line in status.read_text().splitlines())
-        return next((int(line[1]) << 10 for line in lines if line[0] == "VmHWM:"), 0)
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:
         return 0
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1 << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

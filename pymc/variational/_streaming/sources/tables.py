@@ -21,13 +21,16 @@ import math
 import os
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
+    by_file,
     import_pyarrow,
     inspect_all,
     is_local,
@@ -90,6 +93,7 @@ class Files:
             _refuse_partitions(paths, schemas[0].names)
         self.schema = _unify(schemas, paths)
         self.n_rows = sum(file.n_rows for file in self.files)
+        self._groups = [(f, group) for f in self.files for group in range(len(f.group_rows))]
         is_whole = marks[0] and all(mark and mark.shuffle == marks[0].shuffle for mark in marks)
         self.summary = found if is_whole else None
         self.n_bytes = sum(file.size for file in self.files)
@@ -98,26 +102,16 @@ class Files:
     def sample(self, n_bytes: int) -> list["pyarrow.RecordBatch"]:
         """Return the first rows of some row groups."""
         n_rows = max(1, min(_SAMPLED_ROWS, int(n_bytes / self.row_bytes)))
-        pieces = [(f, (g,)) for f in self.files for g, rows in enumerate(f.group_rows) if rows]
-        chosen = pieces[:: math.ceil(len(pieces) / _SAMPLED_GROUPS) or 1]
-        return [next(self._read(f, n_rows, g)) for f, g in chosen]
+        filled = [(file, group) for file, group in self._groups if file.group_rows[group]]
+        chosen = filled[:: math.ceil(len(filled) / _SAMPLED_GROUPS) or 1]
+        return [next(self._read(file, n_rows, (group,))) for file, group in chosen]
 
     def cut(self, task_rows: int) -> Iterator[tuple[Piece, ...]]:
         """Cut the row groups of all files into runs of about *task_rows*, one for each task."""
-        run: list[Piece] = []
-        n_rows = 0
-        for file in self.files:
-            first = 0
-            for group, rows in enumerate(file.group_rows, start=1):
-                n_rows += rows
-                if n_rows >= task_rows or group == len(file.group_rows):
-                    run.append((file, tuple(range(first, group))))
-                    first = group
-                if n_rows >= task_rows:
-                    yield tuple(run)
-                    run, n_rows = [], 0
-        if run:
-            yield tuple(run)
+        starts = np.cumsum([0, *(file.group_rows[group] for file, group in self._groups)])
+        tasks = zip((starts // task_rows).tolist(), self._groups)
+        for _, run in groupby(tasks, key=lambda task: task[0]):
+            yield tuple(by_file(place for _, place in run))
 
     def read(
         self, batch_rows: int, advance: Callable[[float], None]
@@ -203,18 +197,6 @@ class Batches:
     def sample(self, n_bytes: int) -> list["pyarrow.RecordBatch"]:
         """Return the first rows."""
         return [self._sample]
-
-    def peek(self, n_bytes: int) -> None:
-        """Hold *n_bytes*; if the source ends before, its number of rows is known."""
-        held = []
-        for batch in self._batches:
-            held.append(batch)
-            n_bytes -= batch.nbytes
-            if n_bytes < 0:
-                break
-        else:
-            self.n_rows = sum(batch.num_rows for batch in held)
-        self._batches = chain(held, self._batches)
 
     def read(
         self, batch_rows: int, advance: Callable[[float], None]

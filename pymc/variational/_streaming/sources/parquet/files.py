@@ -14,12 +14,12 @@
 """Parquet files on any filesystem, and whether they are still the same."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import batched
+from itertools import batched, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymc.variational._streaming.errors import StreamError, warn
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Inspected",
     "ParquetInput",
+    "by_file",
     "chunk_extent",
     "import_pyarrow",
     "inspect_all",
@@ -86,6 +87,15 @@ class ParquetInput:
                 return group, row
             row -= self.group_rows[group]
         raise IndexError(f"row groups {list(groups)} end {row} rows before")
+
+
+def by_file(
+    places: Iterable[tuple[ParquetInput, int]],
+) -> Iterator[tuple[ParquetInput, tuple[int, ...]]]:
+    """Join row groups that follow each other in one file, which are read in one go."""
+    for _, some in groupby(places, key=lambda place: place[0].path):
+        files, groups = zip(*some)
+        yield files[0], groups
 
 
 class Inspected(NamedTuple):

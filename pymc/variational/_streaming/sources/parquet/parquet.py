@@ -17,7 +17,6 @@ import math
 import os
 
 from collections.abc import Generator, Iterator, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -32,6 +31,7 @@ from pymc.variational._streaming.sources.categories import (
 )
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
+    by_file,
     import_pyarrow,
     inspect_all,
     open_parquet,
@@ -251,11 +251,8 @@ class _ParquetSource(Source):
         first = int(np.searchsorted(self._part_bounds(order)[1], start, side="right"))
         skipped = start - int(self._part_rows[order[:first]].sum())
         try:
-            # Row groups of one file that follow each other are read in one go.
-            rest = order[first:].tolist()
-            for _, parts in groupby(rest, key=lambda part: self._parts[part][0].path):
-                files, groups = zip(*(self._parts[part] for part in parts))
-                for rows in self._read(files[0], groups, block_rows or self._piece_rows):
+            for file, groups in by_file(self._parts[part] for part in order[first:]):
+                for rows in self._read(file, groups, block_rows or self._piece_rows):
                     if skipped < len(rows):
                         yield rows[skipped:]
                     skipped = max(0, skipped - len(rows))
