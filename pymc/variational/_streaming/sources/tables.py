@@ -28,6 +28,7 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import as_source
+from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
     by_file,
@@ -40,23 +41,79 @@ from pymc.variational._streaming.sources.parquet.mark import MARK_KEY, read_mark
 from pymc.variational._streaming.sources.parquet.parquet import read_batches
 from pymc.variational._streaming.sources.parquet.paths import list_parquet, resolve, stands_for
 from pymc.variational._streaming.sources.rows import choose_columns, is_pandas_index
-from pymc.variational._streaming.sources.summary import SUMMARY_KEY, Summary, dictionary_of
+from pymc.variational._streaming.sources.summary import (
+    SUMMARY_KEY,
+    Summarizer,
+    Summary,
+    dictionary_of,
+)
+from pymc.variational._streaming.utils import progress_bar
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
 
-__all__ = ["Batches", "Files", "Piece", "conform", "open_table", "plain_schema"]
+__all__ = ["Batches", "Files", "Piece", "conform", "open_table", "plain_schema", "summarize"]
 
 _PAGE_BYTES = 1 << 20
 _PAGE_ROWS = 1 << 10
 """Writers end a page when it has so many bytes, but count them only every so many rows."""
 _SAMPLED_GROUPS = 16
 _SAMPLED_ROWS = 256
+_SUMMARIZED_ROWS = 1 << 16
 _PANDAS_KEY = b"pandas"
 
 Piece = tuple[ParquetInput, tuple[int, ...]]
 """A file, and some of its row groups."""
+
+
+def summarize(source: Any, *, progressbar: bool = True) -> Summary:
+    """Summarize the columns of a table in one pass, or in none where its files hold the summary.
+
+    Parameters
+    ----------
+    source : path_like, sequence of path_like, Source, data frame, Arrow table or reader, array
+        Parquet files, as in :func:`parquet_source`, or anything else that can be streamed. What
+        can be read only once is used up.
+    progressbar : bool, default True
+        Show the rows that are done, and how many are done per second.
+
+    Returns
+    -------
+    Summary
+        By column ``.rows`` and ``.nulls``, their numbers of values and of nulls or NaN; ``.min``,
+        ``.max``, ``.mean`` and ``.sd`` (with divisor n - 1) of numbers, booleans and times (in
+        seconds since 1970); and ``.levels``, up to 4,096 distinct strings or the values of a
+        dictionary. It is shown as a table.
+
+    Notes
+    -----
+    The summary of a table that :func:`preshuffle` wrote lies in its files, and only their footers
+    are read. Some files of a table, or parts of a split, are read for numbers of their own.
+
+    Memory is bounded by one batch of 65,536 rows, or those that the source gives.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> flights = pd.DataFrame({"distance": [100.0, 300.0, 200.0], "carrier": ["UA", "AA", "UA"]})
+    >>> summary = summarize(flights, progressbar=False)
+    >>> summary["distance"].mean, summary["distance"].sd
+    (200.0, 100.0)
+    >>> summary["carrier"].levels
+    ('AA', 'UA')
+    """
+    if isinstance(source, Source) and source.summary and source.summary.rows == source.n_rows:
+        return source.summary
+    table = open_table(source)
+    if table.summary is not None and table.summary.rows == table.n_rows:
+        return table.summary
+    plain, summarizer = plain_schema(table.schema), Summarizer(table.schema)
+    with progress_bar("Summarizing", table.n_rows, show=progressbar) as advance:
+        for batch in table.read(_SUMMARIZED_ROWS, advance):
+            summarizer.add_dictionaries(batch)
+            summarizer.add(conform(batch, plain))
+    return summarizer.finish()
 
 
 def open_table(
