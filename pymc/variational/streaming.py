@@ -52,8 +52,8 @@ from pymc.variational._streaming.preshuffle.cli import main
 from pymc.variational._streaming.preshuffle.command import PreshuffleReport, preshuffle
 from pymc.variational._streaming.sources.arrow import arrow_source
 from pymc.variational._streaming.sources.parquet.parquet import parquet_source
-from pymc.variational._streaming.sources.summarize import summarize
 from pymc.variational._streaming.sources.summary import Summary
+from pymc.variational._streaming.sources.tables import summarize
 
 __all__ = [
     "CheckNoiseFloor",

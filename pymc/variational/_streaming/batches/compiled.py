@@ -13,12 +13,14 @@
 #   limitations under the License.
 """The shuffle of a window, compiled without the interpreter lock.
 
-Import this module where it is used, like ``sources.compiled``.
+numba takes a second and a hundred megabytes to import, and PyTensor imports it with the first
+compiled model, so import this module where it is used.
 """
 
-import numpy as np
+from collections.abc import Callable
 
-from pymc.variational._streaming.sources.compiled import compiled
+import numba
+import numpy as np
 
 __all__ = ["are_within", "insert_shuffled"]
 
@@ -29,7 +31,15 @@ _TILE = 256
 """Rows of which values are compared together, so that they stay in the cache for all columns."""
 
 
-@compiled()
+def compiled(function: Callable) -> Callable:
+    """Compile a function when it is called, and keep it on disk where there is room for it."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither this folder nor one of the user's can be written to
+        return numba.njit(nogil=True)(function)
+
+
+@compiled
 def _number(key, k):
     """Return the k-th number of SplitMix64."""
     z = key + k * np.uint64(0x9E3779B97F4A7C15)
@@ -38,7 +48,7 @@ def _number(key, k):
     return z ^ (z >> np.uint64(31))
 
 
-@compiled()
+@compiled
 def insert_shuffled(window, n, rows, key):
     """Put *rows* at random places among the first *n* rows of a window, which move to the end.
 
@@ -97,7 +107,7 @@ def insert_shuffled(window, n, rows, key):
     return fetched  # or the compiler would leave the second pass out
 
 
-@compiled()
+@compiled
 def are_within(rows, columns, lower, upper, whole):
     """Tell whether the values of some columns lie within an interval for each.
 

@@ -134,6 +134,9 @@ class ShuffleBuffer(Source):
     def count(self) -> int:
         return self.source.count()
 
+    def batches(self) -> Iterator[Any]:
+        return self.source.batches()
+
     def __iter__(self) -> Iterator[np.ndarray]:
         if self.batch_size is None:
             raise ValueError("batch_size is not known; pass it to shuffle_buffer")

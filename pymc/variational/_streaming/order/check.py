@@ -77,7 +77,7 @@ def check_order(
 
     Notes
     -----
-    Parquet files and arrays are judged by their footers, or by a sample of up to 262,144 rows
+    Parquet files and arrays are judged by a sample of up to 262,144 rows
     from at most 64 windows all over the table. Anything else is read once from end to end; a
     one-shot iterator is used up by that.
 
@@ -106,7 +106,7 @@ def check_order(
     if model is not None:
         check.use_model(model, _stream_of(model))
     stream = Stream(rows, window, rows.n_rows)
-    report = preflight(stream, check.make_statistic, seed, check.columns_read)
+    report = preflight(stream, check.make_statistic, seed)
     if report is not None:
         return report
     monitor = Monitor(stream, check.make_statistic)
@@ -158,11 +158,6 @@ class OrderCheck:
             with suppress(Exception):
                 self._model, self._monitor, self._epoch = ModelScore(model, buffer), None, -1
 
-    @property
-    def columns_read(self) -> np.ndarray | None:
-        """The columns that take part, if not all do, shape (n_columns,)."""
-        return None if self._model is None else self._model.columns
-
     def make_statistic(self, pilot: np.ndarray) -> Statistic:
         """Return what is compared: the score of the model, if one is known that any rows fit."""
         if self._statistic is None and self._model is not None:
@@ -184,7 +179,7 @@ class OrderCheck:
         """Sample the source, once, and raise or warn if its rows are in an order."""
         if not self._sampled:
             self._sampled = True
-            self._sample = preflight(self._stream, self.make_statistic, 0, self.columns_read)
+            self._sample = preflight(self._stream, self.make_statistic, 0)
             if self._sample is not None and self._sample.ordered:
                 self._finding = self._sample
         if self._finding is not None:

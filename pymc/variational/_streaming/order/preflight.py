@@ -25,17 +25,12 @@ from typing import cast
 
 import numpy as np
 
-from scipy.special import gammaln
-
 from pymc.variational._streaming.order.features import PILOT_ROWS, Statistic
-from pymc.variational._streaming.order.ranks import ALPHA
 from pymc.variational._streaming.order.report import (
-    Comparison,
     OrderReport,
     Part,
     Stream,
     compare,
-    make_report,
     report_one_window,
 )
 from pymc.variational._streaming.sources.base import Source
@@ -62,13 +57,11 @@ def preflight(
     stream: Stream,
     make_statistic: Callable[[np.ndarray], Statistic],
     seed: int,
-    read: np.ndarray | None = None,
 ) -> OrderReport | None:
     """Compare windows in the order of epoch 0, on a sample of the rows.
 
     None if the rows can only be read in sequence, or not within the budget, or if the sample
-    holds values that are not finite, which are refused when they are streamed.  *read* marks the
-    columns that take part, by default all.
+    holds values that are not finite, which are refused when they are streamed.
     """
     n_rows, window = stream.n_rows, stream.window
     if n_rows is None or stream.source.read_starts(np.zeros(1, np.int64)) is None:
@@ -81,49 +74,7 @@ def preflight(
     windows = np.stack([starts, np.minimum(starts + window, n_rows)], axis=1)
     if np.diff(windows).min() < _MIN_BLOCKS:
         return None
-    rng = np.random.default_rng(seed)
-    report = _compare_footers(stream, windows, rng, read)
-    return report or _compare_sample(stream, windows, make_statistic, rng)
-
-
-def _compare_footers(
-    stream: Stream, windows: np.ndarray, rng: np.random.Generator, read: np.ndarray | None
-) -> OrderReport | None:
-    """Report a column whose values in some windows all lie below those in others."""
-    chosen = _stratified(windows, _DESIGNS[0][0], rng)
-    bounds = [stream.source.ranges(int(start), int(stop)) for start, stop in chosen]
-    if bounds[0] is None:
-        return None
-    low, high = np.array(bounds, dtype=float).transpose(2, 0, 1)
-    k, d = low.shape
-    # Where a share a of the windows lies wholly at or below some c, and b wholly above, the
-    # correlation within windows of "the value is at most c" is at least 2 √(ab).
-    below = (high[None] <= high[:, None]).mean(axis=1)
-    above = (low[None] > high[:, None]).mean(axis=1)
-    correlation = 2 * np.sqrt((below * above).max(axis=0))
-    if read is not None:
-        correlation = np.where(read, correlation, 0.0)
-    # The probability that all rows of one of two random windows lie below those of the other.
-    rows = int(np.diff(chosen).min())
-    log_p = np.log(2 * k**2 * d) + 2 * gammaln(rows + 1) - gammaln(2 * rows + 1)
-    middle = (low + high) / 2
-    found = Comparison(
-        names=stream.source.columns or (),
-        p_value=np.where(correlation > 0, np.exp(log_p), 1.0),
-        correlation=correlation,
-        drift=np.sqrt(correlation * cast(int, stream.n_rows)),
-        threshold=ALPHA / d,
-        span=stream.window,
-        n_groups=k,
-        n_units=k * rows,
-        rows_read=0,
-        middles=chosen.mean(axis=1),
-        means=(middle - middle.mean(axis=0)) / np.maximum(middle.std(axis=0), 1e-300),
-        noise=np.zeros((k, d)),
-        note="The footers alone show it: all its values in some windows lie below all in others.",
-    )
-    report = make_report(stream, found)
-    return report if report.ordered else None
+    return _compare_sample(stream, windows, make_statistic, np.random.default_rng(seed))
 
 
 def _compare_sample(

@@ -32,12 +32,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    "Comparison",
     "OrderReport",
     "Part",
     "Stream",
     "compare",
-    "make_report",
     "report_one_window",
 ]
 
@@ -69,32 +67,16 @@ class Part(NamedTuple):
     names: Sequence[str]
 
 
-class Comparison(NamedTuple):
-    """Groups of units that were compared, coordinate by coordinate."""
+class WindowMeans(NamedTuple):
+    """What the figure shows of the features that differ most."""
 
-    names: Sequence[str]
-    p_value: np.ndarray
-    """shape (n_coordinates,)"""
-    correlation: np.ndarray
-    """Correlation ρ of rows in the same group, shape (n_coordinates,)."""
-    drift: np.ndarray
-    """How far the posterior mean follows the groups, in its sd, shape (n_coordinates,)."""
-    threshold: float
-    """P-value below which a coordinate may raise the alarm."""
-    span: int
-    """Number of rows of the table that a group stands for."""
-    n_groups: int
-    n_units: int
-    rows_read: int
-    """Number of rows that the comparison used."""
+    names: list[str]
     middles: np.ndarray
-    """Row in the middle of each group of the figure, shape (k,)."""
+    """Row in the middle of each group, shape (k,)."""
     means: np.ndarray
-    """Mean of each coordinate there, in standard deviations of a row; shape (k, n_coordinates)."""
+    """Means of the features there, in standard deviations of a row; shape (k, n_features)."""
     noise: np.ndarray
-    """Standard error that random groups would have; shape (k, n_coordinates)."""
-    note: str = ""
-    """What limits the comparison, or what else it found."""
+    """Standard errors that random groups would have; shape (k, n_features)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -129,17 +111,14 @@ class OrderReport:
     """Drift that this check would just have seen."""
     rows_read: int = 0
     """Number of rows that the comparison used."""
-    _found: Comparison | None = None
-    """Statistics of all features; None if one window holds the whole table."""
-    _shown: Sequence[int] = ()
-    """Features of the figure in the comparison, worst first."""
+    _groups: str = ""
+    """What was compared; empty if one window holds the whole table."""
+    _shown: WindowMeans | None = None
 
     def __repr__(self) -> str:
-        if self._found is None:
+        if not self._groups:
             return f"Nothing to compare: one window of {self.window:,} rows holds the whole table."
-        groups = self._groups(self._found)
-        verdict = self._alarm(groups) if self.ordered else self._all_clear(groups)
-        return f"{verdict} {self._found.note}".strip()
+        return self._alarm() if self.ordered else self._all_clear()
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Plot window means of the worst features over the table, with their expected band.
@@ -157,8 +136,8 @@ class OrderReport:
             import matplotlib.pyplot as plt
 
             _, ax = plt.subplots()
-        if self._found is not None:
-            self._plot_means(ax, self._found)
+        if self._shown is not None:
+            self._plot_means(ax, self._shown)
         ax.axhline(0, color="0.6", lw=0.8, zorder=0)
         verdict = "Ordered rows" if self.ordered else "No order found"
         ax.set(
@@ -169,41 +148,35 @@ class OrderReport:
         )
         return ax
 
-    def _plot_means(self, ax: "Axes", found: Comparison) -> None:
-        positions = np.minimum(found.middles / self.n_rows, 1.0)
-        for j in self._shown:
-            means, band = found.means[:, j], 1.96 * found.noise[:, j]
-            (line,) = ax.plot(positions, means, "o-", ms=4, lw=1, label=found.names[j])
+    def _plot_means(self, ax: "Axes", shown: WindowMeans) -> None:
+        positions = np.minimum(shown.middles / self.n_rows, 1.0)
+        for name, means, band in zip(shown.names, shown.means.T, 1.96 * shown.noise.T):
+            (line,) = ax.plot(positions, means, "o-", ms=4, lw=1, label=name)
             ax.fill_between(positions, -band, band, color=line.get_color(), alpha=0.12, lw=0)
         ax.legend(frameon=False)
 
-    def _groups(self, found: Comparison) -> str:
-        if found.span <= self.window:
-            return f"{found.n_groups} windows of {self.window:,} rows"
-        return f"{found.n_groups} groups of {found.span:,} adjacent rows"
-
-    def _alarm(self, groups: str) -> str:
+    def _alarm(self) -> str:
         share = 100 * min(1.0, self.window / self.n_rows)
         return (
             f"The rows are in an order that the stream does not mix: {self.feature!r} differs "
-            f"between {groups}. Shuffle the table once: {self.repair}. "
+            f"between {self._groups}. Shuffle the table once: {self.repair}. "
             f"The posterior mean would follow them by about {self.drift:,.0f} posterior standard "
             f"deviations (p = {self.p_value:.1g}, alarm below {self.threshold:.1g}), the design "
             f"effect is {self.design_effect:,.0f} (means vary that many times as much as those of "
             f"random rows), and one window covers {share:.2g} % of the {self.n_rows:,} rows"
         )
 
-    def _all_clear(self, groups: str) -> str:
+    def _all_clear(self) -> str:
         if self.p_value < self.threshold:
             finding = (
                 f"No order that a posterior would notice: {self.feature!r} differs between "
-                f"{groups} (p = {self.p_value:.1g}), but with a design effect of "
+                f"{self._groups} (p = {self.p_value:.1g}), but with a design effect of "
                 f"{self.design_effect:.2g} a fit drifts by about {self.drift:.2g} posterior "
                 "standard deviations."
             )
         else:
             finding = (
-                f"No order found: {groups} differ no more than random ones would "
+                f"No order found: {self._groups} differ no more than random ones would "
                 f"(least p = {self.p_value:.1g}, for {self.feature!r}; alarm below "
                 f"{self.threshold:.1g})."
             )
@@ -224,85 +197,71 @@ def compare(
     rows_read: int,
     middles: np.ndarray,
     alpha: float = ALPHA,
-    note: str = "",
 ) -> OrderReport:
-    """Compare groups of units in all *parts*, and report what differs most."""
-    n_rows = cast(int, stream.n_rows)
-    columns: list[tuple[np.ndarray, ...]] = []
-    sizes = np.bincount(groups)[:, None]
-    starts = np.flatnonzero(np.diff(groups, prepend=-1))
-    for units, unit_rows, _ in parts:
-        units = np.nan_to_num(units, posinf=0.0, neginf=0.0)
-        found = compare_groups(units, groups)
-        rows = correlation(found, unit_rows)
-        drift = statistic.drift(units, groups, found, unit_rows, n_rows)
-        # Heavy tails blur variances, but not those of ranks.
-        ranked = found.rank_ratio / (found.rank_ratio + unit_rows)
-        rows = np.where(_noticed(rows, drift, span), rows, np.maximum(rows, ranked))
-        drift = np.where(drift > 0, drift, np.sqrt(n_rows * rows))
-        means = np.add.reduceat(units - units.mean(axis=0), starts) / sizes
-        means /= np.sqrt(found.within * unit_rows)
-        noise = np.broadcast_to(1 / np.sqrt(sizes * unit_rows), means.shape)
-        p_value = np.minimum(found.p_value, found.pooled)
-        columns.append((p_value, rows, drift, means, noise))
-    p_value, rows, drift, means, noise = (np.concatenate(c, axis=-1) for c in zip(*columns))
-    comparison = Comparison(
-        names=[name for part in parts for name in part.names],
-        p_value=p_value,
-        correlation=rows,
-        drift=drift,
-        threshold=alpha / (len(p_value) + len(parts)),
-        span=span,
-        n_groups=len(middles),
-        n_units=len(groups),
-        rows_read=rows_read,
-        middles=middles,
-        means=means,
-        noise=noise,
-        note=note,
-    )
-    return make_report(stream, comparison)
+    """Compare groups of units in all *parts*, and report the coordinates that differ most.
 
-
-def make_report(stream: Stream, found: Comparison) -> OrderReport:
-    """Report the coordinates that differ most between groups.
-
-    An alarm is a difference that is significant, and large enough for a posterior to notice.
+    An alarm is a difference that is significant, and large enough for a posterior to notice.  A
+    group stands for *span* rows of the table, with the row *middles* in its middle.
     """
     n_rows = cast(int, stream.n_rows)
-    alarming = found.p_value < found.threshold
-    alarming &= _noticed(found.correlation, found.drift, found.span)
-    worst = np.lexsort((-found.drift, found.p_value, np.where(alarming, -found.drift, 1.0)))
-    first = worst[0]
+    found = [_compare_part(part, statistic, groups, span, n_rows) for part in parts]
+    p_value, rows, drift, means, noise = (np.concatenate(c, axis=-1) for c in zip(*found))
+    names = [name for part in parts for name in part.names]
+    threshold = alpha / (len(p_value) + len(parts))
+    alarming = (p_value < threshold) & _noticed(rows, drift, span)
+    worst = np.lexsort((-drift, p_value, np.where(alarming, -drift, 1.0)))
+    first, shown = worst[0], worst[:_SHOWN]
+    kind = f"windows of {stream.window:,} rows"
+    if span > stream.window:
+        kind = f"groups of {span:,} adjacent rows"
     return OrderReport(
         window=stream.window,
         n_rows=n_rows,
         repair=_repair(stream.source),
         ordered=bool(alarming.any()),
-        feature=found.names[first],
-        p_value=float(found.p_value[first]),
-        threshold=found.threshold,
-        design_effect=float(1 + (found.span - 1) * found.correlation[first]),
-        drift=float(found.drift[first]),
-        visible=_visible_drift(found, n_rows),
-        rows_read=found.rows_read,
-        _found=found,
-        _shown=tuple(worst[:_SHOWN]),
+        feature=names[first],
+        p_value=float(p_value[first]),
+        threshold=threshold,
+        design_effect=float(1 + (span - 1) * rows[first]),
+        drift=float(drift[first]),
+        visible=_visible_drift(threshold, len(middles), len(groups), rows_read, span, n_rows),
+        rows_read=rows_read,
+        _groups=f"{len(middles)} {kind}",
+        _shown=WindowMeans([names[j] for j in shown], middles, means[:, shown], noise[:, shown]),
     )
+
+
+def _compare_part(
+    part: Part, statistic: Statistic, groups: np.ndarray, span: int, n_rows: int
+) -> tuple[np.ndarray, ...]:
+    """Return p-values, correlations and drifts, and means and their noise for the figure."""
+    units, unit_rows = np.nan_to_num(part.units, posinf=0.0, neginf=0.0), part.unit_rows
+    found = compare_groups(units, groups)
+    rows = correlation(found, unit_rows)
+    drift = statistic.drift(units, groups, found, unit_rows, n_rows)
+    # Heavy tails blur variances, but not those of ranks.
+    ranked = found.rank_ratio / (found.rank_ratio + unit_rows)
+    rows = np.where(_noticed(rows, drift, span), rows, np.maximum(rows, ranked))
+    drift = np.where(drift > 0, drift, np.sqrt(n_rows * rows))
+    sizes = np.bincount(groups)[:, None]
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    means = np.add.reduceat(units - units.mean(axis=0), starts) / sizes
+    means /= np.sqrt(found.within * unit_rows)
+    noise = np.broadcast_to(1 / np.sqrt(sizes * unit_rows), means.shape)
+    return np.minimum(found.p_value, found.pooled), rows, drift, means, noise
 
 
 def _noticed(correlation: np.ndarray, drift: np.ndarray, span: int) -> np.ndarray:
     return ((span - 1.0) * correlation > _MAX_DESIGN_EFFECT - 1) | (drift > _MAX_DRIFT)
 
 
-def _visible_drift(found: Comparison, n_rows: int) -> float:
-    """Return the drift of a feature that would just raise the alarm."""
-    n, k = found.n_units, found.n_groups
-    if n <= k:
-        return np.inf
-    ratio = stats.f.isf(found.threshold, k - 1, n - k)
-    significant = min((ratio - 1.0) * k / max(found.rows_read, 1), 1.0)
-    noticed = min(_MAX_DRIFT**2 / n_rows, (_MAX_DESIGN_EFFECT - 1.0) / max(found.span - 1.0, 1.0))
+def _visible_drift(
+    threshold: float, k: int, n_units: int, rows_read: int, span: int, n_rows: int
+) -> float:
+    """Return the drift of a feature that would just raise the alarm in *k* groups."""
+    ratio = stats.f.isf(threshold, k - 1, n_units - k)
+    significant = min((ratio - 1.0) * k / rows_read, 1.0)
+    noticed = min(_MAX_DRIFT**2 / n_rows, (_MAX_DESIGN_EFFECT - 1.0) / max(span - 1.0, 1.0))
     return float(np.sqrt(max(significant, noticed) * n_rows))
 
 

@@ -33,7 +33,6 @@ import zlib
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,7 +108,7 @@ def scatter(plan: Plan, folder: str, index: int, batches: Iterable["pyarrow.Reco
     with _memory_for_a_task(plan.at_once):
         rng = _generator(plan.seed, _LABELS, index)
         blocks = map(summarise, _join(read(), plan.block_bytes))
-        counts = _scatter_rows(path, blocks, plan.plain, plan.n_partitions, rng)
+        counts = _scatter_rows(path, blocks, plan.n_partitions, rng)
         size = os.path.getsize(path)
         return Done(summary.rows, size, _peak_memory(), [path], counts, summary)
 
@@ -150,14 +149,10 @@ def _memory_for_a_task(at_once: int) -> Iterator[None]:
 
 def _peak_memory() -> int:
     """Return the largest resident size of this process so far, in bytes; 0 on Windows."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would begin at the size of the process that started this one
-        lines = (line.split() for line in status.read_text().splitlines())
-        return next((int(line[1]) << 10 for line in lines if line[0] == "VmHWM:"), 0)
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:
         return 0
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1 << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -170,7 +165,6 @@ def _generator(seed: int, *key: int) -> np.random.Generator:
 def _scatter_rows(
     path: str,
     blocks: Iterable["pyarrow.RecordBatch"],
-    schema: "pyarrow.Schema",
     n_partitions: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
@@ -180,10 +174,9 @@ def _scatter_rows(
         for block in blocks:
             labels = rng.integers(0, n_partitions, block.num_rows, dtype=np.uint16)
             counts = np.bincount(labels, minlength=n_partitions)
-            columns = block.columns
-            del block  # each column's memory is free when its rows have been taken
-            block = _take(columns, schema, np.argsort(labels, kind="stable"))
+            block = block.take(import_pyarrow().array(np.argsort(labels, kind="stable")))
             index.append(_write_block(sink, block, counts))
+            del block  # its memory is free while the next one is read
             total += counts
         start = sink.tell()
         # For each partition, the messages of all blocks, so that a reader finds them together.
@@ -265,15 +258,15 @@ def _shuffle(
         path = f"{os.path.dirname(paths[0])}/{uuid.uuid4().hex}"
         n_partitions = min(math.ceil(1.5 * size / plan.block_bytes), n_rows, MAX_PARTITIONS)
         labels = _generator(plan.seed, _SUBLABELS, *place)
-        _scatter_rows(path, _join(batches, plan.block_bytes), plan.plain, n_partitions, labels)
+        _scatter_rows(path, _join(batches, plan.block_bytes), n_partitions, labels)
         for partition in range(n_partitions):
             yield from _shuffle(plan, [path], (*place, partition))
         os.remove(path)
     elif n_rows:
-        rows = _concatenate(list(batches)).columns
+        rows = _concatenate(list(batches))
         order = _generator(plan.seed, _ORDER, *place).permutation(n_rows)
         for chosen in np.array_split(order, math.ceil(len(order) / plan.row_group_rows)):
-            yield _take(list(rows), plan.plain, chosen)
+            yield rows.take(import_pyarrow().array(chosen))
 
 
 def _between(
@@ -288,18 +281,6 @@ def _between(
 
 def _concatenate(batches: list["pyarrow.RecordBatch"]) -> "pyarrow.RecordBatch":
     """Join batches into one, and release them."""
-    pa, schema = import_pyarrow(), batches[0].schema
-    chunks = list(zip(*(batch.columns for batch in batches)))
+    table = import_pyarrow().Table.from_batches(batches).combine_chunks()
     batches.clear()
-    columns = [pa.concat_arrays(chunks.pop(0)) for _ in schema]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def _take(
-    columns: list["pyarrow.Array"], schema: "pyarrow.Schema", order: np.ndarray
-) -> "pyarrow.RecordBatch":
-    """Return rows in another order, and empty the list of their columns."""
-    pa = import_pyarrow()
-    places = pa.array(order)
-    taken = [pa.compute.take(columns.pop(0), places, boundscheck=False) for _ in schema]
-    return pa.RecordBatch.from_arrays(taken, schema=schema)
+    return table.to_batches()[0]

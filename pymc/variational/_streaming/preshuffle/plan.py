@@ -116,8 +116,6 @@ def make_plan(table: Files | Batches, *, seed: int, memory_limit: int) -> Plan:
     in_memory = max(1.0, sum(b.nbytes / b.num_rows for b in sampled) / len(sampled))
     widest = max(table.row_bytes, in_memory)
     at_once, block = _share(memory_limit, len(plain), widest, table.page_bytes)
-    if isinstance(table, Batches) and table.n_rows is None:
-        table.peek(block)
     total = _UNKNOWN_BLOCKS * block if table.n_rows is None else table.n_rows * in_memory
     n_tasks = min(_FEWEST_TASKS, math.ceil(total / _SMALL_TASK))
     # Partitions are of random sizes; with some space, few of them are larger than a block.

@@ -30,6 +30,7 @@ __all__ = [
     "as_batch",
     "describe_value",
     "is_arrow",
+    "is_finite",
     "match_shape",
     "require_finite",
     "shorten",
@@ -97,13 +98,6 @@ class Source(ABC):
         """
         return None
 
-    def ranges(self, start: int, stop: int) -> np.ndarray | None:
-        """Return bounds on the columns in rows *start* to *stop* of epoch 0, shape (columns, 2).
-
-        They come from metadata; None where there are none, NaN for a column without them.
-        """
-        return None
-
     def count(self) -> int:
         """Read one epoch to count its rows."""
         n_rows = 0
@@ -116,7 +110,7 @@ class Source(ABC):
     def batches(self) -> Iterator[Any]:
         """Yield the rows of epoch 0 as Arrow record batches, with the types that they came with."""
         for block in self.blocks():
-            yield as_batch(block, self.columns)
+            yield as_batch(block, self.columns, self.levels)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.blocks()
@@ -132,13 +126,19 @@ class Source(ABC):
         return f"<{type(self).__name__.lstrip('_')}: {self.describe()}>"
 
 
-def as_batch(rows: np.ndarray, columns: tuple[str, ...] | None) -> Any:
+def as_batch(
+    rows: np.ndarray, columns: Sequence[str] | None, levels: Mapping[str, Sequence[Any]] = {}
+) -> Any:
     """Return rows as a record batch; without names, columns are called "0", "1" and so on."""
     if rows.ndim > 2:
         raise ValueError(f"rows have shape {rows.shape[1:]}; reshape them to one dimension")
-    values = np.ascontiguousarray(rows.reshape(len(rows), -1).T)
-    names = columns or [str(j) for j in range(len(values))]
-    return import_pyarrow().RecordBatch.from_arrays(list(values), names=list(names))
+    pa, arrays = import_pyarrow(), list(np.ascontiguousarray(rows.reshape(len(rows), -1).T))
+    names = list(columns or map(str, range(len(arrays))))
+    for j, name in enumerate(names):
+        if name in levels:
+            codes = pa.array(arrays[j].astype("int32"))
+            arrays[j] = pa.DictionaryArray.from_arrays(codes, pa.array(levels[name]))
+    return pa.RecordBatch.from_arrays(arrays, names=names)
 
 
 def is_arrow(block: Any) -> bool:
@@ -151,13 +151,18 @@ def shorten(names: Sequence[str], n: int = 8) -> list[str]:
     return [*names[:n], *([f"{len(names) - n} more"] if len(names) > n else [])]
 
 
+def is_finite(rows: np.ndarray) -> bool:
+    """Whether all values are finite; False also where only their sum is not."""
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(rows.sum()))
+
+
 def require_finite(rows: np.ndarray, offset: int) -> None:
     """Raise StreamError if a value is NaN or infinite; *offset* is the position of the first row."""
     if rows.dtype.kind != "f":
         return
-    with np.errstate(all="ignore"):  # a value that is not finite makes the sum so
-        if np.isfinite(rows.sum()):
-            return
+    if is_finite(rows):
+        return
     places = np.argwhere(~np.isfinite(rows))
     if len(places):
         raise StreamError(f"{describe_value(rows, places[0], offset, None)}; repair the data")

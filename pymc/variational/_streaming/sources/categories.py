@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING, Any
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import shorten
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
-from pymc.variational._streaming.sources.summary import Summary
+from pymc.variational._streaming.sources.summary import (
+    Summary,
+    append_new,
+    is_dictionary,
+    is_text,
+)
 from pymc.variational._streaming.utils import progress_bar
 
 if TYPE_CHECKING:
@@ -49,60 +54,47 @@ def given_levels(categories: Categories | None) -> dict[str, Any]:
     return {name: _as_levels(name, list(levels)) for name, levels in categories.items()}
 
 
-class LevelFinder:
-    """Collects the levels of columns: sorted values, or those of a dictionary in its order.
-
-    An order that was declared, as in a pandas Categorical or a Polars Enum, is kept, with the
-    levels that no row has.
-    """
-
-    def __init__(self, names: Sequence[str]):
-        self._levels: dict[str, Any] = dict.fromkeys(names)
-        self._ordered: set[str] = set()
-
-    def add(self, batch: "pyarrow.RecordBatch") -> None:
-        """Add the levels of the rows of a batch, or of its dictionaries."""
-        pa = import_pyarrow()
-        for name, known in self._levels.items():
-            array = batch.column(name)
-            is_dictionary = pa.types.is_dictionary(array.type)
-            values = _plain(array.dictionary if is_dictionary else array.unique()).drop_null()
-            if pa.types.is_floating(values.type):
-                values = values.filter(pa.compute.is_finite(values))
-            if is_dictionary:
-                self._ordered.add(name)
-            if known is not None:
-                values = _cast(name, values, known.type)
-                new = values.filter(pa.compute.invert(pa.compute.is_in(values, value_set=known)))
-                values = pa.concat_arrays([known, new])
-            if len(values) or known is not None:
-                self._levels[name] = values
-
-    def finish(self) -> dict[str, Any]:
-        """Return the levels of each column."""
-        for name, values in self._levels.items():
-            if values is None:
-                raise ValueError(f"column {name!r} holds nulls only, so it has no levels")
-            if name not in self._ordered:
-                self._levels[name] = values.take(import_pyarrow().compute.sort_indices(values))
-        return self._levels
-
-
 def find_levels(
     levels: Mapping[str, Any],
     read: Callable[[list[str]], Iterable["pyarrow.RecordBatch"]],
     n_rows: int | None,
 ) -> dict[str, Any]:
-    """Return the levels that are known, and those of other columns from one pass over *n_rows*."""
+    """Return the levels that are known, and those of other columns from one pass over *n_rows*.
+
+    They are sorted, or in the order that a dictionary declares, as of a pandas Categorical or a
+    Polars Enum, with the levels that no row has.
+    """
     missing = [name for name, known in levels.items() if known is None]
     if not missing:
         return dict(levels)
-    finder = LevelFinder(missing)
+    found: dict[str, Any] = dict.fromkeys(missing)
+    ordered = set()
     with progress_bar(f"Finding levels of {', '.join(missing)}", n_rows) as add:
         for batch in read(missing):
-            finder.add(batch)
+            for name in missing:
+                array = batch.column(name)
+                found[name] = _add_levels(name, found[name], array)
+                if is_dictionary(array.type):
+                    ordered.add(name)
             add(batch.num_rows)
-    return {**levels, **finder.finish()}
+    for name, values in found.items():
+        if values is None:
+            raise ValueError(f"column {name!r} holds nulls only, so it has no levels")
+        if name not in ordered:
+            found[name] = values.take(import_pyarrow().compute.sort_indices(values))
+    return {**levels, **found}
+
+
+def _add_levels(name: str, known: Any, array: "pyarrow.Array") -> Any:
+    """Return the levels that are known, if any, and those that *array* or its dictionary adds."""
+    pa = import_pyarrow()
+    values = array.dictionary if is_dictionary(array.type) else array.unique()
+    values = _plain(values).drop_null()
+    if pa.types.is_floating(values.type):
+        values = values.filter(pa.compute.is_finite(values))
+    if known is None:
+        return values if len(values) else None
+    return append_new(known, _cast(name, values, known.type))
 
 
 def levels_of(summary: Summary) -> dict[str, Any]:
@@ -117,7 +109,7 @@ def encode(name: str, array: "pyarrow.Array", levels: "pyarrow.Array") -> "pyarr
     Null is a value like any other.
     """
     pa: Any = import_pyarrow()
-    if not pa.types.is_dictionary(array.type):
+    if not is_dictionary(array.type):
         return pa.compute.index_in(_cast(name, _plain(array), levels.type), value_set=levels)
     codes = encode(name, array.dictionary, levels).take(array.indices)
     of_null = pa.compute.index_in(pa.nulls(1, levels.type), value_set=levels)[0]
@@ -145,7 +137,7 @@ def _plain(array: "pyarrow.Array") -> "pyarrow.Array":
     """Return values with one type for all strings, and one for all integers but the largest."""
     pa: Any = import_pyarrow()
     is_, kind = pa.types, array.type
-    if is_.is_string(kind) or is_.is_string_view(kind):
+    if is_text(kind):
         return array.cast(pa.large_string())
     return array.cast(pa.int64()) if is_.is_integer(kind) and not is_.is_uint64(kind) else array
 

@@ -34,7 +34,7 @@ from pymc.variational._streaming.sources.base import Source, skip_rows
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, watch
 from pymc.variational._streaming.sources.parquet.mark import check_marks, parse_mark
 from pymc.variational._streaming.sources.rows import RowFormat, exact_limit
-from pymc.variational._streaming.sources.summary import Summary
+from pymc.variational._streaming.sources.summary import Summary, is_dictionary, is_text
 from pymc.variational._streaming.utils import digest
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def group_columns(schema: "pyarrow.Schema") -> dict[str, list[str]]:
             dtype = np.dtype(kind.to_pandas_dtype()).name
         elif is_.is_boolean(kind):
             dtype = "uint8"
-        elif is_.is_dictionary(kind) or is_.is_string(kind) or is_.is_large_string(kind):
+        elif is_dictionary(kind) or is_text(kind):
             dtype = "int32"
         else:
             raise ValueError(

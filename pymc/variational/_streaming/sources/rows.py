@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.sources.base import is_finite
 from pymc.variational._streaming.sources.categories import describe_levels, encode
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.summary import PER_SECOND, is_dictionary, is_text
 
 if TYPE_CHECKING:
     import pyarrow
@@ -43,6 +45,8 @@ PIECE_ROWS = 1 << 18
 _PIECE_VALUES = 1 << 20
 """What is decoded or converted at a time, at most.  Each call gives up the interpreter lock, and
 then waits for the step that compiled code makes meanwhile: few calls keep a stream ahead."""
+_FEW_COLUMNS = 8
+"""Copying more columns one by one takes longer than to join and to transpose them."""
 
 
 def is_pandas_index(column: str) -> bool:
@@ -101,14 +105,6 @@ class RowFormat:
     def times(self) -> dict[str, bool | str]:
         """The columns of times, with "UTC" where their zone is known."""
         return {name: kind.is_time for name, kind in zip(self.columns, self.types) if kind.is_time}
-
-    @property
-    def plain_columns(self) -> tuple[str | None, ...]:
-        """The columns whose numbers are those of the table; None for levels and times."""
-        return tuple(
-            None if name in self.levels or kind.is_time is not False else name
-            for name, kind in zip(self.columns, self.types)
-        )
 
     @classmethod
     def from_schema(
@@ -204,17 +200,16 @@ class RowFormat:
         """
         arrays = [self._numbers(name, batch.column(name)) for name in self.columns]
         values = [_to_numpy(array) for array in arrays]
-        rows = np.empty((batch.num_rows, len(values)), self.dtype)
-        complete = _interleave(values, self.integral, rows)
-        if complete and not any(array.null_count for array in arrays):
+        rows = _interleave(values, self.dtype)
+        large = {j: mask for j in range(len(values)) if (mask := self._inexact(j, values[j])).any()}
+        nulls = any(array.null_count for array in arrays)
+        if not nulls and not large and is_finite(rows):
             return rows, None
         bad = ~np.isfinite(rows)
-        for j, (array, column) in enumerate(zip(arrays, values)):
+        for j, array in enumerate(arrays):
+            bad[:, j] |= large.get(j, False)
             if array.null_count:
                 bad[:, j] |= array.is_null().to_numpy(zero_copy_only=False)
-            if (self.integral[j] or column.dtype.kind in "iu") and self.dtype.kind == "f":
-                low, high = _bounds(column.dtype, True, exact_limit(self.dtype))
-                bad[:, j] |= (column < low) | (column > high)
         return rows, bad if bad.any() else None
 
     def fault(self, batch: "pyarrow.RecordBatch", bad: np.ndarray) -> tuple[int, str]:
@@ -233,12 +228,25 @@ class RowFormat:
             problem = f", which {self.dtype} cannot hold exactly"
         return row, f"column {name!r} is {value}{problem}"
 
+    def _inexact(self, j: int, values: np.ndarray) -> np.ndarray | np.bool:
+        """Mark the integers of a column that ``dtype`` may not hold.
+
+        One that arrives as a float, as decimals do, was rounded already at the limit or beyond.
+        """
+        is_integer = values.dtype.kind in "iu"
+        if values.itemsize < 8 or self.dtype.kind != "f" or not (is_integer or self.integral[j]):
+            return np.False_
+        limit = exact_limit(self.dtype)
+        if is_integer:
+            return (values < -limit) | (values > limit)
+        return np.abs(values) >= limit
+
     def _numbers(self, name: str, array: "pyarrow.Array") -> "pyarrow.Array":
         """Return numbers, and null for what is no number or none of the levels."""
         pa = import_pyarrow()
         if name in self.levels:
             return encode(name, array, self.levels[name])
-        if pa.types.is_dictionary(array.type):
+        if is_dictionary(array.type):
             array = array.dictionary_decode()  # a value can be null in the dictionary itself
         if pa.types.is_temporal(array.type):
             return _seconds(array)
@@ -274,7 +282,7 @@ def _types(
     if unusable:
         found = ", ".join(f"{name!r} ({kinds[name]})" for name in unusable)
         usable = [name for name in names if name not in unusable]
-        text = [name for name in unusable if _is_text(kinds[name])]
+        text = [name for name in unusable if is_text(kinds[name])]
         remedies = [f"leave them out with columns={usable}"] if usable else []
         remedies += [f"stream levels with categories={text}"] if text else []
         raise ValueError(
@@ -284,12 +292,7 @@ def _types(
 
 
 def _value_type(kind: "pyarrow.DataType") -> "pyarrow.DataType":
-    return kind.value_type if import_pyarrow().types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: "pyarrow.DataType") -> bool:
-    is_ = import_pyarrow().types
-    return is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind)
+    return kind.value_type if is_dictionary(kind) else kind
 
 
 def _level_type(levels: Any) -> _Type:
@@ -315,7 +318,7 @@ def _seconds(array: "pyarrow.Array") -> "pyarrow.Array":
     pa = import_pyarrow()
     if pa.types.is_date(array.type):
         array = array.cast(pa.timestamp("s"))
-    unit = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[array.type.unit]
+    unit = PER_SECOND[array.type.unit]
     is_null = array.is_null().to_numpy(zero_copy_only=False)
     ticks = array.cast(pa.int64()).fill_null(0).to_numpy()
     lost = np.zeros(len(ticks), bool)
@@ -337,29 +340,12 @@ def _to_numpy(array: "pyarrow.Array") -> np.ndarray:
     return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
-def _bounds(kind: np.dtype, integral: bool, limit: float) -> np.ndarray:
-    """Return the least and the greatest value of a type that stay exact, in this type.
-
-    An integer that arrives as a float, as decimals do, was rounded already at the limit or beyond.
-    """
-    if kind.kind == "f":
-        high = limit - 1 if integral and np.isfinite(limit) else np.finfo(kind).max
-        return np.array([-high, high], kind)
-    info = np.iinfo(kind)
-    return np.array([max(info.min, -limit), min(info.max, limit)], kind)
-
-
-def _interleave(values: Sequence[np.ndarray], integral: Sequence[bool], rows: np.ndarray) -> bool:
-    """Copy columns into *rows*, and return whether all values are finite and exact there."""
-    from pymc.variational._streaming.sources.compiled import interleave
-
-    limit = exact_limit(rows.dtype)
-    groups: dict[tuple[np.dtype, bool], list[int]] = {}
+def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """Return the rows of some columns."""
+    if len(values) > _FEW_COLUMNS:
+        columns = np.concatenate(values, dtype=dtype, casting="unsafe").reshape(len(values), -1)
+        return np.ascontiguousarray(columns.T)
+    rows = np.empty((len(values[0]), len(values)), dtype)
     for j, column in enumerate(values):
-        groups.setdefault((column.dtype, integral[j]), []).append(j)
-    complete = True
-    for (kind, whole), places in groups.items():
-        addresses = [values[j].__array_interface__["data"][0] for j in places]
-        bounds = _bounds(kind, whole, limit)
-        complete &= interleave(np.array(addresses), np.array(places), bounds, rows)
-    return complete
+        rows[:, j] = column
+    return rows

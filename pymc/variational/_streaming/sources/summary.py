@@ -14,16 +14,15 @@
 """Summaries of the columns of a table: made in one pass, kept in the metadata of its files."""
 
 import dataclasses
-import html
 import json
 import math
-import re
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
@@ -31,17 +30,24 @@ from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["SUMMARY_KEY", "ColumnSummary", "Summarizer", "Summary", "dictionary_of"]
+__all__ = [
+    "PER_SECOND",
+    "SUMMARY_KEY",
+    "ColumnSummary",
+    "Summarizer",
+    "Summary",
+    "append_new",
+    "dictionary_of",
+    "is_dictionary",
+    "is_text",
+]
 
 SUMMARY_KEY = b"pymc.summary"
 MAX_LEVELS = 4096
 """Largest number of levels that metadata hold; a column of strings with more counts as text."""
 _FIGURES = ("rows", "nulls", "min", "max", "mean", "sd")
 _SHOWN_LEVELS = 4
-_SHOWN_UNITS = {"date": "D", "timestamp": "m"}
-"""Units of NumPy in which places in time are shown, by the Arrow type of the column."""
-_PLACES = ("min", "max", "mean")
-_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +96,6 @@ class Summary(Mapping[str, ColumnSummary]):
         """Return the summary of some columns."""
         return Summary(self.rows, {name: self.columns[name] for name in columns})
 
-    def with_levels(self, levels: Mapping[str, tuple[Any, ...]]) -> "Summary":
-        """Return a summary of columns that hold positions among *levels* as what they stand for."""
-        known = {
-            name: ColumnSummary(self[name].type, self[name].rows, self[name].nulls, levels=values)
-            for name, values in levels.items()
-        }
-        return Summary(self.rows, self.columns | known)
-
-    def with_types(self, known: Mapping[str, ColumnSummary]) -> "Summary":
-        """Return a summary that tells times by the types that the columns are *known* to have."""
-        columns = {
-            name: dataclasses.replace(column, type=known.get(name, column).type)
-            for name, column in self.columns.items()
-        }
-        return Summary(self.rows, columns)
-
     def to_metadata(self) -> dict[bytes, bytes]:
         """Return the key and the value for the metadata of a file."""
         return {SUMMARY_KEY: json.dumps(dataclasses.asdict(self)).encode()}
@@ -127,36 +117,18 @@ class Summary(Mapping[str, ColumnSummary]):
         return cls(values["rows"], columns)
 
     def __repr__(self) -> str:
-        table = [("", *_FIGURES, "levels"), *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines = (
-            "  ".join((name.ljust(widths[0]), *map(str.rjust, figures, widths[1:-1]), levels))
-            for name, *figures, levels in table
-        )
-        return "\n".join(line.rstrip() for line in lines)
+        return self._as_text().to_string()
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{title}</th>" for title in ("", *_FIGURES, "levels"))
-        body = (
-            f"<tr><th>{html.escape(name)}</th>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-            + "</tr>"
-            for name, *cells in self._cells()
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        return self._as_text().to_html()
 
-    def _cells(self) -> Iterator[tuple[str, ...]]:
-        for name, column in self.columns.items():
-            unit = _SHOWN_UNITS.get(re.split(r"\W|\d", column.type)[0], "")
-            figures = (
-                _format(getattr(column, figure), unit if figure in _PLACES else "")
-                for figure in _FIGURES
-            )
-            levels = column.levels or ()
-            shown = ", ".join(map(str, levels[:_SHOWN_LEVELS]))
-            if len(levels) > _SHOWN_LEVELS:
-                shown += f", ... ({len(levels)})"
-            yield name, *figures, shown
+    def _as_text(self) -> pd.DataFrame:
+        """Return what is shown of each column."""
+        return pd.DataFrame.from_dict(
+            {name: _describe(column) for name, column in self.columns.items()},
+            orient="index",
+            columns=[*_FIGURES, "levels"],
+        )
 
 
 class Summarizer:
@@ -165,11 +137,10 @@ class Summarizer:
     def __init__(self, schema: "pyarrow.Schema"):
         self.rows = 0
         self._columns = [_Column(field.name, field.type) for field in schema]
-        self._encoded = [column for column in self._columns if _is_dictionary(column.kind)]
+        self._encoded = [column for column in self._columns if is_dictionary(column.kind)]
 
     def add(self, batch: "pyarrow.RecordBatch") -> None:
-        """Add rows; dictionaries that were decoded before go to :meth:`add_dictionaries`."""
-        self.add_dictionaries(batch)
+        """Add rows, whose dictionaries were decoded and go to :meth:`add_dictionaries`."""
         self.rows += batch.num_rows
         for column, values in zip(self._columns, batch.columns):
             column.add(values)
@@ -178,7 +149,7 @@ class Summarizer:
         """Add the dictionaries of a batch, without its rows."""
         for column in self._encoded:
             values = batch.column(column.name)
-            if _is_dictionary(values.type):
+            if is_dictionary(values.type):
                 column.add_levels(dictionary_of(values))
 
     def merge(self, later: "Summarizer") -> None:
@@ -216,13 +187,11 @@ class _Column:
     def add(self, array: "pyarrow.Array") -> None:
         """Add the values of a batch."""
         pc = import_pyarrow().compute
-        if _is_dictionary(array.type):
-            array = dictionary_of(array).take(array.indices)
         n_rows = len(array)
         array = array.drop_null() if array.null_count else array
         numbers = _as_numbers(array)
         if numbers is None:
-            if _is_string(self.kind) and not self.is_text:
+            if is_text(self.kind) and not self.is_text:
                 self.add_levels(array.unique())
             self.merge(_Column(self.name, self.kind, len(array), n_rows - len(array)))
             return
@@ -252,26 +221,16 @@ class _Column:
 
     def add_levels(self, values: "pyarrow.Array") -> None:
         """Append the values that are new; strings are forgotten when they are too many."""
-        pa = import_pyarrow()
-        if self.levels is None:
-            self.levels = values
-        elif not values.equals(self.levels):
-            known = pa.compute.is_in(values, value_set=self.levels)
-            new = values.filter(pa.compute.invert(known))
-            self.levels = pa.concat_arrays([self.levels, new]) if len(new) else self.levels
-        if _is_string(self.kind) and (self.is_text or len(self.levels) > MAX_LEVELS):
+        self.levels = append_new(self.levels, values)
+        if is_text(self.kind) and (self.is_text or len(self.levels) > MAX_LEVELS):
             self.levels, self.is_text = None, True
 
     def finish(self) -> ColumnSummary:
         summary = ColumnSummary(str(self.kind), self.n, self.nulls, levels=self._kept_levels())
         if not self.n or self.low == math.inf == -self.high:
             return summary
-        scale = _PER_SECOND[self.kind.unit] if hasattr(self.kind, "unit") else 1
         sd = math.sqrt(self.m2 / (self.n - 1)) if self.n > 1 else math.nan
-        figures = {"min": self.low, "max": self.high, "mean": self.mean, "sd": sd}
-        if scale > 1:
-            figures = {name: value / scale for name, value in figures.items()}
-        return dataclasses.replace(summary, **figures)
+        return dataclasses.replace(summary, min=self.low, max=self.high, mean=self.mean, sd=sd)
 
     def _kept_levels(self) -> tuple[Any, ...] | None:
         if import_pyarrow().types.is_boolean(self.kind):
@@ -281,10 +240,21 @@ class _Column:
         levels = self.levels.drop_null().to_pylist()
         if not all(isinstance(level, str | int | float) for level in levels):
             return None
-        return tuple(levels if _is_dictionary(self.kind) else sorted(levels))
+        return tuple(levels if is_dictionary(self.kind) else sorted(levels))
 
 
-def _format(value: float | None, unit: str) -> str:
+def _describe(column: ColumnSummary) -> list[str]:
+    """Return the figures and the first levels of a column as text."""
+    unit = {"date": "D", "timestamp": "m"}.get(column.type.partition("[")[0].strip("3264"))
+    levels = column.levels or ()
+    shown = ", ".join(map(str, levels[:_SHOWN_LEVELS]))
+    if len(levels) > _SHOWN_LEVELS:
+        shown += f", ... ({len(levels)})"
+    places = (_format(value, unit) for value in (column.min, column.max, column.mean))
+    return [_format(column.rows), _format(column.nulls), *places, _format(column.sd), shown]
+
+
+def _format(value: float | None, unit: str | None = None) -> str:
     if value is None:
         return ""
     if unit and math.isfinite(value):
@@ -293,22 +263,28 @@ def _format(value: float | None, unit: str) -> str:
 
 
 def _as_numbers(array: "pyarrow.Array") -> Any:
-    """Return values without nulls as numbers that NumPy knows; None for values of other kinds."""
+    """Return values without nulls as numbers, times in seconds; None for values of other kinds."""
     pa = import_pyarrow()
     is_, kind = pa.types, array.type
+    if is_.is_date(kind):
+        array = array.cast(pa.timestamp("s"))
+    if unit := getattr(array.type, "unit", None):
+        ticks = array.view(f"int{array.type.bit_width}").to_numpy()
+        return pa.array(ticks / PER_SECOND[unit])
     if is_.is_boolean(kind):
         return array.cast(pa.uint8())
-    if is_.is_date(kind):
-        return array.cast(pa.timestamp("s")).cast(pa.int64())
-    if is_.is_timestamp(kind) or is_.is_duration(kind) or is_.is_time64(kind):
-        return array.cast(pa.int64())
-    if is_.is_time32(kind):
-        return array.cast(pa.int32())
-    if is_.is_decimal(kind):
+    if is_.is_decimal(kind) or is_.is_float16(kind):
         return array.cast(pa.float64())
-    if is_.is_float16(kind):
-        return array.cast(pa.float32())
     return array if is_.is_integer(kind) or is_.is_floating(kind) else None
+
+
+def append_new(known: Any, values: "pyarrow.Array") -> "pyarrow.Array":
+    """Return the values that are known, if any, and after them the others."""
+    pa = import_pyarrow()
+    if known is None or values.equals(known):
+        return values
+    new = values.filter(pa.compute.invert(pa.compute.is_in(values, value_set=known)))
+    return pa.concat_arrays([known, new])
 
 
 def dictionary_of(array: "pyarrow.DictionaryArray") -> "pyarrow.Array":
@@ -317,10 +293,10 @@ def dictionary_of(array: "pyarrow.DictionaryArray") -> "pyarrow.Array":
     return values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values
 
 
-def _is_dictionary(kind: "pyarrow.DataType") -> bool:
+def is_dictionary(kind: "pyarrow.DataType") -> bool:
     return import_pyarrow().types.is_dictionary(kind)
 
 
-def _is_string(kind: "pyarrow.DataType") -> bool:
+def is_text(kind: "pyarrow.DataType") -> bool:
     is_ = import_pyarrow().types
     return is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind)

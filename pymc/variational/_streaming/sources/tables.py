@@ -21,14 +21,17 @@ import math
 import os
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import as_source
+from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
-    check_footer,
+    by_file,
     import_pyarrow,
     inspect_all,
     is_local,
@@ -38,23 +41,79 @@ from pymc.variational._streaming.sources.parquet.mark import MARK_KEY, read_mark
 from pymc.variational._streaming.sources.parquet.parquet import read_batches
 from pymc.variational._streaming.sources.parquet.paths import list_parquet, resolve, stands_for
 from pymc.variational._streaming.sources.rows import choose_columns, is_pandas_index
-from pymc.variational._streaming.sources.summary import SUMMARY_KEY, Summary, dictionary_of
+from pymc.variational._streaming.sources.summary import (
+    SUMMARY_KEY,
+    Summarizer,
+    Summary,
+    dictionary_of,
+)
+from pymc.variational._streaming.utils import progress_bar
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
 
-__all__ = ["Batches", "Files", "Piece", "conform", "open_table", "plain_schema"]
+__all__ = ["Batches", "Files", "Piece", "conform", "open_table", "plain_schema", "summarize"]
 
 _PAGE_BYTES = 1 << 20
 _PAGE_ROWS = 1 << 10
 """Writers end a page when it has so many bytes, but count them only every so many rows."""
 _SAMPLED_GROUPS = 16
 _SAMPLED_ROWS = 256
+_SUMMARIZED_ROWS = 1 << 16
 _PANDAS_KEY = b"pandas"
 
 Piece = tuple[ParquetInput, tuple[int, ...]]
 """A file, and some of its row groups."""
+
+
+def summarize(source: Any, *, progressbar: bool = True) -> Summary:
+    """Summarize the columns of a table in one pass, or in none where its files hold the summary.
+
+    Parameters
+    ----------
+    source : path_like, sequence of path_like, Source, data frame, Arrow table or reader, array
+        Parquet files, as in :func:`parquet_source`, or anything else that can be streamed. What
+        can be read only once is used up.
+    progressbar : bool, default True
+        Show the rows that are done, and how many are done per second.
+
+    Returns
+    -------
+    Summary
+        By column ``.rows`` and ``.nulls``, their numbers of values and of nulls or NaN; ``.min``,
+        ``.max``, ``.mean`` and ``.sd`` (with divisor n - 1) of numbers, booleans and times (in
+        seconds since 1970); and ``.levels``, up to 4,096 distinct strings or the values of a
+        dictionary. It is shown as a table.
+
+    Notes
+    -----
+    The summary of a table that :func:`preshuffle` wrote lies in its files, and only their footers
+    are read. Some files of a table, or parts of a split, are read for numbers of their own.
+
+    Memory is bounded by one batch of 65,536 rows, or those that the source gives.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> flights = pd.DataFrame({"distance": [100.0, 300.0, 200.0], "carrier": ["UA", "AA", "UA"]})
+    >>> summary = summarize(flights, progressbar=False)
+    >>> summary["distance"].mean, summary["distance"].sd
+    (200.0, 100.0)
+    >>> summary["carrier"].levels
+    ('AA', 'UA')
+    """
+    if isinstance(source, Source) and source.summary and source.summary.rows == source.n_rows:
+        return source.summary
+    table = open_table(source)
+    if table.summary is not None and table.summary.rows == table.n_rows:
+        return table.summary
+    plain, summarizer = plain_schema(table.schema), Summarizer(table.schema)
+    with progress_bar("Summarizing", table.n_rows, show=progressbar) as advance:
+        for batch in table.read(_SUMMARIZED_ROWS, advance):
+            summarizer.add_dictionaries(batch)
+            summarizer.add(conform(batch, plain))
+    return summarizer.finish()
 
 
 def open_table(
@@ -80,9 +139,7 @@ class Files:
         self.row_bytes, self.page_bytes = 1.0, 0
         self.files, schemas, marks = [], [], []
         found: Summary | None = None
-        for inspected in inspect_all(self.fs, paths):
-            check_footer(inspected)
-            file, schema, metadata, _ = inspected
+        for file, schema, metadata in inspect_all(self.fs, paths):
             schemas.append(_choose(schema, columns, file.path))
             _refuse_int96(metadata, schemas[-1].names, file.path)
             self._measure(metadata, set(schemas[-1].names))
@@ -93,6 +150,7 @@ class Files:
             _refuse_partitions(paths, schemas[0].names)
         self.schema = _unify(schemas, paths)
         self.n_rows = sum(file.n_rows for file in self.files)
+        self._groups = [(f, group) for f in self.files for group in range(len(f.group_rows))]
         is_whole = marks[0] and all(mark and mark.shuffle == marks[0].shuffle for mark in marks)
         self.summary = found if is_whole else None
         self.n_bytes = sum(file.size for file in self.files)
@@ -101,26 +159,16 @@ class Files:
     def sample(self, n_bytes: int) -> list["pyarrow.RecordBatch"]:
         """Return the first rows of some row groups."""
         n_rows = max(1, min(_SAMPLED_ROWS, int(n_bytes / self.row_bytes)))
-        pieces = [(f, (g,)) for f in self.files for g, rows in enumerate(f.group_rows) if rows]
-        chosen = pieces[:: math.ceil(len(pieces) / _SAMPLED_GROUPS) or 1]
-        return [next(self._read(f, n_rows, g)) for f, g in chosen]
+        filled = [(file, group) for file, group in self._groups if file.group_rows[group]]
+        chosen = filled[:: math.ceil(len(filled) / _SAMPLED_GROUPS) or 1]
+        return [next(self._read(file, n_rows, (group,))) for file, group in chosen]
 
     def cut(self, task_rows: int) -> Iterator[tuple[Piece, ...]]:
         """Cut the row groups of all files into runs of about *task_rows*, one for each task."""
-        run: list[Piece] = []
-        n_rows = 0
-        for file in self.files:
-            first = 0
-            for group, rows in enumerate(file.group_rows, start=1):
-                n_rows += rows
-                if n_rows >= task_rows or group == len(file.group_rows):
-                    run.append((file, tuple(range(first, group))))
-                    first = group
-                if n_rows >= task_rows:
-                    yield tuple(run)
-                    run, n_rows = [], 0
-        if run:
-            yield tuple(run)
+        starts = np.cumsum([0, *(file.group_rows[group] for file, group in self._groups)])
+        tasks = zip((starts // task_rows).tolist(), self._groups)
+        for _, run in groupby(tasks, key=lambda task: task[0]):
+            yield tuple(by_file(place for _, place in run))
 
     def read(
         self, batch_rows: int, advance: Callable[[float], None]
@@ -206,18 +254,6 @@ class Batches:
     def sample(self, n_bytes: int) -> list["pyarrow.RecordBatch"]:
         """Return the first rows."""
         return [self._sample]
-
-    def peek(self, n_bytes: int) -> None:
-        """Hold *n_bytes*; if the source ends before, its number of rows is known."""
-        held = []
-        for batch in self._batches:
-            held.append(batch)
-            n_bytes -= batch.nbytes
-            if n_bytes < 0:
-                break
-        else:
-            self.n_rows = sum(batch.num_rows for batch in held)
-        self._batches = chain(held, self._batches)
 
     def read(
         self, batch_rows: int, advance: Callable[[float], None]

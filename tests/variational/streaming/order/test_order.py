@@ -286,19 +286,6 @@ def write(folder, rows: np.ndarray, row_group_size: int) -> str:
 
 
 class TestParquet:
-    def test_footers_alone_show_sorted_columns(self, tmp_path):
-        path = write(tmp_path, ordered("normal", "by feature"), 10_000)
-        report = check_order(parquet_source(path), buffer_size=WINDOW)
-        assert report.ordered
-        assert (report.feature, report.rows_read) == ("a", 0)
-        assert "footers alone" in str(report)
-
-    def test_footers_of_row_groups_that_a_window_mixes_say_nothing(self, tmp_path):
-        """Row groups are sorted, and each window holds all ranges."""
-        rows = np.sort(draw("normal", 100_000)[:, :2].reshape(5, 20_000, 2), axis=1)
-        path = write(tmp_path, rows.reshape(-1, 2), 1_000)
-        assert not check_order(parquet_source(path), buffer_size=20_000).ordered
-
     @pytest.mark.parametrize("row_group_size", [1_000, 65_537, N_ROWS])
     def test_the_sample_is_of_the_rows_it_claims(self, tmp_path, row_group_size):
         """Files and arrays give the same report, whatever the row groups."""

@@ -69,7 +69,7 @@ def shuffle_four(folder, seed: int, n_partitions: int, block_bytes: int) -> tupl
         labels = passes._generator(seed, passes._LABELS, task)
         batches = [pa.record_batch([pa.array([row])], SCHEMA) for row in rows]
         blocks = passes._join(batches, 1 << 10)
-        passes._scatter_rows(paths[-1], blocks, SCHEMA, n_partitions, labels)
+        passes._scatter_rows(paths[-1], blocks, n_partitions, labels)
     shuffled = []
     for partition in range(n_partitions):
         for batch in passes._shuffle(plan, paths, (partition,)):

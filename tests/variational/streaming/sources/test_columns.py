@@ -368,7 +368,7 @@ class TestCategories:
         pq.write_table(flights, tmp_path / "raw.parquet")
         preshuffle(tmp_path / "raw.parquet", tmp_path / "out", seed=0, progressbar=False)
         found = parquet_source(tmp_path / "raw.parquet", categories=["carrier", "late"]).levels
-        monkeypatch.setattr(categories, "LevelFinder", None)
+        monkeypatch.setattr(categories, "_add_levels", None)
         assert parquet_source(tmp_path / "out", categories=["carrier", "late"]).levels == found
 
     @pytest.mark.parametrize(

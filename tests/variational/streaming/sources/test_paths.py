@@ -282,7 +282,7 @@ class TestLookAlikes:
 
     def test_many_are_counted(self, tmp_path):
         self.write(tmp_path, "a.parquet", *(f"{i}.pq" for i in range(9)))
-        with pytest.warns(StreamWarning, match=r"leaves out 0.pq, 1.pq, 2.pq and 6 more, which"):
+        with pytest.warns(StreamWarning, match=r"leaves out 0.pq, 1.pq, 2.pq, 6 more, which"):
             parquet_source(tmp_path)
 
     def test_arrow_files_are_named_too(self, tmp_path):

@@ -14,15 +14,13 @@
 """Parquet files on any filesystem, and whether they are still the same."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import batched
+from itertools import batched, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
 
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.sources.parquet.remote import RemoteFile, fsspec_of, retried
@@ -35,12 +33,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Inspected",
     "ParquetInput",
-    "check_footer",
+    "by_file",
     "chunk_extent",
-    "column_ranges",
     "import_pyarrow",
     "inspect_all",
-    "inspect_footer",
     "is_local",
     "is_unchanged",
     "open_parquet",
@@ -63,7 +59,7 @@ _Identity = tuple[int, int | None, str]
 """Size of a file, time of its last modification, and digest of its footer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ParquetInput:
     """One Parquet file as it was when it was first opened."""
 
@@ -77,6 +73,8 @@ class ParquetInput:
     """Digest of the footer, which holds the schema, row counts and page offsets."""
     group_rows: tuple[int, ...]
     """Number of rows of each row group."""
+    checked: bool = field(default=False, compare=False)
+    """Whether the footer is known not to contradict itself, which is checked on first use."""
 
     @property
     def n_rows(self) -> int:
@@ -91,13 +89,21 @@ class ParquetInput:
         raise IndexError(f"row groups {list(groups)} end {row} rows before")
 
 
+def by_file(
+    places: Iterable[tuple[ParquetInput, int]],
+) -> Iterator[tuple[ParquetInput, tuple[int, ...]]]:
+    """Join row groups that follow each other in one file, which are read in one go."""
+    for _, some in groupby(places, key=lambda place: place[0].path):
+        files, groups = zip(*some)
+        yield files[0], groups
+
+
 class Inspected(NamedTuple):
-    """A file, and what its footer says; see :func:`check_footer`."""
+    """A file, and what its footer says."""
 
     file: ParquetInput
     schema: "pyarrow.Schema"
     metadata: "pyarrow.parquet.FileMetaData"
-    footer: bytes
 
 
 def import_pyarrow() -> Any:
@@ -118,22 +124,20 @@ def is_local(fs: "pyarrow.fs.FileSystem") -> bool:
     return isinstance(fs, import_pyarrow().fs.LocalFileSystem)
 
 
-def inspect_footer(file: ParquetInput, footer: bytes) -> Inspected:
-    """Say what a footer says."""
-    pa = import_pyarrow()
-    metadata = pa.parquet.read_metadata(pa.BufferReader(_MAGIC + footer))
-    return Inspected(file, metadata.schema.to_arrow_schema(), metadata, footer)
-
-
 def _inspect(fs: "pyarrow.fs.FileSystem", path: str) -> Inspected:
     """Read the footer of *path*; one that cannot be read is a StreamError."""
     with _open(fs, path) as (_, footer, identity), _as_stream_error(path, _UNREADABLE):
-        found = inspect_footer(ParquetInput(path, *identity, ()), footer)
-        metadata = found.metadata
+        metadata = _parse(footer)
         rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
         if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
             raise OSError("its footer and its row groups hold different numbers of rows; corrupt")
-    return found._replace(file=replace(found.file, group_rows=rows))
+        file = ParquetInput(path, *identity, rows)
+        return Inspected(file, metadata.schema.to_arrow_schema(), metadata)
+
+
+def _parse(footer: bytes) -> "pyarrow.parquet.FileMetaData":
+    pa = import_pyarrow()
+    return pa.parquet.read_metadata(pa.BufferReader(_MAGIC + footer))
 
 
 def inspect_all(fs: "pyarrow.fs.FileSystem", paths: Sequence[str]) -> Iterator[Inspected]:
@@ -147,12 +151,11 @@ def inspect_all(fs: "pyarrow.fs.FileSystem", paths: Sequence[str]) -> Iterator[I
             yield from pool.map(partial(_inspect, fs), some)
 
 
-def check_footer(found: Inspected) -> None:
+def _check_footer(file: ParquetInput, metadata: "pyarrow.parquet.FileMetaData") -> None:
     """Raise StreamError if types, counts or offsets in a footer contradict each other.
 
     A footer has no checksum, and Arrow trusts it: a flipped bit there could give other rows.
     """
-    file, _, metadata, footer = found
     leaves = [metadata.schema.column(j) for j in range(metadata.num_columns)]
     extents = []
     with _as_stream_error(file.path, _UNREADABLE):
@@ -165,30 +168,11 @@ def check_footer(found: Inspected) -> None:
                 )
             if group.num_rows:  # the chunks of an empty row group need not have a place
                 extents += [chunk_extent(chunk) for chunk in chunks]
-        free = len(_MAGIC)
+        free, last = len(_MAGIC), file.size - metadata.serialized_size - 8
         for start, end in sorted(extents):
-            if not free <= start <= end <= file.size - len(footer):
+            if not free <= start <= end <= last:
                 raise OSError(f"its footer puts a column at bytes {start} to {end}; corrupt")
             free = end
-
-
-def column_ranges(
-    metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[str | None]
-) -> np.ndarray:
-    """Return least and greatest value of flat columns, shape (n_row_groups, n_columns, 2).
-
-    They are NaN where the footer has none, and for a column that is None.
-    """
-    leaves = [metadata.schema.column(j) for j in range(metadata.num_columns)]
-    # A flat column "s.x" and the field x of a struct s share the path "s.x", but not the name.
-    index = {leaf.name: j for j, leaf in enumerate(leaves) if leaf.name == leaf.path}
-    ranges = np.full((metadata.num_row_groups, len(columns), 2), np.nan)
-    for group in range(metadata.num_row_groups):
-        chunks = metadata.row_group(group)
-        for j, name in enumerate(columns):
-            if name is not None:
-                ranges[group, j] = _bounds(chunks.column(index[name]))
-    return ranges
 
 
 def warn_of_copies(fs: "pyarrow.fs.FileSystem", files: Sequence[ParquetInput]) -> None:
@@ -235,12 +219,15 @@ def open_parquet(
             import_pyarrow().parquet.ParquetFile(
                 handle,
                 # On a disk, Arrow's own reading of the footer costs less than parsing these bytes.
-                metadata=None if is_local(fs) else inspect_footer(known, footer).metadata,
+                metadata=None if is_local(fs) else _parse(footer),
                 pre_buffer=False,
                 buffer_size=_READ_BUFFER if is_local(fs) else _REMOTE_READ_BUFFER,
                 page_checksum_verification=True,
             ) as file,
         ):
+            if not known.checked:
+                _check_footer(known, file.metadata)
+                known.checked = True
             yield file
 
 
@@ -315,13 +302,6 @@ def _sample(fs: "pyarrow.fs.FileSystem", path: str) -> str:
     """Return a digest of bytes from the start and the middle: equal footers can have other rows."""
     with _open(fs, path) as (handle, _, (size, *_)), _as_stream_error(path, _UNREADABLE):
         return digest(*(handle.read_at(min(size - at, _TAIL), at) for at in (0, size // 2)))
-
-
-def _bounds(chunk: Any) -> tuple[float, float]:
-    statistics = chunk.statistics
-    if statistics is None or not statistics.has_min_max or isinstance(statistics.min, bytes):
-        return np.nan, np.nan  # the bytes are half floats, which pyarrow does not decode
-    return float(statistics.min), float(statistics.max)
 
 
 def _agree(chunk: Any, leaf: Any, n_rows: int) -> bool:

@@ -17,7 +17,6 @@ import math
 import os
 
 from collections.abc import Generator, Iterator, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -32,11 +31,9 @@ from pymc.variational._streaming.sources.categories import (
 )
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
-    check_footer,
-    column_ranges,
+    by_file,
     import_pyarrow,
     inspect_all,
-    inspect_footer,
     open_parquet,
     warn_of_copies,
 )
@@ -190,10 +187,7 @@ class _ParquetSource(Source):
         frozen: RowFormat | None = None
         marks, summary = {}, None
         self._files: list[ParquetInput] = []
-        self._footers: dict[str, bytes] = {}
-        """Footers of files that were not used yet."""
-        self._ranges: dict[str, np.ndarray] = {}
-        for file, schema, metadata, footer in inspect_all(self._fs, paths):
+        for file, schema, metadata in inspect_all(self._fs, paths):
             path = file.path
             if frozen is None:
                 frozen = RowFormat.from_schema(schema, columns, path, levels)
@@ -201,7 +195,6 @@ class _ParquetSource(Source):
             marks[path] = read_mark(path, metadata)
             summary = summary or Summary.from_metadata(metadata.metadata, path)
             self._files.append(file)
-            self._footers[path] = footer
         assert frozen is not None
         self.mark = check_marks(marks, partial=partial)
         warn_of_copies(self._fs, self._files)
@@ -222,7 +215,6 @@ class _ParquetSource(Source):
     def _read_columns(self, columns: Sequence[str], size: int) -> Iterator["pyarrow.RecordBatch"]:
         """Read all rows of some columns."""
         for file in self._files:
-            self._ranges_of(file)
             yield from read_batches(self._fs, file, columns, size)
 
     def _count_invalid_rows(self) -> int:
@@ -238,27 +230,6 @@ class _ParquetSource(Source):
     def read_starts(self, rows: np.ndarray) -> np.ndarray:
         starts, stops = self._part_bounds(self._order(0))
         return starts[np.searchsorted(stops, rows, side="right")]
-
-    def ranges(self, start: int, stop: int) -> np.ndarray:
-        order = self._order(0)
-        starts, stops = self._part_bounds(order)
-        inside = (starts < stop) & (stops > start) & (starts < stops)
-        ranges = np.concatenate([self._ranges_of(file) for file in self._files])
-        low, high = ranges[order[inside]].transpose(2, 0, 1)
-        return np.stack([low.min(axis=0), high.max(axis=0)], axis=1)
-
-    def _ranges_of(self, file: ParquetInput) -> np.ndarray:
-        """Return the bounds on the columns of a file, whose footer is checked when it is first used.
-
-        Both take several times as long as reading the footer.
-        """
-        if (footer := self._footers.get(file.path)) is not None:
-            inspected = inspect_footer(file, footer)
-            check_footer(inspected)
-            ranges = column_ranges(inspected.metadata, self._format.plain_columns)
-            self._ranges[file.path] = ranges
-            self._footers.pop(file.path, None)
-        return self._ranges[file.path]
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the row groups of all files in the order of an epoch."""
@@ -280,11 +251,8 @@ class _ParquetSource(Source):
         first = int(np.searchsorted(self._part_bounds(order)[1], start, side="right"))
         skipped = start - int(self._part_rows[order[:first]].sum())
         try:
-            # Row groups of one file that follow each other are read in one go.
-            rest = order[first:].tolist()
-            for _, parts in groupby(rest, key=lambda part: self._parts[part][0].path):
-                files, groups = zip(*(self._parts[part] for part in parts))
-                for rows in self._read(files[0], groups, block_rows or self._piece_rows):
+            for file, groups in by_file(self._parts[part] for part in order[first:]):
+                for rows in self._read(file, groups, block_rows or self._piece_rows):
                     if skipped < len(rows):
                         yield rows[skipped:]
                     skipped = max(0, skipped - len(rows))
@@ -294,13 +262,12 @@ class _ParquetSource(Source):
                 import_pyarrow().default_memory_pool().release_unused()
 
     def batches(self) -> Iterator["pyarrow.RecordBatch"]:
-        if self._drop:
-            return super().batches()
-        return self._read_columns(self.columns or (), self._piece_rows)
+        for batch in self._read_columns(self.columns or (), self._piece_rows):
+            bad = self._format.to_rows(batch)[1] if self._drop else None
+            yield batch if bad is None else batch.filter(import_pyarrow().array(~bad.any(axis=1)))
 
     def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
         size = _divide(max(file.group_rows[group] for group in groups), size)
-        self._ranges_of(file)
         first = 0
         for batch in read_batches(self._fs, file, self.columns or (), size, groups):
             yield self._convert(batch, file, groups, first)

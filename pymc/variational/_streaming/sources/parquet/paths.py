@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymc.variational._streaming.errors import warn
+from pymc.variational._streaming.sources.base import shorten
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
 
@@ -50,7 +51,6 @@ _TABLES = {
 }
 """Names of folders with a log which says what files of a table count, and who reads such a table."""
 _ICEBERG_LOG = ".metadata.json"
-_MOST_NAMED = 3
 
 
 class _Format(NamedTuple):
@@ -59,24 +59,14 @@ class _Format(NamedTuple):
     name: str
     suffixes: tuple[str, ...]
     """Ends of the names of files that are chosen from a folder."""
-    resembling: re.Pattern
-    """Names that say that a file could have been meant too."""
+    endings: str
+    """Ends of other names that a file could have, as part of a regular expression."""
     magic: bytes
     """First bytes of a file."""
 
 
-_PARQUET = _Format(
-    "Parquet",
-    (".parquet",),
-    re.compile(r"\.(parquet|parq|pq)(\.(gz|bz2|zst|xz|lz4|zip))?$", re.IGNORECASE),
-    b"PAR1",
-)
-_IPC = _Format(
-    "Arrow IPC",
-    (".arrow", ".feather", ".ipc"),
-    re.compile(r"\.(arrow|feather|ipc)(\.(gz|bz2|zst|xz|lz4|zip))?$", re.IGNORECASE),
-    b"ARROW1",
-)
+_PARQUET = _Format("Parquet", (".parquet",), "parquet|parq|pq", b"PAR1")
+_IPC = _Format("Arrow IPC", (".arrow", ".feather", ".ipc"), "arrow|feather|ipc", b"ARROW1")
 
 
 def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", str]:
@@ -170,9 +160,20 @@ def _find(kind: _Format, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
     files = list(walk(fs, fixed, pattern))
     selected = sorted(file for file in files if _selects(pattern, file, kind.suffixes))
     _refuse_tables(selected, os.listdir if is_local(fs) else _listing(files))
-    others = set(files).difference(selected)
-    inside = sorted(file for file in others if _selects(pattern, file, ("",)))
-    _name_resembling(kind, path, selected, [f for f in inside if _resembles(fs, f, kind)])
+    rest = sorted(set(files).difference(selected))
+    inside = (file for file in rest if _selects(pattern, file, ("",)))
+    missed = [f.removeprefix(f"{path}/") for f in inside if _resembles(fs, f, kind)]
+    names = ", ".join(shorten(missed, 3))
+    if not selected:
+        others = f", but {names}; pass a list of the files to read" if missed else ""
+        raise ValueError(
+            f"path={path!r} holds no file whose name ends in {' or '.join(kind.suffixes)}{others}"
+        )
+    if missed:
+        warn(
+            f"path={path!r} leaves out {names}, which may be {kind.name} too; "
+            "pass a list of the files to read"
+        )
     return selected
 
 
@@ -217,28 +218,9 @@ def _listing(files: Iterable[str]) -> Callable[[str], Iterable[str]]:
     return lambda folder: names.get(folder, ())
 
 
-def _name_resembling(
-    kind: _Format, path: str, selected: Sequence[str], resembling: Sequence[str]
-) -> None:
-    """Warn of files that were not selected, or raise ValueError where none is."""
-    names = ", ".join(file.removeprefix(f"{path}/") for file in resembling[:_MOST_NAMED])
-    if len(resembling) > _MOST_NAMED:
-        names += f" and {len(resembling) - _MOST_NAMED} more"
-    if not selected:
-        problem = f"holds no file whose name ends in {' or '.join(kind.suffixes)}"
-        if resembling:
-            problem += f", but {names}; pass a list of the files to read"
-        raise ValueError(f"path={path!r} {problem}")
-    if resembling:
-        warn(
-            f"path={path!r} leaves out {names}, which may be {kind.name} too; "
-            "pass a list of the files to read"
-        )
-
-
 def _resembles(fs: "pyarrow.fs.FileSystem", file: str, kind: _Format) -> bool:
     """Whether a file looks like one of a format, by its name or, on a disk, its first bytes."""
-    if kind.resembling.search(file):
+    if re.search(rf"\.({kind.endings})(\.(gz|bz2|zst|xz|lz4|zip))?$", file, re.IGNORECASE):
         return True
     if not is_local(fs) or not os.path.isfile(file):
         return False
