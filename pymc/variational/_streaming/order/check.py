@@ -193,7 +193,8 @@ class OrderCheck:
         first = item.n_rows if isinstance(item, EpochEnd) else item.offset
         if item.epoch > self._epoch or self._monitor is None:
             self._epoch = item.epoch
-            self._monitor = Monitor(self._stream, self.make_statistic, first)
+            sampled = self._sample is not None or self._stream.source.shuffled
+            self._monitor = Monitor(self._stream, self.make_statistic, first, sampled=sampled)
         if isinstance(item, Chunk):
             self._monitor.add(item.offset, item.rows)
         self._watched = ends and self._monitor.start == 0

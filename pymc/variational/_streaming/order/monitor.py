@@ -51,10 +51,17 @@ class Monitor:
         Function from the first rows, a pilot sample, to what is compared.
     start : int
         Position of the first row in its epoch.
+    sampled : bool
+        Whether the order is known from a sample, so that the first windows need no fine units.
     """
 
     def __init__(
-        self, stream: Stream, make_statistic: Callable[[np.ndarray], Statistic], start: int = 0
+        self,
+        stream: Stream,
+        make_statistic: Callable[[np.ndarray], Statistic],
+        start: int = 0,
+        *,
+        sampled: bool = False,
     ):
         self.start = self.stop = start
         """Range of the rows of the epoch that were added."""
@@ -65,7 +72,7 @@ class Monitor:
         """Rows that are too few for a pilot sample."""
         fine = stream.window // (_PER_WINDOW if stream.window < _LARGE_WINDOW else _PER_WINDOW // 2)
         whole = -(-(stream.n_rows or 0) // _MAX_UNITS)
-        self._span = max(1, min(max(whole, fine), stream.window // 32))
+        self._span = max(1, fine, whole if sampled else min(whole, stream.window // 32))
         """Number of rows of the table in a unit."""
         self._units: list[np.ndarray] = []
         """Sums over each unit, first of any rows and then of those with rare values."""

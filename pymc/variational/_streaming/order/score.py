@@ -211,9 +211,10 @@ def _compile_density(model: Model, buffer: SharedVariable) -> tuple[Density, np.
     function = compile([rows, flat, *weights], [total, gradient], on_unused_input="ignore")
     function.trust_input = True  # the types of its inputs take longer to check than a few rows
 
-    def density(x: np.ndarray, point: np.ndarray, *by: float) -> tuple[np.ndarray, np.ndarray]:
-        values = zip((x, point, *by), (rows, flat, *weights))
-        return function(*(np.asarray(value, var.type.dtype) for value, var in values))
+    types = [var.type.dtype for var in (rows, flat, *weights)]
+
+    def density(*values: Any) -> tuple[np.ndarray, np.ndarray]:
+        return function(*map(np.asarray, values, types))
 
     return density, columns
 
