@@ -198,7 +198,8 @@ def preshuffle(
         group_columns(table.schema)
     plan = make_plan(table, seed=draw_seed(seed), memory_limit=parse_bytes(memory_limit))
     fs, path = resolve(destination, filesystem)
-    table.refuse_overlap(fs, path)
+    if isinstance(table, Files):
+        table.refuse_overlap(fs, path)
     threads = ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1))
     with (
         open_workspace(fs, path, scratch=scratch, overwrite=overwrite) as work,
@@ -247,7 +248,8 @@ def _require_all_rows(table: Files | Batches, scattered: Done, gathered: Done) -
             f"{gathered.rows} are in the result; nothing was published; "
             "check the disk and run preshuffle again"
         )
-    table.require_unchanged()
+    if isinstance(table, Files):
+        table.require_unchanged()
 
 
 def _suggest_rows(path: str, writer: Writer) -> None:

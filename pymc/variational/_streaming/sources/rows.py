@@ -114,11 +114,7 @@ class RowFormat:
         where: str,
         levels: Mapping[str, Any] | None = None,
     ) -> "RowFormat":
-        """Freeze the *columns* (default: all) of *schema*.
-
-        A ValueError that names *where* is raised for columns that are missing, ambiguous or not
-        numeric, and for the index of a data frame that *columns* does not name.
-        """
+        """Freeze the *columns* (default: all) of *schema*, or refuse those of *where* by name."""
         names, levels = choose_columns(schema, columns, where), levels or {}
         index = [name for name in names if is_pandas_index(name)]
         if columns is None and index:
@@ -131,11 +127,7 @@ class RowFormat:
         return cls(names, _types(schema, names, where, levels), levels)
 
     def widen(self, schema: "pyarrow.Schema", where: str, *, whole: bool) -> "RowFormat":
-        """Return the format that also holds these columns of *schema*, all of it if *whole*.
-
-        Columns are matched by name.  A ValueError is raised for others, and for times beside plain
-        numbers.
-        """
+        """Return the format that also holds these columns of *schema*, all of it if *whole*."""
         if whole and sorted(schema.names) != sorted(self.columns):
             raise ValueError(
                 f"{where}: columns {schema.names} where {list(self.columns)} came before; "
@@ -172,11 +164,7 @@ class RowFormat:
         return {name: tuple(levels.to_pylist()) for name, levels in self.levels.items()}
 
     def pieces(self, batch: "pyarrow.RecordBatch", where: str) -> Iterator[np.ndarray]:
-        """Yield the rows of *batch* in bounded pieces.
-
-        A value that is null, NaN, infinite or not exact in ``dtype`` is a StreamError that names
-        *where*.
-        """
+        """Yield the rows of *batch* in bounded pieces; an invalid value is a StreamError."""
         size = piece_rows(len(self.columns))
         for first in range(0, batch.num_rows, size):
             piece = batch.slice(first, size)
@@ -190,14 +178,7 @@ class RowFormat:
             yield rows
 
     def to_rows(self, batch: "pyarrow.RecordBatch") -> tuple[np.ndarray, np.ndarray | None]:
-        """Interleave the columns of *batch*.
-
-        Returns
-        -------
-        rows : ndarray, shape (n, n_columns)
-        bad : ndarray of bool, shape (n, n_columns), or None
-            Which values are null, NaN, infinite or not exact in ``dtype``; None if none is.
-        """
+        """Interleave the columns of *batch*, and mark values that are not finite or exact, if any."""
         arrays = [self._numbers(name, batch.column(name)) for name in self.columns]
         values = [_to_numpy(array) for array in arrays]
         rows = _interleave(values, self.dtype)
