@@ -169,11 +169,8 @@ def preshuffle(
     are runs of the permutation, and so random samples, of exactly the sizes asked for.
 
     All columns keep their types, except that dictionary columns have int32 indices, views become
-    plain types, and types that differ between files are widened. The schema keeps its metadata;
-    those of the files also hold the summary of all rows that :func:`summarize` returns.
-
-    Rows between the passes and pages of the result carry checksums, which are verified when they
-    are read. Before the result appears, the number of its rows is compared with that of the source.
+    plain types, and types that differ between files are widened. The files also hold the summary of
+    all rows that :func:`summarize` returns.
 
     References
     ----------

@@ -82,7 +82,9 @@ def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.f
         try:
             return fs.FileSystem.from_uri(inner)
         except import_pyarrow().ArrowInvalid:  # pyarrow does not know the scheme
-            filesystem, inner = _fsspec_from_uri(inner)
+            from fsspec.core import url_to_fs
+
+            filesystem, inner = url_to_fs(inner)
     if not isinstance(filesystem, fs.FileSystem):
         filesystem = fs.PyFileSystem(fs.FSSpecHandler(filesystem))
     fsspec = fsspec_of(filesystem)
@@ -295,13 +297,3 @@ def _matches_part(name: str, part: str) -> bool:
 
 def _any_hidden(names: list[str]) -> bool:
     return any(name.startswith(_HIDDEN) for name in names)
-
-
-def _fsspec_from_uri(uri: str) -> tuple[Any, str]:
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as err:
-        raise ImportError(
-            f"path={uri!r} needs fsspec; install it with `pip install fsspec`"
-        ) from err
-    return url_to_fs(uri)
