@@ -182,15 +182,12 @@ class RowFormat:
         arrays = [self._numbers(name, batch.column(name)) for name in self.columns]
         values = [_to_numpy(array) for array in arrays]
         rows = _interleave(values, self.dtype)
-        large = {j: mask for j in range(len(values)) if (mask := self._inexact(j, values[j])).any()}
-        nulls = any(array.null_count for array in arrays)
-        if not nulls and not large and is_finite(rows):
+        invalid = [self._invalid(j, *pair) for j, pair in enumerate(zip(arrays, values))]
+        if is_finite(rows) and not any(mask.any() for mask in invalid):
             return rows, None
         bad = ~np.isfinite(rows)
-        for j, array in enumerate(arrays):
-            bad[:, j] |= large.get(j, False)
-            if array.null_count:
-                bad[:, j] |= array.is_null().to_numpy(zero_copy_only=False)
+        for j, mask in enumerate(invalid):
+            bad[:, j] |= mask
         return rows, bad if bad.any() else None
 
     def fault(self, batch: "pyarrow.RecordBatch", bad: np.ndarray) -> tuple[int, str]:
@@ -209,18 +206,17 @@ class RowFormat:
             problem = f", which {self.dtype} cannot hold exactly"
         return row, f"column {name!r} is {value}{problem}"
 
-    def _inexact(self, j: int, values: np.ndarray) -> np.ndarray | np.bool:
-        """Mark the integers of a column that ``dtype`` may not hold.
+    def _invalid(self, j: int, array: "pyarrow.Array", values: np.ndarray) -> np.ndarray | np.bool:
+        """Mark the nulls of a column, and the integers that ``dtype`` may not hold.
 
         One that arrives as a float, as decimals do, was rounded already at the limit or beyond.
         """
+        mask = array.is_null().to_numpy(zero_copy_only=False) if array.null_count else np.False_
         is_integer = values.dtype.kind in "iu"
-        if values.itemsize < 8 or self.dtype.kind != "f" or not (is_integer or self.integral[j]):
-            return np.False_
-        limit = exact_limit(self.dtype)
-        if is_integer:
-            return (values < -limit) | (values > limit)
-        return np.abs(values) >= limit
+        if values.itemsize == 8 and self.dtype.kind == "f" and (is_integer or self.integral[j]):
+            limit = exact_limit(self.dtype) - (not is_integer)
+            mask = mask | (values > limit) | (values < -limit)
+        return mask
 
     def _numbers(self, name: str, array: "pyarrow.Array") -> "pyarrow.Array":
         """Return numbers, and null for what is no number or none of the levels."""
