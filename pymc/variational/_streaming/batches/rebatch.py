@@ -39,11 +39,6 @@ class Chunk(NamedTuple):
     rows: np.ndarray
     """shape (n, *sample_shape), in the source's own dtype; see ``Source.blocks``."""
 
-    @property
-    def end(self) -> tuple[int, int]:
-        """Epoch and position of what follows the rows."""
-        return self.epoch, self.offset + len(self.rows)
-
 
 class Batch(NamedTuple):
     """The rows of a minibatch, which can run across epochs."""
@@ -131,7 +126,8 @@ def require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int
 
 def _join(parts: list[Chunk]) -> Batch:
     rows = parts[0].rows if len(parts) == 1 else np.concatenate([part.rows for part in parts])
-    return Batch(parts[0].epoch, parts[0].offset, rows, parts[-1].end)
+    epoch, offset, last = parts[-1]
+    return Batch(parts[0].epoch, parts[0].offset, rows, (epoch, offset + len(last)))
 
 
 def _holds_all_of(dtype: np.dtype, other: np.dtype) -> bool:

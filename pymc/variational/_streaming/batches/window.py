@@ -100,9 +100,7 @@ class ShuffleBuffer(Source):
             raise ValueError(f"buffer_size={buffer_size} must be at most {_MOST_ROWS}")
         self.seed = draw_seed(seed)
         # numba takes most of a second to start: not when a fit waits for its first batch.
-        window = _Window(1, self.seed)
-        window.begin(0, 0)
-        window.insert(np.zeros((1, 1)))
+        _insert_shuffled(np.zeros((1, 1)), 0, np.zeros((1, 1)), np.uint64(0))
 
     levels = property(lambda self: self.source.levels)  # type: ignore[assignment]
     times = property(lambda self: self.source.times)  # type: ignore[assignment]
@@ -148,59 +146,37 @@ class ShuffleBuffer(Source):
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
         number, skip = divmod(start, self.buffer_size)
-        window = _Window(min(self.buffer_size, self.n_rows or self.buffer_size), self.seed)
-        window.begin(epoch, number)
+        size = min(self.buffer_size, self.n_rows or self.buffer_size)
+        # While the rows of one buffer are used, the other fills with those of the next window.
+        buffers: list[np.ndarray] = []
+        n = 0
         for rest in self.source.blocks(epoch, number * self.buffer_size):
             while len(rest):
-                rest = window.insert(rest)
-                if window.is_full:
-                    yield window.take()[skip:]
-                    number, skip = number + 1, 0
-                    window.begin(epoch, number)
+                if not n:
+                    sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch, number))
+                    key = sequence.generate_state(1, np.uint64)[0]
+                if not buffers:
+                    buffers = [np.empty((size, *rest.shape[1:]), rest.dtype) for _ in range(2)]
+                new = rest[: size - n]
+                _insert_shuffled(buffers[0], n, new, key)
+                n, rest = n + len(new), rest[len(new) :]
+                if n == size:
+                    yield buffers[0][skip:]
+                    buffers.reverse()
+                    number, skip, n = number + 1, 0, 0
             rest = rest.copy()  # or its base, the block, would stay while the next one is read
             yield rest  # no rows, so that whoever reads ahead can stop before the window is full
-        if window.n:
-            yield window.take()[skip:]
+        if n:
+            yield buffers[0][skip:n]
 
 
-class _Window:
-    """A double buffer of rows in random order: one fills while the rows of the other are used."""
+def _insert_shuffled(window: np.ndarray, n: int, rows: np.ndarray, key: np.uint64) -> None:
+    """Put rows at random places among the first *n* of a window."""
+    from pymc.variational._streaming.batches.compiled import insert_shuffled
 
-    def __init__(self, size: int, seed: int | None):
-        self._size = size
-        self._seed = seed
-        self._buffers: list[np.ndarray] = []
-
-    def begin(self, epoch: int, number: int) -> None:
-        """Forget the rows of the buffer that fills, to hold those of another window."""
-        self.n = 0
-        """Number of rows in the window."""
-        sequence = np.random.SeedSequence(self._seed, spawn_key=(epoch, number))
-        self._key = sequence.generate_state(1, np.uint64)[0]
-
-    @property
-    def is_full(self) -> bool:
-        return self.n == self._size
-
-    def insert(self, rows: np.ndarray) -> np.ndarray:
-        """Insert as many of *rows* as fit, and return the others."""
-        from pymc.variational._streaming.batches.compiled import insert_shuffled
-
-        if not self._buffers:
-            shape = self._size, *rows.shape[1:]
-            self._buffers = [np.empty(shape, rows.dtype) for _ in range(2)]
-        buffer = self._buffers[0]
-        require_shape(rows, buffer.shape[1:])
-        new = rows[: self._size - self.n].astype(buffer.dtype, "C", casting="equiv", copy=False)
-        insert_shuffled(_as_words(buffer), self.n, _as_words(new), self._key)
-        self.n += len(new)
-        return rows[len(new) :]
-
-    def take(self) -> np.ndarray:
-        """Return the rows, which stay as they are until those of the next window are taken."""
-        rows = self._buffers[0][: self.n]
-        self._buffers.reverse()
-        return rows
+    require_shape(rows, window.shape[1:])
+    rows = rows.astype(window.dtype, "C", casting="equiv", copy=False)
+    insert_shuffled(_as_words(window), n, _as_words(rows), key)
 
 
 def _as_words(rows: np.ndarray) -> np.ndarray:

@@ -69,11 +69,6 @@ class Features(Statistic):
     """Sums of columns, their squares and their products, scaled on a pilot sample.
 
     Products matter because the relation of two columns can drift while each stays put.
-
-    Parameters
-    ----------
-    pilot : ndarray, shape (n_rows, *sample_shape)
-    columns : sequence of str, optional
     """
 
     share, rare_share = 0.25, 0.125

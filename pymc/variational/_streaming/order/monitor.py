@@ -14,7 +14,7 @@
 """Compare the windows of a stream while they are emitted."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +67,8 @@ class Monitor:
         """Range of the rows of the epoch that were added."""
         self._stream = stream
         self._make_statistic = make_statistic
-        self._statistic: Statistic | None = None
+        self._statistic: Any = None
+        """What is compared, once there is a pilot sample."""
         self._waiting: np.ndarray | None = None
         """Rows that are too few for a pilot sample."""
         fine = stream.window // (_PER_WINDOW if stream.window < _LARGE_WINDOW else _PER_WINDOW // 2)
@@ -120,7 +121,7 @@ class Monitor:
         span = self._stream.window * per_group
         return compare(
             self._stream._replace(n_rows=n_rows),
-            cast(Statistic, self._statistic),
+            self._statistic,
             self._parts_of(np.array(self._units[first:])),
             groups,
             span=min(span, n_rows),
@@ -131,7 +132,6 @@ class Monitor:
         )
 
     def _parts_of(self, units: np.ndarray) -> list[Part]:
-        assert self._statistic is not None
         names = self._statistic.names
         parts = [Part(units[:, 0], self._used, names)]
         if self._rare:
@@ -168,15 +168,12 @@ class Monitor:
             self._parts[kind].append(rows.copy())
 
     def _sum(self, some: list[np.ndarray]) -> np.ndarray:
-        assert self._statistic is not None
         return self._statistic.sums(np.concatenate(some)) if some else self._no_sums()[0]
 
     def _no_sums(self) -> np.ndarray:
-        assert self._statistic is not None
         return np.zeros((2, len(self._statistic.names)))
 
     def _join_units(self) -> None:
-        assert self._statistic is not None
         units = np.array(self._units).reshape(-1, 2, *self._units[0].shape)
         joined = units.sum(axis=1)
         self._span *= 2
@@ -188,13 +185,10 @@ class Monitor:
 
     def _find_rare(self, pilot: np.ndarray) -> None:
         """Find the columns with rare values, and how many of these rows can be used."""
-        assert self._statistic is not None
         self._rare = rare_rows(pilot, self._statistic.columns)
-        self._every = 1
-        self._n_rare = 0
+        self._every, self._n_rare = 1, 0
         share = len(self._rare_among(pilot)) / len(pilot)
-        self._every = max(1, round(share / self._statistic.rare_share))
-        self._n_rare = 0
+        self._every, self._n_rare = max(1, round(share / self._statistic.rare_share)), 0
 
     def _rare_among(self, rows: np.ndarray) -> np.ndarray:
         """Return the places of the rows with rare values that are used."""

@@ -54,9 +54,7 @@ _MIN_BLOCKS = 8
 
 
 def preflight(
-    stream: Stream,
-    make_statistic: Callable[[np.ndarray], Statistic],
-    seed: int,
+    stream: Stream, make_statistic: Callable[[np.ndarray], Statistic], seed: int
 ) -> OrderReport | None:
     """Compare windows in the order of epoch 0, on a sample of the rows.
 

@@ -14,6 +14,7 @@
 """What an order check found, in words and in a figure."""
 
 import json
+import os
 import re
 
 from collections.abc import Sequence
@@ -273,16 +274,12 @@ def report_one_window(stream: Stream) -> OrderReport:
 def _repair(source: Source) -> str:
     """Return the call that shuffles the rows of *source* for good."""
     if source.path is not None:
-        return f"preshuffle({_literal(source.path)}, {_shuffled(source.path)}, seed=0)"
+        return f"preshuffle({json.dumps(source.path, default=os.fspath)}, {_shuffled(source.path)}, seed=0)"
     rows = np.arange(3)
     starts = source.read_starts(rows)
     if starts is not None and (starts == rows).all():  # an array, which is read at any row
         return "rows[np.random.default_rng(0).permutation(len(rows))]"
     return 'write the rows to Parquet, and preshuffle("rows.parquet", "shuffled", seed=0)'
-
-
-def _literal(path: Any) -> str:
-    return json.dumps(path if isinstance(path, str) else [str(part) for part in path])
 
 
 def _shuffled(path: Any) -> str:

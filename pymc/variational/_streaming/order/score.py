@@ -49,13 +49,7 @@ Density = Callable[[np.ndarray, np.ndarray, float, float], tuple[np.ndarray, np.
 
 
 class ModelScore:
-    """The compiled density of a model in whose buffer a stream puts its rows.
-
-    Parameters
-    ----------
-    model : Model
-    buffer : SharedVariable
-    """
+    """The compiled density of a model in whose buffer a stream puts its rows."""
 
     def __init__(self, model: Model, buffer: SharedVariable):
         self.density, columns = _compile_density(model, buffer)

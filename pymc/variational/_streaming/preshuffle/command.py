@@ -169,11 +169,8 @@ def preshuffle(
     are runs of the permutation, and so random samples, of exactly the sizes asked for.
 
     All columns keep their types, except that dictionary columns have int32 indices, views become
-    plain types, and types that differ between files are widened. The schema keeps its metadata;
-    those of the files also hold the summary of all rows that :func:`summarize` returns.
-
-    Rows between the passes and pages of the result carry checksums, which are verified when they
-    are read. Before the result appears, the number of its rows is compared with that of the source.
+    plain types, and types that differ between files are widened. The files also hold the summary of
+    all rows that :func:`summarize` returns.
 
     References
     ----------
@@ -198,7 +195,8 @@ def preshuffle(
         group_columns(table.schema)
     plan = make_plan(table, seed=draw_seed(seed), memory_limit=parse_bytes(memory_limit))
     fs, path = resolve(destination, filesystem)
-    table.refuse_overlap(fs, path)
+    if isinstance(table, Files):
+        table.refuse_overlap(fs, path)
     threads = ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1))
     with (
         open_workspace(fs, path, scratch=scratch, overwrite=overwrite) as work,
@@ -247,7 +245,8 @@ def _require_all_rows(table: Files | Batches, scattered: Done, gathered: Done) -
             f"{gathered.rows} are in the result; nothing was published; "
             "check the disk and run preshuffle again"
         )
-    table.require_unchanged()
+    if isinstance(table, Files):
+        table.require_unchanged()
 
 
 def _suggest_rows(path: str, writer: Writer) -> None:

@@ -16,7 +16,7 @@
 import os
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import chain
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -175,7 +175,7 @@ class IterableSource(Source):
             yield batch
 
     def batches(self) -> Iterator[Any]:
-        for block in _arrow_batches(self._make()):
+        for block in _arrow_batches(self._open()):
             if not is_arrow(block):
                 yield as_batch(_as_rows(block), None)
                 continue
@@ -231,22 +231,14 @@ class _OneShotSource(IterableSource):
 
     def __init__(self, iterator: Iterator[Any]):
         super().__init__(lambda: iterator)
-        self._unread: Iterator[np.ndarray] | None = self._convert(_arrow_batches(iterator))
+        self._unread: Iterator[Any] | None = _arrow_batches(iterator)
 
     def probe(self) -> None:
         if self.sample_shape is None and self._unread is not None:
-            self._unread = chain([_first_of(self._unread)], self._unread)
+            first, self._unread = tee(self._unread)
+            _first_of(self._convert(first))
 
-    def blocks(
-        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
-    ) -> Generator[np.ndarray]:
-        return skip_rows(self._take(), start)
-
-    def batches(self) -> Iterator[Any]:
-        self._take()
-        return super().batches()
-
-    def _take(self) -> Iterator[np.ndarray]:
+    def _open(self) -> Iterator[Any]:
         if self._unread is None:
             raise StreamError(
                 "source is a one-shot iterator and has been read; pass a function that makes "

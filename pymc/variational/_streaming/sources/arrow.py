@@ -205,7 +205,7 @@ class _IpcSource(RecordBatchSource):
             # A record batch must be read to learn its number of rows; one column is enough.
             with reading(path, fields[:1]) as reader:
                 batches = map(reader.get_batch, range(reader.num_record_batches))
-                files.append(IpcFile(path, (batch.num_rows for batch in batches), fields=fields))
+                files.append(IpcFile(path, [batch.num_rows for batch in batches], fields))
         assert frozen is not None
         self._set_files(files)
         if not self.n_rows:

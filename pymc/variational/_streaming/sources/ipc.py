@@ -23,8 +23,9 @@ import os
 import zlib
 
 from abc import abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,43 +114,35 @@ def reading(path: str, fields: Sequence[int] = ()) -> Iterator[Any]:
         ) from err
 
 
+@dataclass
 class IpcFile:
     """One Arrow IPC file as it was when it was first opened."""
 
-    def __init__(
-        self,
-        path: str,
-        batch_rows: Iterable[int],
-        *,
-        fields: Sequence[int] = (),
-        has_checksums: bool = False,
-    ):
-        self.path = path
-        self.batch_rows = tuple(batch_rows)
-        """Number of rows of each record batch."""
-        self._fields = fields
-        """Indices of the columns to read; none stand for all."""
-        self._has_checksums = has_checksums
+    path: str
+    batch_rows: Sequence[int]
+    """Number of rows of each record batch."""
+    fields: Sequence[int] = ()
+    """Indices of the columns to read; none stand for all."""
+    has_checksums: bool = False
+
+    def __post_init__(self) -> None:
         self.identity = self._identify()
 
     @contextmanager
     def open(self) -> Iterator[Any]:
         """Open the file, which must not change until it is closed."""
-        with reading(self.path, self._fields) as reader:
-            if not self._is_same():
+        with reading(self.path, self.fields) as reader:
+            if self._identify() != self.identity:
                 raise StreamError(
                     f"{self.path}: changed since the source was made; make the source anew"
                 )
-            with watch(self.path, self._is_same):
+            with watch(self.path, lambda: self._identify() == self.identity):
                 yield reader
-
-    def _is_same(self) -> bool:
-        return self._identify() == self.identity
 
     def _identify(self) -> tuple[int, int | str]:
         """Return the size, and the time of the last change; with checksums, a digest of the end."""
         status = os.stat(self.path)
-        if not self._has_checksums:
+        if not self.has_checksums:
             return status.st_size, status.st_mtime_ns
         with open(self.path, "rb") as file:
             file.seek(max(0, status.st_size - _TAIL))
@@ -208,7 +201,7 @@ class RowMajorSource(RecordBatchSource):
                     raise StreamError(f"{path}: not shuffled with {paths[0]}; remove it")
                 sizes = json.loads(metadata[ROWS_KEY])
                 n_rows, size = sizes["n_rows"], sizes["batch_rows"]
-                rows = (min(size, n_rows - first) for first in range(0, n_rows, size))
+                rows = [min(size, n_rows - first) for first in range(0, n_rows, size)]
                 files.append(IpcFile(path, rows, has_checksums=True))
             marks[path] = parse_mark(path, metadata)
             self.summary = self.summary or Summary.from_metadata(metadata, path)

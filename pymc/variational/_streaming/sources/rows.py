@@ -114,11 +114,7 @@ class RowFormat:
         where: str,
         levels: Mapping[str, Any] | None = None,
     ) -> "RowFormat":
-        """Freeze the *columns* (default: all) of *schema*.
-
-        A ValueError that names *where* is raised for columns that are missing, ambiguous or not
-        numeric, and for the index of a data frame that *columns* does not name.
-        """
+        """Freeze the *columns* (default: all) of *schema*, or refuse those of *where* by name."""
         names, levels = choose_columns(schema, columns, where), levels or {}
         index = [name for name in names if is_pandas_index(name)]
         if columns is None and index:
@@ -131,11 +127,7 @@ class RowFormat:
         return cls(names, _types(schema, names, where, levels), levels)
 
     def widen(self, schema: "pyarrow.Schema", where: str, *, whole: bool) -> "RowFormat":
-        """Return the format that also holds these columns of *schema*, all of it if *whole*.
-
-        Columns are matched by name.  A ValueError is raised for others, and for times beside plain
-        numbers.
-        """
+        """Return the format that also holds these columns of *schema*, all of it if *whole*."""
         if whole and sorted(schema.names) != sorted(self.columns):
             raise ValueError(
                 f"{where}: columns {schema.names} where {list(self.columns)} came before; "
@@ -172,11 +164,7 @@ class RowFormat:
         return {name: tuple(levels.to_pylist()) for name, levels in self.levels.items()}
 
     def pieces(self, batch: "pyarrow.RecordBatch", where: str) -> Iterator[np.ndarray]:
-        """Yield the rows of *batch* in bounded pieces.
-
-        A value that is null, NaN, infinite or not exact in ``dtype`` is a StreamError that names
-        *where*.
-        """
+        """Yield the rows of *batch* in bounded pieces; an invalid value is a StreamError."""
         size = piece_rows(len(self.columns))
         for first in range(0, batch.num_rows, size):
             piece = batch.slice(first, size)
@@ -190,26 +178,16 @@ class RowFormat:
             yield rows
 
     def to_rows(self, batch: "pyarrow.RecordBatch") -> tuple[np.ndarray, np.ndarray | None]:
-        """Interleave the columns of *batch*.
-
-        Returns
-        -------
-        rows : ndarray, shape (n, n_columns)
-        bad : ndarray of bool, shape (n, n_columns), or None
-            Which values are null, NaN, infinite or not exact in ``dtype``; None if none is.
-        """
+        """Interleave the columns of *batch*, and mark values that are not finite or exact, if any."""
         arrays = [self._numbers(name, batch.column(name)) for name in self.columns]
         values = [_to_numpy(array) for array in arrays]
         rows = _interleave(values, self.dtype)
-        large = {j: mask for j in range(len(values)) if (mask := self._inexact(j, values[j])).any()}
-        nulls = any(array.null_count for array in arrays)
-        if not nulls and not large and is_finite(rows):
+        invalid = [self._invalid(j, *pair) for j, pair in enumerate(zip(arrays, values))]
+        if is_finite(rows) and not any(mask.any() for mask in invalid):
             return rows, None
         bad = ~np.isfinite(rows)
-        for j, array in enumerate(arrays):
-            bad[:, j] |= large.get(j, False)
-            if array.null_count:
-                bad[:, j] |= array.is_null().to_numpy(zero_copy_only=False)
+        for j, mask in enumerate(invalid):
+            bad[:, j] |= mask
         return rows, bad if bad.any() else None
 
     def fault(self, batch: "pyarrow.RecordBatch", bad: np.ndarray) -> tuple[int, str]:
@@ -228,18 +206,17 @@ class RowFormat:
             problem = f", which {self.dtype} cannot hold exactly"
         return row, f"column {name!r} is {value}{problem}"
 
-    def _inexact(self, j: int, values: np.ndarray) -> np.ndarray | np.bool:
-        """Mark the integers of a column that ``dtype`` may not hold.
+    def _invalid(self, j: int, array: "pyarrow.Array", values: np.ndarray) -> np.ndarray | np.bool:
+        """Mark the nulls of a column, and the integers that ``dtype`` may not hold.
 
         One that arrives as a float, as decimals do, was rounded already at the limit or beyond.
         """
+        mask = array.is_null().to_numpy(zero_copy_only=False) if array.null_count else np.False_
         is_integer = values.dtype.kind in "iu"
-        if values.itemsize < 8 or self.dtype.kind != "f" or not (is_integer or self.integral[j]):
-            return np.False_
-        limit = exact_limit(self.dtype)
-        if is_integer:
-            return (values < -limit) | (values > limit)
-        return np.abs(values) >= limit
+        if values.itemsize == 8 and self.dtype.kind == "f" and (is_integer or self.integral[j]):
+            limit = exact_limit(self.dtype) - (not is_integer)
+            mask = mask | (values > limit) | (values < -limit)
+        return mask
 
     def _numbers(self, name: str, array: "pyarrow.Array") -> "pyarrow.Array":
         """Return numbers, and null for what is no number or none of the levels."""

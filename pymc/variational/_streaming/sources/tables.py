@@ -201,17 +201,13 @@ class Files:
         real = os.path.realpath if is_local(fs) else str
         roots = [real(resolve(entry, self._filesystem)[1]) for entry in self._source]
         place = real(destination)
-        inside = [
-            root
-            for root in roots
-            if _is_inside(place, root) or stands_for(fs, root, f"{place}/part.parquet")
-        ]
-        below = [file.path for file in self.files if _is_inside(real(file.path), place)]
-        if inside or below:
-            raise ValueError(
-                f"destination={destination!r} overlaps with source={(inside + below)[0]!r}; "
-                "write to a directory outside it"
-            )
+        files = [file.path for file in self.files if _is_inside(real(file.path), place)]
+        for root in roots:
+            if _is_inside(place, root) or stands_for(fs, root, f"{place}/part.parquet") or files:
+                raise ValueError(
+                    f"destination={destination!r} overlaps with source={root!r}; "
+                    "write to a directory outside it"
+                )
 
     def _measure(self, metadata: Any, columns: Collection[str]) -> None:
         """Learn how wide encoded rows are, and how large the pages that reading holds at once."""
@@ -268,12 +264,6 @@ class Batches:
             for first in range(0, batch.num_rows, batch_rows):
                 yield batch.slice(first, batch_rows)
             advance(batch.num_rows)
-
-    def require_unchanged(self) -> None:
-        """Accept that nobody can look again."""
-
-    def refuse_overlap(self, fs: "pyarrow.fs.FileSystem", destination: str) -> None:
-        """Accept any destination: it is replaced when all rows have been read."""
 
 
 def _choose(

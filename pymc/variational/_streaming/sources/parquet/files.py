@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import batched, groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.sources.parquet.remote import RemoteFile, fsspec_of, retried
@@ -55,6 +55,8 @@ _MAX_REQUESTS = 32
 """Files of an object store that are opened at once."""
 _UNREADABLE = "not a readable Parquet file"
 
+Inspected = tuple["ParquetInput", "pyarrow.Schema", "pyarrow.parquet.FileMetaData"]
+"""A file, and what its footer says."""
 _Identity = tuple[int, int | None, str]
 """Size of a file, time of its last modification, and digest of its footer."""
 
@@ -84,9 +86,9 @@ class ParquetInput:
         """Return the row group of a row of *groups*, read one after the other, and its row there."""
         for group in groups:
             if row < self.group_rows[group]:
-                return group, row
+                break
             row -= self.group_rows[group]
-        raise IndexError(f"row groups {list(groups)} end {row} rows before")
+        return group, row
 
 
 def by_file(
@@ -96,14 +98,6 @@ def by_file(
     for _, some in groupby(places, key=lambda place: place[0].path):
         files, groups = zip(*some)
         yield files[0], groups
-
-
-class Inspected(NamedTuple):
-    """A file, and what its footer says."""
-
-    file: ParquetInput
-    schema: "pyarrow.Schema"
-    metadata: "pyarrow.parquet.FileMetaData"
 
 
 def import_pyarrow() -> Any:
@@ -132,7 +126,7 @@ def _inspect(fs: "pyarrow.fs.FileSystem", path: str) -> Inspected:
         if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
             raise OSError("its footer and its row groups hold different numbers of rows; corrupt")
         file = ParquetInput(path, *identity, rows)
-        return Inspected(file, metadata.schema.to_arrow_schema(), metadata)
+        return file, metadata.schema.to_arrow_schema(), metadata
 
 
 def _parse(footer: bytes) -> "pyarrow.parquet.FileMetaData":

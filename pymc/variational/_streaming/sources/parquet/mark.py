@@ -87,13 +87,8 @@ def check_marks(
 ) -> PreshuffleMark | None:
     """Return the first mark of the files at these paths; None if no file is marked.
 
-    With *partial*, some of the files of a shuffle are enough.
-
-    Raises
-    ------
-    StreamError
-        If files of two shuffles are mixed, a file of the shuffle is missing or there twice,
-        or an unmarked file was added.
+    Files of two shuffles, a file that is missing (unless *partial*) or there twice, and an unmarked
+    one among the others are a StreamError.
     """
     marked = [(path, mark) for path, mark in marks.items() if mark is not None]
     if not marked:

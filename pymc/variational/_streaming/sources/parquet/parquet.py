@@ -40,7 +40,7 @@ from pymc.variational._streaming.sources.parquet.files import (
 from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
-from pymc.variational._streaming.sources.rows import PIECE_ROWS, RowFormat, piece_rows
+from pymc.variational._streaming.sources.rows import RowFormat, piece_rows
 from pymc.variational._streaming.sources.summary import Summary
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
@@ -144,7 +144,10 @@ def parquet_source(
         raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     fs, paths = list_parquet(path, filesystem)
     levels = given_levels(categories)
-    source = _ParquetSource(fs, paths, columns, levels, shuffle_row_groups, seed, invalid, partial)
+    source = _ParquetSource(fs, paths, columns, levels, partial)
+    source.seed = draw_seed(seed) if shuffle_row_groups else None
+    if invalid == "drop":
+        source.drop_invalid_rows()
     source.path = os.fspath(path) if isinstance(path, str | os.PathLike) else list(path)
     return source
 
@@ -156,76 +159,66 @@ class _ParquetSource(Source):
         paths: Sequence[str],
         columns: Sequence[str] | None,
         levels: dict[str, Any],
-        shuffle_row_groups: bool,
-        seed: int | None,
-        invalid: Literal["raise", "drop"],
         partial: bool,
     ):
+        """Read the footer of each file once, and keep what is needed of it."""
         self._fs = fs
         self.concurrent = fsspec_of(fs) is None  # fsspec's own need not be safe to share
-        self._open_all(paths, columns, levels, partial)
-        self._piece_rows = piece_rows(len(self._format.columns))
-        self.seed = draw_seed(seed) if shuffle_row_groups else None
-        self._drop = invalid == "drop"
-        self._parts = [(f, group) for f in self._files for group in range(len(f.group_rows))]
-        self._part_rows = np.array([f.group_rows[group] for f, group in self._parts], np.int64)
-        self.n_dropped = self._count_invalid_rows() if self._drop else 0
-        self.n_rows = int(self._part_rows.sum())
-        if not self.n_rows:
-            raise ValueError(f"{paths[0]}: no rows to stream in {len(paths)} file(s)")
-        contents = [(file.size, file.digest) for file in self._files]
-        self.fingerprint = digest(self.columns, self.levels, self.seed, self._drop, contents)
-
-    def _open_all(
-        self,
-        paths: Sequence[str],
-        columns: Sequence[str] | None,
-        levels: dict[str, Any],
-        partial: bool,
-    ) -> None:
-        """Read the footer of each file once, and keep what is needed of it."""
         frozen: RowFormat | None = None
         marks, summary = {}, None
         self._files: list[ParquetInput] = []
-        for file, schema, metadata in inspect_all(self._fs, paths):
+        for file, schema, metadata in inspect_all(fs, paths):
             path = file.path
-            if frozen is None:
-                frozen = RowFormat.from_schema(schema, columns, path, levels)
+            frozen = frozen or RowFormat.from_schema(schema, columns, path, levels)
             frozen = frozen.widen(schema, path, whole=columns is None)
             marks[path] = read_mark(path, metadata)
             summary = summary or Summary.from_metadata(metadata.metadata, path)
             self._files.append(file)
         assert frozen is not None
         self.mark = check_marks(marks, partial=partial)
-        warn_of_copies(self._fs, self._files)
+        warn_of_copies(fs, self._files)
         self.shuffled = self.mark is not None
-        kept = {}
         if self.shuffled and summary is not None:  # others need not be of these rows
             self.summary = summary.select(frozen.columns)
             kept = levels_of(self.summary)
-        self._format = frozen
-        known = {n: kept.get(n) if values is None else values for n, values in levels.items()}
-        total = sum(file.n_rows for file in self._files)
-        found = find_levels(known, lambda names: self._read_columns(names, PIECE_ROWS), total)
-        self._format = frozen.with_levels(found)
-        self.columns, self.integral = frozen.columns, self._format.integral
-        self.levels, self.times = self._format.listed_levels(), self._format.times
-        self.sample_shape = (len(self.columns),)
+            levels = {n: kept.get(n) if own is None else own for n, own in levels.items()}
+        self.columns, self.sample_shape = frozen.columns, (len(frozen.columns),)
+        self._parts = [(f, group) for f in self._files for group in range(len(f.group_rows))]
+        self._part_rows = np.array([f.group_rows[group] for f, group in self._parts], np.int64)
+        n_rows = int(self._part_rows.sum())
+        self._format = frozen.with_levels(find_levels(levels, self._read_columns, n_rows))
+        self.integral, self.times = self._format.integral, self._format.times
+        self.levels = self._format.listed_levels()
+        self._piece_rows = piece_rows(len(self.columns))
+        self._drop, self.n_dropped = False, 0
+        self._count_rows()
 
-    def _read_columns(self, columns: Sequence[str], size: int) -> Iterator["pyarrow.RecordBatch"]:
-        """Read all rows of some columns."""
-        for file in self._files:
-            yield from read_batches(self._fs, file, columns, size)
-
-    def _count_invalid_rows(self) -> int:
-        """Count the rows that are dropped, and set how many each row group has left."""
-        total = int(self._part_rows.sum())
-        with progress_bar("Counting valid rows", total) as add:
+    def drop_invalid_rows(self) -> None:
+        """Leave invalid rows out, and read the table once to count the others."""
+        self._drop, n_rows = True, int(self._part_rows.sum())
+        with progress_bar("Counting valid rows", n_rows) as add:
             for part, (file, group) in enumerate(self._parts):
                 blocks = self._read(file, [group], self._piece_rows)
                 self._part_rows[part] = sum(len(block) for block in blocks)
                 add(file.group_rows[group])
-        return total - int(self._part_rows.sum())
+        self.n_dropped = n_rows - int(self._part_rows.sum())
+        self._count_rows()
+
+    def _count_rows(self) -> None:
+        self.n_rows = int(self._part_rows.sum())
+        if not self.n_rows:
+            raise ValueError(
+                f"{self._files[0].path}: no rows to stream in {len(self._files)} file(s)"
+            )
+
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        contents = [(file.size, file.digest) for file in self._files]
+        return digest(self.columns, self.levels, self.seed, self._drop, contents)
+
+    def _read_columns(self, columns: Sequence[str]) -> Iterator["pyarrow.RecordBatch"]:
+        for file in self._files:
+            yield from read_batches(self._fs, file, columns, piece_rows(len(columns)))
 
     def read_starts(self, rows: np.ndarray) -> np.ndarray:
         starts, stops = self._part_bounds(self._order(0))
@@ -262,7 +255,7 @@ class _ParquetSource(Source):
                 import_pyarrow().default_memory_pool().release_unused()
 
     def batches(self) -> Iterator["pyarrow.RecordBatch"]:
-        for batch in self._read_columns(self.columns or (), self._piece_rows):
+        for batch in self._read_columns(self.columns or ()):
             bad = self._format.to_rows(batch)[1] if self._drop else None
             yield batch if bad is None else batch.filter(import_pyarrow().array(~bad.any(axis=1)))
 

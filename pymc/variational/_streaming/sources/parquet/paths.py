@@ -18,8 +18,7 @@ import glob
 import os
 import re
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,7 +81,9 @@ def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.f
         try:
             return fs.FileSystem.from_uri(inner)
         except import_pyarrow().ArrowInvalid:  # pyarrow does not know the scheme
-            filesystem, inner = _fsspec_from_uri(inner)
+            from fsspec.core import url_to_fs
+
+            filesystem, inner = url_to_fs(inner)
     if not isinstance(filesystem, fs.FileSystem):
         filesystem = fs.PyFileSystem(fs.FSSpecHandler(filesystem))
     fsspec = fsspec_of(filesystem)
@@ -159,7 +160,7 @@ def _find(kind: _Format, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
     walk = _walk_local if is_local(fs) else _walk_remote
     files = list(walk(fs, fixed, pattern))
     selected = sorted(file for file in files if _selects(pattern, file, kind.suffixes))
-    _refuse_tables(selected, os.listdir if is_local(fs) else _listing(files))
+    _refuse_tables(selected, files, is_local=is_local(fs))
     rest = sorted(set(files).difference(selected))
     inside = (file for file in rest if _selects(pattern, file, ("",)))
     missed = [f.removeprefix(f"{path}/") for f in inside if _resembles(fs, f, kind)]
@@ -182,40 +183,24 @@ def fixed_folder(pattern: str) -> str:
     return _WILDCARD.split(pattern)[0].rpartition("/")[0] + "/"
 
 
-def _refuse_tables(files: Iterable[str], list_names: Callable[[str], Iterable[str]]) -> None:
-    """Raise ValueError if a file lies in a table whose log says which files hold rows."""
-    folders = {file.rpartition("/")[0] for file in files}
-    above = {folder[:i] for folder in folders for i, c in enumerate(folder) if c == "/"}
-    for folder in sorted(folders | above):
-        marker = _find_log(folder, list_names)
-        if marker is not None:
-            table, reader = _TABLES[marker]
+def _refuse_tables(selected: Iterable[str], files: Iterable[str], *, is_local: bool) -> None:
+    """Raise ValueError if a file lies in a table whose log says which files hold rows.
+
+    On a disk, the table can be above the folder whose *files* were listed.
+    """
+    folders = {file.rpartition("/")[0] for file in selected}
+    folders |= {folder[:i] for folder in folders for i, c in enumerate(folder) if c == "/"}
+    if is_local:
+        places = (f"{glob.escape(folder)}/{log}/*" for folder in folders for log in _TABLES)
+        files = (file for place in places for file in glob.iglob(place))
+    for file in sorted(files):
+        root, log, name = ["", "", *file.rsplit("/", 2)][-3:]
+        if root in folders and log in _TABLES and (log != "metadata" or _ICEBERG_LOG in name):
+            table, reader = _TABLES[log]
             raise ValueError(
-                f"{folder or '/'}: is {table}, and its log says which of its files count; "
-                f"read it with arrow_source(lambda: {reader.format(folder)})"
+                f"{root or '/'}: is {table}, and its log says which of its files count; "
+                f"read it with arrow_source(lambda: {reader.format(root)})"
             )
-
-
-def _find_log(folder: str, list_names: Callable[[str], Iterable[str]]) -> str | None:
-    """Return the name of the log of a table, if the folder holds one."""
-    try:
-        for name in _TABLES.keys() & set(list_names(f"{folder}/")):
-            inner = list_names(f"{folder}/{name}/") if name == "metadata" else [_ICEBERG_LOG]
-            if any(_ICEBERG_LOG in each for each in inner):
-                return name
-    except OSError:  # a folder above the data that cannot be listed
-        pass
-    return None
-
-
-def _listing(files: Iterable[str]) -> Callable[[str], Iterable[str]]:
-    """Return what lists the names in a folder, as far as *files* tell."""
-    names = defaultdict(set)
-    for file in files:
-        parts = file.split("/")
-        for depth, name in enumerate(parts):
-            names["/".join([*parts[:depth], ""])].add(name)
-    return lambda folder: names.get(folder, ())
 
 
 def _resembles(fs: "pyarrow.fs.FileSystem", file: str, kind: _Format) -> bool:
@@ -295,13 +280,3 @@ def _matches_part(name: str, part: str) -> bool:
 
 def _any_hidden(names: list[str]) -> bool:
     return any(name.startswith(_HIDDEN) for name in names)
-
-
-def _fsspec_from_uri(uri: str) -> tuple[Any, str]:
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as err:
-        raise ImportError(
-            f"path={uri!r} needs fsspec; install it with `pip install fsspec`"
-        ) from err
-    return url_to_fs(uri)

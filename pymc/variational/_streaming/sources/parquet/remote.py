@@ -94,7 +94,7 @@ class RemoteFile(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = self._size - self._position
         length = max(0, left if size < 0 else min(size, left))
-        data = retried(lambda: self._read_whole(length)) if length else b""
+        data = retried(lambda: self._read_range(length)) if length else b""
         self._position += length
         return data
 
@@ -103,19 +103,16 @@ class RemoteFile(io.RawIOBase):
             self._handle.close()
         super().close()
 
-    def _read_whole(self, length: int) -> bytes:
-        data = self._read_range(length)
+    def _read_range(self, length: int) -> bytes:
+        fsspec, start = fsspec_of(self._fs), self._position
+        if fsspec is not None:  # its file objects read megabytes ahead, once more for each column
+            data = fsspec.cat_file(self._path, start=start, end=start + length)
+        else:
+            self._handle = self._handle or self._fs.open_input_file(self._path)
+            data = self._handle.read_at(length, start)
         if len(data) != length:
             raise OSError(f"got {len(data)} bytes where {length} were asked for")
         return data
-
-    def _read_range(self, length: int) -> bytes:
-        fsspec = fsspec_of(self._fs)
-        if fsspec is not None:  # its file objects read megabytes ahead, once more for each column
-            return fsspec.cat_file(self._path, start=self._position, end=self._position + length)
-        if self._handle is None:
-            self._handle = self._fs.open_input_file(self._path)
-        return self._handle.read_at(length, self._position)
 
 
 def fsspec_of(fs: Any) -> Any:
