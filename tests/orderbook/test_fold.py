@@ -592,10 +592,12 @@ class TestDamage:
         report, table = folded(tmp_path, keep_going=True)
         assert (report.left_out, report.gaps, len(table)) == (20, 1, 19)
 
-    def test_blocks_of_any_size_give_the_same_rows(self, tmp_path, monkeypatch):
+    def test_blocks_of_any_size_and_any_gzip_give_the_same_rows(self, tmp_path, monkeypatch):
         self.damaged(tmp_path)
         whole = folded(tmp_path, keep_going=True)[1]
         monkeypatch.setattr(reading_module, "BLOCK_BYTES", 777)
+        monkeypatch.setattr(reading_module, "PIECE_BYTES", 50)
+        monkeypatch.setattr(reading_module, "GZIP", gzip)
         monkeypatch.setattr(merge_module, "MERGED_ROWS", 7)
         monkeypatch.setattr(merge_module, "FEWEST_ROWS", 3)
         monkeypatch.setattr(fold_module, "LABEL_BLOCK", 2)
