@@ -43,7 +43,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from benchmarks.orderbook.messages import (
+from benchmarks.orderbook.book import (
     DELTA,
     EVENT_SCHEMA,
     LEVEL,
@@ -343,9 +343,10 @@ class _LineReader:
         except pa.ArrowInvalid:
             pass  # of other forms, or not a number
         values = column.to_pylist()
-        wrong = [not _is_decimal(value, to.scale) for value in values]
+        read = [_integer(value, to.scale) for value in values]
+        wrong = [each is None for each in read]
         self._check(wrong, lines, name, f"a number of {to.scale} decimals", values)
-        return np.array([_integer(value, to.scale) for value in values])
+        return np.array(read, np.int64)
 
     def _check(self, wrong: Any, lines: np.ndarray, name: str, rule: str, values: Any) -> None:
         """Refuse messages by a mask of those that are wrong."""
@@ -390,7 +391,7 @@ class _LineReader:
         events.side[inserted], events.price[inserted], events.size[inserted] = side, price, size
         return events, at
 
-    def _levels(self, text: str, line: int) -> list[tuple[int, int, int]]:
+    def _levels(self, text: str, line: int) -> list[tuple]:
         """Read the levels of one snapshot: sides, prices and sizes."""
         body, levels = json.loads(text, parse_float=Decimal)["event"]["msg"], []
         for side, name in ((YES, "yes"), (NO, "no")):
@@ -398,8 +399,10 @@ class _LineReader:
             if not found and body.get(name):
                 self._fail(line, f"levels must be dollars, the snapshot has only the key {name!r}")
             try:
-                levels += [(side, *_integers(*level)) for level in found]
-            except (ValueError, TypeError, ArithmeticError):
+                levels += [(side, _integer(price, 4), _integer(size, 2)) for price, size in found]
+            except (ValueError, TypeError):
+                levels.append((side, None, None))
+            if any(None in level for level in levels):
                 reason = f"must be [price, size] of 4 and 2 decimals, they are {found}"
                 self._fail(line, f"the levels of a snapshot {reason}")
         return levels
@@ -422,24 +425,13 @@ def _queried(lines: pa.Array, expressions: str) -> pa.Table:
     return rows.to_arrow_table().combine_chunks()
 
 
-def _integer(value: object, scale: int) -> int:
+def _integer(value: object, scale: int) -> int | None:
     """Give a number as a multiple of its unit, if it is exactly one."""
-    scaled = Decimal(str(value)).scaleb(scale)
-    if abs(scaled) >= 10**18 or scaled != int(scaled):
-        raise ValueError(value)
-    return int(scaled)
-
-
-def _integers(price: object, size: object) -> tuple[int, int]:
-    return _integer(price, PRICE.scale), _integer(size, SIZE.scale)
-
-
-def _is_decimal(value: object, scale: int) -> bool:
     try:
-        _integer(value, scale)
-    except (ValueError, ArithmeticError):
-        return False
-    return True
+        scaled = Decimal(str(value)).scaleb(scale)
+        return int(scaled) if abs(scaled) < 10**18 and scaled == int(scaled) else None
+    except ArithmeticError:
+        return None
 
 
 def _by_code(codes: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
