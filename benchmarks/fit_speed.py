@@ -56,7 +56,6 @@ from benchmarks.fits import (
 )
 from benchmarks.orderbook.experiment import in_process, parquet_files
 from benchmarks.pages import measure
-from benchmarks.peers import fetch_dataloader
 from benchmarks.turns import Lane, race, ratio, taking_turns
 
 __all__ = ["first_batch", "speeds"]
@@ -71,7 +70,6 @@ def speed_table(data: Data, turns: int) -> str:
     """Measure the order-book model on PyMC's default settings."""
     ordered = data.order_book()
     shuffled = Case(data.shuffled(ordered), order_book)
-    wheel = fetch_dataloader(data.folder)
     lanes = {
         LIMIT: Lane(on_one_batch, shuffled),
         "four batches in turn, in the cache": Lane(on_ready_batches, shuffled, 4),
@@ -81,7 +79,7 @@ def speed_table(data: Data, turns: int) -> str:
         "stream, as it comes (zstd, dictionaries)": Lane(on_stream, Case(ordered, order_book)),
         MEMORY: Lane(in_memory_columns, shuffled),
         f"{MEMORY}, features in one matrix": Lane(in_memory, shuffled),
-        PEER: Lane(on_dataloader, Case(ordered, order_book), wheel),
+        PEER: Lane(on_dataloader, Case(ordered, order_book)),
         f"{LIMIT}, PyTensor's arguments by place": Lane(
             partial(on_changed_pytensor, nogil=False), on_one_batch, shuffled
         ),

@@ -20,10 +20,14 @@ Each is compiled and has filled its windows when it is returned.
 """
 
 import logging
+import subprocess
+import sys
+import zipimport
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import module_from_spec
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,6 @@ import pymc as pm
 
 from benchmarks.data import N_FEATURES, N_GROUPS
 from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, build_model, logistic
-from benchmarks.peers import load_dataloader
 from benchmarks.turns import Runner
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational.streaming import (
@@ -53,9 +56,11 @@ __all__ = [
     "PEER",
     "STREAM",
     "Case",
+    "fetch_dataloader",
     "hierarchical",
     "in_memory",
     "in_memory_columns",
+    "load_dataloader",
     "on_changed_pytensor",
     "on_dataloader",
     "on_one_batch",
@@ -71,6 +76,7 @@ LIMIT = "one batch, again and again"
 STREAM = "stream, preshuffled"
 MEMORY = "`pm.Minibatch`, in memory"
 PEER = "pymc-extras DataLoader, as it comes"
+PEER_WHEEL = "pymc-extras==0.15.1"
 
 BUFFER_SIZE = 1_000_000
 LEARNING_RATE = 1e-3
@@ -198,13 +204,30 @@ def in_memory_columns(case: Case, backend: str | None = None) -> Runner:
         return _fitted(case, [], backend)
 
 
-def on_dataloader(case: Case, wheel: Path, backend: str | None = None) -> Runner:
+def fetch_dataloader(folder: Path) -> Path:
+    """Download the wheel without its dependencies, unless *folder* holds it."""
+    if not [*folder.glob("pymc_extras-*.whl")]:
+        command = "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"
+        subprocess.run([sys.executable, *command, "--dest", folder, PEER_WHEEL], check=True)
+    return next(folder.glob("pymc_extras-*.whl"))
+
+
+def load_dataloader(wheel: Path) -> Any:
+    """Import the one module, from the wheel; the package would import its dependencies."""
+    spec = zipimport.zipimporter(f"{wheel}/pymc_extras/variational").find_spec("dataloader")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def on_dataloader(case: Case) -> Runner:
     """Fit with the DataLoader of pymc-extras, a window a turn, since it is filled all at once.
 
     Its window is as many row groups as make up the buffer, so give it a table of which a whole
-    number of row groups does.
+    number of row groups does. The wheel lies beside the table.
     """
-    peer = load_dataloader(wheel)
+    peer = load_dataloader(fetch_dataloader(case.rows.parent))
     loader = peer.DataLoader(
         peer.parquet_source(str(case.rows)),
         batch_size=case.batch_size,
@@ -220,7 +243,7 @@ def on_dataloader(case: Case, wheel: Path, backend: str | None = None) -> Runner
             buffer.set_value(next(batches).astype(buffer.dtype), borrow=True)
 
         case.model(buffer[:, :-1], buffer[:, -1], loader.total_size)
-        return Runner(_fitted(case, [put_next], backend).run, case.window_steps)
+        return Runner(_fitted(case, [put_next], None).run, case.window_steps)
 
 
 def stream(case: Case) -> StreamingDataset:

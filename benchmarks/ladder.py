@@ -38,7 +38,6 @@ from benchmarks.fits import (
     order_book,
 )
 from benchmarks.pages import measure
-from benchmarks.peers import fetch_dataloader
 from benchmarks.turns import Lane, Runner, race, ratio, taking_turns
 
 __all__ = ["Setting", "ladder"]
@@ -70,7 +69,7 @@ def ladder(data: Data, turns: int) -> str:
     """Let all fits take turns, and return the table."""
     ordered = data.order_book()
     case = Case(data.shuffled(ordered), order_book)
-    peer = Lane(on_dataloader, Case(ordered, order_book), fetch_dataloader(data.folder))
+    peer = Lane(on_dataloader, Case(ordered, order_book))
     with taking_turns({**_lanes(case), (SETTINGS[0], PEER): peer}) as lanes:
         race(lanes.values(), turns=turns)
     text = (

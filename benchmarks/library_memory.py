@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data import Data
-from benchmarks.orderbook.experiment import in_process
+from benchmarks.orderbook.experiment import peak_growth
 from benchmarks.pages import measure
-from tests.variational.streaming.memory import forget_peak, peak_mb
 
 COMMAND = "python -m benchmarks.library_memory"
 SIZES = 500_000, 10_000_000, 30_000_000
@@ -94,21 +93,18 @@ def make_table(data: Data, turns: int) -> str:
     for n_rows in SIZES:
         book = data.order_book(n_rows)
         for name in names:
-            lines[name] += f" {in_process(growth, name, book):.0f} |"
+            lines[name] += f" {peak_growth(read_epoch, name, book):.0f} |"
     header = " | ".join(f"{n_rows / 1e6:g} million rows" for n_rows in SIZES)
     return f"| | {header} |\n|{'---|' * (len(SIZES) + 1)}\n" + "".join(
         f"{line}\n" for line in lines.values()
     )
 
 
-def growth(name: str, book: Path) -> float:
-    """Return by how many MB the peak of resident memory grows in one epoch of a table."""
+def read_epoch(name: str, book: Path) -> None:
     from pymc.variational.streaming import StreamingDataset, arrow_source, shuffle_buffer
 
     os.chdir(book)
     source = arrow_source(READERS[name][1])
-    forget_peak()
-    before = peak_mb()
     buffer = shuffle_buffer(source, buffer_size=100_000, batch_size=4_096, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -117,7 +113,6 @@ def growth(name: str, book: Path) -> float:
         )
         while ds.advance():
             pass
-    return peak_mb() - before
 
 
 if __name__ == "__main__":

@@ -30,29 +30,23 @@ import tempfile
 import threading
 import time
 
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 import pymc as pm
 
-from benchmarks.orderbook.experiment import logistic
+from benchmarks.data import Data
+from benchmarks.fits import Case, order_book, stream
 from benchmarks.pages import filled
-from pymc.variational.streaming import (
-    StreamingDataset,
-    parquet_source,
-    resumable_fit,
-    shuffle_buffer,
-)
+from pymc.variational.streaming import resumable_fit
 
 ALLOWED_MB = 20.0
 """Between the medians of two quarters; the allocator alone moves single readings by ten."""
-
 MOST_STEPS_PER_SECOND = 4_000
 """Of this model; the fit ends when the time is up."""
+READ = {"rss_mb": "resident MB", "files": "open files", "threads": "threads"}
 
 
 def main() -> None:
@@ -63,10 +57,9 @@ def main() -> None:
     options.add_argument("--output", type=Path, default=Path("soak"))
     options.add_argument("--page", type=Path, help="file to put the verdict into")
     chosen = options.parse_args()
+    watch = Watch(chosen.minutes * 60, chosen.interval)
     with tempfile.TemporaryDirectory() as folder:
-        write_rows(Path(folder) / "rows.parquet", chosen.rows)
-        watch = Watch(chosen.minutes * 60, chosen.interval)
-        fit(Path(folder), watch, int(MOST_STEPS_PER_SECOND * 60 * chosen.minutes))
+        fit(Data(Path(folder), chosen.rows), watch, int(MOST_STEPS_PER_SECOND * watch.seconds))
     report = {"minutes": chosen.minutes, "rows": chosen.rows, **watch.report()}
     chosen.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     plot(report, chosen.output.with_suffix(".png"))
@@ -81,77 +74,58 @@ class Watch:
     """A callback that reads the process's resources, and ends the fit when the time is up."""
 
     def __init__(self, seconds: float, interval: float):
-        self._seconds = seconds
-        self._interval = interval
+        self.seconds, self._interval = seconds, interval
         self._start = self._next = time.monotonic()
         self.readings: list[dict[str, float]] = []
 
     def __call__(self, approx, losses, i: int) -> None:
         now = time.monotonic()
+        if i == 1:
+            self._start = self._next = now
         if now < self._next:
             return
-        if i == 1:
-            self._start = now
         self._next = now + self._interval
-        self.readings.append(
-            {
-                "seconds": round(now - self._start, 1),
-                "steps": i,
-                "rss_mb": round(resident_mb(), 2),
-                "files": len(os.listdir("/proc/self/fd")),
-                "threads": threading.active_count(),
-            }
-        )
-        if now - self._start >= self._seconds:
+        reading = {"seconds": round(now - self._start, 1), "steps": i, **resources()}
+        self.readings.append(reading)
+        if now - self._start >= self.seconds:
             raise StopIteration("the time is up")
 
     def report(self) -> dict:
         """Return the readings and what they come to."""
-        quarters = np.array_split(np.array(self.readings), 4)
-        early, late = quarters[1], quarters[3]
-        growth = {
-            "mb": round(median_mb(late) - median_mb(early), 1),
-            "files": max(r["files"] for r in late) - max(r["files"] for r in early),
-            "threads": max(r["threads"] for r in late) - max(r["threads"] for r in early),
-        }
+        early, late = (
+            {name: [reading[name] for reading in quarter] for name in READ}
+            for quarter in np.array_split(np.array(self.readings), 4)[1::2]
+        )
+        megabytes = float(np.median(late["rss_mb"]) - np.median(early["rss_mb"]))
+        growth = {name: max(late[name]) - max(early[name]) for name in ("files", "threads")}
         last = self.readings[-1]
         return {
             "steps": last["steps"],
             "steps_per_second": round(last["steps"] / last["seconds"], 1),
-            "growth": growth,
-            "flat": growth["mb"] < ALLOWED_MB and max(growth["files"], growth["threads"]) <= 0,
+            "growth": {"mb": round(megabytes, 1), **growth},
+            "flat": megabytes < ALLOWED_MB and max(growth.values()) <= 0,
             "readings": self.readings,
         }
 
 
-def median_mb(readings: Iterable[dict]) -> float:
-    return float(np.median([r["rss_mb"] for r in readings]))
-
-
-def resident_mb() -> float:
+def resources() -> dict[str, float]:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return {
+        "rss_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 2),
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+    }
 
 
-def write_rows(path: Path, n_rows: int) -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(n_rows, 3)).astype("float32")
-    up = rng.random(n_rows) < 1 / (1 + np.exp(-(0.3 + x @ [0.5, -0.4, 0.8])))
-    columns = dict(zip(("mid", "spread", "imbalance"), x.T), up=up.astype("int8"))
-    pq.write_table(pa.table(columns), path, row_group_size=250_000)
-
-
-def fit(folder: Path, watch: Watch, n_steps: int) -> None:
-    buffer = shuffle_buffer(
-        parquet_source(folder / "rows.parquet"), buffer_size=500_000, batch_size=4096, seed=0
-    )
-    ds = StreamingDataset(buffer, batch_size=4096)
+def fit(data: Data, watch: Watch, n_steps: int) -> None:
+    ds = stream(Case(data.shuffled(data.order_book()), order_book, buffer_size=500_000))
     with pm.Model():
-        logistic([ds[name] for name in ds.columns or ()], ds.total_size)
+        buffer: Any = ds.as_tensor()
+        order_book(buffer[:, :-1], buffer[:, -1], ds.total_size)
         resumable_fit(
             pm.ADVI(random_seed=0),
             n_steps,
-            path=folder / "soak.fit",
+            path=data.folder / "soak.fit",
             datasets=[ds],
             callbacks=[watch],
             progressbar=False,
@@ -164,8 +138,7 @@ def plot(report: dict, path: Path) -> None:
 
     figure = Figure(figsize=(6, 5), layout="constrained")
     minutes = [r["seconds"] / 60 for r in report["readings"]]
-    names = {"rss_mb": "resident MB", "files": "open files", "threads": "threads"}
-    for axes, (key, label) in zip(figure.subplots(3, sharex=True), names.items()):
+    for axes, (key, label) in zip(figure.subplots(3, sharex=True), READ.items()):
         axes.plot(minutes, [r[key] for r in report["readings"]])
         axes.set(ylabel=label, ylim=(0, None))
     axes.set_xlabel("minutes")

@@ -42,7 +42,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.orderbook.columns import parquet_files
-from tests.variational.streaming.memory import peak_mb
+from tests.variational.streaming.memory import forget_peak, peak_mb
 
 __all__ = [
     "BATCH_SIZE",
@@ -56,6 +56,7 @@ __all__ = [
     "in_process",
     "logistic",
     "parquet_files",
+    "peak_growth",
     "shuffle",
 ]
 
@@ -190,6 +191,18 @@ def in_process(function: Callable[..., T], /, *args: Any, **options: Any) -> T:
     spawn = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent) as pool:
         return pool.submit(function, *args, **options).result()
+
+
+def peak_growth(function: Callable[..., object], *args: Any) -> float:
+    """Return by how many MB the peak memory of a fresh process grows in a call."""
+    return in_process(_growth, function, args)
+
+
+def _growth(function: Callable[..., object], args: tuple) -> float:
+    forget_peak()
+    before = peak_mb()
+    function(*args)
+    return peak_mb() - before
 
 
 def shuffle(

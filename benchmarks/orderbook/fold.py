@@ -49,14 +49,23 @@ import pyarrow.parquet as pq
 
 from rich.progress import Progress
 
-from benchmarks.orderbook.book import COUNTERS, NO_LABEL, ROW, Book
+from benchmarks.orderbook.book import (
+    COUNTERS,
+    DELTA,
+    NO_LABEL,
+    ROW,
+    Book,
+    Events,
+    MessageError,
+    close_ms,
+)
 from benchmarks.orderbook.merge import Sorted, merged, regrouped
-from benchmarks.orderbook.messages import DELTA, Events, MessageError, close_ms
 from benchmarks.orderbook.publish import bar, published, run_command
 from benchmarks.orderbook.reading import DamageError, Part, find_files, first_ms, read_parts
 
 __all__ = ["FoldReport", "fold", "main"]
 
+ROWS_PER_FILE = 1_000_000
 LABEL_BLOCK = 1 << 20
 NAMED = 10
 
@@ -123,7 +132,6 @@ def fold(
     source: str | Path,
     destination: str | Path,
     *,
-    rows_per_file: int = 1_000_000,
     workers: int = 2,
     keep_going: bool = False,
     overwrite: bool = False,
@@ -139,8 +147,6 @@ def fold(
     destination : str or Path
         Directory that appears when all of its files are complete.
         The names of the files sort by time.
-    rows_per_file : int
-        Rows of each file but the last.
     workers : int
         With 2, a thread of its own reads ahead.
     keep_going : bool
@@ -161,8 +167,6 @@ def fold(
         All such files are named.
     """
     began = time.perf_counter()
-    if rows_per_file < 1:
-        raise ValueError(f"rows_per_file must be at least 1, got {rows_per_file}")
     source, destination = Path(source), Path(destination)
     if source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"destination must not contain the messages in {source}: {destination}")
@@ -177,7 +181,7 @@ def fold(
                     f"the messages in {source} make no row: no mid changes in them\n{report}"
                 )
             pieces = merged([market.rows for market in folder.in_order()])
-            _write_files(pieces, content, rows_per_file, progress, report.rows)
+            _write_files(pieces, content, progress, report.rows)
     return replace(report, seconds=time.perf_counter() - began)
 
 
@@ -385,10 +389,10 @@ def _ahead(parts: Iterator[Part], workers: int) -> Iterator[Part]:
 
 
 def _write_files(
-    pieces: Iterator[pa.Table], directory: Path, rows_per_file: int, progress: Progress, n_rows: int
+    pieces: Iterator[pa.Table], directory: Path, progress: Progress, n_rows: int
 ) -> None:
     task = progress.add_task("Merging rows", total=n_rows)
-    for number, rows in enumerate(regrouped(pieces, count(rows_per_file, rows_per_file))):
+    for number, rows in enumerate(regrouped(pieces, count(ROWS_PER_FILE, ROWS_PER_FILE))):
         # Imbalances are too many for a dictionary, which would be given up half way.
         pq.write_table(
             rows,
@@ -407,7 +411,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("source", type=Path, help="directory of messages")
     parser.add_argument("destination", type=Path, help="directory of Parquet files to make")
-    parser.add_argument("--rows-per-file", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2, help="1: read in the thread that folds")
     parser.add_argument(
         "--keep-going", action="store_true", help="read damaged files to their last whole line"

@@ -39,7 +39,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.orderbook.messages import (
+from benchmarks.orderbook.book import (
     DELTA,
     EVENT_SCHEMA,
     EXCHANGE_ZONE,

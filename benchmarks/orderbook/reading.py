@@ -25,11 +25,14 @@ Prices and sizes never pass through floating point where they are written as str
 import contextlib
 import json
 import re
+import zlib
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -40,7 +43,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from benchmarks.orderbook.messages import (
+from benchmarks.orderbook.book import (
     DELTA,
     EVENT_SCHEMA,
     LEVEL,
@@ -59,7 +62,9 @@ SIDES = pa.array(["yes", "no"])
 PRICE, SIZE = pa.decimal128(18, 4), pa.decimal128(18, 2)
 FORMATS = re.compile(r"\.parquet$|\.(ndjson|jsonl)(\.gz|\.zst)?$")
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-BLOCK_BYTES = 1 << 24
+GZIP = import_module("isal.igzip" if find_spec("isal") else "gzip")
+UNREADABLE = pa.ArrowException, OSError, EOFError, UnicodeError, zlib.error
+BLOCK_BYTES, PIECE_BYTES = 1 << 24, 1 << 18
 NEWLINE = ord("\n")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK_EVENTS = 1 << 16
@@ -122,7 +127,7 @@ def first_ms(path: Path) -> int:
         with _opened(path) as file:
             found = re.search(rb'"recv_ms"\s*:\s*"?(\d+)', file.read(1 << 16))
         return int(found[1]) if found else 0
-    except (pa.ArrowException, OSError, KeyError, StopIteration):
+    except (*UNREADABLE, KeyError, StopIteration):
         return 0  # reading it tells what is wrong
 
 
@@ -145,7 +150,7 @@ def read_parts(path: Path, *, salvage: bool = False) -> Iterator[Part]:
     """
     try:
         yield from _read_parquet(path) if path.suffix == ".parquet" else _read_json(path, salvage)
-    except (pa.ArrowException, OSError, UnicodeError) as error:
+    except UNREADABLE as error:
         raise DamageError(f"{path} is damaged or cut short: {error}") from error
 
 
@@ -190,40 +195,47 @@ def _read_json(path: Path, salvage: bool) -> Iterator[Part]:
 
 def _whole_lines(path: Path, salvage: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield whole lines, and where each ends, in an array that is used again for the next ones."""
-    text, n = np.empty(2 * BLOCK_BYTES + 1, np.uint8), 0
-    for n_read in _reads(path, salvage, lambda: text[n : n + BLOCK_BYTES]):
-        ends = np.flatnonzero(text[n : n + n_read] == NEWLINE) + n + 1
+    text, n = np.empty(BLOCK_BYTES + PIECE_BYTES + 1, np.uint8), 0
+    ends: list[np.ndarray] = []
+    for n_read in _reads(path, salvage, lambda: text[n : n + PIECE_BYTES]):
+        # A piece fits into the processor's cache.
+        ends.append(np.flatnonzero(text[n : n + n_read] == NEWLINE) + n + 1)
         n += n_read
-        if len(ends):
-            yield text[: ends[-1]], ends
-            text[: n - ends[-1]] = text[ends[-1] : n]
-            n -= ends[-1]
-        if n > BLOCK_BYTES:
+        if n_read and n < BLOCK_BYTES:
+            continue
+        found = np.concatenate(ends)
+        if len(found):
+            yield text[: found[-1]], found
+            text[: n - found[-1]] = text[found[-1] : n]
+            n, ends = n - found[-1], []
+        elif n >= BLOCK_BYTES:
             raise DamageError(f"{path}: a line must be shorter than {BLOCK_BYTES} bytes")
-    text[n] = NEWLINE
-    yield text[: n + 1], np.array([n + 1])
+    if n and text[n - 1] != NEWLINE:
+        text[n], ends = NEWLINE, [*ends, np.array([n + 1])]
+    if ends:
+        found = np.concatenate(ends)
+        yield text[: found[-1]], found
 
 
 def _reads(path: Path, salvage: bool, room: Callable[[], np.ndarray]) -> Iterator[int]:
-    """Fill the start of *room* again and again, and give the bytes of each read."""
+    """Fill the start of *room* again and again, and give the bytes of each read; 0 is before damage."""
     n_before = 0
     try:
-        with _opened(path) as file:
+        with _opened(path) as plain, GZIP.open(path) if path.suffix == ".gz" else plain as file:
             while n := file.readinto(room()):
                 if n_before == 0 and room()[:3].tobytes() == BYTE_ORDER_MARK:
                     room()[:3] = ord(" ")
                 n_before += n
                 yield n
-    except OSError:
+    except UNREADABLE:
         # A read that fails gives nothing, so what came before the damage is read in small pieces.
         if salvage:
-            n_rest, target = 0, room()
-            with _opened(path) as file, contextlib.suppress(OSError):
+            with _opened(path) as file, contextlib.suppress(*UNREADABLE):
                 while n_before:
                     n_before -= len(file.read(min(n_before, BLOCK_BYTES)))
-                while n := file.readinto(target[n_rest : n_rest + 64]):
-                    n_rest += n
-            yield n_rest
+                while n := file.readinto(room()[:64]):
+                    yield n
+            yield 0
         raise
 
 
@@ -292,13 +304,12 @@ class _LineReader:
         events, at = self._with_levels(events, texts, lines)
         codes, lines = codes[at], lines[at]
         skips = np.flatnonzero(skips[at] & (events.kind != LEVEL))
-        for start, stop in pairwise(sorted({0, *skips.tolist(), len(at)})):
-            for number, rows in enumerate(_by_code(codes[start:stop])):
-                rows = start + rows
-                part = Events(*(column[rows] for column in events))
-                gap = start in skips and number == 0
-                yield Part(names[codes[rows[0]]], part, lines[rows], others, gap)
-                others = Counter()
+        for start, stop in pairwise(sorted({0, *skips.tolist(), len(codes)})):
+            gap = start in skips
+            for code, rows in _by_code(codes[start:stop]):
+                part = Events(*(column[start:stop][rows] for column in events))
+                yield Part(names[code], part, lines[start:stop][rows], others, gap)
+                others, gap = Counter(), False
 
     def _events(self, table: pa.Table, kind: np.ndarray, lines: np.ndarray) -> Events:
         deltas = kind == DELTA
@@ -313,7 +324,7 @@ class _LineReader:
             side=np.where(deltas, sides, 0).astype(np.uint8),
             price=self._scaled(table, "price_dollars", PRICE, deltas, lines),
             size=self._scaled(table, "delta_fp", SIZE, deltas, lines),
-            seq=pc.fill_null(table["seq"], -1).to_numpy(),
+            seq=np.array(pc.fill_null(table["seq"], -1)),
             ts_ms=ts_ms.astype(np.int64),
             recv_ms=recv_ms.astype(np.int64),
         )
@@ -328,13 +339,14 @@ class _LineReader:
         try:
             integers = column.cast(to)
             if not integers.null_count:
-                return np.frombuffer(integers.buffers()[1], np.int64)[: 2 * len(deltas) : 2]
+                return np.frombuffer(integers.buffers()[1], np.int64)[: 2 * len(deltas) : 2].copy()
         except pa.ArrowInvalid:
             pass  # of other forms, or not a number
         values = column.to_pylist()
-        wrong = [not _is_decimal(value, to.scale) for value in values]
+        read = [_integer(value, to.scale) for value in values]
+        wrong = [each is None for each in read]
         self._check(wrong, lines, name, f"a number of {to.scale} decimals", values)
-        return np.array([_integer(value, to.scale) for value in values])
+        return np.array(read, np.int64)
 
     def _check(self, wrong: Any, lines: np.ndarray, name: str, rule: str, values: Any) -> None:
         """Refuse messages by a mask of those that are wrong."""
@@ -362,11 +374,11 @@ class _LineReader:
 
     def _with_levels(
         self, events: Events, texts: pa.Array, lines: np.ndarray
-    ) -> tuple[Events, np.ndarray]:
+    ) -> tuple[Events, np.ndarray | slice]:
         """Insert the levels of each snapshot behind it; also tell which message each comes from."""
         snapshots = np.flatnonzero(events.kind == SNAPSHOT)
         if not len(snapshots):
-            return events, np.arange(len(events.kind))
+            return events, slice(None)
         levels = [self._levels(texts[at].as_py(), lines[at]) for at in snapshots.tolist()]
         counts = np.zeros(len(events.kind), np.int64)
         counts[snapshots] = events.size[snapshots] = [len(each) for each in levels]
@@ -379,7 +391,7 @@ class _LineReader:
         events.side[inserted], events.price[inserted], events.size[inserted] = side, price, size
         return events, at
 
-    def _levels(self, text: str, line: int) -> list[tuple[int, int, int]]:
+    def _levels(self, text: str, line: int) -> list[tuple]:
         """Read the levels of one snapshot: sides, prices and sizes."""
         body, levels = json.loads(text, parse_float=Decimal)["event"]["msg"], []
         for side, name in ((YES, "yes"), (NO, "no")):
@@ -387,8 +399,10 @@ class _LineReader:
             if not found and body.get(name):
                 self._fail(line, f"levels must be dollars, the snapshot has only the key {name!r}")
             try:
-                levels += [(side, *_integers(*level)) for level in found]
-            except (ValueError, TypeError, ArithmeticError):
+                levels += [(side, _integer(price, 4), _integer(size, 2)) for price, size in found]
+            except (ValueError, TypeError):
+                levels.append((side, None, None))
+            if any(None in level for level in levels):
                 reason = f"must be [price, size] of 4 and 2 decimals, they are {found}"
                 self._fail(line, f"the levels of a snapshot {reason}")
         return levels
@@ -411,30 +425,22 @@ def _queried(lines: pa.Array, expressions: str) -> pa.Table:
     return rows.to_arrow_table().combine_chunks()
 
 
-def _integer(value: object, scale: int) -> int:
+def _integer(value: object, scale: int) -> int | None:
     """Give a number as a multiple of its unit, if it is exactly one."""
-    scaled = Decimal(str(value)).scaleb(scale)
-    if abs(scaled) >= 10**18 or scaled != int(scaled):
-        raise ValueError(value)
-    return int(scaled)
-
-
-def _integers(price: object, size: object) -> tuple[int, int]:
-    return _integer(price, PRICE.scale), _integer(size, SIZE.scale)
-
-
-def _is_decimal(value: object, scale: int) -> bool:
     try:
-        _integer(value, scale)
-    except (ValueError, ArithmeticError):
-        return False
-    return True
+        scaled = Decimal(str(value)).scaleb(scale)
+        return int(scaled) if abs(scaled) < 10**18 and scaled == int(scaled) else None
+    except ArithmeticError:
+        return None
 
 
-def _by_code(codes: np.ndarray) -> list[np.ndarray]:
-    """Give the rows of each code."""
+def _by_code(codes: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
+    """Give each code and its rows."""
+    if not codes.any():
+        return [(0, slice(None))]
     order = np.argsort(codes, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    return [(codes[rows[0]], rows) for rows in groups]
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

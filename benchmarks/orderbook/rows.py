@@ -29,10 +29,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.orderbook.book import Book
+from benchmarks.orderbook.book import Book, close_ms
 from benchmarks.orderbook.generate import SERIES, plan
 from benchmarks.orderbook.merge import COLUMNS, regrouped
-from benchmarks.orderbook.messages import close_ms
 from benchmarks.orderbook.publish import published
 from benchmarks.orderbook.simulate import Market, simulate
 

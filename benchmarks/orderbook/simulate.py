@@ -34,7 +34,7 @@ from itertools import pairwise
 import numba
 import numpy as np
 
-from benchmarks.orderbook.messages import DELTA, LEVEL, NO, SNAPSHOT, TRADE, YES, Events
+from benchmarks.orderbook.book import DELTA, LEVEL, NO, SNAPSHOT, TRADE, YES, Events
 
 __all__ = ["FEWEST_MESSAGES", "Market", "regime", "simulate"]
 

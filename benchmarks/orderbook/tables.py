@@ -14,11 +14,9 @@
 """The tables and figures of ``reproduce``, made of the records of its stages."""
 
 import json
-import os
-import platform
 
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +38,7 @@ ORIGINAL = {
     SHUFFLED: {20_000_000: 0.027, 122_000_000: 0.022},
 }
 """max|Δ| of the posterior means against in memory, as the first experiment had it."""
-ORIGINAL_MB = {FIRST: 9_100, SHUFFLED: 570}
-ORIGINAL_ROWS = 122_000_000
+ORIGINAL_MB = {FIRST: {122_000_000: 9_100}, SHUFFLED: {122_000_000: 570}}
 
 COMMAND = "make reproduce"
 COLORS = {FIRST: "tab:gray", SECOND: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
@@ -62,43 +59,28 @@ def case_name(n_rows: float) -> str:
 def publish(records: Records, results: Path, page: Path | None) -> None:
     """Write the numbers as JSON, the tables into *page*, and draw the figures."""
     results.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "original": ORIGINAL, "records": records}
-    (results / "reproduce.json").write_text(json.dumps(content, indent=1) + "\n")
+    (results / "reproduce.json").write_text(json.dumps({"records": records}, indent=1) + "\n")
     if page is not None:
         for name, table in make_tables(records).items():
             page.write_text(filled(page.read_text(), name, COMMAND, table))
-    cases = {name: _results(case) for name, case in records.items()}
-    draw_means(_synthetic(cases), results / "reproduce_means.png")
-    draw_memory(_synthetic(cases), results / "reproduce_memory.png")
-
-
-def machine() -> dict[str, Any]:
-    """Describe what the numbers were measured on."""
-    packages = ("numba", "numpy", "pyarrow", "pymc", "pytensor")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cores": os.cpu_count(),
-        "memory_gb": round(memory / 1e9),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+    cases = [_results(case) for name, case in records.items() if name != CAPTURES and EXACT in case]
+    cases.sort(key=lambda case: case[EXACT]["n_rows"])
+    for name, (ylabel, lines, original) in FIGURES.items():
+        _draw(cases, ylabel, lines, original, results / f"reproduce_{name}.png")
 
 
 def make_tables(records: Records) -> dict[str, str]:
     """Give each table as Markdown, by name."""
     cases = {name: _results(case) for name, case in records.items()}
-    fitted = {name: case for name, case in cases.items() if EXACT in case}
-    fitted = dict(sorted(fitted.items(), key=lambda item: _place(*item)))
+    fitted = [(name, case) for name, case in cases.items() if EXACT in case]
+    fitted.sort(key=lambda item: (item[0] == CAPTURES, item[1][EXACT]["n_rows"]))
     tables = {
-        name: _table(header, (line for item in fitted.items() for line in lines(*item)))
+        name: _table(header, (line for item in fitted for line in lines(*item)))
         for name, (header, lines) in TABLES.items()
     }
-    folded = ((name, case) for name, case in cases.items() if FOLD in case)
-    return {**tables, "fold": _table(_FOLD, (_fold_line(*item) for item in folded))}
-
-
-_FOLD = "messages | number | on disk | messages/s | peak memory | rows"
+    header = "messages | number | on disk | messages/s | peak memory | rows"
+    lines = (_fold_line(name, case) for name, case in cases.items() if FOLD in case)
+    return {**tables, "fold": _table(header, lines)}
 
 
 def _means_lines(name: str, case: Case) -> Iterable[list[str]]:
@@ -259,70 +241,48 @@ TABLES: dict[str, tuple[str, Callable[[str, Case], Iterable[list[str]]]]] = {
 }
 
 
-def draw_means(cases: list[Case], file: Path) -> None:
-    """Draw max|Δ| of the posterior means against the number of rows."""
-    figure, ax = _axes("max|Δ| of the posterior means\nagainst in memory")
-    for way in (ORDERED, SECOND, SHUFFLED):
-        _line(ax, cases, lambda case: distance(case, way), label=way, color=COLORS[way])
-    _line(
-        ax,
-        cases,
-        lambda case: distance(case, SHUFFLED, averaged=True),
-        label=f"{SHUFFLED}, averaged",
-        color=COLORS[SHUFFLED],
-        ls="--",
-    )
-    for way, points in ORIGINAL.items():
-        label = f"original experiment, {way}"
-        ax.plot(*zip(*points.items()), "x", color=COLORS[way], ms=8, mew=2, label=label)
-    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file, dpi=120)
+def _memory(case: Case, way: str) -> float | None:
+    return case[way]["peak_mb"] if way in case else None
 
 
-def draw_memory(cases: list[Case], file: Path) -> None:
-    """Draw the peak memory of a fit against the number of rows."""
-    figure, ax = _axes("peak memory of the process, MB")
-    for way in (FIRST, ORDERED, SHUFFLED):
-        _line(
-            ax,
-            cases,
-            lambda case: case[way]["peak_mb"] if way in case else None,
-            label=way,
-            color=COLORS[way],
-        )
-    for way, megabytes in ORIGINAL_MB.items():
-        label = f"original experiment, {way}"
-        ax.plot(ORIGINAL_ROWS, megabytes, "x", color=COLORS[way], ms=8, mew=2, label=label)
-    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file, dpi=120)
+FIGURES: dict[str, tuple[str, list[tuple], Any]] = {
+    "means": (
+        "max|Δ| of the posterior means\nagainst in memory",
+        [
+            *((way, way, distance, {}) for way in (ORDERED, SECOND, SHUFFLED)),
+            (f"{SHUFFLED}, averaged", SHUFFLED, partial(distance, averaged=True), {"ls": "--"}),
+        ],
+        ORIGINAL,
+    ),
+    "memory": (
+        "peak memory of the process, MB",
+        [(way, way, _memory, {}) for way in (FIRST, ORDERED, SHUFFLED)],
+        ORIGINAL_MB,
+    ),
+}
+"""By name, the quantity, its lines, and the points of the first experiment."""
 
 
-def _axes(ylabel: str) -> tuple[Any, Any]:
+def _draw(cases: list[Case], ylabel: str, lines: list[tuple], original: Any, file: Path) -> None:
+    """Draw quantities against the number of rows."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 4), layout="constrained")
     ax = figure.subplots()
+    for label, way, value, style in lines:
+        points = [(case[EXACT]["n_rows"], value(case, way)) for case in cases]
+        if points := [point for point in points if point[1] is not None]:
+            style = {"color": COLORS[way], "ls": "-", "lw": 1.5, "ms": 5, **style}
+            ax.plot(*zip(*points), "o", label=label, **style)
+    for way, known in original.items():
+        style = {"color": COLORS[way], "ms": 8, "mew": 2}
+        ax.plot(*zip(*known.items()), "x", label=f"original experiment, {way}", **style)
     ax.set(xscale="log", yscale="log", xlabel="rows", ylabel=ylabel)
     ax.xaxis.set_major_formatter(lambda n_rows, _: case_name(n_rows))
     ax.yaxis.set_major_formatter("{x:,g}")
     ax.spines[["top", "right"]].set_visible(False)
-    return figure, ax
-
-
-def _line(ax: Any, cases: list[Case], value: Callable[[Case], float | None], **style: Any) -> None:
-    points = [(case[EXACT]["n_rows"], y) for case in cases if (y := value(case)) is not None]
-    if points:
-        ax.plot(*zip(*points), "o", **{"ls": "-", "lw": 1.5, "ms": 5, **style})
-
-
-def _synthetic(cases: dict[str, Case]) -> list[Case]:
-    fitted = [case for name, case in cases.items() if name != CAPTURES and EXACT in case]
-    return sorted(fitted, key=lambda case: _place("", case))
-
-
-def _place(name: str, case: Case) -> tuple[bool, int]:
-    """Sort tables by size, and captures behind them."""
-    return name == CAPTURES, case[EXACT]["n_rows"]
+    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=120)
 
 
 def _results(case: dict[str, dict[str, Any]]) -> Case:

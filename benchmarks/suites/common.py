@@ -11,42 +11,25 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""What the suites share, and what they call in processes of their own.
+"""What the suites share, and what runs in processes of its own.
 
-Those cannot be in the suites: the runner imports them under names that a new process does not find.
+That cannot be in the suites: the runner imports them under names that a new process does not find.
 """
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from benchmarks.data import Data
-from benchmarks.fits import Case
-from benchmarks.orderbook.experiment import BATCH_SIZE, in_process, parquet_files
-from benchmarks.peers import fetch_dataloader
+from benchmarks.fits import Case, fetch_dataloader, order_book
+from benchmarks.orderbook.experiment import BATCH_SIZE, parquet_files
 from benchmarks.turns import Runner
 from pymc.variational.streaming import parquet_source, shuffle_buffer
-from tests.variational.streaming.memory import forget_peak, peak_mb
-
-__all__ = [
-    "BUFFER_SIZE",
-    "N_STEPS",
-    "TableSuite",
-    "exhaust",
-    "fit",
-    "peak_growth",
-    "raw_scan",
-    "read",
-    "shuffle",
-    "unit",
-]
 
 BUFFER_SIZE = 100_000
 N_STEPS = 500
-
-Benchmark = TypeVar("Benchmark", bound=Callable)
 
 
 class TableSuite:
@@ -68,23 +51,9 @@ class TableSuite:
         return data
 
 
-def unit(name: str) -> Callable[[Benchmark], Benchmark]:
-    """Say what a ``track_`` benchmark returns."""
-
-    def name_unit(benchmark: Benchmark) -> Benchmark:
-        benchmark.unit = name  # type: ignore[attr-defined]
-        return benchmark
-
-    return name_unit
-
-
 def exhaust(blocks: Iterable[Any]) -> None:
     for _ in blocks:
         pass
-
-
-def read(rows: Path) -> None:
-    exhaust(parquet_source(rows))
 
 
 def shuffle(rows: Path) -> None:
@@ -92,8 +61,12 @@ def shuffle(rows: Path) -> None:
     exhaust(shuffle_buffer(source, buffer_size=BUFFER_SIZE, batch_size=BATCH_SIZE, seed=0))
 
 
-def fit(make: Callable[..., Runner], case: Case, *args: Any) -> None:
-    make(case, *args).run(N_STEPS)
+def case_of(data: Data, n_rows: int) -> Case:
+    return Case(data.shuffled(data.order_book(n_rows)), order_book, buffer_size=BUFFER_SIZE)
+
+
+def fit(make: Callable[..., Runner], case: Case) -> None:
+    make(case).run(N_STEPS)
 
 
 def raw_scan(rows: Path) -> None:
@@ -101,15 +74,3 @@ def raw_scan(rows: Path) -> None:
     for file in parquet_files(rows):
         with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as parquet:
             exhaust(parquet.iter_batches(use_threads=False))
-
-
-def peak_growth(function: Callable[..., object], *args: Any) -> float:
-    """Return by how many MB the peak memory of a fresh process grows in a call."""
-    return in_process(_growth, function, args)
-
-
-def _growth(function: Callable[..., object], args: tuple) -> float:
-    forget_peak()
-    before = peak_mb()
-    function(*args)
-    return peak_mb() - before

@@ -21,13 +21,13 @@ import pytest
 from benchmarks.orderbook import merge as merge_module
 from benchmarks.orderbook import reading as reading_module
 from benchmarks.orderbook import simulate as simulate_module
+from benchmarks.orderbook.book import LEVEL, SNAPSHOT, close_ms
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate, main, plan
-from benchmarks.orderbook.messages import LEVEL, SNAPSHOT, close_ms
 from benchmarks.orderbook.reading import find_files, read_parts
 from benchmarks.orderbook.simulate import simulate
 from tests.orderbook.naive import NaiveBook, anova_f, as_float32, naive_rows, read_lines
-from tests.orderbook.test_fold import assert_equal_rows, read_rows
+from tests.orderbook.wire import assert_equal_rows, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,7 @@ def test_rows_are_those_of_the_dictionary_merged_by_time(small):
 
 def test_rows_do_not_depend_on_block_sizes(small, tmp_path, monkeypatch):
     monkeypatch.setattr(reading_module, "BLOCK_BYTES", 12_345)
+    monkeypatch.setattr(reading_module, "PIECE_BYTES", 321)
     monkeypatch.setattr(reading_module, "BLOCK_EVENTS", 77)
     monkeypatch.setattr(merge_module, "MERGED_ROWS", 50)
     monkeypatch.setattr(merge_module, "FEWEST_ROWS", 5)

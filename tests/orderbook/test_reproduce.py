@@ -35,7 +35,7 @@ from benchmarks.orderbook.reproduce import Steps, main
 from benchmarks.orderbook.rows import _messages_for, write_rows
 from benchmarks.orderbook.tables import COMMAND, make_tables
 from benchmarks.pages import filled
-from tests.orderbook.test_fold import read_rows
+from tests.orderbook.wire import read_rows
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/source/evidence.md"

@@ -1,0 +1,86 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+
+import time
+
+from itertools import count
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.orderbook import merge as merge_module
+from benchmarks.orderbook.book import ROW
+from benchmarks.orderbook.merge import Sorted, merged, regrouped
+
+markets_of_rows = st.lists(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 1)), min_size=1, max_size=30).map(
+        sorted
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(markets=markets_of_rows, block=st.integers(1, 5))
+@settings(max_examples=50)
+def test_merge_is_a_stable_sort_by_time(tmp_path_factory, markets, block):
+    """Blocks of few rows end within runs of equal times, where an order is easily lost."""
+    scratch = tmp_path_factory.mktemp("scratch")
+    files, expected = [], []
+    for order, values in enumerate(markets):
+        rows = np.zeros(len(values), ROW)
+        rows["recv_ms"], rows["mid"], rows["spread"] = (
+            [time for time, _ in values],
+            order,
+            range(len(rows)),
+        )
+        files.append(Sorted(scratch / f"{order}.rows", scratch / f"{order}.up"))
+        rows.tofile(files[-1].rows)
+        np.array([up for _, up in values], np.int8).tofile(files[-1].up)
+        expected += [(t, order, i, up) for i, (t, up) in enumerate(values) if up >= 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge_module, "MERGED_ROWS", block)
+        patch.setattr(merge_module, "FEWEST_ROWS", block)
+        table = pa.concat_tables(merged(files))
+    assert list(zip(*(table[name].to_pylist() for name in ("mid", "spread", "up")))) == [
+        row[1:] for row in sorted(expected)
+    ]
+
+
+def test_two_thousand_markets_at_the_same_time_merge_in_two_seconds(tmp_path):
+    rng, files = np.random.default_rng(0), []
+    for number in range(2_000):
+        rows = np.zeros(500, ROW)
+        rows["recv_ms"] = np.sort(rng.integers(0, 900_000, len(rows)))
+        files.append(Sorted(tmp_path / f"{number}.rows", tmp_path / f"{number}.up"))
+        rows.tofile(files[-1].rows)
+        np.ones(len(rows), np.int8).tofile(files[-1].up)
+    began = time.process_time()
+    pieces = [len(piece) for piece in merged(files)]
+    assert time.process_time() - began < 2
+    assert sum(pieces) == 1_000_000
+
+
+@given(lengths=st.lists(st.integers(0, 20)), n_rows=st.integers(1, 9))
+def test_files_hold_the_rows_asked_for(lengths, n_rows):
+    table = pa.table({"row": np.arange(sum(lengths))})
+    starts = np.cumsum([0, *lengths])
+    pieces = [table.slice(start, n) for start, n in zip(starts, lengths)]
+    files = list(regrouped(iter(pieces), count(n_rows, n_rows)))
+    assert [len(file) for file in files[:-1]] == [n_rows] * (len(files) - 1)
+    assert [row for file in files for row in file["row"].to_pylist()] == table["row"].to_pylist()
