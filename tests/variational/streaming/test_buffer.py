@@ -150,7 +150,7 @@ class TestNoRows:
     def test_nuts_and_map_name_the_variable_that_has_no_rows(self, dtype):
         """With a batch in the buffer they would take it for all rows, which limits.md says."""
         counts = StreamingDataset(np.ones((9, 1)), batch_size=3, dtype=dtype)
-        quick = {"progressbar": False, "compile_kwargs": {"mode": "FAST_RUN"}}
+        quick = {"progressbar": False, "compile_kwargs": {"mode": REWRITTEN}}
         with pm.Model():
             pm.Poisson("y", pm.HalfNormal("m"), observed=counts.as_tensor()[:, 0], total_size=9)
             with pytest.raises(SamplingError, match=r"'y': .*nan"):
