@@ -7,7 +7,8 @@ VENV ?= .venv-$(PYTHON_VERSION)
 endif
 VENV ?= .venv
 DIST ?= dist
-PYTEST_ARGS ?= -n auto --maxprocesses=4
+# Neighbouring tests share a worker, and with it what their modules fit and compile once.
+PYTEST_ARGS ?= -n auto --maxprocesses=4 --dist worksteal
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 WHEEL := $(DIST)/pymc_streaming-$(VERSION)-py3-none-any.whl

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
+import pytensor
 import pytest
 
 from tests import CHECKOUT, TEST_INSTALLED
@@ -28,6 +29,9 @@ INSTALLED = Path(sysconfig.get_path("purelib"), "pymc", "variational")
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ci" if TEST_INSTALLED or os.environ.get("CI") else "dev")
+
+
+pytensor.config.cxx = ""  # g++ would take longer for each operation than the tests do
 
 
 def pytest_report_header() -> str:

@@ -24,13 +24,17 @@ import os
 import re
 import subprocess
 
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytensor
 import pytest
+
+import pymc as pm
 
 from docs.pages import PAGES as FOLDER
 from docs.pages import Ran, code_blocks, run, shown
@@ -87,6 +91,13 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def quick_compilation():
+    """Run in Python what takes longer to compile than to run."""
+    with pytensor.config.change_flags(mode="FAST_COMPILE"):
+        yield
+
+
 def write_rows(folder: str, **columns) -> None:
     Path(folder).mkdir()
     pq.write_table(pa.table(columns), f"{folder}/rows.parquet")
@@ -112,7 +123,9 @@ class TestCode:
 
     @pytest.mark.slow
     @quietly
-    def test_getting_started_gives_what_it_shows(self):
+    def test_getting_started_gives_what_it_shows(self, monkeypatch):
+        quick = partial(pm.sample_posterior_predictive, compile_kwargs={"mode": "FAST_COMPILE"})
+        monkeypatch.setattr(pm, "sample_posterior_predictive", quick)
         page = FOLDER / "getting_started.md"
         blocks = run_as_shown(page)
         assert sum(len(block.figures) for block in blocks) == 1
@@ -121,6 +134,7 @@ class TestCode:
         assert np.abs(off).max() < 0.1
         assert names["report"].verdict == "fine"
 
+    @pytest.mark.usefixtures("quick_compilation")
     @pytest.mark.parametrize("name", ["averaging.md", "fit_check.md"])
     def test_a_how_to_comes_close_to_the_exact_posterior(self, name):
         *_, last = run_as_shown(FOLDER / name)
@@ -153,12 +167,14 @@ class TestCode:
         assert seen.figures
         assert repaired.printed.startswith("No order found")
 
+    @pytest.mark.usefixtures("quick_compilation")
     def test_coming_from_elsewhere_is_coming_to_the_same(self):
         """Within what Adam's last step leaves, ten posterior standard deviations."""
         *_, last = run(FOLDER / "coming_from.md")
         fits = [last.names[name].mean.eval() for name in ("in_memory", "streamed")]
         np.testing.assert_allclose(fits, 0.5, atol=0.05)
 
+    @pytest.mark.usefixtures("quick_compilation")
     def test_the_first_page_runs(self):
         x = np.random.default_rng(0).normal(size=20_000)
         write_rows("shuffled", x=x, y=0.5 * x)
@@ -193,31 +209,21 @@ def run_shorter(page: Path) -> list[Ran]:
     return list(run(copy))
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    """Return what each cell of the notebook shows."""
+def test_the_notebook_shows_tables_a_figure_and_progress_but_no_raw_objects(tmp_path):
     names = ("nbformat", "nbclient", "ipykernel", "ipywidgets")
     nbformat, nbclient, *_ = map(pytest.importorskip, names)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     notebook.cells.insert(0, nbformat.v4.new_code_cell("import tests"))
-    folder = {"metadata": {"path": tmp_path_factory.mktemp("notebook")}}
+    folder = {"metadata": {"path": tmp_path}}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     nbclient.NotebookClient(notebook, resources=folder).execute(env=environment)
-    return [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
-
-
-class TestNotebook:
-    """A notebook shows what its objects are, and warns of nothing."""
-
-    def test_no_raw_dataclass_address_or_flood_is_shown(self, outputs):
-        shown = [json.dumps(output) for cell in outputs for output in cell]
-        assert not [text for text in shown if re.search(r"\(rows=|array\(|at 0x|Warning", text)]
-        assert max(map(len, outputs)) <= 20  # a line of log for each of ten epochs
-
-    def test_there_are_tables_a_figure_and_the_progress_of_a_fit(self, outputs):
-        kinds = {kind for cell in outputs for output in cell for kind in output.get("data", {})}
-        assert kinds >= {"text/plain", "text/html", "image/png", WIDGET}
+    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    shown = [json.dumps(output) for cell in outputs for output in cell]
+    assert not [text for text in shown if re.search(r"\(rows=|array\(|at 0x|Warning", text)]
+    assert max(map(len, outputs)) <= 20  # a line of log for each of ten epochs
+    kinds = {kind for cell in outputs for output in cell for kind in output.get("data", {})}
+    assert kinds >= {"text/plain", "text/html", "image/png", WIDGET}
 
 
 class TestUpstream:

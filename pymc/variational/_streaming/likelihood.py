@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from pytensor import function
+from pytensor import config, function
 from pytensor.compile.builders import OpFromGraph
 from pytensor.compile.mode import Mode
 from pytensor.compile.rewriting import inline_ofg_node
@@ -392,7 +392,8 @@ def _initial_point(model: Model) -> dict[Variable, np.ndarray]:
         initval_strategies=model.rvs_to_initial_values,
         return_transformed=True,
     )
-    found = function([], replace_rng_nodes(expressions), mode=UNCOMPILED)()
+    with config.change_flags(cxx=""):  # or the graph within an LKJ prior would be compiled in C
+        found = function([], replace_rng_nodes(expressions), mode=UNCOMPILED)()
     values = [model.rvs_to_values[rv] for rv in model.free_RVs]
     return {value: np.asarray(number) for value, number in zip(values, found)}
 

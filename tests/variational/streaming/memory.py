@@ -11,11 +11,17 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The resident memory of this process."""
+"""The resident memory of this process, and processes whose memory a test measures."""
 
+import os
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-__all__ = ["forget_peak", "peak_mb"]
+__all__ = ["forget_peak", "in_clean_process", "peak_mb"]
 
 
 def peak_mb() -> float:
@@ -33,3 +39,20 @@ def peak_mb() -> float:
 def forget_peak() -> None:
     """Set the peak back to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_clean_process(function: Callable, *args: Any) -> Any:
+    """Return what a function returns in a process that has only imported what is streamed with.
+
+    It is forked from a process that imports once for all calls, and has this one's environment.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests", "pymc.variational.streaming", "pyarrow.parquet"])
+    here = os.environ.copy(), os.getcwd()
+    with ProcessPoolExecutor(1, context, _move_to, here) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _move_to(environment: dict[str, str], folder: str) -> None:
+    os.environ.update(environment)
+    os.chdir(folder)

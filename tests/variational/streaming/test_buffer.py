@@ -140,18 +140,17 @@ class TestNoRows:
             prior = pm.sample_prior_predictive(5, compile_kwargs={"mode": "FAST_COMPILE"})
         assert prior.prior_predictive["y"].shape[:3] == (1, 5, 0)
 
-    @pytest.mark.parametrize("mode", ["NUMBA", "CVM"])
-    def test_a_compiled_step_has_no_loss_either(self, mode):
+    def test_a_compiled_step_has_no_loss_either(self):
         counts = StreamingDataset(np.ones((9, 1)), batch_size=3)
         with pm.Model():
             pm.Poisson("y", pm.HalfNormal("m"), observed=counts.as_tensor()[:, 0], total_size=9)
-            assert np.isnan(first_loss(mode))
+            assert np.isnan(first_loss("NUMBA"))
 
     @pytest.mark.parametrize("dtype", ["float64", "int64"])
     def test_nuts_and_map_name_the_variable_that_has_no_rows(self, dtype):
         """With a batch in the buffer they would take it for all rows, which limits.md says."""
         counts = StreamingDataset(np.ones((9, 1)), batch_size=3, dtype=dtype)
-        quick = {"progressbar": False, "compile_kwargs": {"mode": "FAST_RUN"}}
+        quick = {"progressbar": False, "compile_kwargs": {"mode": REWRITTEN}}
         with pm.Model():
             pm.Poisson("y", pm.HalfNormal("m"), observed=counts.as_tensor()[:, 0], total_size=9)
             with pytest.raises(SamplingError, match=r"'y': .*nan"):

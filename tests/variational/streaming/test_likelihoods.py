@@ -17,6 +17,8 @@ import numpy as np
 import pytensor.tensor as pt
 import pytest
 
+from pytensor.link.c.op import COp
+
 import pymc as pm
 
 from pymc.variational.streaming import StreamingDataset
@@ -283,7 +285,10 @@ SILENT = {
 
 @pytest.mark.parametrize("name", SILENT)
 @pytest.mark.filterwarnings("error")
-def test_it_is_accepted_with_all_of_its_rows(name, rows):
+def test_it_is_accepted_with_all_of_its_rows_without_waiting_for_a_c_compiler(
+    name, rows, monkeypatch
+):
+    monkeypatch.setattr(COp, "make_c_thunk", None)
     with StreamingDataset(rows, batch_size=10, order_check="off", prefetch=False) as ds, pm.Model():
         columns = {name: ds.as_tensor()[:, i] for i, name in enumerate(COLUMNS)}
         SILENT[name]({"buf": ds.as_tensor(), **columns}, {"total_size": ds.total_size})

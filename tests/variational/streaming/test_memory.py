@@ -13,7 +13,6 @@
 #   limitations under the License.
 """Memory does not grow with rows, files, row groups or epochs."""
 
-import subprocess
 import sys
 
 from pathlib import Path
@@ -23,22 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.variational.streaming.resident import SLACK, growth_mb
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
-
-ROOT = Path(__file__).parents[3]
-SLACK = 40
-"""MB; the allocator's noise between two runs of one program is about 15."""
-
-
-def growth_mb(folder: Path, *, buffer_size: int, n_epochs: int = 1) -> float:
-    command = [sys.executable, "-m", "tests.variational.streaming.resident"]
-    arguments = [str(folder), str(buffer_size), str(n_epochs)]
-    done = subprocess.run(command + arguments, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[-1])
 
 
 def write(path: Path, n_rows: int, n_columns: int, row_group: int) -> None:

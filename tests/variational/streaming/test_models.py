@@ -22,6 +22,7 @@ import re
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytensor
 import pytest
 
 import pymc as pm
@@ -32,6 +33,13 @@ from tests.variational.streaming.sources.libraries import ROOT
 QUICK = "FAST_COMPILE"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Numba will use object mode:UserWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Run in Python what takes longer to compile than to run."""
+    with pytensor.config.change_flags(mode=QUICK):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -365,6 +365,6 @@ def test_many_datasets_leave_nothing_behind(folder):
 
     use()
     before = left()
-    for _ in range(200):
+    for _ in range(50):
         use()
     assert left() == before

@@ -25,6 +25,7 @@ import signal
 import sys
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,48 +43,50 @@ TRACED = "preshuffle/command.py", "preshuffle/publish.py"
 def main(folder: str, kind: str, every: str) -> None:
     cut_small(setattr, block=4096, tasks=4)
     root = Path(folder)
-    (root / "in").mkdir()
-    table = pa.table({"row": np.arange(N_ROWS), "word": [f"{k % 7}" for k in range(N_ROWS)]})
-    table = table.set_column(1, "word", table["word"].dictionary_encode())
-    pq.write_table(table, root / "in" / "a.parquet", row_group_size=300)
+    write_source(root)
     filesystem = pa.fs.LocalFileSystem()
     if kind == "remote":
         filesystem = pa.fs.SubTreeFileSystem("/", filesystem)
-
-    def shuffle(seed: int = 0) -> None:
-        preshuffle(
-            root / "in",
-            root / "out",
-            seed=seed,
-            filesystem=filesystem,
-            scratch=root / "scratch",
-            overwrite=kind == "overwrite",
-            progressbar=False,
-        )
-
-    (root / "scratch").mkdir()
+    options = {"filesystem": filesystem, "scratch": root / "scratch", "progressbar": False}
+    shuffle = partial(preshuffle, root / "in", root / "out", **options)
     before: dict[str, str] = {}
     if kind == "overwrite":
-        assert in_child(lambda: shuffle(seed=1)) == 0
+        shuffle = partial(shuffle, overwrite=True)
+        assert in_child(partial(shuffle, seed=1)) == 0
         before = digests(root / "out")
         shutil.copytree(root / "out", root.parent / "before")
+    shuffle = partial(shuffle, seed=0)
     assert in_child(shuffle) == 0
     expected = digests(root / "out")
-    moment, kills, finished = 0, 0, 0
+    kills, finished = 0, 0
     while True:
+        moment = kills * int(every)
         empty(root)
         if kind == "overwrite":
             shutil.copytree(root.parent / "before", root / "out")
-        if in_child(lambda: shuffle_until(shuffle, moment)) == 0:
+        if in_child(partial(shuffle_until, shuffle, moment)) == 0:
             break
         finished += check_between(root, filesystem, (expected, before))
-        in_child(lambda: again(shuffle))
-        assert digests(root / "out") == expected, f"other bytes after a kill at line {moment}"
-        left = sorted(path.name for path in root.iterdir())
-        assert left == ["in", "out", "scratch"], f"litter after a kill at line {moment}"
-        assert not os.listdir(root / "scratch"), f"litter after a kill at line {moment}"
-        moment, kills = moment + int(every), kills + 1
+        in_child(partial(again, shuffle))
+        require_only(expected, root, moment)
+        kills += 1
     sys.stdout.write(f"{kills} kills, {finished} of them with a whole table\n")
+
+
+def write_source(root: Path) -> None:
+    (root / "in").mkdir()
+    (root / "scratch").mkdir()
+    words = pa.array([f"{k % 7}" for k in range(N_ROWS)]).dictionary_encode()
+    table = pa.table({"row": np.arange(N_ROWS), "word": words})
+    pq.write_table(table, root / "in" / "a.parquet", row_group_size=300)
+
+
+def require_only(expected: dict[str, str], root: Path, moment: int) -> None:
+    """Check that the result is there, and nothing that a killed run left."""
+    assert digests(root / "out") == expected, f"other bytes after a kill at line {moment}"
+    left = sorted(path.name for path in root.iterdir())
+    assert left == ["in", "out", "scratch"], f"litter after a kill at line {moment}"
+    assert not os.listdir(root / "scratch"), f"litter after a kill at line {moment}"
 
 
 def in_child(function: Callable[[], None]) -> int:

@@ -13,7 +13,6 @@
 #   limitations under the License.
 import importlib
 import re
-import subprocess
 import sys
 
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pymc.variational.streaming import parquet_source, preshuffle
+from tests.variational.streaming.memory import forget_peak, in_clean_process, peak_mb
 from tests.variational.streaming.preshuffle.preshuffled import digests, every_type
 from tests.variational.streaming.sources.object_store import s3_server
 
@@ -140,25 +140,14 @@ def read_all(fs, folder):
     return pa.concat_tables([pq.read_table(path, filesystem=fs) for path in paths])
 
 
-MEMORY = """
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from tests.variational.streaming.memory import forget_peak, peak_mb
-from pymc.variational.streaming import preshuffle
-forget_peak()
-before = peak_mb()
-source, destination, limit, n_threads = sys.argv[1:]
-options = {"executor": ThreadPoolExecutor(int(n_threads))} if int(n_threads) else {}
-preshuffle(source, destination, seed=0, memory_limit=limit, progressbar=False, **options)
-sys.stdout.write(f"{peak_mb() - before}")
-"""
-
-
 def growth_mb(source, destination, limit, n_threads):
-    command = [sys.executable, "-c", MEMORY, str(source), str(destination), limit, str(n_threads)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout)
+    """Shuffle in a process of its own; return by how much its memory grew, in MB."""
+    forget_peak()
+    before = peak_mb()
+    executor = ThreadPoolExecutor(n_threads) if n_threads else None
+    options = {"memory_limit": limit, "executor": executor, "progressbar": False}
+    preshuffle(source, destination, seed=0, **options)
+    return peak_mb() - before
 
 
 @pytest.mark.slow
@@ -188,4 +177,5 @@ def test_memory_grows_by_no_more_than_the_limit(tmp_path, shape, limit, n_thread
     else:
         blobs = [rng.bytes(int(size)) for size in rng.integers(0, 100_000, 3000)]
         pq.write_table(pa.table({"blob": blobs}), path, row_group_size=100)
-    assert growth_mb(tmp_path / "in", tmp_path / "out", f"{limit}MB", n_threads) < limit
+    arguments = tmp_path / "in", tmp_path / "out", f"{limit}MB", n_threads
+    assert in_clean_process(growth_mb, *arguments) < limit

@@ -30,10 +30,14 @@ from pymc.variational.streaming import (
     StreamError,
     arrow_source,
     parquet_source,
-    preshuffle,
     summarize,
 )
-from tests.variational.streaming.preshuffle.preshuffled import cut_small, digests, rows_in_order
+from tests.variational.streaming.preshuffle.preshuffled import (
+    cut_small,
+    digests,
+    rows_in_order,
+    shuffle,
+)
 
 N_ROWS = 5000
 CARRIERS = ["UA", "AA", "DL", "B6"]
@@ -53,10 +57,6 @@ def frame():
             "delay": np.where(rng.random(N_ROWS) < 0.1, np.nan, rng.normal(size=N_ROWS)),
         }
     )
-
-
-def shuffle(source, destination, **options):
-    return preshuffle(source, destination, **({"seed": 0, "progressbar": False} | options))
 
 
 class TestSplit:

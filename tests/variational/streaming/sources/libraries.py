@@ -11,16 +11,11 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The how-tos of docs/source/streaming/sources.md, and the data that they read.
-
-Run as a program, with a heading and folders, it streams each folder's rows and prints the peaks
-of resident memory in MB: all of it, and what is not file pages.
-"""
+"""The how-tos of docs/source/streaming/sources.md, and the data that they read."""
 
 import os
 import re
 import sqlite3
-import sys
 
 from pathlib import Path
 
@@ -132,31 +127,23 @@ HOW_TOS = {
 """Heading, the library that it needs, and what writes its rows into the working directory."""
 
 
-def peaks(heading: str) -> tuple[float, float]:
-    """Count the rows and stream them once; return the peaks of resident and of anonymous memory, in MB."""
-    forget_peak()
-    anonymous = 0.0
-    source = run("sources.md", heading)["source"]
-    buffer = shuffle_buffer(source, buffer_size=50_000, batch_size=BATCH_SIZE, seed=0)
-    with StreamingDataset(buffer, batch_size=BATCH_SIZE) as ds:
-        while not ds.epoch:
-            ds.advance()
-            anonymous = max(anonymous, anonymous_mb())
-    return peak_mb(), anonymous
+def peaks(heading: str, *folders: Path) -> list[tuple[float, float]]:
+    """Stream the rows of each folder once; return the peaks of all and of anonymous memory, in MB."""
+    found = []
+    for folder in folders:
+        os.chdir(folder)
+        forget_peak()
+        anonymous = 0.0
+        source = run("sources.md", heading)["source"]
+        buffer = shuffle_buffer(source, buffer_size=50_000, batch_size=BATCH_SIZE, seed=0)
+        with StreamingDataset(buffer, batch_size=BATCH_SIZE) as ds:
+            while not ds.epoch:
+                ds.advance()
+                anonymous = max(anonymous, anonymous_mb())
+        found.append((peak_mb(), anonymous))
+    return found
 
 
 def anonymous_mb() -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
-
-
-def main(heading: str, *folders: str) -> None:
-    found: list[float] = []
-    for folder in folders:
-        os.chdir(folder)
-        found += peaks(heading)
-    sys.stdout.write("\n" + " ".join(f"{mb:.0f}" for mb in found))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -34,6 +34,7 @@ from pymc.variational.streaming import (
 )
 from tests.variational.streaming.sources.libraries import run
 from tests.variational.streaming.strategies import rows_of
+from tests.variational.streaming.tell_tale import QUICK
 
 
 class TestColumns:
@@ -401,7 +402,8 @@ class TestCategories:
         groups = rng.choice(["low", "high"], size=2_000)
         y = np.where(groups == "low", -1.0, 2.0) + rng.normal(scale=0.1, size=2_000)
         source = arrow_source(pa.table({"group": groups, "y": y}), categories=["group"])
-        ds = StreamingDataset(shuffle_buffer(source, buffer_size=2_000, seed=0), batch_size=200)
+        buffer = shuffle_buffer(source, buffer_size=2_000, seed=0)
+        ds = StreamingDataset(buffer, batch_size=200, order_check="off")
         with pm.Model(coords=ds.coords):
             mu = pm.Normal("mu", 0.0, 10.0, dims="group")
             pm.Normal("y", mu[ds.index("group")], 0.1, observed=ds["y"], total_size=ds.total_size)
@@ -410,7 +412,7 @@ class TestCategories:
                 callbacks=[ds.fit_callback()],
                 obj_optimizer=pm.adam(learning_rate=0.05),
                 random_seed=0,
-                progressbar=False,
+                **QUICK,
             )
         mean = approx.sample(200, random_seed=0).posterior["mu"].mean(["chain", "draw"])
         # Both are exact to 0.1 / sqrt(1000) = 0.003 posterior standard deviations of the mean.

@@ -15,7 +15,6 @@
 
 import gc
 import os
-import subprocess
 import sys
 
 from contextlib import suppress
@@ -25,7 +24,8 @@ import pytest
 
 from pymc.variational.streaming import StreamingDataset
 from tests.variational.streaming.held import open_files
-from tests.variational.streaming.sources.libraries import COLUMNS, HOW_TOS, ROOT, book, run
+from tests.variational.streaming.memory import in_clean_process
+from tests.variational.streaming.sources.libraries import COLUMNS, HOW_TOS, book, peaks, run
 
 N_ROWS = 2_500
 SLACK = 40
@@ -104,19 +104,6 @@ def test_memory_does_not_grow_with_the_rows(title, few, many, own, tmp_path, mon
         folder.mkdir()
         monkeypatch.chdir(folder)
         write(book(n_rows))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.variational.streaming.sources.libraries",
-            title,
-            *map(str, folders),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    peaks = [int(mb) for mb in done.stdout.splitlines()[-1].split()]
-    first, second = peaks[own::2]
-    assert second < first + SLACK, f"{peaks} MB"
+    found = in_clean_process(peaks, title, *folders)
+    first, second = (memory[own] for memory in found)
+    assert second < first + SLACK, f"{found} MB"

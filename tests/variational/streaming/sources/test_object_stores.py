@@ -14,7 +14,6 @@
 """Streams from object stores: the same rows, or an error that names the file."""
 
 import re
-import subprocess
 import sys
 
 from collections import Counter
@@ -28,9 +27,10 @@ import pytest
 
 from pymc.variational._streaming.sources.parquet import remote
 from pymc.variational.streaming import StreamError, parquet_source
+from tests.variational.streaming.resident import SLACK, growth_mb
+from tests.variational.streaming.sources.libraries import ROOT
 from tests.variational.streaming.sources.object_store import Proxy, s3_server
 from tests.variational.streaming.strategies import rows_of
-from tests.variational.streaming.test_memory import ROOT, SLACK
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -298,10 +298,5 @@ def test_memory_is_flat(proxy, bucket):
         pq.write_table(
             table, f"bucket/{n_rows}/0.parquet", filesystem=bucket, row_group_size=n_rows
         )
-        command = [sys.executable, "-m", "tests.variational.streaming.resident"]
-        arguments = [f"s3://bucket/{n_rows}", "200000", "1"]
-        done = subprocess.run(command + arguments, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        growths.append(float(done.stdout.split()[-1]))
-    sys.stdout.write(f"growth in MB: {growths}\n")
+        growths.append(growth_mb(f"s3://bucket/{n_rows}", buffer_size=200_000))
     assert growths[1] < growths[0] + SLACK
