@@ -144,7 +144,7 @@ def response_sd(
         target = np.zeros(2 * size)
         target[place] = 1
         variances.append(cg(operator, target, rtol=0.01, maxiter=_MAX_PRODUCTS)[0][place])
-    return q.scales[places] * np.sqrt(np.maximum(variances, 1))
+    return q.scales[list(places)] * np.sqrt(np.maximum(variances, 1))  # a tuple is another index
 
 
 def _coordinates(q: MeanField) -> tuple[np.ndarray, np.ndarray]:

@@ -349,6 +349,22 @@ class TestStreams:
 
 
 class TestManyParameters:
+    def test_a_vector_alone_has_no_parameter_of_its_own(self):
+        rng = np.random.default_rng(0)
+        group = np.repeat(np.arange(600), 5)
+        rows = np.column_stack([group, rng.normal(size=len(group))])
+        ds = stream(rows)
+        with pm.Model():
+            mu = pm.Normal("mu", 0, 1, shape=600)
+            index = ds.as_tensor()[:, 0].astype("int64")
+            y = ds.as_tensor()[:, 1]
+            pm.Normal("y", mu[index], 1, observed=y, total_size=ds.total_size)
+            approx = pm.MeanField()
+        place(approx, np.bincount(group, rows[:, 1]) / 6, np.full(600, 6**-0.5))
+        report = check_fit(approx, ds, progressbar=False)
+        assert report.verdict == "fine"
+        np.testing.assert_allclose(report.sd, 6**-0.5, rtol=0.05)
+
     """Beyond 256 parameters nothing of the size of a Hessian is made."""
 
     def test_a_ridge_of_group_effects_shows_its_whole_length(self):
