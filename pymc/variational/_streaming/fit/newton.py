@@ -44,7 +44,7 @@ _PAIRS = 8
 _PAIRS_OF_MANY = 16
 """Pairs of draws of many parameters."""
 
-_FEW_ROWS = 2**20
+_FEW_ROWS = 2**19
 """Likelihoods of rows below which more pairs cost nothing."""
 
 _PRIOR_PAIRS = 384
