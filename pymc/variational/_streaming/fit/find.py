@@ -59,6 +59,12 @@ _SEPARATE = 5.0
 _FAR = 10.0
 """Standard deviations at which the density of a posterior must have fallen."""
 
+_OPEN = 1e-5
+"""Precision of a direction, relative to the largest, from which on it may be open."""
+
+_WIDE = 1e3
+"""Distance over which the density does not fall along an open direction."""
+
 _RISE = 5.0
 """Log density by which it has risen there where it has no maximum, as in a funnel."""
 
@@ -73,6 +79,7 @@ def find_fit(run: Search, before: Fit, tolerance: float, rng: np.random.Generato
         _fit_mean_field(run, MeanField(x, scales, np.inf), is_full, tolerance, rng)
         return
     mode = _find_mode(run, x, is_full, tolerance, rng)
+    _note_open(run, mode)
     if mode.curvature.is_concave:
         found = mode.x, mode.curvature.covariance()
         if fit_along_path(run, mode, is_full, rng) or fit_around(run, mode, found, is_full, rng):
@@ -83,6 +90,24 @@ def find_fit(run: Search, before: Fit, tolerance: float, rng: np.random.Generato
     if not fit_along_ridge(run, mode, is_full, rng):
         run.note_not_gaussian("it has no best Gaussian", run.remedy())
         _fit_few_rows(run, MeanField(mode.x, mode.curvature.scale, np.inf), is_full, tolerance, rng)
+
+
+def _note_open(run: Search, mode: Mode) -> None:
+    """Note a direction that neither rows nor priors say anything about."""
+    values, vectors = mode.curvature.values, mode.curvature.vectors
+    if abs(values[0]) > _OPEN * values[-1]:
+        return
+    far = mode.curvature.scale * vectors[:, 0]
+    far *= _WIDE / np.abs(far).max()
+    sample = run.sample.first(SIZES[0])
+    top, *heights = (sample.value_and_gradient(mode.x + s * far)[0] for s in (0, 1, -1))
+    if min(heights) > top - 1:
+        run.found["flat direction"] = _flat(run.names[int(np.argmax(np.abs(far)))])
+
+
+def _flat(name: str) -> Finding:
+    text = f"the posterior does not fall off along {name}, and may have no mean"
+    return Finding(text, "Give it a narrower prior.")
 
 
 def _find_mode(
@@ -200,7 +225,4 @@ def note_flat(run: Search) -> None:
             NON_CENTRED,
         )
     elif min(near[worst], far[worst]) > -1:
-        run.found["flat direction"] = Finding(
-            f"the posterior does not fall off along {name}, and may have no mean",
-            "Give it a narrower prior.",
-        )
+        run.found["flat direction"] = _flat(name)

@@ -146,8 +146,11 @@ def best_gaussian(
         while not rises and share > 1e-3:
             spread = factor @ vectors / np.sqrt(1 + share * (values - 1))
             covariance = spread @ spread.T
+            try:
+                new_factor = np.linalg.cholesky(covariance)
+            except np.linalg.LinAlgError:  # it grows without end along an open direction
+                return None
             new_mean = mean + share * covariance @ gradient
-            new_factor = np.linalg.cholesky(covariance)
             new = _expect(parts, new_mean, new_factor)
             rises = new[0] >= bound - 1e-3 - 1e-10 * abs(bound)
             share = share if rises else share / 2
