@@ -37,7 +37,7 @@ from pymc.variational._streaming.fit.gaussian import (
 )
 from pymc.variational._streaming.fit.newton import Optimum, Rows, find_optimum, is_dense
 from pymc.variational._streaming.fit.report import FitReport, StreamRows
-from pymc.variational._streaming.fit.sample import Sample
+from pymc.variational._streaming.fit.sample import Known, Sample
 from pymc.variational._streaming.fit.trust_region import Function
 from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.opvi import Approximation, Group
@@ -169,7 +169,7 @@ def measure(
     scales: np.ndarray,
     *,
     rows: int | None = None,
-    known: tuple[Sample, np.ndarray] | None = None,
+    known: Known | None = None,
     shared: Sequence[int] = (),
     executor: Executor | None,
     seed: int,
@@ -187,17 +187,22 @@ def measure(
         read = partial(_read_all, density, rows=rows, executor=executor, advance=advance)
         n_kept = 0 if known else _sample_size(density.streams, scales)
         passes = read(partial(_score, x=at), keep=n_kept)
-        sample, difference = known or (_sample(density, passes), None)
+        sample = known.sample if known else _sample(density, passes)
         error, factors, extra = 0.0, np.ones(len(at)), np.zeros(len(at))
         if not known:
             error = sample.relative_error
             factors, extra = _correction(sample, passes, at, marginal_sd(scales), read, rng)
-    value, gradient = density.prior.value_and_gradient(at)
-    value += sum(part.weight * part.sums[0] for part in passes)
-    gradient = gradient + sum(part.weight * part.sums[1] for part in passes)
-    likelihood = sample.around(at, value, gradient, difference)
+    value = sum(part.weight * part.sums[0] for part in passes)
+    gradient = sum(part.weight * part.sums[1] for part in passes)
+    prior: Function = density.prior.value_and_gradient
+    place, shape, bend = at, scales, None
+    if known and known.bend and known.straight:
+        bend, prior = known.bend, known.bend.straighten(prior, volume=True)
+        place, shape = known.straight[0], np.linalg.cholesky(known.straight[1])
+    likelihood = sample.around(at, value, gradient, known.difference if known else None, bend)
     of_rows = Rows(likelihood, sample.n_rows, error, factors, extra, shared)
-    optimum = find_optimum(at, scales, of_rows, density.prior, rng)
+    optimum = find_optimum(place, shape, of_rows, prior, rng)
+    gradient = gradient + density.prior.value_and_gradient(at)[1]
     return _report(group, density, scales, passes, gradient, optimum)
 
 

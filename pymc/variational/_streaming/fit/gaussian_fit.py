@@ -41,6 +41,9 @@ _KEPT = 0.8
 _STANDARD_ERRORS = 2.0
 """Standard errors up to which a correction of a moment is taken for noise."""
 
+_NEAR = 0.2
+"""Standard deviations within which the optimum is where no step raises the bound."""
+
 _MAX_RATIO = 4.0
 """Factor by which a variance may change in one step."""
 
@@ -139,21 +142,25 @@ def best_gaussian(
             return None
         values, vectors = np.linalg.eigh(precision)
         values = np.clip(values, 1 / _MAX_RATIO, _MAX_RATIO)
-        while share > 1e-3:
+        rises = False
+        while not rises and share > 1e-3:
             spread = factor @ vectors / np.sqrt(1 + share * (values - 1))
             covariance = spread @ spread.T
-            new_factor = np.linalg.cholesky(covariance)
+            try:
+                new_factor = np.linalg.cholesky(covariance)
+            except np.linalg.LinAlgError:  # it grows without end along an open direction
+                return None
             new_mean = mean + share * covariance @ gradient
             new = _expect(parts, new_mean, new_factor)
-            if new[0] >= bound - 1e-3 - 1e-10 * abs(bound):
-                break
-            share /= 2
-        else:
-            return None
+            rises = new[0] >= bound - 1e-3 - 1e-10 * abs(bound)
+            share = share if rises else share / 2
         sd, new_sd = np.linalg.norm(factor, axis=1), np.sqrt(np.diag(covariance))
         moved = max(np.abs((new_mean - mean) / new_sd).max(), np.abs(np.log(new_sd / sd)).max())
+        if not rises:
+            return None
         mean, factor, (bound, gradient, precision) = new_mean, new_factor, new
-        if moved < tolerance * share:
+        # Draws are exact for quadratics only, and an optimum is where no long step raises the bound.
+        if moved < (tolerance if share > 0.1 else _NEAR) * share:
             return mean, covariance
         share = min(1.0, 2 * share)
     return None

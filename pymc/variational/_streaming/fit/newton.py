@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.fit.density import Term
 from pymc.variational._streaming.fit.gaussian import log_volume
 from pymc.variational._streaming.fit.gaussian_fit import Probe, normal_draws
 from pymc.variational._streaming.fit.krylov import Products
@@ -45,7 +44,7 @@ _PAIRS = 8
 _PAIRS_OF_MANY = 16
 """Pairs of draws of many parameters."""
 
-_FEW_ROWS = 2**20
+_FEW_ROWS = 2**19
 """Likelihoods of rows below which more pairs cost nothing."""
 
 _PRIOR_PAIRS = 384
@@ -107,7 +106,7 @@ def is_dense(scale: np.ndarray) -> bool:
 
 
 def find_optimum(
-    mean: np.ndarray, scale: np.ndarray, rows: Rows, prior: Term, rng: np.random.Generator
+    mean: np.ndarray, scale: np.ndarray, rows: Rows, prior: Function, rng: np.random.Generator
 ) -> Optimum:
     """Return what a Newton step says about a Gaussian approximation."""
     find = _dense_optimum if is_dense(scale) else _iterative_optimum
@@ -127,7 +126,7 @@ def _dense_optimum(mean, scale, rows, prior, rng) -> Optimum:
     size, factor = len(mean), scale if scale.ndim == 2 else np.diag(scale)
     most = max(_PRIOR_PAIRS, 4 * size)
     pairs = min(max(_PAIRS, _FEW_ROWS // rows.n_rows), most)
-    parts = (rows.likelihood, pairs), (prior.value_and_gradient, most)
+    parts = (rows.likelihood, pairs), (prior, most)
     probes = [Probe(f, normal_draws(size, n, rng), mean, factor) for f, n in parts]
     gradient = probes[0].gradient + probes[1].gradient
     of_rows = probes[0].precision()
@@ -185,7 +184,7 @@ def _iterative_optimum(mean, scale, rows, prior, rng) -> Optimum:
     """Find the same in memory O(d), from products with the Hessian."""
 
     def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
-        (value, gradient), (more, slope) = rows.likelihood(x), prior.value_and_gradient(x)
+        (value, gradient), (more, slope) = rows.likelihood(x), prior(x)
         return value + more, gradient + slope
 
     size, product = len(mean), partial(_precision_at_mean, mean, scale, rows, prior)
@@ -225,13 +224,13 @@ def _iterative_optimum(mean, scale, rows, prior, rng) -> Optimum:
 
 
 def _precision_at_mean(
-    mean: np.ndarray, scale: np.ndarray, rows: Rows, prior: Term, v: np.ndarray, corrected=True
+    mean: np.ndarray, scale: np.ndarray, rows: Rows, prior: Function, v: np.ndarray, corrected=True
 ) -> np.ndarray:
     """Return -LᵀHL *v* of the Hessian H at the mean."""
     factors, extra = (rows.factors, rows.extra) if corrected else (1.0, 0.0)
     v = scale * v
     of_rows = hessp(lambda x: rows.likelihood(x)[1], mean, factors * v, scale)
-    of_prior = hessp(lambda x: prior.value_and_gradient(x)[1], mean, v, scale)
+    of_prior = hessp(lambda x: prior(x)[1], mean, v, scale)
     return -scale * (factors * of_rows + extra * v + of_prior)
 
 

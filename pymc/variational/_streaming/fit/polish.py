@@ -26,6 +26,7 @@ import numpy as np
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.fit.check import measure
 from pymc.variational._streaming.fit.density import Density
+from pymc.variational._streaming.fit.find import find_fit, note_flat
 from pymc.variational._streaming.fit.gaussian import (
     as_streams,
     gaussian_group,
@@ -37,7 +38,7 @@ from pymc.variational._streaming.fit.gaussian import (
     set_scale,
 )
 from pymc.variational._streaming.fit.report import POLISH_AGAIN, FitReport
-from pymc.variational._streaming.fit.search import Fit, PassesSpent, Search, find_fit, note_flat
+from pymc.variational._streaming.fit.search import Fit, PassesSpent, Search
 from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.opvi import Approximation, Group
 
@@ -121,6 +122,10 @@ def polish(
 
     Opper, M. & Archambeau, C. (2009). The variational Gaussian approximation revisited. Neural
     Computation 21(3), 786-792.
+
+    Rue, H., Martino, S. & Chopin, N. (2009). Approximate Bayesian inference for latent Gaussian
+    models by using integrated nested Laplace approximations. Journal of the Royal Statistical
+    Society, Series B 71(2), 319-392.
 
     Examples
     --------

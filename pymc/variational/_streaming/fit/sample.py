@@ -17,16 +17,18 @@ import math
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
+from pymc.variational._streaming.fit.bend import Bend
 from pymc.variational._streaming.fit.density import Density, sample_rows
-from pymc.variational._streaming.fit.trust_region import Function, Pattern
+from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Function, Pattern
 
-__all__ = ["Sample"]
+__all__ = ["Known", "Sample"]
 
 _MAX_VALUES = 2**22
 """Values of a sample that are held in memory, 32 MB of float64."""
@@ -127,22 +129,60 @@ class Sample:
         return rare
 
     def around(
-        self, x: np.ndarray, value: float, gradient: np.ndarray, difference: np.ndarray | None
+        self,
+        x: np.ndarray,
+        value: float,
+        gradient: np.ndarray,
+        difference: np.ndarray | None,
+        bend: Bend | None = None,
     ) -> Function:
-        """Return the likelihood with the value and the gradient of all rows at *x*.
+        """Return the likelihood with that of all rows, and its gradient and Hessian, at *x*.
 
-        These are of the whole log density, and so is the *difference* of the Hessians. The sample
-        serves the rest, which is small near the optimum (Quiroz et al. 2019).
+        The sample serves the rest, which is small near the optimum (Quiroz et al. 2019). It is a
+        function of the coordinates of *bend*, if that is given: along a ridge the difference to
+        all rows is quadratic in these only.
         """
-        at, slope = self.value_and_gradient(x)
-        height, slope = value - at, gradient - slope
+        at, slope = self.likelihood(x)
+        gap = _Quadratic(x, value - at, gradient - slope, difference)
+        likelihood: Function = self.likelihood
+        if bend is not None:
+            likelihood, straight = bend.straighten(likelihood), bend.straighten(gap.at)
+            y = bend.coordinates(x)
+            steps = RELATIVE_STEP * np.sqrt(np.diag(bend.covariance))
+            hessian = Pattern.dense(len(x)).hessian(lambda y: straight(y)[1], y, steps)
+            gap = _Quadratic(y, *straight(y), hessian)
 
         def corrected(y: np.ndarray) -> tuple[float, np.ndarray]:
-            here, gradient = self.likelihood(y)
-            more = 0 if difference is None else difference @ (y - x)
-            return here + height + (slope + more / 2) @ (y - x), gradient + slope + more
+            (value, gradient), (more, slope) = likelihood(y), gap.at(y)
+            return value + more, gradient + slope
 
         return corrected
+
+
+class Known(NamedTuple):
+    """What :func:`polish` knows of the curvature around a fit."""
+
+    sample: Sample
+    difference: np.ndarray
+    """What the Hessian of all rows exceeds that of the sample by."""
+    bend: Bend | None = None
+    """Coordinates in which the posterior is near a Gaussian, if they are not the parameters."""
+    straight: tuple[np.ndarray, np.ndarray] | None = None
+    """Mean and covariance of that Gaussian."""
+
+
+class _Quadratic(NamedTuple):
+    """A quadratic function, or a linear one without Hessian."""
+
+    x: np.ndarray
+    value: float
+    gradient: np.ndarray
+    hessian: np.ndarray | None
+
+    def at(self, y: np.ndarray) -> tuple[float, np.ndarray]:
+        step = y - self.x
+        more = 0 if self.hessian is None else self.hessian @ step
+        return self.value + (self.gradient + more / 2) @ step, self.gradient + more
 
 
 def _random_rows(

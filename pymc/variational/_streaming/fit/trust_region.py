@@ -86,7 +86,8 @@ class Pattern:
         hessian, known = np.zeros((size, size)), np.zeros(size, bool)
         for group, column in zip(self.groups, columns):
             for j in group:
-                rows = self._nonzero[:, j] & ~known
+                # What a column that is found by itself has where a sample had zeros counts too.
+                rows = ~known if len(group) == 1 else self._nonzero[:, j] & ~known
                 hessian[rows, j] = hessian[j, rows] = column[rows] / steps[j]
             if len(group) == 1:
                 known[group] = True

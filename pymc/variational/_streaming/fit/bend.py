@@ -1,0 +1,279 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+"""Coordinates in which a posterior that lies along a curved ridge is near a Gaussian."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pymc.variational._streaming.fit.trust_region import (
+    RELATIVE_STEP,
+    Curvature,
+    Function,
+    Mode,
+    Pattern,
+    maximize,
+)
+
+__all__ = ["Bend", "Ridge"]
+
+_NODES = (-2, -1, 1, 2)
+"""Standard deviations from its centre at which the path of the ridge is looked up."""
+
+_ON_RIDGE = 1e-3
+"""Standard deviations from the ridge, which polynomials through its points multiply."""
+
+_LONGEST = 1.0
+"""Longest step along the ridge."""
+
+_MAX_STEPS = 12
+
+_PUSHED = 4_000
+"""Pairs of draws that are taken from straight coordinates to the parameters."""
+
+
+class Ridge:
+    """A log density along some *chosen* parameters, the others integrated out by Laplace's method.
+
+    Where rows pin products of parameters, as a scale times what it scales, the mode of the density
+    says nothing about the scale, but that of its marginal density does (Rue, Martino and Chopin
+    2009).
+
+    Parameters
+    ----------
+    function : callable
+        Log density with its gradient.
+    hessian : callable
+        Function of a point and of the distances over which gradients are compared.
+    chosen : sequence of int
+    scale : ndarray, shape (d,)
+        Conditional standard deviations, about.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        hessian: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        chosen: Sequence[int],
+        scale: np.ndarray,
+    ):
+        self._function, self._hessian = function, hessian
+        self.hessian = np.zeros((len(scale), len(scale)))
+        """Hessian of all parameters at the last mode."""
+        self.chosen, self._scale = np.array(chosen), scale
+        self.others = np.setdiff1d(np.arange(len(scale)), self.chosen)
+
+    def mode(self, x: np.ndarray) -> tuple[np.ndarray, Mode]:
+        """Return the mode given the chosen ones of *x*, whole and without them."""
+        whole, steps = x.copy(), RELATIVE_STEP * self._scale
+
+        def value_and_gradient(rest: np.ndarray) -> tuple[float, np.ndarray]:
+            whole[self.others] = rest
+            value, gradient = self._function(whole)
+            return value, gradient[self.others]
+
+        def hessian(rest: np.ndarray, rest_steps: np.ndarray) -> np.ndarray:
+            whole[self.others], steps[self.others] = rest, rest_steps
+            self.hessian = self._hessian(whole, steps)
+            return self.hessian[np.ix_(self.others, self.others)]
+
+        rest, first = x[self.others], steps[self.others]
+        found = maximize(value_and_gradient, hessian, rest, tolerance=_ON_RIDGE, steps=first)
+        there = Curvature(hessian(found.x, RELATIVE_STEP * found.curvature.scale))
+        whole[self.others] = found.x
+        return whole, found._replace(curvature=there)
+
+    def climb(
+        self, x: np.ndarray, steps: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Return the mode given the best of the chosen ones, their covariance, and the others'.
+
+        The *steps* are distances over which marginal densities are compared. None where there is
+        no maximum.
+        """
+        size = len(steps)
+
+        def density(x: np.ndarray) -> tuple[np.ndarray, float]:
+            whole, mode = self.mode(x)
+            return whole, mode.log_evidence
+
+        def slopes(x: np.ndarray) -> np.ndarray:
+            pairs = [
+                (density(self._moved(x, e))[1], density(self._moved(x, -e))[1])
+                for e in np.diag(steps)
+            ]
+            return np.array([(up - down) / 2 for up, down in pairs]) / steps
+
+        x, value = density(x)
+        for _ in range(_MAX_STEPS):
+            gradient = slopes(x)
+            hessian = Pattern.dense(size).hessian(
+                lambda t: slopes(self._moved(x, t)), np.zeros(size), steps
+            )
+            if not (np.isfinite(gradient).all() and np.isfinite(hessian).all()):
+                return None
+            curvature = Curvature(hessian)
+            step = curvature.step(gradient, 0.0)[0]
+            step *= min(1, _LONGEST / np.abs(step).max())
+            if curvature.is_concave:
+                steps = np.sqrt(np.diag(curvature.covariance())) / 2
+                if (np.abs(step) < 0.2 * steps).all():
+                    return x, curvature.covariance(), self._given(x)
+            while (new := density(self._moved(x, step)))[1] <= value:
+                step = step / 2
+                if (np.abs(step) < 1e-3 * steps).all():
+                    return None
+            x, value = new
+        return None
+
+    def bend(self, x: np.ndarray, covariance: np.ndarray) -> "Bend":
+        """Return coordinates in which the ridge is straight around a mode given the chosen ones."""
+        spread = np.linalg.cholesky(covariance)
+        middle = self.mode(x)[1]
+        paths = [[self.mode(self._moved(x, u * s))[1] for u in _NODES] for s in spread.T]
+        return Bend(self.chosen, self.others, x, spread, middle, paths)
+
+    def _given(self, x: np.ndarray) -> np.ndarray:
+        """Return the covariance given the chosen ones, which is 0 for these, shape (d, d)."""
+        covariance = np.zeros_like(self.hessian)
+        covariance[np.ix_(self.others, self.others)] = self.mode(x)[1].curvature.covariance()
+        return covariance
+
+    def _moved(self, x: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        moved = x.copy()
+        moved[self.chosen] += shift
+        return moved
+
+
+class Bend:
+    """Coordinates y of parameters x, in which the others' distribution given the chosen ones is one.
+
+    Mean and factor of the covariance of the others are polynomials of the chosen ones, the
+    diagonal of the factor on a log scale. Around the centre, y is x to first order.
+
+    Parameters
+    ----------
+    chosen, others : ndarray of int
+    center : ndarray, shape (d,)
+    spread : ndarray, shape (k, k)
+        Factor of the covariance of the chosen ones.
+    middle : Mode
+        Mode of the others at the centre.
+    paths : sequence of sequence of Mode
+        Their modes at the nodes along each column of *spread*.
+    """
+
+    def __init__(
+        self,
+        chosen: np.ndarray,
+        others: np.ndarray,
+        center: np.ndarray,
+        spread: np.ndarray,
+        middle: Mode,
+        paths: Sequence[Sequence[Mode]],
+    ):
+        self._chosen, self._others, self.center = chosen, others, center
+        self._spread, self._middle = spread, _position(middle)
+        powers = np.linalg.inv(np.vander(_NODES, len(_NODES) + 1, increasing=True)[:, 1:])
+        self._paths = [
+            [
+                np.tensordot(powers, np.stack(part) - at, 1)
+                for part, at in zip(zip(*map(_position, path)), self._middle)
+            ]
+            for path in paths
+        ]
+        """Coefficients of mean, factor and log widths, without the constant, along each path."""
+        k = len(chosen)
+        self._tangent = np.zeros((len(center), len(center)))
+        self._tangent[np.ix_(chosen, range(k))] = spread
+        self._tangent[others, :k] = np.array([path[0][0] for path in self._paths]).T
+        self._tangent[others, k:] = self._middle[1] * np.exp(self._middle[2])
+        self._inverse = np.linalg.inv(self._tangent)
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Covariance of a standard normal in these coordinates."""
+        return self._tangent @ self._tangent.T
+
+    def place(self, y: np.ndarray) -> np.ndarray:
+        """Return the parameters."""
+        u, e = self._split(y)
+        mean, factor, logs = self._at(u)
+        x = y.copy()
+        x[self._others] = mean + factor @ (np.exp(logs) * e)
+        return x
+
+    def coordinates(self, x: np.ndarray) -> np.ndarray:
+        """Return the coordinates of parameters."""
+        u = np.linalg.solve(self._spread, (x - self.center)[self._chosen])
+        mean, factor, logs = self._at(u)
+        e = np.linalg.solve(factor, x[self._others] - mean) / np.exp(logs)
+        return self.center + self._tangent @ np.concatenate([u, e])
+
+    def straighten(self, function: Function, *, volume: bool = False) -> Function:
+        """Return a function of the coordinates, or with the *volume* a log density of them."""
+
+        def straight(y: np.ndarray) -> tuple[float, np.ndarray]:
+            u, e = self._split(y)
+            mean, factor, logs = self._at(u)
+            widths, x = np.exp(logs), y.copy()
+            x[self._others] = mean + factor @ (widths * e)
+            value, gradient = function(x)
+            chosen, rest = gradient[self._chosen], gradient[self._others]
+            along = self._spread.T @ chosen
+            for k, path in enumerate(self._paths):
+                shift, turn, growth = (np.tensordot(_slopes(u[k]), part, 1) for part in path)
+                moved = shift + turn @ (widths * e) + factor @ (growth * widths * e)
+                along[k] += rest @ moved + volume * growth.sum()
+            value += volume * float((logs - self._middle[2]).sum())
+            slope = np.concatenate([along, widths * (factor.T @ rest)])
+            return value, self._inverse.T @ slope
+
+        return straight
+
+    def moments(
+        self, mean: np.ndarray, covariance: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and covariance of the parameters, where the coordinates are Gaussian."""
+        half = rng.normal(size=(_PUSHED, len(mean))) @ np.linalg.cholesky(covariance).T
+        offsets = np.concatenate([half, -half])
+        x = np.array([self.place(mean + offset) for offset in offsets])
+        # What is linear is exact, and the draws give the rest.
+        covariance = covariance + np.cov(x.T) - np.cov(offsets.T)
+        return x.mean(axis=0), covariance
+
+    def _split(self, y: np.ndarray) -> list[np.ndarray]:
+        """Return standard normal coordinates of the chosen ones and of the others."""
+        return np.split(self._inverse @ (y - self.center), [len(self._chosen)])
+
+    def _at(self, u: np.ndarray) -> list[np.ndarray]:
+        """Return mean, factor with a diagonal of ones, and log widths of the others."""
+        parts = list(self._middle)
+        for step, path in zip(u, self._paths):
+            powers = step ** np.arange(1, len(_NODES) + 1)
+            parts = [part + np.tensordot(powers, more, 1) for part, more in zip(parts, path)]
+        return parts
+
+
+def _slopes(step: float) -> np.ndarray:
+    """Return the derivatives of the powers of a step."""
+    n = np.arange(1, len(_NODES) + 1)
+    return n * step ** (n - 1)
+
+
+def _position(mode: Mode) -> list[np.ndarray]:
+    """Return mean, and factor of the covariance as a unit triangle and log widths."""
+    factor = np.linalg.cholesky(mode.curvature.covariance())
+    widths = np.diag(factor)
+    return [mode.x, factor / widths, np.log(widths)]
