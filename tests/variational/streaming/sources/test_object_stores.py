@@ -168,8 +168,7 @@ def test_a_fault_in_the_middle_of_an_epoch_loses_and_repeats_no_row(proxy, rows,
 
 @pytest.mark.slow
 def test_an_answer_that_stalls_is_given_up_and_asked_for_again(proxy, rows):
-    impatient = connect(proxy.endpoint, request_timeout=1)
-    source = parquet_source("bucket/in", filesystem=impatient)
+    source = open_pyarrow("in", proxy.endpoint)
     proxy.fail("stall", times=1, only="1.parquet", span=MIDDLE)
     np.testing.assert_array_equal(rows_of(source), rows)
 
