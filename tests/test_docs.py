@@ -212,12 +212,16 @@ def run_shorter(page: Path) -> list[Ran]:
 def test_the_notebook_shows_tables_a_figure_and_progress_but_no_raw_objects(tmp_path):
     names = ("nbformat", "nbclient", "ipykernel", "ipywidgets")
     nbformat, nbclient, *_ = map(pytest.importorskip, names)
+    from traitlets.config import Config
+
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     notebook.cells.insert(0, nbformat.v4.new_code_cell("import tests"))
     folder = {"metadata": {"path": tmp_path}}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    nbclient.NotebookClient(notebook, resources=folder).execute(env=environment)
+    sockets = Config(KernelManager={"transport": "ipc"})  # ports could be those of other tests
+    client = nbclient.NotebookClient(notebook, resources=folder, config=sockets)
+    client.execute(env=environment)
     outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     shown = [json.dumps(output) for cell in outputs for output in cell]
     assert not [text for text in shown if re.search(r"\(rows=|array\(|at 0x|Warning", text)]

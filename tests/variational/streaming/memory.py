@@ -42,12 +42,13 @@ def forget_peak() -> None:
 
 
 def in_clean_process(function: Callable, *args: Any) -> Any:
-    """Return what a function returns in a process that has only imported what is streamed with.
+    """Return what a function returns in a process that has only imported what the function needs.
 
-    It is forked from a process that imports once for all calls, and has this one's environment.
+    It is forked from a process that imports what takes long once for all calls, but not what is
+    tested, which that process might find elsewhere; and it has this process's environment.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["tests", "pymc.variational.streaming", "pyarrow.parquet"])
+    context.set_forkserver_preload(["pymc", "pyarrow.parquet", "scipy.stats"])
     here = os.environ.copy(), os.getcwd()
     with ProcessPoolExecutor(1, context, _move_to, here) as pool:
         return pool.submit(function, *args).result()

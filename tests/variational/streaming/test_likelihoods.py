@@ -14,6 +14,7 @@
 """Likelihoods that a stream takes without a word, on rows that are right for them."""
 
 import numpy as np
+import pytensor
 import pytensor.tensor as pt
 import pytest
 
@@ -288,6 +289,7 @@ SILENT = {
 def test_it_is_accepted_with_all_of_its_rows_without_waiting_for_a_c_compiler(
     name, rows, monkeypatch
 ):
+    monkeypatch.setattr(pytensor.config, "cxx", "g++")
     monkeypatch.setattr(COp, "make_c_thunk", None)
     with StreamingDataset(rows, batch_size=10, order_check="off", prefetch=False) as ds, pm.Model():
         columns = {name: ds.as_tensor()[:, i] for i, name in enumerate(COLUMNS)}

@@ -416,8 +416,7 @@ class TestCategories:
             )
         mean = approx.sample(200, random_seed=0).posterior["mu"].mean(["chain", "draw"])
         # Both are exact to 0.1 / sqrt(1000) = 0.003 posterior standard deviations of the mean.
-        assert abs(float(mean.sel(group="low")) + 1) < 0.03
-        assert abs(float(mean.sel(group="high")) - 2) < 0.03
+        np.testing.assert_allclose(mean.sel(group=["low", "high"]), [-1, 2], rtol=0, atol=0.03)
 
 
 class TestTables:
