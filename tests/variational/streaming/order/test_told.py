@@ -130,7 +130,8 @@ class TestStreaming:
         rows = draw("normal", 4_000)
         source = in_sequence(rows) if sequential else rows
         ds = StreamingDataset(source, batch_size=1_000, total_size=4_000, prefetch=False)
-        fit(ds, n_steps)
+        with caplog.at_level("INFO", logger="pymc"):
+            fit(ds, n_steps)
         found = [text for text in caplog.messages if "used 3,000 rows, less than one epoch" in text]
         assert len(found) == bool(told)
         assert all(told in text for text in found)
