@@ -195,11 +195,11 @@ def measure(
     value = sum(part.weight * part.sums[0] for part in passes)
     gradient = sum(part.weight * part.sums[1] for part in passes)
     prior: Function = density.prior.value_and_gradient
-    place, shape, bend = at, scales, None
-    if known and known.bend and known.straight:
-        bend, prior = known.bend, known.bend.straighten(prior, volume=True)
+    place, shape, transform = at, scales, None
+    if known and known.transform and known.straight:
+        transform, prior = known.transform, known.transform.straighten(prior, volume=True)
         place, shape = known.straight[0], np.linalg.cholesky(known.straight[1])
-    likelihood = sample.around(at, value, gradient, known.difference if known else None, bend)
+    likelihood = sample.around(at, value, gradient, known.difference if known else None, transform)
     of_rows = Rows(likelihood, sample.n_rows, error, factors, extra, shared)
     optimum = find_optimum(place, shape, of_rows, prior, rng)
     gradient = gradient + density.prior.value_and_gradient(at)[1]

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pymc.variational._streaming.fit.bend import Bend, Ridge
 from pymc.variational._streaming.fit.gaussian_fit import (
     Probe,
     best_gaussian,
@@ -26,6 +25,7 @@ from pymc.variational._streaming.fit.gaussian_fit import (
     normal_draws,
 )
 from pymc.variational._streaming.fit.report import COMPARE
+from pymc.variational._streaming.fit.ridge import Ridge, RidgeTransform
 from pymc.variational._streaming.fit.sample import Known
 from pymc.variational._streaming.fit.search import SIZES, Search
 from pymc.variational._streaming.fit.trust_region import (
@@ -64,7 +64,7 @@ which these are integrated out."""
 _NEARBY = 0.3
 """Standard deviations over which that is estimated."""
 
-_MAX_BENT = 3
+_MAX_CURVED = 3
 """Parameters along which a path may be curved."""
 
 _ROUNDS = 4
@@ -110,14 +110,16 @@ def fit_along_path(run: Search, mode: Mode, is_full: bool, rng: np.random.Genera
     path = _path(run, mode, rng)
     if path is None:
         return False
-    x, bent, spread = path
+    x, curved, spread = path
     for n in range(_ROUNDS):
-        target, bend = _straight(run, x, bent, spread, scale)
-        best = best_gaussian(target.parts(rng), bend.center, bend.covariance, max_steps=_NEAR_STEPS)
+        target, transform = _straight(run, x, curved, spread, scale)
+        best = best_gaussian(
+            target.parts(rng), transform.center, transform.covariance, max_steps=_NEAR_STEPS
+        )
         if best is None:
             break
-        x, sd = bend.place(best[0]), np.sqrt(np.diag(best[1]))
-        is_near = (np.abs(x - bend.center)[bent] < _SETTLED * sd[bent]).all()
+        x, sd = transform.place(best[0]), np.sqrt(np.diag(best[1]))
+        is_near = (np.abs(x - transform.center)[curved] < _SETTLED * sd[curved]).all()
         if is_near or n == _ROUNDS - 1:
             _keep(run, target, best, is_full, rng)
             return True
@@ -155,10 +157,10 @@ def _around(run: Search, mode: Mode) -> _Target:
 
 
 def _straight(
-    run: Search, x: np.ndarray, bent: list[int], spread: np.ndarray, scale: np.ndarray
-) -> tuple[_Target, Bend]:
+    run: Search, x: np.ndarray, curved: list[int], spread: np.ndarray, scale: np.ndarray
+) -> tuple[_Target, RidgeTransform]:
     """Return the density in coordinates that are straight around a point of the path."""
-    whole = Ridge(run.value_and_gradient, run.hessian, bent, scale)
+    whole = Ridge(run.value_and_gradient, run.hessian, curved, scale)
     x, _ = whole.mode(x)
     value, gradient = run.value_and_gradient(x)
     target = _around(run, Mode(x, value, gradient, Curvature(whole.hessian), np.inf))
@@ -167,11 +169,11 @@ def _straight(
     def hessian(y: np.ndarray, steps: np.ndarray) -> np.ndarray:
         return sample.hessian(run.pattern, y, steps) + difference
 
-    bend = Ridge(target.density, hessian, bent, scale).bend(x, spread)
+    transform = Ridge(target.density, hessian, curved, scale).transform(x, spread)
     height, slope = run.prior(x)
-    likelihood = sample.around(x, value - height, gradient - slope, difference, bend)
-    prior = bend.straighten(run.prior, volume=True)
-    return _Target(likelihood, prior, Known(sample, difference, bend), x), bend
+    likelihood = sample.around(x, value - height, gradient - slope, difference, transform)
+    prior = transform.straighten(run.prior, volume=True)
+    return _Target(likelihood, prior, Known(sample, difference, transform), x), transform
 
 
 def _path(
@@ -185,15 +187,15 @@ def _path(
     sample, scale = run.sample.first(_DRAW_ROWS), mode.curvature.scale
     hessian = partial(sample.hessian, run.pattern)
     x, covariance, spread = mode.x, mode.curvature.covariance(), np.zeros((0, 0))
-    steps, bent = np.sqrt(np.diag(covariance)) / 2, list[int]()
-    while len(bent) < _MAX_BENT and (k := _most_drawn(run, x, covariance, rng)) is not None:
-        bent.append(k)
-        ridge = Ridge(sample.value_and_gradient, hessian, bent, scale)
-        found = ridge.climb(x, steps[bent])
+    steps, curved = np.sqrt(np.diag(covariance)) / 2, list[int]()
+    while len(curved) < _MAX_CURVED and (k := _most_drawn(run, x, covariance, rng)) is not None:
+        curved.append(k)
+        ridge = Ridge(sample.value_and_gradient, hessian, curved, scale)
+        found = ridge.climb(x, steps[curved])
         if found is None:
             return None
         x, spread, covariance = found
-    return (x, bent, spread) if bent else None
+    return (x, curved, spread) if curved else None
 
 
 def _most_drawn(
@@ -229,8 +231,8 @@ def _keep(
         why = f"{run.names[worst]} has skewness {moments.skewness[worst]:.2g}"
         run.note_not_gaussian(why, COMPARE)
     run.known = target.known._replace(straight=found)
-    if target.known.bend is not None:
-        found = target.known.bend.moments(*found, rng)
+    if target.known.transform is not None:
+        found = target.known.transform.moments(*found, rng)
     run.keep(*found, is_full)
 
 

@@ -24,8 +24,8 @@ import numpy as np
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
-from pymc.variational._streaming.fit.bend import Bend
 from pymc.variational._streaming.fit.density import Density, sample_rows
+from pymc.variational._streaming.fit.ridge import RidgeTransform
 from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Function, Pattern
 
 __all__ = ["Known", "Sample"]
@@ -134,21 +134,21 @@ class Sample:
         value: float,
         gradient: np.ndarray,
         difference: np.ndarray | None,
-        bend: Bend | None = None,
+        transform: RidgeTransform | None = None,
     ) -> Function:
         """Return the likelihood with that of all rows, and its gradient and Hessian, at *x*.
 
         The sample serves the rest, which is small near the optimum (Quiroz et al. 2019). It is a
-        function of the coordinates of *bend*, if that is given: along a ridge the difference to
+        function of the coordinates of *transform*, if that is given: along a ridge the difference to
         all rows is quadratic in these only.
         """
         at, slope = self.likelihood(x)
         gap = _Quadratic(x, value - at, gradient - slope, difference)
         likelihood: Function = self.likelihood
-        if bend is not None:
-            likelihood, straight = bend.straighten(likelihood), bend.straighten(gap.at)
-            y = bend.coordinates(x)
-            steps = RELATIVE_STEP * np.sqrt(np.diag(bend.covariance))
+        if transform is not None:
+            likelihood, straight = transform.straighten(likelihood), transform.straighten(gap.at)
+            y = transform.coordinates(x)
+            steps = RELATIVE_STEP * np.sqrt(np.diag(transform.covariance))
             hessian = Pattern.dense(len(x)).hessian(lambda y: straight(y)[1], y, steps)
             gap = _Quadratic(y, *straight(y), hessian)
 
@@ -165,7 +165,7 @@ class Known(NamedTuple):
     sample: Sample
     difference: np.ndarray
     """What the Hessian of all rows exceeds that of the sample by."""
-    bend: Bend | None = None
+    transform: RidgeTransform | None = None
     """Coordinates in which the posterior is near a Gaussian, if they are not the parameters."""
     straight: tuple[np.ndarray, np.ndarray] | None = None
     """Mean and covariance of that Gaussian."""

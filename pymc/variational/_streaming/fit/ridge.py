@@ -26,7 +26,7 @@ from pymc.variational._streaming.fit.trust_region import (
     maximize,
 )
 
-__all__ = ["Bend", "Ridge"]
+__all__ = ["Ridge", "RidgeTransform"]
 
 _NODES = (-2, -1, 1, 2)
 """Standard deviations from its centre at which the path of the ridge is looked up."""
@@ -137,12 +137,12 @@ class Ridge:
             x, value = new
         return None
 
-    def bend(self, x: np.ndarray, covariance: np.ndarray) -> "Bend":
+    def transform(self, x: np.ndarray, covariance: np.ndarray) -> "RidgeTransform":
         """Return coordinates in which the ridge is straight around a mode given the chosen ones."""
         spread = np.linalg.cholesky(covariance)
         middle = self.mode(x)[1]
         paths = [[self.mode(self._moved(x, u * s))[1] for u in _NODES] for s in spread.T]
-        return Bend(self.chosen, self.others, x, spread, middle, paths)
+        return RidgeTransform(self.chosen, self.others, x, spread, middle, paths)
 
     def _given(self, x: np.ndarray) -> np.ndarray:
         """Return the covariance given the chosen ones, which is 0 for these, shape (d, d)."""
@@ -156,7 +156,7 @@ class Ridge:
         return moved
 
 
-class Bend:
+class RidgeTransform:
     """Coordinates y of parameters x, in which the others' distribution given the chosen ones is one.
 
     Mean and factor of the covariance of the others are polynomials of the chosen ones, the
