@@ -134,7 +134,7 @@ def speeds(lanes: dict[str, Lane], limit: str, other: str, prefix: str = "") -> 
             f"{prefix}| {name} | {1 / seconds:,.0f} | {1e3 * seconds:.3f} "
             f"| {1e3 * lane.median('processor_seconds'):.3f} "
             f"| {lane.median('disk_mb') / seconds:.0f} "
-            f"| {ratio(lane, lanes[limit]):.2f} | {ratio(lane, lanes[other]):.2f} |\n"
+            f"| {ratio(lane, lanes[limit])} | {ratio(lane, lanes[other])} |\n"
         )
     return text
 

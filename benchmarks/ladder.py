@@ -82,8 +82,8 @@ def ladder(data: Data, turns: int) -> str:
         text += (
             f"| {setting.name} | {way} | {1 / seconds:,.0f} | {1e3 * seconds:.3f} "
             f"| {1e3 * lane.median('processor_seconds'):.3f} "
-            f"| {ratio(lane, lanes[setting, LIMIT]):.2f} "
-            f"| {ratio(lane, lanes[SETTINGS[0], LIMIT]):.2f} |\n"
+            f"| {ratio(lane, lanes[setting, LIMIT])} "
+            f"| {ratio(lane, lanes[SETTINGS[0], LIMIT])} |\n"
         )
     return text
 
