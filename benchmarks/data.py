@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 from benchmarks.orderbook.publish import published
 from pymc.variational.streaming import preshuffle
 
-__all__ = ["N_FEATURES", "N_GROUPS", "Data"]
+__all__ = ["N_GROUPS", "WIDE", "Data"]
 
-N_FEATURES = 63
+WIDE = 64
 N_GROUPS = 500
 ROWS_PER_FILE = 500_000
 
@@ -56,10 +56,11 @@ class Data:
         n_rows = n_rows or self.n_rows
         return self._table(f"book-{n_rows}", partial(_write_book, n_rows))
 
-    def wide(self) -> Path:
-        """64 columns of float32, the last one 0 or 1; a tenth of the rows."""
-        n_rows = self.n_rows // 10
-        return self._table(f"wide-{n_rows}", partial(_write, n_rows, _wide_columns))
+    def wide(self, width: int = WIDE) -> Path:
+        """Columns of float32, the last one 0 or 1; as many numbers as 64 of a tenth of the rows."""
+        n_rows = self.n_rows // 10 * WIDE // width
+        write = partial(_write, n_rows, partial(_wide_columns, width=width))
+        return self._table(f"wide-{width}-{n_rows}", write)
 
     def groups(self) -> Path:
         """Number of a group, x and y."""
@@ -92,8 +93,8 @@ def _write(n_rows: int, columns: Callable, folder: Path) -> None:
             pq.write_table(table, content / f"part-{first:010}.parquet")
 
 
-def _wide_columns(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
-    x = rng.normal(size=(N_FEATURES, n)).astype("float32")
+def _wide_columns(rng: np.random.Generator, n: int, width: int) -> dict[str, np.ndarray]:
+    x = rng.normal(size=(width - 1, n)).astype("float32")
     up = rng.random(n) < 1 / (1 + np.exp(-x[:5].sum(axis=0)))
     return {**{f"x{j}": column for j, column in enumerate(x)}, "up": up.astype("float32")}
 

@@ -103,6 +103,11 @@ def shapes_table(data: Data, turns: int) -> str:
         '64 columns, format="arrow"': Case(
             data.shuffled(data.wide(), "arrow"), wide, buffer_size=WIDE_BUFFER
         ),
+        '256 columns, format="arrow"': Case(
+            data.shuffled(data.wide(256), "arrow"),
+            partial(wide, width=256),
+            buffer_size=WIDE_BUFFER,
+        ),
         "batches of 256": Case(book, order_book, batch_size=256),
         f"hierarchical, {N_GROUPS} groups": Case(groups, hierarchical),
         "order book, cold page cache": Case(book, order_book),
