@@ -96,7 +96,8 @@ def _write(n_rows: int, columns: Callable, folder: Path) -> None:
 
 
 def _wide_columns(rng: np.random.Generator, n: int, width: int) -> dict[str, np.ndarray]:
-    x = rng.normal(size=(width - 1, n)).astype("float32")
+    # The logit of a fit's first step has the same size for any width; else its density overflows.
+    x = rng.normal(scale=(WIDE / width) ** 0.5, size=(width - 1, n)).astype("float32")
     up = rng.random(n) < 1 / (1 + np.exp(-x[:5].sum(axis=0)))
     return {**{f"x{j}": column for j, column in enumerate(x)}, "up": up.astype("float32")}
 
