@@ -126,14 +126,8 @@ def best_gaussian(
     """Return mean and covariance of the Gaussian with the highest evidence lower bound.
 
     There the expected gradient vanishes, and the covariance is the negative inverse of the expected
-    Hessian (Opper and Archambeau 2009). Each step raises the bound; None if none can.
-
-    Parameters
-    ----------
-    parts : sequence of (callable, ndarray)
-        Parts of the log density, each with its standard normal draws.
-    mean : ndarray, shape (d,)
-    covariance : ndarray, shape (d, d)
+    Hessian (Opper and Archambeau 2009). Each step raises the bound; None if none can. The *parts*
+    of the log density have their standard normal draws with them.
     """
     factor, share = np.linalg.cholesky(covariance), 1.0
     bound, gradient, precision = _expect(parts, mean, factor)

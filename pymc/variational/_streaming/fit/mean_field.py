@@ -50,13 +50,7 @@ def sign_draws(
     """Return half of antithetic draws of signs, shape (pairs, size).
 
     Up to *pairs* parameters are orthogonal; of more, some share a pattern but for its sign, apart
-    from a few that are *alone*, since others depend on them.
-
-    Parameters
-    ----------
-    size : int
-    pairs : int
-        Power of 2.
+    from a few that are *alone*, since others depend on them. The *pairs* are a power of 2.
     """
     alone = list(alone)[: pairs - 1]
     patterns = len(alone) + rng.permutation(size) % (pairs - len(alone))
@@ -89,19 +83,9 @@ def best_mean_field(
     """Maximize the evidence lower bound at fixed draws over means and log scales.
 
     That is deterministic ADVI (Giordano, Ingram and Broderick 2024), by a trust-region Newton
-    method with conjugate gradients (Steihaug 1983), in units of the scales.
-
-    Parameters
-    ----------
-    parts : sequence of callable
-        Parts of the log density: functions of mean and scales that return what
-        :func:`expected` returns.
-    q : MeanField
-        Where the search begins.
-    tolerance : float
-        Step, in units of the scales, that ends the search.
-    show : callable
-        Function that is told where each step has led.
+    method with conjugate gradients (Steihaug 1983), in units of the scales. The *parts* of the log
+    density return what :func:`expected` returns; *show* is told where each step has led, and one
+    below *tolerance* ends the search.
     """
     size, distance = len(q.mean), np.inf
     x, radius = _coordinates(q)[0], np.sqrt(size)
