@@ -31,6 +31,8 @@ __all__ = ["MeanField", "best_mean_field", "expected", "response_sd", "sign_draw
 
 Part = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray, np.ndarray]]
 
+_MAX_STEPS = 100
+
 _MAX_PRODUCTS = 50
 """Hessian-vector products of one step."""
 
@@ -77,7 +79,6 @@ def best_mean_field(
     q: MeanField,
     *,
     tolerance: float,
-    max_steps: int = 100,
     show: Callable[[MeanField], None],
 ) -> MeanField:
     """Maximize the evidence lower bound at fixed draws over means and log scales.
@@ -90,7 +91,7 @@ def best_mean_field(
     size, distance = len(q.mean), np.inf
     x, radius = _coordinates(q)[0], np.sqrt(size)
     value, gradient = _bound(parts, x)
-    for _ in range(max_steps):
+    for _ in range(_MAX_STEPS):
         unit = _coordinates(MeanField(x[:size], np.exp(x[size:]), distance))[1]
         product = partial(_precision_product, parts, x, unit)
         step, predicted, is_inside = _steihaug(product, unit * gradient, radius)

@@ -34,9 +34,6 @@ __all__ = ["fit_moments"]
 _DRAW_ROWS = 65_536
 """Rows at which likelihoods are evaluated for draws of the approximation."""
 
-_NEAR_STEPS = 12
-"""Steps to the nearest Gaussian, beyond which there is none near."""
-
 _WEIGHTED_ROWS = 2**25
 """Likelihoods of rows that a round of importance sampling takes, within bounds on the pairs."""
 
@@ -95,7 +92,7 @@ def _fit_along(run: Search, mode: Mode, path: _Path) -> bool:
             (target.likelihood, normal_draws(size, max(8, size), run.rng)),
             (target.prior, normal_draws(size, max(_PRIOR_PAIRS, 8 * size), run.rng)),
         ]
-        best = best_gaussian(parts, target.mean, target.covariance, max_steps=_NEAR_STEPS)
+        best = best_gaussian(parts, target.mean, target.covariance)
         if best is None:
             return False
         x, sd = transform.place(best[0]), np.sqrt(np.diag(best[1]))
