@@ -128,7 +128,7 @@ def _path(run: Search, mode: Mode) -> _Path:
     sample, steps = run.sample.first(_DRAW_ROWS), RELATIVE_STEP * mode.curvature.scale
     path, covariance = _Path(mode.x, [], np.zeros((0, 0))), mode.curvature.covariance()
     sd = np.sqrt(np.diag(covariance))
-    while len(path.curved) < _MAX_CURVED:
+    while len(path.curved) < min(_MAX_CURVED, len(mode.x) - 1):
         k = _most_drawn(run, path.x, covariance)
         if k is None:
             break

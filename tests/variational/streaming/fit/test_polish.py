@@ -186,6 +186,16 @@ def test_a_skewed_posterior_is_told_of():
     assert "Compare with pm.sample on a part of the rows" in str(report)
 
 
+@pytest.mark.parametrize("prior_sd, verdict", [(100, "flat direction"), (1, "fine")])
+def test_a_parameter_that_no_event_bounds_is_told_of_until_its_prior_does(prior_sd, verdict):
+    """It is far from its mode, and there is no other one that could be integrated out."""
+    ds = StreamingDataset(np.zeros((20, 1)), batch_size=10)
+    with pm.Model() as model:
+        logit, event = pm.Normal("logit", 0, prior_sd), ds.as_tensor()[:, 0]
+        pm.Bernoulli("y", logit_p=logit, observed=event, total_size=ds.total_size)
+    assert polish(pm.MeanField(model=model), ds, progressbar=False).verdict == verdict
+
+
 def test_a_multivariate_likelihood_needs_no_fit_before():
     """Before one the buffer holds no rows, on which linear algebra cannot be evaluated."""
     rows = np.random.default_rng(0).normal(1.0, 1.0, size=(1_000, 2))
