@@ -21,28 +21,25 @@ fitted to its first million rows, its first five, and so on to all of them: from
 of time through a buffer, and after ``preshuffle``, each in a process of its own. The same is done
 with real captures, if there are any, and the last way with a table of a billion rows.
 
-A run that was stopped goes on where it was: the result of each stage is a file in the work folder.
-Delete that folder to start anew. The numbers, tables and figures go into the results folder.
+A run that was stopped goes on: the results of finished stages are in a file in the work folder, and
+only what the others need is made again. Delete that file to start anew.
+The numbers, tables and figures go into the results folder.
 """
 
 import argparse
 import json
 import math
-import os
 import shutil
+import sys
 import time
-import zlib
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-
-from rich.console import Console
 
 from benchmarks.orderbook.columns import holds_messages
 from benchmarks.orderbook.experiment import (
@@ -51,7 +48,6 @@ from benchmarks.orderbook.experiment import (
     fit_model,
     in_process,
     parquet_files,
-    shuffle,
 )
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
@@ -59,20 +55,22 @@ from benchmarks.orderbook.rows import write_rows
 from benchmarks.orderbook.tables import (
     CAPTURES,
     EXACT,
+    FIRST,
     FOLD,
-    IN_MEMORY,
     MESSAGES,
     ORDERED,
     PRESHUFFLE,
     ROWS,
+    SECOND,
     SHUFFLED,
     Records,
     case_name,
     publish,
 )
+from pymc.variational.streaming import preshuffle
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["Settings", "Steps", "main", "run"]
+__all__ = ["Settings", "main", "run"]
 
 SEED = 0
 ROW_BYTES = 13
@@ -87,7 +85,7 @@ class Settings:
     """The experiment to run."""
 
     sizes: tuple[int, ...] = (1_000_000, 5_000_000, 20_000_000, 26_000_000, 121_800_000)
-    """Rows of the tables; each is the beginning of the largest."""
+    """Rows of the tables; each is the beginning of one."""
     table: int = 121_800_000
     """Rows of the table through which the markets drift, at least the largest size."""
     billion: int | None = 1_000_000_000
@@ -102,218 +100,144 @@ class Settings:
     """Of each fit, at least; two whole epochs if those are more."""
 
 
-class Steps:
-    """The results of steps, each a small JSON file in *folder*, so that a run can go on.
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the experiment whose result is recorded."""
 
-    >>> steps = Steps(folder)
-    >>> with steps.product("1M", "rows", {"rows": 1_000_000}, write_rows) as rows:
-    ...     steps.record("1M", "fit", {"steps": 8_000}, lambda: fit_rows(rows()))
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.records: Records = {}
-        self._folder = folder
-        self._console = Console(stderr=True)
-        for name in ("records", "tables"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-
-    def record(
-        self, case: str, kind: str, parameters: dict[str, Any], run: Callable[[], Any]
-    ) -> None:
-        """Call *run* for a result that is plain JSON, unless that of these parameters is there."""
-        file = self._folder / "records" / f"{_name(case, kind)}.json"
-        record = json.loads(file.read_text()) if file.exists() else {}
-        if record.get("parameters") != parameters:
-            began = time.perf_counter()
-            result = run()
-            record = {"parameters": parameters, "seconds": time.perf_counter() - began}
-            record["result"] = result
-            unfinished = file.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(record, indent=1))
-            unfinished.replace(file)
-            self._console.print(f"{case} {kind}: {record['seconds']:.1f} s", highlight=False)
-        self.records.setdefault(case, {})[kind] = record
-
-    @contextmanager
-    def product(
-        self, case: str, kind: str, parameters: dict[str, Any], make: Callable[[Path], Any]
-    ) -> Iterator[Callable[[], Path]]:
-        """Record a step that makes a directory, and yield what returns it for other steps.
-
-        It is made again if a step needs it and it is gone, and deleted in the end.
-        """
-        number = zlib.crc32(json.dumps(parameters).encode())
-        path = self._folder / "tables" / f"{_name(case, kind)}-{number:08x}"
-        unfinished = path.with_name(f"{path.name}.unfinished")
-
-        def make_whole() -> Any:
-            for old in (path, unfinished):
-                shutil.rmtree(old, ignore_errors=True)
-            result = make(unfinished)
-            unfinished.rename(path)
-            return result
-
-        def ready() -> Path:
-            if not path.exists():
-                make_whole()
-            return path
-
-        self.record(case, kind, parameters, make_whole)
-        yield ready
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _name(case: str, kind: str) -> str:
-    return f"{case}-{kind}".replace(" ", "-")
+    kind: str
+    parameters: dict[str, Any]
+    """All that the result depends on."""
+    run: Callable[[], dict[str, Any]]
+    """Return the result, as JSON can hold it."""
+    is_needed: bool = False
+    """Whether it makes what later stages of the same case read."""
 
 
 def run(settings: Settings, work: Path) -> Records:
-    """Take all steps that have no record in *work*, and return the records of all."""
-    steps = Steps(work)
-    sizes = tuple(sorted(settings.sizes))
-    if sizes:
-        _run_sizes(steps, settings, settings.table, sizes)
+    """Run all stages that have no record in *work*, and return the records of all."""
+    file, tables = work / "records.json", work / "tables"
+    work.mkdir(parents=True, exist_ok=True)
+    kept: Records = json.loads(file.read_text()) if file.exists() else {}
+    records: Records = {}
+    for case, stages in _cases(settings, tables):
+        shutil.rmtree(tables, ignore_errors=True)
+        done = kept.setdefault(case, {})
+        open_stages = [
+            stage
+            for stage in stages
+            if done.get(stage.kind, {}).get("parameters") != stage.parameters
+        ]
+        for stage in stages if open_stages else []:
+            if stage not in open_stages and not stage.is_needed:
+                continue
+            began = time.perf_counter()
+            result = stage.run()
+            seconds = time.perf_counter() - began
+            sys.stderr.write(f"{case} {stage.kind}: {seconds:.1f} s\n")
+            if stage in open_stages:
+                record = {"parameters": stage.parameters, "seconds": seconds, "result": result}
+                done[stage.kind] = record
+                unfinished = file.with_suffix(".unfinished")
+                unfinished.write_text(json.dumps(kept, indent=1))
+                unfinished.replace(file)
+        records[case] = {stage.kind: done[stage.kind] for stage in stages}
+    shutil.rmtree(tables, ignore_errors=True)
+    return records
+
+
+def _cases(settings: Settings, tables: Path) -> Iterator[tuple[str, list[Stage]]]:
+    """Yield the stages of each case, which make their tables in one directory."""
+    rows = tables / "rows"
+    for size in sorted(settings.sizes):
+        yield case_name(size), _of_rows(settings, rows, size, settings.table)
     if settings.captures is not None:
-        _run_captures(steps, settings, settings.captures)
+        table = {"files": len(_files(settings.captures)), "bytes": _bytes(settings.captures)}
+        # They are too short to compile for, so the second of two folds counts.
+        measured = partial(in_process, _measured_fold, settings.captures, rows, repeats=2)
+        fits = _fits(settings, rows, None, table)
+        yield CAPTURES, [Stage(FOLD, table, measured, is_needed=True), *fits]
     if settings.messages is not None:
-        _run_fold(steps, settings.messages)
+        messages, table = tables / "messages", {"messages": settings.messages, "seed": SEED}
+        made = partial(_generate, messages, settings.messages)
+        measured = partial(in_process, _measured_fold, messages, rows)
+        generated = Stage("generate", table, made, is_needed=True)
+        yield MESSAGES, [generated, Stage(FOLD, table, measured)]
     if settings.billion is not None:
-        _run_sizes(steps, settings, settings.billion, (settings.billion,), streamed_only=True)
-    return steps.records
+        size = settings.billion
+        yield case_name(size), _of_rows(settings, rows, size, size, streamed_only=True)
 
 
-def disk_needed(settings: Settings) -> int:
-    """Tell how many bytes the products take at most at the same time."""
-    # A table, its scattered rows and the shuffled ones; none is larger than the bare numbers.
-    largest = max(settings.billion or 0, *settings.sizes)
-    per_message = MESSAGE_BYTES + SCRATCH_BYTES + ROW_BYTES
-    return max(3 * ROW_BYTES * largest, per_message * (settings.messages or 0))
+def _of_rows(
+    settings: Settings, rows: Path, size: int, planned: int, *, streamed_only: bool = False
+) -> list[Stage]:
+    table = {"of": planned, "seed": SEED}
+    parameters = {**table, "rows": size}
+    made = Stage(ROWS, parameters, partial(_write_rows, rows, size, planned), is_needed=True)
+    return [made, *_fits(settings, rows, size, table, streamed_only=streamed_only)]
 
 
-def _run_sizes(
-    steps: Steps,
+def _fits(
     settings: Settings,
-    planned: int,
-    sizes: tuple[int, ...],
+    rows: Path,
+    n_rows: int | None,
+    table: dict[str, Any],
     *,
     streamed_only: bool = False,
-) -> None:
-    """Make one table, and fit its beginnings of so many rows."""
-    table = {"of": planned, "seed": SEED}
-    parameters = table if streamed_only else {**table, "sizes": [*settings.sizes]}
-    make = partial(_write_rows, planned=planned, sizes=sizes)
-    with steps.product(case_name(max(sizes)), ROWS, parameters, make) as rows:
-        for size in sizes:
-            case = _Case(steps, settings, case_name(size), size, table)
-            case.fit_all(lambda: rows() / str(size), streamed_only=streamed_only)
+) -> list[Stage]:
+    """Give the stages of one table of rows; the buffer holds a twentieth of an unknown number."""
+    parameters = {**table, "rows": n_rows}
+    shuffled = rows.with_name("shuffled")
 
-
-def _run_captures(steps: Steps, settings: Settings, captures: Path) -> None:
-    files = [file for file in captures.rglob("*") if file.is_file()]
-    table = {"files": len(files), "bytes": _bytes(captures)}
-    # They are too short to compile for, so the second of two folds counts.
-    make = partial(in_process, _measured_fold, captures, repeats=2)
-    with steps.product(CAPTURES, FOLD, table, make) as rows:
-        _Case(steps, settings, CAPTURES, None, table).fit_all(rows)
-
-
-def _run_fold(steps: Steps, n_messages: int) -> None:
-    parameters = {"messages": n_messages, "seed": SEED}
-    make = partial(_generate, n_messages=n_messages)
-    with steps.product(MESSAGES, "generate", parameters, make) as messages:
-
-        def measure(rows: Path) -> dict[str, Any]:
-            return in_process(_measured_fold, messages(), rows)
-
-        with steps.product(MESSAGES, FOLD, parameters, measure):
-            pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """One table to fit the model to."""
-
-    steps: Steps
-    settings: Settings
-    name: str
-    n_rows: int | None
-    """None if that is not known beforehand; the buffer then holds a twentieth of the rows."""
-    table: dict[str, Any]
-    """All that its rows depend on."""
-
-    def fit_all(self, rows: Callable[[], Path], *, streamed_only: bool = False) -> None:
-        parameters = {**self.table, "rows": self.n_rows}
-        self.steps.record(
-            self.name, EXACT, parameters, lambda: asdict(in_process(exact_posterior, rows()))
-        )
-        if not streamed_only:
-            for seed, kind in IN_MEMORY:
-                self._fit(kind, rows, seed=seed)
-            self._fit(ORDERED, rows, streamed=True)
-        with self.steps.product(
-            self.name, PRESHUFFLE, parameters, lambda product: _preshuffle(rows(), product)
-        ) as shuffled:
-            self._fit(SHUFFLED, shuffled, streamed=True)
-
-    def _fit(
-        self, kind: str, rows: Callable[[], Path], *, seed: int = SEED, streamed: bool = False
-    ) -> None:
-        n_rows = self.n_rows or 0
-        # Enough that one whole epoch remains when the first half is left out.
-        n_steps = max(self.settings.steps, 2 * math.ceil(n_rows / BATCH_SIZE) + 1)
+    def fit(kind: str, rows: Path, *, seed: int = SEED, streamed: bool = True) -> Stage:
         options: dict[str, Any] = {
-            "n_steps": n_steps,
+            # Enough that one whole epoch remains when the first half is left out.
+            "n_steps": max(settings.steps, 2 * math.ceil((n_rows or 0) / BATCH_SIZE) + 1),
             "seed": seed,
-            "buffer_size": self.settings.buffer_size if n_rows else None,
+            "buffer_size": settings.buffer_size if n_rows else None,
             "streamed": streamed,
-            "check_last": n_rows <= CHECKED_TWICE,
+            "check_last": (n_rows or 0) <= CHECKED_TWICE,
         }
-        parameters = {**self.table, "rows": self.n_rows, **options}
-        self.steps.record(self.name, kind, parameters, lambda: _fit(rows(), **options))
+        return Stage(kind, {**parameters, **options}, partial(_fit, rows, **options))
+
+    in_ram = [fit(FIRST, rows, seed=1, streamed=False), fit(SECOND, rows, seed=2, streamed=False)]
+    return [
+        Stage(EXACT, parameters, partial(_exact, rows)),
+        *([] if streamed_only else [*in_ram, fit(ORDERED, rows)]),
+        Stage(PRESHUFFLE, parameters, partial(_preshuffle, rows, shuffled), is_needed=True),
+        fit(SHUFFLED, shuffled),
+    ]
 
 
-def _write_rows(product: Path, *, planned: int, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Write the largest table, and link the files of each smaller one into a directory."""
-    whole = product / "whole"
+def _write_rows(rows: Path, size: int, planned: int) -> dict[str, Any]:
     began = time.perf_counter()
-    write_rows(whole, rows=max(sizes), planned=planned, seed=SEED, cuts=sizes)
-    seconds = time.perf_counter() - began
-    for size in sizes:
-        (product / str(size)).mkdir()
-        n_rows = 0
-        for file in parquet_files(whole):
-            if n_rows < size:
-                os.link(file, product / str(size) / file.name)
-                n_rows += pq.read_metadata(file).num_rows
-    return {"rows": max(sizes), "bytes": _bytes(whole), "seconds": seconds}
+    write_rows(rows, rows=size, planned=planned, seed=SEED)
+    return {"rows": size, "bytes": _bytes(rows), "seconds": time.perf_counter() - began}
+
+
+def _exact(rows: Path) -> dict[str, Any]:
+    return asdict(in_process(exact_posterior, rows))
 
 
 def _fit(rows: Path, *, buffer_size: int | None, streamed: bool, **options: Any) -> dict[str, Any]:
     n_rows = sum(pq.read_metadata(file).num_rows for file in parquet_files(rows))
-    size = buffer_size or max(n_rows // WINDOW_SHARE, BATCH_SIZE)
-    fit = partial(
-        in_process, fit_model, rows, buffer_size=size if streamed else None, progressbar=False
-    )
+    size = (buffer_size or max(n_rows // WINDOW_SHARE, BATCH_SIZE)) if streamed else None
+    fit = partial(in_process, fit_model, rows, buffer_size=size, progressbar=False)
     # Whoever comes first compiles for the others, which would show in its memory and seconds.
     fit(**{**options, "n_steps": 1})
     result = fit(**options, examine=streamed)
-    return {
-        **asdict(result),
-        "trace": None,
-        "buffer_size": size if streamed else None,
-        # What follows a colon names files of this machine.
-        "warnings": [warning.partition(":")[0] for warning in result.warnings],
-    }
+    # What follows a colon names files of this machine.
+    warnings = [warning.partition(":")[0] for warning in result["warnings"]]
+    return {**result, "trace": None, "buffer_size": size, "warnings": warnings}
 
 
-def _preshuffle(rows: Path, product: Path) -> dict[str, Any]:
-    report = in_process(shuffle, rows, product, seed=SEED)
+def _preshuffle(rows: Path, shuffled: Path) -> dict[str, Any]:
+    report = in_process(preshuffle, rows, shuffled, seed=SEED, progressbar=False)
     return {**asdict(report), "destination": None}
 
 
-def _generate(product: Path, n_messages: int) -> dict[str, Any]:
-    generate(product, messages=n_messages, seed=SEED, file_format="parquet", progressbar=False)
-    return {"messages": n_messages, "bytes": _bytes(product)}
+def _generate(messages: Path, n_messages: int) -> dict[str, Any]:
+    generate(messages, messages=n_messages, seed=SEED, file_format="parquet", progressbar=False)
+    return {"messages": n_messages, "bytes": _bytes(messages)}
 
 
 def _measured_fold(messages: Path, rows: Path, *, repeats: int = 1) -> dict[str, Any]:
@@ -324,8 +248,12 @@ def _measured_fold(messages: Path, rows: Path, *, repeats: int = 1) -> dict[str,
     return {**asdict(report), "findings": None, "bytes": _bytes(messages), "peak_mb": peak_mb()}
 
 
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
 def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in _files(folder))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -345,15 +273,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/reproduce"))
     parser.add_argument("--results", type=Path, default=Path("build/reproduce/results"))
     parser.add_argument("--page", type=Path, help="file to put the tables into")
+    parser.add_argument("--numbers", type=Path, help="reproduce.json of a run to publish instead")
     args = parser.parse_args(argv)
-    settings = Settings(
-        sizes=args.sizes,
-        billion=defaults.billion if args.billion else None,
-        captures=args.captures,
-    )
+    if args.numbers is not None:
+        publish(json.loads(args.numbers.read_text())["records"], args.results, args.page)
+        return
+    billion = defaults.billion if args.billion else None
+    settings = Settings(sizes=args.sizes, billion=billion, captures=args.captures)
     _check(settings, args.work)
     publish(run(settings, args.work), args.results, args.page)
-    Console(stderr=True).print(f"The numbers are in {args.results / 'reproduce.json'}")
+    sys.stderr.write(f"The numbers are in {args.results / 'reproduce.json'}\n")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -367,7 +296,10 @@ def _check(settings: Settings, work: Path) -> None:
     if not 1 <= min(settings.sizes) <= max(settings.sizes) <= settings.table:
         raise SystemExit(f"sizes must lie between 1 and {settings.table}, got {settings.sizes}")
     work.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(work).free + _bytes(work), disk_needed(settings)
+    # A table, its scattered rows and the shuffled ones; none is larger than the bare numbers.
+    of_rows = 3 * ROW_BYTES * max(settings.billion or 0, *settings.sizes)
+    of_messages = (MESSAGE_BYTES + SCRATCH_BYTES + ROW_BYTES) * (settings.messages or 0)
+    free, needed = shutil.disk_usage(work).free + _bytes(work), max(of_rows, of_messages)
     if free < needed:
         raise SystemExit(
             f"{work} must have {needed / 1e9:.0f} GB free, it has {free / 1e9:.0f}; pass --work on "

@@ -82,11 +82,9 @@ class TestDamage:
         self.damaged(tmp_path)
         whole = folded(tmp_path, keep_going=True)[1]
         monkeypatch.setattr(reading_module, "BLOCK_BYTES", 777)
-        monkeypatch.setattr(reading_module, "PIECE_BYTES", 50)
         monkeypatch.setattr(reading_module, "GZIP", gzip)
         monkeypatch.setattr(merge_module, "MERGED_ROWS", 7)
         monkeypatch.setattr(merge_module, "FEWEST_ROWS", 3)
-        monkeypatch.setattr(fold_module, "LABEL_BLOCK", 2)
         assert folded(tmp_path, keep_going=True, workers=1)[1].equals(whole)
 
     def test_a_killed_fold_goes_on_with_the_file_it_was_reading(self, tmp_path, monkeypatch):
@@ -116,7 +114,7 @@ class TestDamage:
     def test_a_changed_file_is_read_again_after_a_kill(self, tmp_path, monkeypatch):
         path = write_lines(tmp_path / "in", GOOD)
         with monkeypatch.context() as patch:
-            patch.setattr(fold_module, "_write_files", raise_interrupt)
+            patch.setattr(fold_module, "write_files", raise_interrupt)
             with pytest.raises(KeyboardInterrupt):
                 fold(tmp_path / "in", tmp_path / "out", progressbar=False)
         write_lines(tmp_path / "in", [START, *RUN], name=path.name)

@@ -18,14 +18,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.orderbook import generate as generate_module
 from benchmarks.orderbook import merge as merge_module
 from benchmarks.orderbook import reading as reading_module
-from benchmarks.orderbook import simulate as simulate_module
 from benchmarks.orderbook.book import LEVEL, SNAPSHOT, close_ms
 from benchmarks.orderbook.fold import fold
-from benchmarks.orderbook.generate import generate, main, plan
+from benchmarks.orderbook.generate import generate, main, plan, simulate
 from benchmarks.orderbook.reading import find_files, read_parts
-from benchmarks.orderbook.simulate import simulate
 from tests.orderbook.naive import NaiveBook, anova_f, as_float32, naive_rows, read_lines
 from tests.orderbook.wire import assert_equal_rows, read_rows
 
@@ -65,9 +64,9 @@ def same_files(one, other):
 
 
 @pytest.mark.parametrize("file_format", ["json", "parquet"])
-def test_same_seed_gives_the_same_bytes_whatever_the_workers(small, tmp_path, file_format):
+def test_same_seed_gives_the_same_bytes(small, tmp_path, file_format):
     options = {"messages": 8_000, "file_format": file_format, "progressbar": False}
-    generate(tmp_path / "same", seed=3, workers=1, **options)
+    generate(tmp_path / "same", seed=3, **options)
     generate(tmp_path / "other", seed=4, **options)
     assert same_files(small / file_format, tmp_path / "same")
     assert not same_files(small / file_format, tmp_path / "other")
@@ -114,7 +113,6 @@ def test_rows_are_those_of_the_dictionary_merged_by_time(small):
 
 def test_rows_do_not_depend_on_block_sizes(small, tmp_path, monkeypatch):
     monkeypatch.setattr(reading_module, "BLOCK_BYTES", 12_345)
-    monkeypatch.setattr(reading_module, "PIECE_BYTES", 321)
     monkeypatch.setattr(reading_module, "BLOCK_EVENTS", 77)
     monkeypatch.setattr(merge_module, "MERGED_ROWS", 50)
     monkeypatch.setattr(merge_module, "FEWEST_ROWS", 5)
@@ -142,7 +140,7 @@ def test_number_of_messages_is_exact(messages):
 def test_blocks_are_bounded_whatever_the_number_of_messages(tmp_path):
     (market, *_) = plan(600_000, seed=0)
     blocks = list(simulate(market))
-    assert max(len(events.kind) for events in blocks) == simulate_module.BLOCK
+    assert max(len(events.kind) for events in blocks) == generate_module.BLOCK
     assert sum((events.kind != LEVEL).sum() for events in blocks) == market.n_messages
     assert all(events.kind[0] == SNAPSHOT for events in blocks if SNAPSHOT in events.kind)
     generate(tmp_path / "p", messages=600_000, seed=0, file_format="parquet", progressbar=False)
@@ -185,8 +183,6 @@ def test_relation_of_label_and_features_drifts_and_not_once_shuffled(large):
 def test_bad_arguments_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="messages must be at least 128, got 127"):
         generate(tmp_path / "out", messages=127, seed=0, progressbar=False)
-    with pytest.raises(ValueError, match='file_format must be "json" or "parquet", got \'csv\''):
-        generate(tmp_path / "out", messages=1000, seed=0, file_format="csv", progressbar=False)
     with pytest.raises(SystemExit, match="1"):
         main([str(tmp_path), "--messages", "1_000", "--quiet"])
     assert "exists; choose another name" in capsys.readouterr().err
