@@ -224,7 +224,7 @@ def fit_model(
 
 def build_model(
     rows: Path, buffer_size: int | None, seed: int, columns: Sequence[str] | None = None
-) -> StreamingDataset | None:
+) -> Any:
     """Build the model in context; return the stream that it observes, if any."""
     files = parquet_files(rows)
     columns = columns or pq.read_schema(files[0]).names
@@ -312,7 +312,7 @@ def _state(approx: Any) -> dict[str, Any]:
     return {"mean": mean, "sd": sd, "verdict": None, "z": None}
 
 
-def _buffer(rows: Path, buffer_size: int | None, seed: int, columns: Sequence[str] | None) -> Any:
+def _buffer(rows: Path, buffer_size: Any, seed: int, columns: Sequence[str] | None) -> Any:
     source = parquet_source(rows, columns=columns)
     return shuffle_buffer(source, buffer_size=buffer_size, batch_size=BATCH_SIZE, seed=seed)
 
@@ -324,8 +324,8 @@ def _derivatives(
     gradient, information = np.zeros(len(b)), np.zeros((len(b), len(b)))
     with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as parquet:
         for batch in parquet.iter_batches(columns=[*columns], use_threads=False):
-            *x, up = (batch[name].to_numpy(zero_copy_only=False) for name in columns)
-            x = np.column_stack([np.ones(len(up)), *x])
+            *features, up = (batch[name].to_numpy(zero_copy_only=False) for name in columns)
+            x = np.column_stack([np.ones(len(up)), *features])
             if not (np.abs(x) <= LARGEST).all() or not ((up == 0) | (up == 1)).all():
                 raise ValueError(
                     f"{file} must hold only finite numbers in {', '.join(columns)}, "

@@ -255,7 +255,7 @@ def _draw(
     cases: list[Case],
     value: Callable[[Case, str], float | None],
     ways: tuple[str, ...],
-    original: dict[str, dict[int, float]],
+    original: Any,
     ylabel: str,
     file: Path,
 ) -> None:
