@@ -33,75 +33,41 @@ import shutil
 import sys
 import time
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from benchmarks.orderbook.columns import holds_messages
-from benchmarks.orderbook.experiment import (
-    BATCH_SIZE,
-    exact_posterior,
-    fit_model,
-    in_process,
-    parquet_files,
-)
+from benchmarks.orderbook import tables
+from benchmarks.orderbook.columns import holds_messages, parquet_files
+from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, fit_model, in_process
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
 from benchmarks.orderbook.rows import write_rows
-from benchmarks.orderbook.tables import (
-    CAPTURES,
-    EXACT,
-    FIRST,
-    FOLD,
-    MESSAGES,
-    ORDERED,
-    PRESHUFFLE,
-    ROWS,
-    SECOND,
-    SHUFFLED,
-    Records,
-    case_name,
-    publish,
-)
 from pymc.variational.streaming import preshuffle
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["Settings", "main", "run"]
+__all__ = ["main", "run"]
 
-SEED = 0
-ROW_BYTES = 13
-SCRATCH_BYTES = 21
-MESSAGE_BYTES = 12
+SIZES = (1_000_000, 5_000_000, 20_000_000, 26_000_000, 121_800_000)
+"""Rows of the tables; each is the beginning of the table through which the markets drift."""
+TABLE = 121_800_000
+BILLION = 1_000_000_000
+"""Rows of a table of its own that is only streamed."""
+MESSAGES = 100_000_000
+BUFFER_SIZE = 1_000_000
+STEPS = 20_000
+"""Of each fit, at least; two whole epochs if those are more."""
 CHECKED_TWICE = 30_000_000
 WINDOW_SHARE = 20
+SEED = 0
+ROW_BYTES, SCRATCH_BYTES, MESSAGE_BYTES = 13, 21, 12
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The experiment to run."""
-
-    sizes: tuple[int, ...] = (1_000_000, 5_000_000, 20_000_000, 26_000_000, 121_800_000)
-    """Rows of the tables; each is the beginning of one."""
-    table: int = 121_800_000
-    """Rows of the table through which the markets drift, at least the largest size."""
-    billion: int | None = 1_000_000_000
-    """Rows of a table of its own that is only streamed."""
-    messages: int | None = 100_000_000
-    """Synthetic messages to fold."""
-    captures: Path | None = None
-    """Directory of captured messages."""
-    buffer_size: int = 1_000_000
-    """Rows."""
-    steps: int = 20_000
-    """Of each fit, at least; two whole epochs if those are more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(NamedTuple):
     """A part of the experiment whose result is recorded."""
 
     kind: str
@@ -109,103 +75,95 @@ class Stage:
     """All that the result depends on."""
     run: Callable[[], dict[str, Any]]
     """Return the result, as JSON can hold it."""
-    is_needed: bool = False
-    """Whether it makes what later stages of the same case read."""
+    is_read: bool = False
+    """Whether later stages of the same case read what it makes."""
 
 
-def run(settings: Settings, work: Path) -> Records:
+def run(
+    work: Path, *, sizes: Sequence[int] = SIZES, captures: Path | None = None, billion: bool = True
+) -> tables.Records:
     """Run all stages that have no record in *work*, and return the records of all."""
-    file, tables = work / "records.json", work / "tables"
+    file, folder = work / "records.json", work / "tables"
     work.mkdir(parents=True, exist_ok=True)
-    kept: Records = json.loads(file.read_text()) if file.exists() else {}
-    records: Records = {}
-    for case, stages in _cases(settings, tables):
-        shutil.rmtree(tables, ignore_errors=True)
+    kept: tables.Records = json.loads(file.read_text()) if file.exists() else {}
+    records: tables.Records = {}
+    for case, stages in _cases(folder, sizes, captures, billion):
+        shutil.rmtree(folder, ignore_errors=True)
         done = kept.setdefault(case, {})
-        open_stages = [
-            stage
-            for stage in stages
-            if done.get(stage.kind, {}).get("parameters") != stage.parameters
+        missing = [
+            kind
+            for kind, parameters, *_ in stages
+            if done.get(kind, {}).get("parameters") != parameters
         ]
-        for stage in stages if open_stages else []:
-            if stage not in open_stages and not stage.is_needed:
+        for kind, parameters, take, is_read in stages if missing else []:
+            if kind not in missing and not is_read:
                 continue
             began = time.perf_counter()
-            result = stage.run()
+            result = take()
             seconds = time.perf_counter() - began
-            sys.stderr.write(f"{case} {stage.kind}: {seconds:.1f} s\n")
-            if stage in open_stages:
-                record = {"parameters": stage.parameters, "seconds": seconds, "result": result}
-                done[stage.kind] = record
-                unfinished = file.with_suffix(".unfinished")
-                unfinished.write_text(json.dumps(kept, indent=1))
-                unfinished.replace(file)
+            sys.stderr.write(f"{case} {kind}: {seconds:.1f} s\n")
+            if kind in missing:
+                done[kind] = {"parameters": parameters, "seconds": seconds, "result": result}
+                file.with_suffix(".unfinished").write_text(json.dumps(kept, indent=1))
+                file.with_suffix(".unfinished").replace(file)
         records[case] = {stage.kind: done[stage.kind] for stage in stages}
-    shutil.rmtree(tables, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return records
 
 
-def _cases(settings: Settings, tables: Path) -> Iterator[tuple[str, list[Stage]]]:
-    """Yield the stages of each case, which make their tables in one directory."""
-    rows = tables / "rows"
-    for size in sorted(settings.sizes):
-        yield case_name(size), _of_rows(settings, rows, size, settings.table)
-    if settings.captures is not None:
-        table = {"files": len(_files(settings.captures)), "bytes": _bytes(settings.captures)}
+def _cases(
+    folder: Path, sizes: Sequence[int], captures: Path | None, billion: bool
+) -> Iterator[tuple[str, list[Stage]]]:
+    """Yield the stages of each case, which make their tables in *folder*."""
+    rows, messages = folder / "rows", folder / "messages"
+    for size in sorted(sizes):
+        yield tables.case_name(size), _of_rows(rows, size, TABLE, tables.WAYS)
+    if captures is not None:
+        files = _files(captures)
+        table = {"files": len(files), "bytes": _bytes(captures)}
         # They are too short to compile for, so the second of two folds counts.
-        measured = partial(in_process, _measured_fold, settings.captures, rows, repeats=2)
-        fits = _fits(settings, rows, None, table)
-        yield CAPTURES, [Stage(FOLD, table, measured, is_needed=True), *fits]
-    if settings.messages is not None:
-        messages, table = tables / "messages", {"messages": settings.messages, "seed": SEED}
-        made = partial(_generate, messages, settings.messages)
-        measured = partial(in_process, _measured_fold, messages, rows)
-        generated = Stage("generate", table, made, is_needed=True)
-        yield MESSAGES, [generated, Stage(FOLD, table, measured)]
-    if settings.billion is not None:
-        size = settings.billion
-        yield case_name(size), _of_rows(settings, rows, size, size, streamed_only=True)
+        measure = partial(in_process, _measured_fold, captures, rows, repeats=2)
+        fits = _fits(rows, None, table, tables.WAYS)
+        yield tables.CAPTURES, [Stage(tables.FOLD, table, measure, is_read=True), *fits]
+    table = {"messages": MESSAGES, "seed": SEED}
+    make = partial(_generate, messages)
+    measure = partial(in_process, _measured_fold, messages, rows)
+    generated = Stage("generate", table, make, is_read=True)
+    yield tables.MESSAGES, [generated, Stage(tables.FOLD, table, measure)]
+    if billion:
+        ways = (tables.SHUFFLED,)
+        yield tables.case_name(BILLION), _of_rows(rows, BILLION, BILLION, ways)
 
 
-def _of_rows(
-    settings: Settings, rows: Path, size: int, planned: int, *, streamed_only: bool = False
-) -> list[Stage]:
+def _of_rows(rows: Path, size: int, planned: int, ways: Sequence[str]) -> list[Stage]:
     table = {"of": planned, "seed": SEED}
-    parameters = {**table, "rows": size}
-    made = Stage(ROWS, parameters, partial(_write_rows, rows, size, planned), is_needed=True)
-    return [made, *_fits(settings, rows, size, table, streamed_only=streamed_only)]
+    make = partial(_write_rows, rows, size, planned)
+    made = Stage(tables.ROWS, {**table, "rows": size}, make, is_read=True)
+    return [made, *_fits(rows, size, table, ways)]
 
 
 def _fits(
-    settings: Settings,
-    rows: Path,
-    n_rows: int | None,
-    table: dict[str, Any],
-    *,
-    streamed_only: bool = False,
+    rows: Path, n_rows: int | None, table: dict[str, Any], ways: Sequence[str]
 ) -> list[Stage]:
     """Give the stages of one table of rows; the buffer holds a twentieth of an unknown number."""
     parameters = {**table, "rows": n_rows}
     shuffled = rows.with_name("shuffled")
-
-    def fit(kind: str, rows: Path, *, seed: int = SEED, streamed: bool = True) -> Stage:
+    stages = [Stage(tables.EXACT, parameters, partial(_exact, rows))]
+    for way in ways:
+        if way == tables.SHUFFLED:
+            make = partial(_preshuffle, rows, shuffled)
+            stages.append(Stage(tables.PRESHUFFLE, parameters, make, is_read=True))
         options: dict[str, Any] = {
             # Enough that one whole epoch remains when the first half is left out.
-            "n_steps": max(settings.steps, 2 * math.ceil((n_rows or 0) / BATCH_SIZE) + 1),
-            "seed": seed,
-            "buffer_size": settings.buffer_size if n_rows else None,
-            "streamed": streamed,
+            "n_steps": max(STEPS, 2 * math.ceil((n_rows or 0) / BATCH_SIZE) + 1),
+            "seed": {tables.FIRST: 1, tables.SECOND: 2}.get(way, SEED),
+            "buffer_size": BUFFER_SIZE if n_rows else None,
+            "streamed": way in (tables.ORDERED, tables.SHUFFLED),
             "check_last": (n_rows or 0) <= CHECKED_TWICE,
         }
-        return Stage(kind, {**parameters, **options}, partial(_fit, rows, **options))
-
-    in_ram = [fit(FIRST, rows, seed=1, streamed=False), fit(SECOND, rows, seed=2, streamed=False)]
-    return [
-        Stage(EXACT, parameters, partial(_exact, rows)),
-        *([] if streamed_only else [*in_ram, fit(ORDERED, rows)]),
-        Stage(PRESHUFFLE, parameters, partial(_preshuffle, rows, shuffled), is_needed=True),
-        fit(SHUFFLED, shuffled),
-    ]
+        fit = partial(_fit, shuffled if way == tables.SHUFFLED else rows, **options)
+        stages.append(Stage(way, {**parameters, **options}, fit))
+    return stages
 
 
 def _write_rows(rows: Path, size: int, planned: int) -> dict[str, Any]:
@@ -235,9 +193,9 @@ def _preshuffle(rows: Path, shuffled: Path) -> dict[str, Any]:
     return {**asdict(report), "destination": None}
 
 
-def _generate(messages: Path, n_messages: int) -> dict[str, Any]:
-    generate(messages, messages=n_messages, seed=SEED, file_format="parquet", progressbar=False)
-    return {"messages": n_messages, "bytes": _bytes(messages)}
+def _generate(messages: Path) -> dict[str, Any]:
+    generate(messages, messages=MESSAGES, seed=SEED, file_format="parquet", progressbar=False)
+    return {"messages": MESSAGES, "bytes": _bytes(messages)}
 
 
 def _measured_fold(messages: Path, rows: Path, *, repeats: int = 1) -> dict[str, Any]:
@@ -259,29 +217,22 @@ def _bytes(folder: Path) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Run the experiment, or what is left of it, and publish the results."""
     parser = argparse.ArgumentParser(description="Repeat the experiment at its scale.")
-    defaults = Settings()
-    parser.add_argument(
-        "--sizes", type=_numbers, default=defaults.sizes, help="rows, such as 1e6,5e6"
-    )
-    parser.add_argument(
-        "--billion",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="stream a billion rows as well",
-    )
-    parser.add_argument("--captures", type=Path, help="directory of captured messages")
-    parser.add_argument("--work", type=Path, default=Path("build/reproduce"))
-    parser.add_argument("--results", type=Path, default=Path("build/reproduce/results"))
-    parser.add_argument("--page", type=Path, help="file to put the tables into")
-    parser.add_argument("--numbers", type=Path, help="reproduce.json of a run to publish instead")
+    option = parser.add_argument
+    option("--sizes", type=_numbers, default=SIZES, help="rows, such as 1e6,5e6")
+    option("--no-billion", dest="billion", action="store_false", help="leave out a billion rows")
+    option("--captures", type=Path, help="directory of captured messages")
+    option("--work", type=Path, default=Path("build/reproduce"))
+    option("--results", type=Path, default=Path("build/reproduce/results"))
+    option("--page", type=Path, help="file to put the tables into")
+    option("--numbers", type=Path, help="reproduce.json of a run to publish instead")
     args = parser.parse_args(argv)
     if args.numbers is not None:
-        publish(json.loads(args.numbers.read_text())["records"], args.results, args.page)
-        return
-    billion = defaults.billion if args.billion else None
-    settings = Settings(sizes=args.sizes, billion=billion, captures=args.captures)
-    _check(settings, args.work)
-    publish(run(settings, args.work), args.results, args.page)
+        records = json.loads(args.numbers.read_text())["records"]
+    else:
+        experiment = {"sizes": args.sizes, "captures": args.captures, "billion": args.billion}
+        _check(args.work, **experiment)
+        records = run(args.work, **experiment)
+    tables.publish(records, args.results, args.page)
     sys.stderr.write(f"The numbers are in {args.results / 'reproduce.json'}\n")
 
 
@@ -289,17 +240,17 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(float(part)) for part in text.split(","))
 
 
-def _check(settings: Settings, work: Path) -> None:
+def _check(work: Path, sizes: Sequence[int], captures: Path | None, billion: bool) -> None:
     """Refuse before an hour has gone by what would fail after it."""
-    if settings.captures is not None and not holds_messages(settings.captures):
-        raise SystemExit(f"captures={settings.captures} holds no messages")
-    if not 1 <= min(settings.sizes) <= max(settings.sizes) <= settings.table:
-        raise SystemExit(f"sizes must lie between 1 and {settings.table}, got {settings.sizes}")
+    if captures is not None and not holds_messages(captures):
+        raise SystemExit(f"captures={captures} holds no messages")
+    if not 1 <= min(sizes) <= max(sizes) <= TABLE:
+        raise SystemExit(f"sizes must lie between 1 and {TABLE}, got {sizes}")
     work.mkdir(parents=True, exist_ok=True)
     # A table, its scattered rows and the shuffled ones; none is larger than the bare numbers.
-    of_rows = 3 * ROW_BYTES * max(settings.billion or 0, *settings.sizes)
-    of_messages = (MESSAGE_BYTES + SCRATCH_BYTES + ROW_BYTES) * (settings.messages or 0)
-    free, needed = shutil.disk_usage(work).free + _bytes(work), max(of_rows, of_messages)
+    of_rows = 3 * ROW_BYTES * max(BILLION * billion, *sizes)
+    needed = max(of_rows, (MESSAGE_BYTES + SCRATCH_BYTES + ROW_BYTES) * MESSAGES)
+    free = shutil.disk_usage(work).free + _bytes(work)
     if free < needed:
         raise SystemExit(
             f"{work} must have {needed / 1e9:.0f} GB free, it has {free / 1e9:.0f}; pass --work on "

@@ -22,6 +22,7 @@ import time
 
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -31,7 +32,7 @@ from benchmarks.orderbook import reproduce
 from benchmarks.orderbook.experiment import PRIOR_SD, exact_posterior, in_process
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
-from benchmarks.orderbook.reproduce import Settings, main
+from benchmarks.orderbook.reproduce import main
 from benchmarks.orderbook.rows import _messages_for, write_rows
 from benchmarks.orderbook.tables import COMMAND, make_tables
 from benchmarks.pages import filled
@@ -61,13 +62,15 @@ class Experiment:
                 rows,
             ),
             "_preshuffle": lambda rows, shuffled: self.make("preshuffle", shuffled, rows),
+            "_generate": lambda messages: {},
+            "in_process": lambda fold, messages, rows: {},
         }.items():
             monkeypatch.setattr(reproduce, name, take)
 
     def run(self, steps=1):
         self.ran.clear()
-        settings = Settings(sizes=(1_000_000,), billion=None, messages=None, steps=steps)
-        return reproduce.run(settings, self.folder)["1M"]
+        with patch.object(reproduce, "STEPS", steps):
+            return reproduce.run(self.folder, sizes=[1_000_000], billion=False)["1M"]
 
     def make(self, kind, path, *read):
         path.mkdir(parents=True)
