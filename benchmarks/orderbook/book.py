@@ -36,21 +36,7 @@ import numba
 import numpy as np
 import pyarrow as pa
 
-__all__ = [
-    "DELTA",
-    "EVENT_SCHEMA",
-    "EXCHANGE_ZONE",
-    "LEVEL",
-    "NO",
-    "ROW",
-    "SNAPSHOT",
-    "TRADE",
-    "YES",
-    "Book",
-    "Events",
-    "MessageError",
-    "close_ms",
-]
+__all__ = ["Book", "Events", "MessageError", "close_ms"]
 
 DELTA, SNAPSHOT, TRADE, LEVEL = range(4)
 YES, NO = range(2)

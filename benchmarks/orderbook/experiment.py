@@ -62,19 +62,7 @@ from pymc.variational.streaming import (
     shuffle_buffer,
 )
 
-__all__ = [
-    "BATCH_SIZE",
-    "PRIOR_SD",
-    "TRACED_EVERY",
-    "Posterior",
-    "build_model",
-    "exact_posterior",
-    "fit_model",
-    "in_process",
-    "logistic",
-    "parquet_files",
-    "peak_growth",
-]
+__all__ = ["Posterior", "build_model", "exact_posterior", "fit_model", "in_process", "peak_growth"]
 
 PRIOR_SD = 3.0
 BATCH_SIZE = 4096

@@ -35,11 +35,10 @@ import json
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numba
 import numpy as np
@@ -82,24 +81,29 @@ REVERSION = 14.0
 WIDEST = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Market:
-    """One market to simulate."""
+class Market(NamedTuple):
+    """One market to simulate; those of a window of time follow each other in number."""
 
-    ticker: str
-    """Name; it tells the time of the close."""
-    open_ms: int
-    """Time of the first message; the market closes a quarter of an hour later."""
+    number: int
+    n_windows: int
     n_messages: int
-    """Messages in total, at least `FEWEST_MESSAGES`; the last three come after the close."""
-    seq: tuple[int, int]
-    """Number of the first message on the socket, and the step to the next one."""
-    span: tuple[float, float]
-    """Place of the market in the drift, which goes from 0 to 1."""
-    resubscribes: bool
-    """Whether the socket is lost midway and a second snapshot opens a new one."""
+    """At least `FEWEST_MESSAGES`; the last three come after the close."""
     seed: np.random.SeedSequence
-    """Source of its random numbers."""
+
+    @property
+    def window(self) -> int:
+        return self.number // len(SERIES)
+
+    @property
+    def open_ms(self) -> int:
+        return FIRST_OPEN_MS + self.window * QUARTER_MS
+
+    @property
+    def ticker(self) -> str:
+        """Name, which tells the time of the close."""
+        close = datetime.fromtimestamp((self.open_ms + QUARTER_MS) / 1000, EXCHANGE_ZONE)
+        series = SERIES[self.number % len(SERIES)]
+        return f"{series}-{close:%y%b%d%H%M}-{close:%M}".upper()
 
 
 def generate(
@@ -142,23 +146,7 @@ def plan(messages: int, seed: int) -> list[Market]:
         raise ValueError(f"messages must be at least {FEWEST_MESSAGES * n_markets}, got {messages}")
     sizes = np.diff(np.linspace(0, messages, n_markets + 1).astype(int)).tolist()
     seeds = np.random.SeedSequence(seed).spawn(n_markets)
-    return [_market(i, n_windows, sizes[i], seeds[i]) for i in range(n_markets)]
-
-
-def _market(number: int, n_windows: int, n_messages: int, seed: np.random.SeedSequence) -> Market:
-    window, series = divmod(number, len(SERIES))
-    open_ms = FIRST_OPEN_MS + window * QUARTER_MS
-    close = datetime.fromtimestamp((open_ms + QUARTER_MS) / 1000, EXCHANGE_ZONE)
-    return Market(
-        ticker=f"{SERIES[series]}-{close:%y%b%d%H%M}-{close:%M}".upper(),
-        open_ms=open_ms,
-        n_messages=n_messages,
-        # The markets of a window share the socket's numbers.
-        seq=(1_000_000 + number + window * len(SERIES) * n_messages, len(SERIES)),
-        span=(window / n_windows, (window + 1) / n_windows),
-        resubscribes=number % RESUBSCRIBED_EVERY == 1,
-        seed=seed,
-    )
+    return [Market(i, n_windows, sizes[i], seeds[i]) for i in range(n_markets)]
 
 
 def _write_json(path: Path, market: str, blocks: Iterable[Events]) -> None:
@@ -216,9 +204,11 @@ class _Simulation:
     def __init__(self, market: Market) -> None:
         self.market = market
         self.rng, self.clock_rng = map(np.random.default_rng, market.seed.spawn(2))
-        self.first_seq, self.seq_step = market.seq
+        # The markets of a window share the socket's numbers.
+        n_before = market.window * len(SERIES) * market.n_messages
+        self.first_seq = 1_000_000 + market.number + n_before
         self.recv_ms = market.open_ms
-        level, _, _, _, narrowest, _ = regime(market.span[0])
+        level, _, _, _, narrowest, _ = regime(market.window / market.n_windows)
         bid = int(100 * level) - narrowest // 2
         self.best = np.array([bid, 100 - bid - narrowest])
         self.sizes = np.zeros((2, 101), np.int64)
@@ -229,12 +219,13 @@ class _Simulation:
     def blocks(self) -> Iterator[Events]:
         n, closing = self.market.n_messages, self.market.n_messages - 3
         yield self.snapshot(0)
-        starts = (1, closing // 2, closing) if self.market.resubscribes else (1, closing)
+        resubscribes = self.market.number % RESUBSCRIBED_EVERY == 1
+        starts = (1, closing // 2, closing) if resubscribes else (1, closing)
         for start, stop in pairwise(starts):
             if start > 1:
                 # What happens while the socket is down shows only in the next snapshot.
                 self.moves(start, N_LOST)
-                self.first_seq = SEQ_AFTER_RESTART - start * self.seq_step
+                self.first_seq = SEQ_AFTER_RESTART - start * len(SERIES)
                 yield self.snapshot(start)
                 start += 1
             for first in range(start, stop, BLOCK):
@@ -266,7 +257,8 @@ class _Simulation:
         """Simulate *n* deltas and trades: kind, side, price and size."""
         kind, side = np.full(n, DELTA, np.uint8), np.empty(n, np.uint8)
         price, size = np.empty(n, np.int64), np.empty(n, np.int64)
-        began, ended = self.market.span
+        window, n_windows = self.market.window, self.market.n_windows
+        began, ended = window / n_windows, (window + 1) / n_windows
         times = began + (ended - began) * np.arange(first, first + n) / self.market.n_messages
         draws = self.rng.random((n, N_DRAWS))
         _simulate(times, draws, self.sizes, self.best, kind, side, price, size)
@@ -281,7 +273,7 @@ class _Simulation:
         delay = self.clock_rng.integers(9, 16, n)
         recv_ms = np.maximum.accumulate(np.append(self.recv_ms, ts_ms + delay))[1:]
         self.recv_ms = recv_ms[-1]
-        return self.first_seq + at * self.seq_step, ts_ms, recv_ms
+        return self.first_seq + at * len(SERIES), ts_ms, recv_ms
 
 
 @numba.njit(cache=True, nogil=True)
