@@ -152,6 +152,7 @@ def _prepare(args: argparse.Namespace, work: Path) -> tuple["Posterior", Path, t
     from benchmarks.orderbook.fold import fold
     from benchmarks.orderbook.generate import generate
 
+    work.mkdir(parents=True, exist_ok=True)
     if args.data is None:
         say("Making synthetic order-book messages")
         args.data = work / "messages"
@@ -182,7 +183,6 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"DATA={args.data} is not a directory")
     started = time.perf_counter()
     work = Path("build/demo/tables")
-    work.mkdir(parents=True, exist_ok=True)
     try:
         exact, rows, columns = _prepare(args, work)
         fits = run(exact, rows, columns, work, args.steps)
