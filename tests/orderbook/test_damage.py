@@ -63,6 +63,16 @@ class TestDamage:
         shutil.rmtree(tmp_path / "out")
         refused(tmp_path, "2026-08-13.ndjson.gz is damaged or cut short: it is empty")
 
+    @pytest.mark.parametrize("at, n_read", [(10, 0), (-8, 41)], ids=["in the data", "in the sum"])
+    def test_a_changed_byte_is_told_and_what_precedes_it_is_read(self, tmp_path, at, n_read):
+        path = write_lines(tmp_path / "in", [START, *RUN])
+        write_lines(tmp_path / "in", [altered(m, market_ticker=OTHER) for m in GOOD], market=OTHER)
+        changed = bytearray(path.read_bytes())
+        changed[at] ^= 0xFF
+        path.write_bytes(changed)
+        refused(tmp_path, f"{path} is damaged or cut short")
+        assert folded(tmp_path, keep_going=True)[0].messages == n_read + len(GOOD)
+
     def test_keep_going_reads_each_to_its_last_whole_line(self, tmp_path):
         self.damaged(tmp_path)
         report, table = folded(tmp_path, keep_going=True)
