@@ -212,7 +212,7 @@ def _whole_lines(path: Path, salvage: bool) -> Iterator[tuple[np.ndarray, np.nda
         raise damage
 
 
-def _salvaged(path: Path, position: int, room: Any) -> int:
+def _salvaged(path: Path, position: int, room: np.ndarray) -> int:
     """Read from *position* to the damage in small pieces, since a read that fails gives nothing."""
     n = 0
     # Of what comes before damage, isal loses more than the standard library does.
@@ -220,8 +220,9 @@ def _salvaged(path: Path, position: int, room: Any) -> int:
     with file, contextlib.suppress(*UNREADABLE):
         while position and (piece := file.read(min(position, BLOCK_BYTES))):
             position -= len(piece)
-        while n_read := file.readinto(room[n : n + 64]):
-            n += n_read
+        while piece := file.read1(min(64, len(room) - n)):
+            room[n : n + len(piece)] = np.frombuffer(piece, np.uint8)
+            n += len(piece)
     return n
 
 
