@@ -16,6 +16,6 @@
 
     generate ─▶ messages ─▶ book ─▶ fold ─▶ rows sorted by time
 
-``generate`` makes markets with ``simulate`` and writes their messages;
+``generate`` simulates markets and writes their messages;
 ``reading`` reads these or real ones, and ``fold`` takes them through the compiled ``book``.
 """

@@ -16,7 +16,7 @@
 
 >>> book = Book(close_ms=close_ms(market))
 >>> for part in read_parts(path):
-...     rows, labels, label_before = book.fold(part.events, part.lines)
+...     rows, labels = book.fold(part.events, part.lines)
 
 Every number is an integer, so the book is exact: prices in 1e-4 dollars, sizes in 1e-2 contracts.
 A book belongs to one market and takes its messages in order of receipt.
@@ -36,31 +36,16 @@ import numba
 import numpy as np
 import pyarrow as pa
 
-__all__ = [
-    "DELTA",
-    "EVENT_SCHEMA",
-    "EXCHANGE_ZONE",
-    "LEVEL",
-    "MONTHS",
-    "NO",
-    "ROW",
-    "SNAPSHOT",
-    "TRADE",
-    "YES",
-    "Book",
-    "Events",
-    "MessageError",
-    "close_ms",
-]
+__all__ = ["Book", "Events", "MessageError", "close_ms"]
 
 DELTA, SNAPSHOT, TRADE, LEVEL = range(4)
 YES, NO = range(2)
 EXCHANGE_ZONE = ZoneInfo("America/New_York")
-MONTHS = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
+CLOSE = re.compile(r"-(\d\d(?:JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC)\d{6})-")
 
 DOLLAR = 10_000
 EMPTY = 0
-NO_LABEL, UNKNOWN = -1, -2
+NO_LABEL = -1
 HOLE_MS = 300_000
 """A market that is silent for longer gives no labels across the silence."""
 
@@ -129,15 +114,12 @@ def close_ms(market: str) -> int | None:
 
     ``KXGOLD15M-26AUG102115-15`` closes on 10 August 2026 at 21:15 Eastern time.
     """
-    found = re.search(r"-(\d\d)([A-Z]{3})(\d\d)(\d\d)(\d\d)-", market)
-    if found is None or found[2] not in MONTHS:
+    if (found := CLOSE.search(market)) is None:
         return None
-    year, day, hour, minute = (int(found[i]) for i in (1, 3, 4, 5))
-    month = MONTHS.index(found[2]) + 1
     try:
-        close = datetime(2000 + year, month, day, hour, minute, tzinfo=EXCHANGE_ZONE)
-    except ValueError as error:
-        raise MessageError(f"market {market}: its ticker names no time of close: {error}") from None
+        close = datetime.strptime(found[1], "%y%b%d%H%M").replace(tzinfo=EXCHANGE_ZONE)
+    except ValueError:
+        raise MessageError(f"market {market}: its ticker names no time of close") from None
     return int(close.timestamp()) * 1000
 
 
@@ -175,93 +157,88 @@ class Book:
         """What was seen so far, by name."""
         return {name: int(self._state[name][0]) for name in COUNTERS}
 
-    def lose(self) -> int:
-        """Say that messages are missing here; return how many rows will get no label."""
-        n_waiting = self.waiting
+    def lose(self) -> np.ndarray:
+        """Say that messages are missing here; return the labels of the rows that wait: none."""
+        labels = np.full(self.waiting, NO_LABEL, np.int8)
         self._state["waiting"] = 0
         self._state["gaps"] += 1 - self._state["unknown"]
         self._state["unknown"] = True
-        return n_waiting
+        return labels
 
-    def fold(self, events: Events, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    def fold(self, events: Events, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Take the next messages.
 
         Returns
         -------
         rows : ndarray of ROW
             The features of each book state with two sides.
-        up : ndarray of int8
-            Labels of the first of these rows; the others wait for the next change of the mid.
+        labels : ndarray of int8
+            Labels of the rows that waited longest; the others wait for the next change of the mid.
             Rows that can have no label have -1.
-        up_before : int
-            The label of all rows that waited before, or -2 if they still wait.
 
         Raises
         ------
         MessageError
             Where a message cannot be what the exchange sent. The book is of no use after that.
         """
-        rows = np.empty(len(events.kind), ROW)
-        up = np.empty(len(events.kind), np.int8)
-        at, fault, n_rows, n_labelled, up_before = _fold(
-            events, self._close_ms, self.sizes, self.best, self._state, rows, up
+        n = len(events.kind)
+        rows, labels, lengths = np.empty(n, ROW), np.empty(n, np.int8), np.empty(n, np.int64)
+        at, fault, n_rows, n_runs = _fold(
+            events, self._close_ms, self.sizes, self.best, self._state, rows, labels, lengths
         )
         if fault != NO_FAULT:
             event = {name: int(column[at]) for name, column in events._asdict().items()}
             state = {f"last_{name}": int(self._state[name][0]) for name in PROGRESS}
             raise MessageError(f"line {lines[at]}: {FAULTS[fault].format(**event, **state)}")
-        return rows[:n_rows], up[:n_labelled], up_before
+        return rows[:n_rows], np.repeat(labels[:n_runs], lengths[:n_runs])
 
 
 @numba.njit(cache=True, nogil=True)
-def _fold(events, close_ms, sizes, best, state, rows, up):
+def _fold(events, close_ms, sizes, best, state, rows, labels, lengths):
+    """Write rows, and runs of labels of the rows that wait; return how many there are of both."""
     book = state[0]
-    n_rows = n_labelled = 0
-    up_before = UNKNOWN
-    n_before = book.waiting
+    n_rows = n_runs = 0
     for at in range(len(events.kind)):
         kind, recv_ms = events.kind[at], events.recv_ms[at]
         if recv_ms - book.recv_ms > HOLE_MS and book.messages > 0:
             book.holes += 1
-            up_before = _label(NO_LABEL, up[n_labelled:n_rows], up_before, n_before, book)
-            n_labelled = n_rows
+            n_runs = _label(NO_LABEL, labels, lengths, n_runs, book)
         if (kind == LEVEL) != (book.levels_to_come > 0):
-            return at, BAD_LEVELS, n_rows, n_labelled, up_before
+            return at, BAD_LEVELS, n_rows, n_runs
         _count(kind, recv_ms, book)
         fault = NO_FAULT
         if kind != TRADE:
             change = events.side[at], events.price[at], events.size[at], events.seq[at]
             fault = _apply(kind, change, sizes, best, book)
             if fault != NO_FAULT and fault != BELOW_ZERO:
-                return at, fault, n_rows, n_labelled, up_before
+                return at, fault, n_rows, n_runs
         if kind == TRADE or book.levels_to_come > 0:
             continue
         if not _is_row(events.ts_ms[at] >= close_ms, fault, best, book):
-            if book.unknown and (n_rows > n_labelled or up_before == UNKNOWN):
-                up_before = _label(NO_LABEL, up[n_labelled:n_rows], up_before, n_before, book)
-                n_labelled = n_rows
+            if book.unknown:
+                n_runs = _label(NO_LABEL, labels, lengths, n_runs, book)
             continue
         mid2 = best[YES] + DOLLAR - best[NO]
         if mid2 != book.mid2:
-            rises = np.int64(mid2 > book.mid2)
-            up_before = _label(rises, up[n_labelled:n_rows], up_before, n_before, book)
-            n_labelled = n_rows
+            n_runs = _label(np.int8(mid2 > book.mid2), labels, lengths, n_runs, book)
             book.mid2 = mid2
         _write_row(rows[n_rows], sizes, best, book.recv_ms)
         n_rows += 1
-    still_waiting = n_before if up_before == UNKNOWN else 0
-    book.waiting = still_waiting + n_rows - n_labelled
-    book.rows += n_rows
-    return -1, NO_FAULT, n_rows, n_labelled, up_before
+        book.rows += 1
+        book.waiting += 1
+    return -1, NO_FAULT, n_rows, n_runs
 
 
 @numba.njit(cache=True, nogil=True)
-def _label(label, up, up_before, n_before, book):
-    """Label the rows that wait: those of this block, and *n_before* older ones if still so."""
-    up[:] = label
+def _label(label, labels, lengths, n_runs, book):
+    """Give all rows that wait one label, if there are any; return the number of runs."""
+    if book.waiting == 0:
+        return n_runs
+    labels[n_runs], lengths[n_runs] = label, book.waiting
     if label != NO_LABEL:
-        book.labelled += len(up) + (n_before if up_before == UNKNOWN else 0)
-    return label if up_before == UNKNOWN else up_before
+        book.labelled += book.waiting
+    book.waiting = 0
+    return n_runs + 1
 
 
 @numba.njit(cache=True, nogil=True)

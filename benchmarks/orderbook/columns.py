@@ -16,7 +16,8 @@
 >>> choose(Path("rows"), features=None, label=None)
 ('mid', 'spread', 'imbalance', 'up')
 
-It looks at the files' footers, and imports no more than that takes.
+It looks at the files' footers and at the first rows, and imports no more than that takes;
+`exact_posterior` holds all rows to the same.
 """
 
 import re
@@ -24,15 +25,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-__all__ = ["choose", "holds_messages", "parquet_files"]
+__all__ = ["LARGEST", "MESSAGES", "choose", "holds_messages", "parquet_files"]
 
 LARGEST = 1e6
 """A coefficient of some 1e-6 is far below its prior's scale, and float steps would not find it."""
 MESSAGES = re.compile(r"\.(ndjson|jsonl)(\.gz|\.zst)?$")
+"""Names of files of messages in JSON."""
 
 
 def parquet_files(rows: Path) -> list[Path]:
@@ -49,109 +51,70 @@ def holds_messages(data: Path) -> bool:
     """Tell order-book messages from a table of rows."""
     if any(MESSAGES.search(file.name) for file in data.rglob("*") if file.name[0] != "."):
         return True
-    return _Table(data).names[:2] == ["kind", "side"]
+    return _first_rows(data).schema.names[:2] == ["kind", "side"]
 
 
 def choose(rows: Path, *, features: Sequence[str] | None, label: str | None) -> tuple[str, ...]:
-    """Return the columns to fit, the label last.
+    """Return the columns of *rows* to fit, the label last; exit if the model cannot be fitted to them.
 
-    Parameters
-    ----------
-    rows : Path
-        Directory of Parquet files.
-    features : sequence of str, optional
-        Default: all columns but the label.
-    label : str, optional
-        Default: the last column.
-
-    Raises
-    ------
-    SystemExit
-        If the model cannot be fitted to them.
+    By default the last column is the label, and all others are features.
     """
-    table = _Table(rows)
-    label = label or table.names[-1]
-    chosen = [name for name in table.names if name != label] if features is None else [*features]
-    if unknown := [name for name in (*chosen, label) if name not in table.names]:
-        raise SystemExit(f"{rows} has no column {unknown[0]!r}; it has {', '.join(table.names)}")
+    table = _first_rows(rows)
+    names = table.schema.names
+    label = label or names[-1]
+    chosen = [name for name in names if name != label] if features is None else [*features]
+    if unknown := [name for name in (*chosen, label) if name not in names]:
+        raise SystemExit(f"{rows} has no column {unknown[0]!r}; it has {', '.join(names)}")
     if label in chosen or not chosen:
         raise SystemExit(f"{rows}: the label {label!r} must not be a feature, and one is needed")
-    if wrong := {name: fault for name in chosen if (fault := table.fault(name))}:
+    if wrong := {name: fault for name in chosen if (fault := _fault(table[name]))}:
         listed = "; ".join(f"{name!r} {fault}" for name, fault in wrong.items())
         good = ",".join(name for name in chosen if name not in wrong) or "..."
         raise SystemExit(f'{rows}: {listed}; leave such columns out: FEATURES="{good}"')
-    if not table.is_binary(label):
-        others = [name for name in table.names if name != label and table.is_binary(name)]
+    if not _is_binary(table[label]):
+        others = [name for name in names if name != label and _is_binary(table[name])]
         remedy = f"choose it: LABEL={others[0]}" if others else "add a column of 0 and 1"
         raise SystemExit(f"{rows}: the label {label!r} must hold only 0 and 1; {remedy}")
     return (*chosen, label)
 
 
-class _Table:
-    """The footers of a table's files."""
-
-    def __init__(self, rows: Path) -> None:
-        self.footers = {}
-        for file in parquet_files(rows):
-            try:
-                self.footers[file] = pq.read_metadata(file)
-            except (pa.ArrowException, OSError) as error:
-                raise SystemExit(
-                    f"{file} is not a Parquet file that can be read: {error}"
-                ) from None
-        first, *others = self.footers
-        self.schema = self.footers[first].schema.to_arrow_schema()
-        self.names = self.schema.names
-        for file in others:
-            names = self.footers[file].schema.to_arrow_schema().names
-            if {*names} != {*self.names}:
-                raise SystemExit(
-                    f"{file} must have the columns of {first}, {', '.join(self.names)}; "
-                    f"it has {', '.join(names)}"
-                )
-        if not any(footer.num_rows for footer in self.footers.values()):
-            raise SystemExit(f"{rows} holds no rows")
-
-    def fault(self, name: str) -> str:
-        """Say why a column cannot be a feature."""
-        kind = self.schema.field(name).type
-        if not _is_number(kind):
-            return f"is {kind}, not a number"
-        least, most, n_nulls = self._range(name)
-        if n_nulls:
-            return "holds nulls"
-        if (largest := max(-least, most)) > LARGEST:
-            return f"({kind}) reaches {largest:.2g}, too large for a coefficient ~ Normal(0, 3)"
-        return ""
-
-    def is_binary(self, name: str) -> bool:
-        if not _is_number(self.schema.field(name).type):
-            return False
-        least, most, n_nulls = self._range(name)
-        if not 0 <= least <= most <= 1 or n_nulls:
-            return False
-        file = next(file for file, footer in self.footers.items() if footer.num_rows)
+def _first_rows(rows: Path) -> pa.RecordBatch:
+    """Read the first rows of a table, all files of which have the same columns."""
+    first, *others = files = parquet_files(rows)
+    names = {file: _names(file) for file in files}
+    for file in others:
+        if {*names[file]} != {*names[first]}:
+            raise SystemExit(
+                f"{file} must have the columns of {first}, {', '.join(names[first])}; "
+                f"it has {', '.join(names[file])}"
+            )
+    for file in files:
         with pq.ParquetFile(file) as parquet:
-            values = pc.unique(parquet.read_row_group(0, [name])[name]).to_pylist()
-        return {*values} <= {0, 1}
-
-    def _range(self, name: str) -> tuple[float, float, int]:
-        """Return the least and the largest value, and the nulls, as far as the footers tell."""
-        ends, n_nulls = [], 0
-        for file, footer in self.footers.items():
-            at = footer.schema.to_arrow_schema().names.index(name)
-            for number in range(footer.num_row_groups):
-                statistics = footer.row_group(number).column(at).statistics
-                if statistics is not None and statistics.has_min_max:
-                    ends += [float(statistics.min), float(statistics.max)]
-                    n_nulls += statistics.null_count or 0
-                elif not ends:
-                    column = pq.ParquetFile(file).read_row_group(number, [name])[name]
-                    bounds = pc.min_max(column.cast(pa.float64()))
-                    ends += [bounds["min"].as_py() or 0.0, bounds["max"].as_py() or 0.0]
-                    n_nulls += column.null_count
-        return min(ends, default=0.0), max(ends, default=0.0), n_nulls
+            for batch in parquet.iter_batches():
+                if len(batch):
+                    return batch.select(names[first])
+    raise SystemExit(f"{rows} holds no rows")
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+def _names(file: Path) -> list[str]:
+    try:
+        return pq.read_schema(file).names
+    except (pa.ArrowException, OSError) as error:
+        raise SystemExit(f"{file} is not a Parquet file that can be read: {error}") from None
+
+
+def _fault(column: pa.Array) -> str:
+    """Say why a column cannot be a feature."""
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        return f"is {kind}, not a number"
+    if column.null_count:
+        return "holds nulls"
+    largest = np.abs(column.to_numpy(zero_copy_only=False).astype(float)).max()
+    if largest > LARGEST:
+        return f"({kind}) reaches {largest:.2g}, too large for a coefficient ~ Normal(0, 3)"
+    return ""
+
+
+def _is_binary(column: pa.Array) -> bool:
+    return not _fault(column) and {*column.unique().to_pylist()} <= {0, 1}

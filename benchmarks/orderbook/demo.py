@@ -22,126 +22,114 @@ The table and the figure are saved in ``build/demo``.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import time
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from benchmarks.orderbook.columns import choose, holds_messages
 
 # All else is imported when the data are known to be such that can be fitted, which is at once.
 if TYPE_CHECKING:
-    import numpy as np
-
-    from benchmarks.orderbook.experiment import Fit, Posterior
+    from benchmarks.orderbook.experiment import Posterior
 
 __all__ = ["main"]
 
 MESSAGES = 2_500_000
 SEED = 0
 WINDOW_SHARE = 20
-IN_MEMORY = "in memory"
-ORDERED = "ordered"
-SHUFFLED = "preshuffled"
-POLISHED = "polished"
+IN_MEMORY, ORDERED, SHUFFLED = "in memory", "ordered", "preshuffled"
 LEGEND = {
     IN_MEMORY: "in memory, pm.Minibatch",
     ORDERED: "streamed in order of time",
     SHUFFLED: "streamed after preshuffle",
 }
-
-
+COLORS = {IN_MEMORY: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
 LEGEND_OF_TABLE = (
     "Error of the posterior means in posterior standard deviations.  By coefficient: means\n"
     "averaged over the second half of the steps.  Last step: the worst of them then.\n"
     "Memory: the peak of the process."
 )
 
+Fits = dict[str, dict[str, Any]]
+"""What ``fit_model`` returns, by the way in which the rows came."""
 
-def run(
-    rows: Path, columns: tuple[str, ...], work: Path, n_steps: int
-) -> tuple["Posterior", dict[str, "Fit"]]:
+
+def run(exact: "Posterior", rows: Path, columns: tuple[str, ...], work: Path, n_steps: int) -> Fits:
     """Fit the model to the *columns* of *rows* in three ways, with what is made on the way in *work*."""
-    from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, in_process, shuffle
+    from benchmarks.orderbook.experiment import BATCH_SIZE, fit_model, in_process
+    from pymc.variational.streaming import preshuffle
 
-    try:
-        exact = exact_posterior(rows, columns)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
     buffer_size = max(exact.n_rows // WINDOW_SHARE, BATCH_SIZE)
     say(f"{exact.n_rows:,} rows; the buffer holds {buffer_size:,} of them")
-    options = {"n_steps": n_steps, "seed": SEED, "columns": columns}
-    fits = {
-        IN_MEMORY: _fit(IN_MEMORY, rows, buffer_size=None, **options),
-        ORDERED: _fit(ORDERED, rows, buffer_size=buffer_size, **options),
-    }
-    say("\nShuffling the rows once, on disk")
-    in_process(shuffle, rows, work / "shuffled", seed=SEED, columns=columns)
-    options |= {"examine": True, "check_last": False}
-    fits[SHUFFLED] = _fit(SHUFFLED, work / "shuffled", buffer_size=buffer_size, **options)
-    if examination := fits[SHUFFLED].examination:
-        say("\n" + "\n\n".join([*examination.said, examination.refusal or ""]))
-    return exact, fits
-
-
-def _fit(name: str, rows: Path, **options: Any) -> "Fit":
-    from benchmarks.orderbook.experiment import fit_model, in_process
-
-    say(f"\n{LEGEND[name]}")
-    fit = in_process(fit_model, rows, **options)
-    for warning in fit.warnings:
-        say(f"StreamWarning: {warning}")
-    return fit
+    fits: Fits = {}
+    for name in LEGEND:
+        if name == SHUFFLED:
+            say("\nShuffling the rows once, on disk")
+            shuffled = work / "shuffled"
+            options = {"seed": SEED, "columns": columns, "overwrite": True, "progressbar": False}
+            in_process(preshuffle, rows, shuffled, **options)
+            rows = shuffled
+        say(f"\n{LEGEND[name]}")
+        fits[name] = in_process(
+            fit_model,
+            rows,
+            buffer_size=None if name == IN_MEMORY else buffer_size,
+            n_steps=n_steps,
+            seed=SEED,
+            columns=columns,
+            examine=name == SHUFFLED,
+            check_last=False,
+        )
+        for warning in fits[name]["warnings"]:
+            say(f"StreamWarning: {warning}")
+    examination = fits[SHUFFLED]["examination"]
+    say("\n" + "\n\n".join([*examination["said"], examination["refusal"] or ""]))
+    return fits
 
 
 def say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
-def errors(means: tuple[float, ...], exact: "Posterior") -> "np.ndarray":
+def errors(means: list[float], exact: "Posterior") -> np.ndarray:
     """Return how far means are from the exact ones, in posterior standard deviations."""
-    import numpy as np
-
     return (np.array(means) - exact.mean) / exact.sd
 
 
-def markdown_table(exact: "Posterior", fits: dict[str, "Fit"]) -> str:
+def markdown_table(exact: "Posterior", fits: Fits) -> str:
     """Return the results as a table for the README."""
     header = ["Rows", *exact.names, "last step", "memory", "steps/s"]
     lines = [header, ["---"] * len(header)]
     for name, fit in fits.items():
-        cells = [name, *(f"{e:+.2f}" for e in errors(fit.averaged, exact))]
-        cells += [f"{abs(errors(fit.last, exact)).max():.1f}"]
-        lines.append([*cells, f"{fit.peak_mb:.0f} MB", f"{fit.steps_per_second:.0f}"])
-    examination = fits[SHUFFLED].examination
-    if examination is not None and examination.corrected is not None:
-        cells = [f"{e:+.2f}" for e in errors(examination.corrected.mean, exact)]
-        lines.append([POLISHED, *cells, "", "", ""])
+        cells = [name, *(f"{e:+.2f}" for e in errors(fit["averaged"], exact))]
+        cells += [f"{abs(errors(fit['last'], exact)).max():.1f}"]
+        lines.append([*cells, f"{fit['peak_mb']:.0f} MB", f"{fit['steps_per_second']:.0f}"])
+    if corrected := fits[SHUFFLED]["examination"]["corrected"]:
+        cells = [f"{e:+.2f}" for e in errors(corrected["mean"], exact)]
+        lines.append(["polished", *cells, "", "", ""])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def plot(exact: "Posterior", fits: dict[str, "Fit"], file: Path) -> None:
+def plot(exact: "Posterior", fits: Fits, file: Path) -> None:
     """Draw the way of the worst coefficient, and the errors of all of them."""
-    import numpy as np
-
     from matplotlib.figure import Figure
 
     from benchmarks.orderbook.experiment import TRACED_EVERY
 
-    worst = int(np.abs(errors(fits[ORDERED].averaged, exact)).argmax())
+    worst = int(np.abs(errors(fits[ORDERED]["averaged"], exact)).argmax())
     figure = Figure(figsize=(10, 4), layout="constrained")
     way, final = figure.subplots(1, 2)
-    colors = {IN_MEMORY: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
     for offset, (name, fit) in enumerate(fits.items()):
-        trace = np.array(fit.trace)[:, worst]
+        trace = np.array(fit["trace"])[:, worst]
         steps = TRACED_EVERY * np.arange(1, len(trace) + 1)
-        way.plot(steps, trace, color=colors[name], label=LEGEND[name], lw=1)
+        way.plot(steps, trace, color=COLORS[name], label=LEGEND[name], lw=1)
         places = np.arange(len(exact.names)) + (offset - 1) / 4
-        final.bar(places, np.abs(errors(fit.averaged, exact)), 0.25, color=colors[name])
+        final.bar(places, np.abs(errors(fit["averaged"], exact)), 0.25, color=COLORS[name])
     way.axhline(exact.mean[worst], color="black", ls="--", lw=1, label="exact")
     way.set(xlabel="step", ylabel=f"posterior mean of {exact.names[worst]}")
     way.legend(frameon=False)
@@ -151,35 +139,32 @@ def plot(exact: "Posterior", fits: dict[str, "Fit"], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _folded(data: Path | None, work: Path) -> Path:
-    """Fold messages, which are made if there are none, and return the directory of the rows."""
+def _prepare(args: argparse.Namespace, work: Path) -> tuple["Posterior", Path, tuple[str, ...]]:
+    """Return the exact posterior, the directory of the rows, and the columns to fit."""
+    features = args.features
+    if features is not None:
+        features = [name.strip() for name in features.split("," if "," in features else None)]
+    messages = args.data is None or holds_messages(args.data)
+    rows = args.data
+    columns = () if messages else choose(rows, features=features, label=args.label)
+
+    from benchmarks.orderbook.experiment import exact_posterior
     from benchmarks.orderbook.fold import fold
     from benchmarks.orderbook.generate import generate
 
-    if data is None:
-        data = work / "messages"
+    work.mkdir(parents=True, exist_ok=True)
+    if args.data is None:
         say("Making synthetic order-book messages")
-        generate(data, messages=MESSAGES, seed=SEED, overwrite=True)
-    say("Folding messages into rows")
-    try:
-        say(str(fold(data, work / "rows", overwrite=True)))
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from None
-    return work / "rows"
-
-
-def _save(exact: "Posterior", fits: dict[str, "Fit"], results: Path) -> None:
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "demo.md").write_text(markdown_table(exact, fits))
-    posterior: dict[str, Any] = {
-        "names": exact.names,
-        "mean": exact.mean,
-        "sd": exact.sd,
-        "n_rows": exact.n_rows,
-    }
-    summary = {name: {**asdict(fit), "trace": None} for name, fit in fits.items()}
-    (results / "demo.json").write_text(json.dumps({"exact": posterior, "fits": summary}, indent=1))
-    plot(exact, fits, results / "demo.png")
+        args.data = work / "messages"
+        generate(args.data, messages=MESSAGES, seed=SEED, file_format="parquet", overwrite=True)
+    if messages:
+        say("Folding messages into rows")
+        rows = work / "rows"
+        say(str(fold(args.data, rows, overwrite=True)))
+        columns = choose(rows, features=features, label=args.label)
+    told = f"features: {', '.join(columns[:-1])}; label: {columns[-1]}"
+    say(f'{told} (others: FEATURES="..." LABEL=...)')
+    return exact_posterior(rows, columns), rows, columns
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -194,33 +179,26 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.steps <= 1_000:
         raise SystemExit(f"--steps must be more than 1000, got {args.steps}")
-    started = time.perf_counter()
-    features = args.features
-    if features is not None:
-        features = [name.strip() for name in features.split("," if "," in features else None)]
     if args.data is not None and not args.data.is_dir():
         raise SystemExit(f"DATA={args.data} is not a directory")
-    messages = args.data is None or holds_messages(args.data)
-    columns = None if messages else choose(args.data, features=features, label=args.label)
+    started = time.perf_counter()
     work = Path("build/demo/tables")
-    work.mkdir(parents=True, exist_ok=True)
     try:
-        rows = _folded(args.data, work) if messages else args.data
-        columns = columns or choose(rows, features=features, label=args.label)
-        say(
-            f"features: {', '.join(columns[:-1])}; label: {columns[-1]} "
-            '(others: FEATURES="..." LABEL=...)'
-        )
-        exact, fits = run(rows, columns, work, args.steps)
+        exact, rows, columns = _prepare(args, work)
+        fits = run(exact, rows, columns, work, args.steps)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
     finally:
-        shutil.rmtree(work)
-    _save(exact, fits, args.results)
+        shutil.rmtree(work, ignore_errors=True)
+    args.results.mkdir(parents=True, exist_ok=True)
+    table = markdown_table(exact, fits)
+    (args.results / "demo.md").write_text(table)
+    plot(exact, fits, args.results / "demo.png")
     if args.readme is not None:
         from benchmarks.pages import filled
 
-        text = filled(args.readme.read_text(), "demo", "make results", markdown_table(exact, fits))
-        args.readme.write_text(text)
-    sys.stdout.write(f"\n{markdown_table(exact, fits)}\n{LEGEND_OF_TABLE}\n")
+        args.readme.write_text(filled(args.readme.read_text(), "demo", "make results", table))
+    sys.stdout.write(f"\n{table}\n{LEGEND_OF_TABLE}\n")
     say(f"{time.perf_counter() - started:.0f} s; the figure is {args.results / 'demo.png'}")
 
 

@@ -24,13 +24,15 @@ The first snapshot of a market is a state like any other, and so are those after
 are dropped as such. Where a lost message shows, rows are left out until the market's next snapshot;
 a silence of five minutes gives no labels across it. The report counts both.
 
-Memory is bounded: by two blocks of messages, one book (160 kB) for each market, and 262,144 rows
-shared among the markets that overlap in time (1,024 for each beyond 256 of them).
+Memory is bounded: by two blocks of messages, one book (160 kB) for each market of a file, a byte
+for each row that waits for a label, and twice 262,144 rows shared among the markets that overlap
+in time (1,024 for each beyond 256 of them).
 Rows go to scratch files (21 bytes a row, beside the destination) until all of them are known.
 After a kill, the same call goes on with the file that was being read.
 """
 
 import argparse
+import contextlib
 import pickle
 import sys
 import time
@@ -40,33 +42,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from rich.progress import Progress
-
-from benchmarks.orderbook.book import (
-    COUNTERS,
-    DELTA,
-    NO_LABEL,
-    ROW,
-    Book,
-    Events,
-    MessageError,
-    close_ms,
-)
-from benchmarks.orderbook.merge import Sorted, merged, regrouped
-from benchmarks.orderbook.publish import bar, published, run_command
-from benchmarks.orderbook.reading import DamageError, Part, find_files, first_ms, read_parts
+from benchmarks.orderbook.book import COUNTERS, DELTA, ROW, Book, Events, MessageError, close_ms
+from benchmarks.orderbook.merge import Sorted, merged
+from benchmarks.orderbook.publish import followed, published, run_command, write_files
+from benchmarks.orderbook.reading import DamageError, Gap, Part, find_files, first_ms, read_parts
 
 __all__ = ["FoldReport", "fold", "main"]
 
-ROWS_PER_FILE = 1_000_000
-LABEL_BLOCK = 1 << 20
 NAMED = 10
 
 
@@ -74,25 +60,21 @@ NAMED = 10
 class FoldReport:
     """What a fold read, wrote and dropped.
 
-    Every delta and snapshot leaves one state of a book:
-    it is a row, or one of the states dropped for the reasons counted here.
+    Every delta and snapshot leaves one state of a book: it is a row, or it is dropped because no
+    known change of the mid follows, a side of the book was empty, the market had closed, or
+    messages are missing since its last snapshot (``left_out``).
     """
 
     markets: int
     messages: int
-    """Deltas, snapshots and trades."""
     deltas: int
     snapshots: int
     trades: int
     rows: int
     no_later_change: int
-    """States dropped because no change of the mid that is known of follows."""
     one_sided: int
-    """States dropped because a side of the book was empty."""
     after_close: int
-    """States dropped because their market had closed."""
     left_out: int
-    """States dropped because messages are missing since the last snapshot of their market."""
     crossed: int
     """How often a lost message showed in a bid that was not below the ask."""
     below_zero: int
@@ -137,56 +119,36 @@ def fold(
     overwrite: bool = False,
     progressbar: bool = True,
 ) -> FoldReport:
-    """Fold the messages in *source* into Parquet files in *destination*.
+    """Fold the messages in *source* into Parquet files, named by time, in *destination*.
 
-    Parameters
-    ----------
-    source : str or Path
-        Directory of files of messages: ``.ndjson`` or ``.jsonl``, also with ``.gz`` or ``.zst``,
-        of any markets in any folders, or ``<market>/<date>.parquet``.
-    destination : str or Path
-        Directory that appears when all of its files are complete.
-        The names of the files sort by time.
-    workers : int
-        With 2, a thread of its own reads ahead.
-    keep_going : bool
-        Read damaged files to their last whole line instead of refusing them.
-    overwrite : bool
-        Replace *destination* if it exists.
-    progressbar : bool
-        Show the progress.
-
-    Returns
-    -------
-    FoldReport
-
-    Raises
-    ------
-    MessageError
-        Where a message is not in Kalshi's format, files are damaged, or messages are there twice.
-        All such files are named.
+    The source is a directory of files of messages: ``.ndjson`` or ``.jsonl``, also with ``.gz`` or
+    ``.zst``, of any markets in any folders, or ``<market>/<date>.parquet``. The destination appears
+    when all of its files are complete, and is replaced only with *overwrite*. With two *workers*,
+    a thread of its own reads ahead. With *keep_going*, damaged files are read to their last whole
+    line; otherwise they are refused with a `MessageError` that names all of them, as are messages
+    that are not in Kalshi's format or are there twice.
     """
     began = time.perf_counter()
     source, destination = Path(source), Path(destination)
     if source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"destination must not contain the messages in {source}: {destination}")
     files = sorted(find_files(source), key=lambda file: (first_ms(file), file))
-    with published(destination, overwrite=overwrite, resumable=True) as (content, scratch):
-        with bar(progressbar) as progress:
-            folder = _Folder(scratch, keep_going)
-            folder.fold(files, workers, progress)
-            report = folder.report(time.perf_counter() - began)
-            if not report.rows:
-                raise ValueError(
-                    f"the messages in {source} make no row: no mid changes in them\n{report}"
-                )
-            pieces = merged([market.rows for market in folder.in_order()])
-            _write_files(pieces, content, progress, report.rows)
+    with published(destination, overwrite=overwrite) as (content, scratch):
+        folder = _Folder(scratch, keep_going)
+        n_done = folder.resume(files)
+        for file in followed(files[n_done:], "Folding messages", len(files) - n_done, progressbar):
+            folder.fold(file, workers)
+        report = folder.report(time.perf_counter() - began)
+        if not report.rows:
+            raise ValueError(
+                f"the messages in {source} make no row: no mid changes in them\n{report}"
+            )
+        write_files(merged(folder.rows()), content)
     return replace(report, seconds=time.perf_counter() - began)
 
 
 class _Folder:
-    """The markets folded so far; after each file, their state is in a record on the disk."""
+    """The markets folded so far; after each file, what it changed is added to a log on the disk."""
 
     def __init__(self, scratch: Path, keep_going: bool) -> None:
         self._scratch = scratch
@@ -197,48 +159,33 @@ class _Folder:
         self._findings: list[str] = []
         self._errors: list[str] = []
 
-    def fold(self, files: list[Path], workers: int, progress: Progress) -> None:
-        sizes = [file.stat().st_size for file in files]
-        task = progress.add_task("Folding messages", total=sum(sizes))
-        n_done = self._resume(files)
-        for number, file in enumerate(files):
-            if number >= n_done:
-                self._fold_file(file, workers)
-                self._save(number, file)
-            progress.update(task, completed=sum(sizes[: number + 1]))
-        if self._errors:
-            raise MessageError("\n".join(self._errors))
-
-    def in_order(self) -> list["_Market"]:
-        """List the markets that have rows, by name."""
-        markets = [_load(self._saved[name]) for name in sorted(self._saved)]
-        return [market for market in markets if market.book.counts["labelled"]]
-
-    def report(self, seconds: float) -> FoldReport:
-        counts = Counter(dict.fromkeys(COUNTERS, 0))
+    def resume(self, files: list[Path]) -> int:
+        """Take up the state after the last file that was read; return how many were."""
+        with (self._scratch / "log").open("a+b") as log:
+            log.seek(0)
+            n_done = end = 0
+            with contextlib.suppress(EOFError, pickle.UnpicklingError):
+                for file in files:
+                    signature, states, others, findings = pickle.load(log)
+                    if signature != self._signature(file):
+                        break
+                    self._saved |= states
+                    self._others, self._findings = others, findings
+                    n_done, end = n_done + 1, log.tell()
+            log.truncate(end)
         for state in self._saved.values():
-            counts.update(_load(state).book.counts)
-        made, rows = counts.pop("rows"), counts.pop("labelled")
-        more = len(self._findings) - NAMED
-        findings = self._findings[:NAMED] + [f"and {more:,} more files"] * (more > 0)
-        return FoldReport(
-            markets=len(self._saved),
-            rows=rows,
-            no_later_change=made - rows,
-            others=dict(self._others.most_common()),
-            findings=tuple(findings),
-            seconds=seconds,
-            **counts,
-        )
+            _load(state).cut()
+        return n_done
 
-    def _fold_file(self, file: Path, workers: int) -> None:
+    def fold(self, file: Path, workers: int) -> None:
         try:
             for part in _ahead(read_parts(file, salvage=self._keep_going), workers):
-                self._others.update(part.others)
-                if part.gap:
-                    self._lose(file)
-                if part.market:
+                if isinstance(part, Part):
                     self._market(part.market).fold(file, part)
+                elif isinstance(part, Gap):
+                    self._lose(file)
+                else:
+                    self._others.update(part)
         except DamageError as error:
             if self._keep_going:
                 self._findings.append(str(error))
@@ -250,6 +197,30 @@ class _Folder:
         for name, market in self._live.items():
             if market.n_lost():
                 self._findings.append(f"{file}: messages of {name} are missing")
+        self._save(file)
+
+    def report(self, seconds: float) -> FoldReport:
+        if self._errors:
+            raise MessageError("\n".join(self._errors))
+        counts = Counter(dict.fromkeys(COUNTERS, 0))
+        for state in self._saved.values():
+            counts.update(_load(state).book.counts)
+        made, rows = counts.pop("rows"), counts.pop("labelled")
+        more = len(self._findings) - NAMED
+        return FoldReport(
+            markets=len(self._saved),
+            rows=rows,
+            no_later_change=made - rows,
+            others=dict(self._others.most_common()),
+            findings=(*self._findings[:NAMED], *[f"and {more:,} more files"] * (more > 0)),
+            seconds=seconds,
+            **counts,
+        )
+
+    def rows(self) -> list[Sorted]:
+        """List the files of the markets that have rows, in the order of their names."""
+        markets = [_load(self._saved[name]) for name in sorted(self._saved)]
+        return [market.rows for market in markets if market.book.counts["labelled"]]
 
     def _market(self, name: str) -> "_Market":
         if name not in self._live:
@@ -266,33 +237,13 @@ class _Folder:
         for market in self._live.values():
             market.lose()
 
-    def _save(self, number: int, file: Path) -> None:
-        states = {name: _dump(market) for name, market in self._live.items()}
+    def _save(self, file: Path) -> None:
+        states = {name: zlib.compress(pickle.dumps(m), 1) for name, m in self._live.items()}
         self._saved |= states
         self._live.clear()
         if not self._errors:
-            record = self._signature(file), states, self._others, self._findings
-            _write_whole(self._record(number), pickle.dumps(record))
-
-    def _resume(self, files: list[Path]) -> int:
-        """Take up the state after the last file that was read; return how many were."""
-        n_done = 0
-        for number, file in enumerate(files):
-            if not self._record(number).exists():
-                break
-            signature, states, others, findings = pickle.loads(self._record(number).read_bytes())
-            if signature != self._signature(file):
-                break
-            self._saved |= states
-            self._others, self._findings, n_done = others, findings, number + 1
-        for later in range(n_done, len(files)):
-            self._record(later).unlink(missing_ok=True)
-        for state in self._saved.values():
-            _load(state).cut()
-        return n_done
-
-    def _record(self, number: int) -> Path:
-        return self._scratch / f"{number}.done"
+            with (self._scratch / "log").open("ab") as log:
+                pickle.dump((self._signature(file), states, self._others, self._findings), log)
 
     def _signature(self, file: Path) -> tuple:
         return str(file), file.stat().st_size, file.stat().st_mtime_ns, self._keep_going
@@ -313,19 +264,15 @@ class _Market:
 
     def fold(self, file: Path, part: Part) -> None:
         self._follow(file, part.events)
-        n_before = self.book.waiting
         try:
-            rows, up, up_before = self.book.fold(part.events, part.lines)
+            rows, labels = self.book.fold(part.events, part.lines)
         except MessageError as error:
             raise MessageError(f"{file}, {error}") from None
-        if up_before >= NO_LABEL:
-            self._label(up_before, n_before)
-        for path, array in zip(self.rows, (rows, up)):
-            with path.open("ab") as scratch:
-                array.tofile(scratch)
+        _append(self.rows.rows, rows)
+        _append(self.rows.up, labels)
 
     def lose(self) -> None:
-        self._label(NO_LABEL, self.book.lose())
+        _append(self.rows.up, self.book.lose())
 
     def n_lost(self) -> int:
         """Return how many lost messages have shown since this was asked last."""
@@ -339,12 +286,6 @@ class _Market:
         for path, size in zip(self.rows, (n_rows * ROW.itemsize, n_rows - self.book.waiting)):
             with path.open("ab") as scratch:
                 scratch.truncate(size)
-
-    def _label(self, label: int, n_rows: int) -> None:
-        """Write in pieces: all rows of a market may have waited for one change."""
-        with self.rows.up.open("ab") as scratch:
-            for start in range(0, n_rows, LABEL_BLOCK):
-                np.full(min(LABEL_BLOCK, n_rows - start), label, np.int8).tofile(scratch)
 
     def _follow(self, file: Path, events: Events) -> None:
         """Refuse a file whose messages are not later than those of the file before it."""
@@ -363,20 +304,16 @@ class _Market:
             self._exchange_ms = max(self._exchange_ms, exchange_ms[-1])
 
 
-def _dump(market: _Market) -> bytes:
-    return zlib.compress(pickle.dumps(market), 1)
-
-
 def _load(state: bytes) -> _Market:
     return pickle.loads(zlib.decompress(state))
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    path.with_suffix(".half").write_bytes(content)
-    path.with_suffix(".half").replace(path)
+def _append(path: Path, array: np.ndarray) -> None:
+    with path.open("ab") as scratch:
+        array.tofile(scratch)
 
 
-def _ahead(parts: Iterator[Part], workers: int) -> Iterator[Part]:
+def _ahead(parts: Iterator, workers: int) -> Iterator:
     """Read the next part in a thread of its own while one is folded."""
     if workers == 1:
         yield from parts
@@ -386,21 +323,6 @@ def _ahead(parts: Iterator[Part], workers: int) -> Iterator[Part]:
         while (part := coming.result()) is not None:
             coming = pool.submit(next, parts, None)
             yield part
-
-
-def _write_files(
-    pieces: Iterator[pa.Table], directory: Path, progress: Progress, n_rows: int
-) -> None:
-    task = progress.add_task("Merging rows", total=n_rows)
-    for number, rows in enumerate(regrouped(pieces, count(ROWS_PER_FILE, ROWS_PER_FILE))):
-        # Imbalances are too many for a dictionary, which would be given up half way.
-        pq.write_table(
-            rows,
-            directory / f"part-{number:05}.parquet",
-            compression="zstd",
-            use_dictionary=["mid", "spread", "up"],
-        )
-        progress.advance(task, len(rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

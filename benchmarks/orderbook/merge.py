@@ -13,13 +13,11 @@
 #   limitations under the License.
 """Merge the rows of markets by time, in bounded memory.
 
->>> for table in regrouped(merged([Sorted(rows, up), ...]), [1_000_000, 2_000_000]):
+>>> for table in merged([Sorted(rows, up), ...]):
 ...     pq.write_table(table, path)
 """
 
-import heapq
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +26,7 @@ import pyarrow as pa
 
 from benchmarks.orderbook.book import ROW
 
-__all__ = ["COLUMNS", "Sorted", "merged", "regrouped"]
+__all__ = ["COLUMNS", "Sorted", "merged"]
 
 COLUMNS = ("mid", "spread", "imbalance", "up")
 KEYED = np.dtype([("key", "i8"), *ROW.descr[1:], ("up", "i1")])
@@ -36,6 +34,7 @@ KEYED = np.dtype([("key", "i8"), *ROW.descr[1:], ("up", "i1")])
 MERGED_ROWS = 1 << 18
 FEWEST_ROWS = 1 << 10
 ORDER_BITS = 20
+NEVER = np.iinfo(np.int64).max
 
 
 class Sorted(NamedTuple):
@@ -44,85 +43,49 @@ class Sorted(NamedTuple):
     rows: Path
     """Rows of type `ROW`."""
     up: Path
-    """Their labels, int8, as far as they are known; rows of negative ones are left out."""
+    """Labels, int8, of the first of these rows, at least of one; those of -1 are left out."""
 
 
 def merged(markets: list[Sorted]) -> Iterator[pa.Table]:
-    """Yield all rows by time; rows of the same time go by market, then as they came."""
-    later = sorted(
-        ((_first_key(market, at), at) for at, market in enumerate(markets)), reverse=True
+    """Yield all rows by time; rows of the same time go by market, then as they came.
+
+    The files are read in blocks, in the order of the blocks' first rows, so that rows before the
+    first of the next block are complete.
+    """
+    n_rows = [market.up.stat().st_size for market in markets]
+    first = np.sort([_key(market, order, 0) for order, market in enumerate(markets)])
+    last = np.sort([_key(market, order, n_rows[order] - 1) for order, market in enumerate(markets)])
+    n_open = np.arange(1, len(markets) + 1) - np.searchsorted(last, first)
+    n = max(FEWEST_ROWS, MERGED_ROWS // int(n_open.max()))
+    blocks = sorted(
+        (_key(market, order, start), order, start)
+        for order, market in enumerate(markets)
+        for start in range(0, n_rows[order], n)
     )
-    # Markets by a key up to which their rows are in the pool.
-    heap: list[tuple[int, int]] = []
-    n_read, pool, n_pooled, n_kept = [0] * len(markets), [_NO_ROWS], 0, 0
-    while heap or later:
-        if later and (not heap or later[-1] <= heap[0]):
-            heapq.heappush(heap, later.pop())
-            continue
-        _, at = heap[0]
-        share = max(FEWEST_ROWS, MERGED_ROWS // len(heap))
-        rows, last_key = _read(markets[at], at, n_read[at], share)
-        n_read[at] += share
-        pool.append(rows)
-        n_pooled += len(rows)
-        if last_key is None:
-            heapq.heappop(heap)
-        else:
-            heapq.heapreplace(heap, (last_key, at))
+    pool, n_pooled, n_kept = [np.empty(0, KEYED)], 0, 0
+    for (_, order, start), next_key in zip(blocks, [*(key for key, *_ in blocks[1:]), NEVER]):
+        pool.append(_read(markets[order], order, start, n))
+        n_pooled += len(pool[-1])
         # Sorting so many at a time takes a time that does not grow with the number of markets.
-        if n_pooled > 2 * max(n_kept, share * (len(heap) + 1)):
-            ready, rest = _divided(pool, min([*heap[:1], *later[-1:], (_NEVER, 0)])[0])
-            yield _table(ready)
-            pool, n_pooled, n_kept = [rest], len(rest), len(rest)
-    yield _table(_divided(pool, _NEVER)[0])
+        if n_pooled > 2 * max(n_kept, MERGED_ROWS) or next_key == NEVER:
+            rows = np.concatenate(pool)
+            rows = rows[np.argsort(rows["key"], kind="stable")]
+            cut = int(np.searchsorted(rows["key"], next_key))
+            yield pa.table({name: np.ascontiguousarray(rows[name][:cut]) for name in COLUMNS})
+            pool, n_pooled, n_kept = [rows[cut:]], len(rows) - cut, len(rows) - cut
 
 
-def regrouped(pieces: Iterator[pa.Table], ends: Iterable[int]) -> Iterator[pa.Table]:
-    """Cut and join *pieces* so that a table ends after each number of rows in *ends*."""
-    held: list[pa.Table] = []
-    start = 0
-    for end in ends:
-        while sum(piece.num_rows for piece in held) < end - start:
-            if (piece := next(pieces, None)) is None:
-                break
-            held.append(piece)
-        if not any(piece.num_rows for piece in held):
-            return
-        rows = pa.concat_tables(held)
-        yield rows[: end - start].combine_chunks()
-        held, start = [rows[end - start :]], end
+def _key(market: Sorted, order: int, at: int) -> int:
+    """Return the time of one row, then the order of its market, as one number."""
+    (row,) = np.fromfile(market.rows, ROW, 1, offset=at * ROW.itemsize)
+    return int(row["recv_ms"]) << ORDER_BITS | order
 
 
-_NO_ROWS = np.empty(0, KEYED)
-_NEVER = np.iinfo(np.int64).max
-
-
-def _first_key(market: Sorted, order: int) -> int:
-    return int(_keys(np.fromfile(market.rows, ROW, 1), order)[0])
-
-
-def _keys(rows: np.ndarray, order: int) -> np.ndarray:
-    return (rows["recv_ms"] << ORDER_BITS) | order
-
-
-def _read(market: Sorted, order: int, first: int, n: int) -> tuple[np.ndarray, int | None]:
-    """Read rows that have labels, and the key of the last row; None says that no more follow."""
-    up = np.fromfile(market.up, np.int8, n, offset=first)
-    rows = np.fromfile(market.rows, ROW, len(up), offset=first * ROW.itemsize)
+def _read(market: Sorted, order: int, start: int, n: int) -> np.ndarray:
+    up = np.fromfile(market.up, np.int8, n, offset=start)
+    rows = np.fromfile(market.rows, ROW, len(up), offset=start * ROW.itemsize)
     keyed = np.empty(len(up), KEYED)
-    keyed["key"], keyed["up"] = _keys(rows, order), up
+    keyed["key"], keyed["up"] = rows["recv_ms"] << ORDER_BITS | order, up
     for name in COLUMNS[:-1]:
         keyed[name] = rows[name]
-    return keyed[up >= 0], int(keyed["key"][-1]) if len(up) == n else None
-
-
-def _divided(pool: list[np.ndarray], key: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sort rows, and cut them behind *key*."""
-    rows = np.concatenate(pool)
-    rows = rows[np.argsort(rows["key"], kind="stable")]
-    cut = np.searchsorted(rows["key"], key, "right")
-    return rows[:cut], rows[cut:]
-
-
-def _table(rows: np.ndarray) -> pa.Table:
-    return pa.table({name: np.ascontiguousarray(rows[name]) for name in COLUMNS})
+    return keyed[up >= 0]

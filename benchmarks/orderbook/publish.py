@@ -11,56 +11,42 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Directories that appear complete or not at all, and the bar that shows how far they are."""
+"""Directories that appear complete or not at all, and the files of tables in them."""
 
 import argparse
 import contextlib
 import shutil
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-__all__ = ["bar", "published", "run_command"]
+from rich.console import Console
+from rich.progress import track
+
+__all__ = ["followed", "published", "run_command", "write_files"]
+
+ROWS_PER_FILE = 1_000_000
 
 
 @contextlib.contextmanager
-def published(
-    destination: str | Path, *, overwrite: bool, resumable: bool = False
-) -> Iterator[tuple[Path, Path]]:
+def published(destination: str | Path, *, overwrite: bool) -> Iterator[tuple[Path, Path]]:
     """Make a directory that appears by one rename when the block ends without an error.
 
-    Parameters
-    ----------
-    destination : str or Path
-        The directory to make.
-    overwrite : bool
-        Replace what is there.
-    resumable : bool
-        After a kill or an interrupt, the next call finds the scratch directory as it was left.
-
-    Yields
-    ------
-    content : Path
-        Empty directory to fill; it becomes *destination*.
-    scratch : Path
-        Directory on the same disk, gone in the end.
-
-    Raises
-    ------
-    FileExistsError
-        If *destination* exists and *overwrite* is False.
+    Yields an empty directory to fill, which becomes *destination*, and one for scratch files on the
+    same disk, gone in the end or after an error; what lies in it at a kill or an interrupt is found
+    there by the next call. What is there already is replaced only with *overwrite*.
     """
     destination = Path(destination)
     if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists; choose another name, or pass overwrite")
     unfinished = destination.parent / f".{destination.name}.unfinished"
     content, scratch, replaced = (unfinished / name for name in ("content", "scratch", "replaced"))
-    kept = resumable and scratch.is_dir()
-    shutil.rmtree(content if kept else unfinished, ignore_errors=True)
+    for directory in (content, replaced):
+        shutil.rmtree(directory, ignore_errors=True)
     for directory in (content, scratch):
         directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -69,16 +55,37 @@ def published(
             destination.rename(replaced)
         content.rename(destination)
     except BaseException as error:
-        if not resumable or isinstance(error, Exception):
+        if isinstance(error, Exception) or not any(scratch.iterdir()):
             shutil.rmtree(unfinished)
         raise
     shutil.rmtree(unfinished)
 
 
-def bar(show: bool) -> Progress:
-    """Make a progress bar on standard error."""
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not show)
+def write_files(tables: Iterable[pa.Table], directory: Path) -> None:
+    """Write tables, one after the other, as Parquet files of so many rows whose names sort."""
+    rows, number = None, 0
+    for table in tables:
+        rows = table if rows is None else pa.concat_tables([rows, table])
+        while len(rows) > ROWS_PER_FILE:
+            _write_file(rows[:ROWS_PER_FILE], directory, number)
+            rows, number = rows[ROWS_PER_FILE:], number + 1
+    if rows is not None:
+        _write_file(rows, directory, number)
+
+
+def _write_file(rows: pa.Table, directory: Path, number: int) -> None:
+    # Imbalances are too many for a dictionary, which would be given up half way.
+    pq.write_table(
+        rows.combine_chunks(),
+        directory / f"part-{number:05}.parquet",
+        compression="zstd",
+        use_dictionary=["mid", "spread", "up"],
+    )
+
+
+def followed(items: Sequence | Iterable, description: str, total: int, show: bool) -> Iterable:
+    """Show on standard error how many of *items* are done."""
+    return track(items, description, total, console=Console(stderr=True), disable=not show)
 
 
 def run_command(

@@ -23,19 +23,20 @@ Prices and sizes never pass through floating point where they are written as str
 """
 
 import contextlib
+import gzip
 import json
 import re
 import zlib
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -54,19 +55,21 @@ from benchmarks.orderbook.book import (
     Events,
     MessageError,
 )
+from benchmarks.orderbook.columns import MESSAGES
 
-__all__ = ["DamageError", "Part", "find_files", "first_ms", "read_parts"]
+__all__ = ["DamageError", "Gap", "Part", "find_files", "first_ms", "read_parts"]
 
 TYPES = pa.array(["orderbook_delta", "orderbook_snapshot", "trade"])
 SIDES = pa.array(["yes", "no"])
 PRICE, SIZE = pa.decimal128(18, 4), pa.decimal128(18, 2)
-FORMATS = re.compile(r"\.parquet$|\.(ndjson|jsonl)(\.gz|\.zst)?$")
-CODECS = {".gz": "gzip", ".zst": "zstd"}
-GZIP = import_module("isal.igzip" if find_spec("isal") else "gzip")
-UNREADABLE = pa.ArrowException, OSError, EOFError, UnicodeError, zlib.error
-BLOCK_BYTES, PIECE_BYTES = 1 << 24, 1 << 18
+FAST = find_spec("isal") is not None
+GZIP = import_module("isal.igzip" if FAST else "gzip")
+ISAL_ERROR = import_module("isal.isal_zlib" if FAST else "zlib").error
+UNREADABLE = pa.ArrowException, OSError, EOFError, UnicodeError, zlib.error, ISAL_ERROR
+BLOCK_BYTES = 1 << 24
 NEWLINE = ord("\n")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BLANK = " \t\r\n\ufeff"
+"""What may surround a message: white space, or the byte order mark of a file."""
 BLOCK_EVENTS = 1 << 16
 LATEST_MS = 1 << 43
 SECONDS = 10**9, 10**10
@@ -95,10 +98,10 @@ class Part(NamedTuple):
     events: Events
     lines: np.ndarray
     """int64, the number of each event's line in the file, or of its row in a Parquet file."""
-    others: Counter
-    """Types of messages passed over since the last part."""
-    gap: bool
-    """Whether messages of the file's subscription are missing before this part."""
+
+
+class Gap:
+    """Messages of the file's subscription are missing here."""
 
 
 def find_files(directory: str | Path) -> list[Path]:
@@ -106,7 +109,7 @@ def find_files(directory: str | Path) -> list[Path]:
     directory = Path(directory)
     found = sorted(file for file in directory.rglob("*") if file.is_file())
     visible = [file for file in found if not file.name.startswith(".")]
-    files = [file for file in visible if FORMATS.search(file.name)]
+    files = [f for f in visible if f.suffix == ".parquet" or MESSAGES.search(f.name)]
     if not files:
         kinds = Counter("".join(file.suffixes[-2:]) or file.name for file in visible)
         holds = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "no files"
@@ -131,22 +134,12 @@ def first_ms(path: Path) -> int:
         return 0  # reading it tells what is wrong
 
 
-def read_parts(path: Path, *, salvage: bool = False) -> Iterator[Part]:
+def read_parts(path: Path, *, salvage: bool = False) -> Iterator[Part | Counter | Gap]:
     """Read one file of messages in bounded memory.
 
-    Parameters
-    ----------
-    path : Path
-        File of messages.
-    salvage : bool
-        Read a damaged file to its last whole line before the error is raised.
-
-    Raises
-    ------
-    DamageError
-        Where the file cannot be read on.
-    MessageError
-        Where a message of an order book is not in Kalshi's format.
+    Yields parts of messages, how many of other types were passed over, and where messages are
+    missing. Raises a `DamageError` where the file cannot be read on, with *salvage* after its last
+    whole line, and a `MessageError` where a message of a book is not in Kalshi's format.
     """
     try:
         yield from _read_parquet(path) if path.suffix == ".parquet" else _read_json(path, salvage)
@@ -167,27 +160,26 @@ def _read_parquet(path: Path) -> Iterator[Part]:
             n_before += len(batch)
             events = Events(*(column.to_numpy() for column in batch.columns))
             _check_times(path, lines, recv_ms=events.recv_ms, ts_ms=events.ts_ms)
-            yield Part(path.parent.name, events, lines, Counter(), False)
+            yield Part(path.parent.name, events, lines)
 
 
 def _check_times(path: Path, lines: np.ndarray, **times: np.ndarray) -> None:
     for name, each in times.items():
-        if SECONDS[1] <= each.min() <= each.max() < LATEST_MS:
-            continue
-        wrong = ~((each >= 0) & (each < LATEST_MS)) | ((each >= SECONDS[0]) & (each < SECONDS[1]))
-        if wrong.any():
-            at = wrong.argmax()
+        seconds = (each >= SECONDS[0]) & (each < SECONDS[1])
+        right = (each >= 0) & (each < LATEST_MS) & ~seconds
+        if not right.all():
+            at = right.argmin()
             reason = f"{name} must be milliseconds since 1970, it is {each[at]:.0f}"
             raise MessageError(f"{path}, line {lines[at]}: {reason}")
 
 
 def _opened(path: Path) -> Any:
-    if path.suffix in CODECS and path.stat().st_size == 0:
+    if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
         raise OSError("it is empty")
-    return pa.input_stream(path, compression=CODECS.get(path.suffix))
+    return GZIP.open(path) if path.suffix == ".gz" else pa.input_stream(path)
 
 
-def _read_json(path: Path, salvage: bool) -> Iterator[Part]:
+def _read_json(path: Path, salvage: bool) -> Iterator[Part | Counter | Gap]:
     reader = _LineReader(path)
     for text, ends in _whole_lines(path, salvage):
         yield from reader.parts(text, ends)
@@ -195,48 +187,43 @@ def _read_json(path: Path, salvage: bool) -> Iterator[Part]:
 
 def _whole_lines(path: Path, salvage: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield whole lines, and where each ends, in an array that is used again for the next ones."""
-    text, n = np.empty(BLOCK_BYTES + PIECE_BYTES + 1, np.uint8), 0
-    ends: list[np.ndarray] = []
-    for n_read in _reads(path, salvage, lambda: text[n : n + PIECE_BYTES]):
-        # A piece fits into the processor's cache.
-        ends.append(np.flatnonzero(text[n : n + n_read] == NEWLINE) + n + 1)
-        n += n_read
-        if n_read and n < BLOCK_BYTES:
-            continue
-        found = np.concatenate(ends)
-        if len(found):
-            yield text[: found[-1]], found
-            text[: n - found[-1]] = text[found[-1] : n]
-            n, ends = n - found[-1], []
-        elif n >= BLOCK_BYTES:
-            raise DamageError(f"{path}: a line must be shorter than {BLOCK_BYTES} bytes")
-    if n and text[n - 1] != NEWLINE:
-        text[n], ends = NEWLINE, [*ends, np.array([n + 1])]
-    if ends:
-        found = np.concatenate(ends)
-        yield text[: found[-1]], found
+    text, n = np.empty(BLOCK_BYTES + 1, np.uint8), 0
+    n_read, position, damage = 1, 0, None
+    with _opened(path) as file:
+        while n_read:
+            try:
+                n_read = file.readinto(text[n:-1])
+            except UNREADABLE as error:
+                n_read, damage = 0, error
+                n += _salvaged(path, position, text[n:-1]) if salvage else 0
+            n, position = n + n_read, position + n_read
+            if n_read and n < BLOCK_BYTES:
+                continue
+            if n and n_read == 0 and damage is None and text[n - 1] != NEWLINE:
+                text[n], n = NEWLINE, n + 1
+            ends = np.flatnonzero(text[:n] == NEWLINE) + 1
+            if len(ends):
+                yield text[: ends[-1]], ends
+                text[: n - ends[-1]] = text[ends[-1] : n]
+                n -= ends[-1]
+            elif n >= BLOCK_BYTES:
+                raise DamageError(f"{path}: a line must be shorter than {BLOCK_BYTES} bytes")
+    if damage is not None:
+        raise damage
 
 
-def _reads(path: Path, salvage: bool, room: Callable[[], np.ndarray]) -> Iterator[int]:
-    """Fill the start of *room* again and again, and give the bytes of each read; 0 is before damage."""
-    n_before = 0
-    try:
-        with _opened(path) as plain, GZIP.open(path) if path.suffix == ".gz" else plain as file:
-            while n := file.readinto(room()):
-                if n_before == 0 and room()[:3].tobytes() == BYTE_ORDER_MARK:
-                    room()[:3] = ord(" ")
-                n_before += n
-                yield n
-    except UNREADABLE:
-        # A read that fails gives nothing, so what came before the damage is read in small pieces.
-        if salvage:
-            with _opened(path) as file, contextlib.suppress(*UNREADABLE):
-                while n_before:
-                    n_before -= len(file.read(min(n_before, BLOCK_BYTES)))
-                while n := file.readinto(room()[:64]):
-                    yield n
-            yield 0
-        raise
+def _salvaged(path: Path, position: int, room: np.ndarray) -> int:
+    """Read from *position* to the damage in small pieces, since a read that fails gives nothing."""
+    n = 0
+    # Of what comes before damage, isal loses more than the standard library does.
+    file: Any = gzip.open(path) if path.suffix == ".gz" else pa.input_stream(path)
+    with file, contextlib.suppress(*UNREADABLE):
+        while position and (piece := file.read(min(position, BLOCK_BYTES))):
+            position -= len(piece)
+        while piece := file.read1(min(64, len(room) - n)):
+            room[n : n + len(piece)] = np.frombuffer(piece, np.uint8)
+            n += len(piece)
+    return n
 
 
 class _LineReader:
@@ -248,92 +235,85 @@ class _LineReader:
         self._last_seq: int | None = None
         self._n_steps = self._n_skips = 0
 
-    def parts(self, text: np.ndarray, ends: np.ndarray) -> Iterator[Part]:
-        texts, numbers = self._lines(text, ends)
-        damage = ""
-        try:
-            table = _queried(texts, FLATTEN)
-        except duckdb.Error:
-            texts, numbers, damage = self._valid(texts, numbers)
-            table = _queried(texts, FLATTEN)
-        kind = pc.index_in(table["type"], TYPES)
-        others = Counter(table["type"].filter(pc.is_null(kind)).to_pylist())
-        if others:
-            known = pc.is_valid(kind)
-            other = ~known.to_numpy(zero_copy_only=False)
-            unread = pc.match_substring_regex(texts.filter(pa.array(other)), UNREAD)
-            if pc.any(unread).as_py():
-                number = numbers[other][unread.index(True).as_py()]
-                self._fail(number, "not as Kalshi sends it and recorders write it")
-            table, kind, texts = (rows.filter(known) for rows in (table, kind, texts))
-            numbers = numbers[~other]
-        if len(table):
-            yield from self._split(table, kind.to_numpy().astype(np.uint8), texts, numbers, others)
-        elif others:
-            yield Part("", _NOTHING, numbers, others, False)
-        if damage:
-            raise DamageError(damage)
-
-    def _lines(self, text: np.ndarray, ends: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+    def parts(self, text: np.ndarray, ends: np.ndarray) -> Iterator[Part | Counter | Gap]:
         starts = np.concatenate([[0], ends]).astype(np.int32)
         lines = pa.StringArray.from_buffers(len(ends), pa.py_buffer(starts), pa.py_buffer(text))
         numbers = np.arange(self._n_lines + 1, self._n_lines + len(ends) + 1)
         self._n_lines += len(ends)
-        return lines, numbers
+        damage = ""
+        try:
+            messages = _queried(FLATTEN, lines, numbers)
+        except duckdb.Error:
+            lines, numbers, damage = self._valid(lines, numbers)
+            messages = _queried(FLATTEN, lines, numbers)
+        known = pc.is_in(messages["type"], TYPES)
+        if not pc.all(known).as_py():
+            yield self._passed_over(messages.filter(pc.invert(known)))
+            messages = messages.filter(known)
+        if len(messages):
+            yield from self._split(messages)
+        if damage:
+            raise DamageError(damage)
 
     def _valid(self, lines: pa.Array, numbers: np.ndarray) -> tuple[pa.Array, np.ndarray, str]:
         """Give the lines with text up to the first that is not JSON, and say which that is."""
-        told = pc.not_equal(pc.utf8_trim_whitespace(lines), "")
+        lines = pc.utf8_trim(lines, BLANK)
+        told = pc.not_equal(lines, "")
         lines, numbers = lines.filter(told), numbers[told.to_numpy(zero_copy_only=False)]
-        valid = _queried(lines, "json_valid(line)")[0].to_numpy()
-        if valid.all():
+        valid = _queried("json_valid(line) AS valid", lines, numbers)["valid"]
+        if (n_valid := valid.index(False).as_py()) < 0:
             return lines, numbers, ""
-        n_valid = int(valid.argmin())
         damage = f"{self.path}, line {numbers[n_valid]}: not a message"
-        return lines.slice(0, n_valid), numbers[:n_valid], damage
+        return lines[:n_valid], numbers[:n_valid], damage
 
-    def _split(
-        self, table: pa.Table, kind: np.ndarray, texts: pa.Array, lines: np.ndarray, others: Counter
-    ) -> Iterator[Part]:
+    def _passed_over(self, messages: pa.RecordBatch) -> Counter:
+        """Count messages of other types, unless they are those of a book in another form."""
+        unread = pc.match_substring_regex(messages["line"], UNREAD)
+        self._check(unread, messages, "not as Kalshi sends it and recorders write it")
+        return Counter(messages["type"].to_pylist())
+
+    def _split(self, messages: pa.RecordBatch) -> Iterator[Part | Gap]:
         """Divide messages by market, and where others are missing before them."""
-        market = _one(table["market_ticker"]).dictionary_encode()
-        self._check(market.is_null(), lines, "market_ticker", "a name", market)
-        names, codes = market.dictionary.to_pylist(), market.indices.to_numpy()
-        events = self._events(table, kind, lines)
+        market = messages["market_ticker"].dictionary_encode()
+        self._check(market.is_null(), messages, "event.msg.market_ticker must be a name")
+        events = self._events(messages)
         skips = self._skips(events)
-        events, at = self._with_levels(events, texts, lines)
-        codes, lines = codes[at], lines[at]
+        events, at = self._with_levels(events, messages)
+        codes, lines = market.indices.to_numpy()[at], messages["number"].to_numpy()[at]
         skips = np.flatnonzero(skips[at] & (events.kind != LEVEL))
         for start, stop in pairwise(sorted({0, *skips.tolist(), len(codes)})):
-            gap = start in skips
-            for code, rows in _by_code(codes[start:stop]):
-                part = Events(*(column[start:stop][rows] for column in events))
-                yield Part(names[code], part, lines[start:stop][rows], others, gap)
-                others, gap = Counter(), False
+            if start in skips:
+                yield Gap()
+            for code in np.flatnonzero(np.bincount(codes[start:stop])):
+                rows = start + np.flatnonzero(codes[start:stop] == code)
+                part = Events(*(column[rows] for column in events))
+                yield Part(market.dictionary[int(code)].as_py(), part, lines[rows])
 
-    def _events(self, table: pa.Table, kind: np.ndarray, lines: np.ndarray) -> Events:
+    def _events(self, messages: pa.RecordBatch) -> Events:
+        kind = pc.index_in(messages["type"], TYPES).to_numpy().astype(np.uint8)
         deltas = kind == DELTA
-        ts_ms, recv_ms = (pc.fill_null(table[name], np.nan).to_numpy() for name in TIMES)
+        ts_ms, recv_ms = (pc.fill_null(messages[name], np.nan).to_numpy() for name in TIMES)
         recv_ms = np.where(np.isnan(recv_ms), ts_ms, recv_ms)
         ts_ms = np.where(deltas & ~np.isnan(ts_ms), ts_ms, recv_ms)
-        _check_times(self.path, lines, recv_ms=recv_ms, ts_ms=ts_ms)
-        sides = pc.fill_null(pc.index_in(table["side"], SIDES), -1).to_numpy()
-        self._check(deltas & (sides < 0), lines, "side", "one of ['yes', 'no']", table["side"])
+        _check_times(self.path, messages["number"].to_numpy(), recv_ms=recv_ms, ts_ms=ts_ms)
+        sides = pc.fill_null(pc.index_in(messages["side"], SIDES), -1).to_numpy()
+        rule = "event.msg.side must be one of ['yes', 'no'], it is {side}"
+        self._check(deltas & (sides < 0), messages, rule)
         return Events(
             kind=kind,
             side=np.where(deltas, sides, 0).astype(np.uint8),
-            price=self._scaled(table, "price_dollars", PRICE, deltas, lines),
-            size=self._scaled(table, "delta_fp", SIZE, deltas, lines),
-            seq=np.array(pc.fill_null(table["seq"], -1)),
+            price=self._scaled(messages, "price_dollars", PRICE, deltas),
+            size=self._scaled(messages, "delta_fp", SIZE, deltas),
+            seq=np.array(pc.fill_null(messages["seq"], -1)),
             ts_ms=ts_ms.astype(np.int64),
             recv_ms=recv_ms.astype(np.int64),
         )
 
     def _scaled(
-        self, table: pa.Table, name: str, to: pa.DataType, deltas: np.ndarray, lines: np.ndarray
+        self, messages: pa.RecordBatch, name: str, to: pa.DataType, deltas: np.ndarray
     ) -> np.ndarray:
         """Read decimals of deltas as multiples of the unit of *to*, exactly."""
-        column = _one(table[name])
+        column = messages[name]
         if not deltas.all():
             column = pc.if_else(deltas, column, "0")
         try:
@@ -342,17 +322,16 @@ class _LineReader:
                 return np.frombuffer(integers.buffers()[1], np.int64)[: 2 * len(deltas) : 2].copy()
         except pa.ArrowInvalid:
             pass  # of other forms, or not a number
-        values = column.to_pylist()
-        read = [_integer(value, to.scale) for value in values]
-        wrong = [each is None for each in read]
-        self._check(wrong, lines, name, f"a number of {to.scale} decimals", values)
+        read = [_integer(value, to.scale) for value in column.to_pylist()]
+        rule = f"event.msg.{name} must be a number of {to.scale} decimals, it is {{{name}}}"
+        self._check([each is None for each in read], messages, rule)
         return np.array(read, np.int64)
 
-    def _check(self, wrong: Any, lines: np.ndarray, name: str, rule: str, values: Any) -> None:
+    def _check(self, wrong: Any, messages: pa.RecordBatch, rule: str) -> None:
         """Refuse messages by a mask of those that are wrong."""
         if (wrong := np.asarray(wrong)).any():
-            at = int(wrong.argmax())
-            self._fail(lines[at], f"event.msg.{name} must be {rule}, it is {values[at]}")
+            (message,) = messages[int(wrong.argmax()) :][:1].to_pylist()
+            raise MessageError(f"{self.path}, line {message['number']}: {rule.format(**message)}")
 
     def _skips(self, events: Events) -> np.ndarray:
         """Tell before which deltas messages are missing, if the whole subscription is here.
@@ -373,13 +352,13 @@ class _LineReader:
         return skips & few
 
     def _with_levels(
-        self, events: Events, texts: pa.Array, lines: np.ndarray
+        self, events: Events, messages: pa.RecordBatch
     ) -> tuple[Events, np.ndarray | slice]:
         """Insert the levels of each snapshot behind it; also tell which message each comes from."""
         snapshots = np.flatnonzero(events.kind == SNAPSHOT)
         if not len(snapshots):
             return events, slice(None)
-        levels = [self._levels(texts[at].as_py(), lines[at]) for at in snapshots.tolist()]
+        levels = [self._levels(messages[int(at) :][:1]) for at in snapshots]
         counts = np.zeros(len(events.kind), np.int64)
         counts[snapshots] = events.size[snapshots] = [len(each) for each in levels]
         at = np.repeat(np.arange(len(counts)), 1 + counts)
@@ -391,27 +370,21 @@ class _LineReader:
         events.side[inserted], events.price[inserted], events.size[inserted] = side, price, size
         return events, at
 
-    def _levels(self, text: str, line: int) -> list[tuple]:
+    def _levels(self, snapshot: pa.RecordBatch) -> list[tuple]:
         """Read the levels of one snapshot: sides, prices and sizes."""
-        body, levels = json.loads(text, parse_float=Decimal)["event"]["msg"], []
+        body = json.loads(snapshot["line"][0].as_py(), parse_float=Decimal)["event"]["msg"]
+        levels: list[tuple] = []
         for side, name in ((YES, "yes"), (NO, "no")):
             found = body.get(f"{name}_dollars_fp") or body.get(f"{name}_dollars") or ()
-            if not found and body.get(name):
-                self._fail(line, f"levels must be dollars, the snapshot has only the key {name!r}")
+            rule = f"levels must be dollars, the snapshot has only the key {name!r}"
+            self._check([not found and bool(body.get(name))], snapshot, rule)
             try:
                 levels += [(side, _integer(price, 4), _integer(size, 2)) for price, size in found]
             except (ValueError, TypeError):
                 levels.append((side, None, None))
-            if any(None in level for level in levels):
-                reason = f"must be [price, size] of 4 and 2 decimals, they are {found}"
-                self._fail(line, f"the levels of a snapshot {reason}")
+            rule = "the levels of a snapshot must be [price, size] of 4 and 2 decimals: {line}"
+            self._check([any(None in level for level in levels)], snapshot, rule)
         return levels
-
-    def _fail(self, line: int, reason: str) -> NoReturn:
-        raise MessageError(f"{self.path}, line {line}: {reason}")
-
-
-_NOTHING = Events(*(np.empty(0, field.type.to_pandas_dtype()) for field in EVENT_SCHEMA))
 
 
 @cache
@@ -419,10 +392,12 @@ def _connection() -> duckdb.DuckDBPyConnection:
     return duckdb.connect(config={"threads": 1})
 
 
-def _queried(lines: pa.Array, expressions: str) -> pa.Table:
-    messages = pa.table({"line": lines.cast(pa.string_view())})
-    rows = _connection().cursor().sql(f"SELECT {expressions} FROM messages")
-    return rows.to_arrow_table().combine_chunks()
+def _queried(expressions: str, lines: pa.Array, numbers: np.ndarray) -> pa.RecordBatch:
+    """Give what DuckDB makes of the lines, and these with their numbers."""
+    texts = pa.table({"line": lines.cast(pa.string_view())})
+    found = _connection().cursor().sql(f"SELECT {expressions} FROM texts").to_arrow_table()
+    columns = [*(column.combine_chunks() for column in found.columns), lines, pa.array(numbers)]
+    return pa.record_batch(columns, [*found.column_names, "line", "number"])
 
 
 def _integer(value: object, scale: int) -> int | None:
@@ -432,16 +407,3 @@ def _integer(value: object, scale: int) -> int | None:
         return int(scaled) if abs(scaled) < 10**18 and scaled == int(scaled) else None
     except ArithmeticError:
         return None
-
-
-def _by_code(codes: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
-    """Give each code and its rows."""
-    if not codes.any():
-        return [(0, slice(None))]
-    order = np.argsort(codes, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
-    return [(codes[rows[0]], rows) for rows in groups]
-
-
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -21,299 +21,179 @@ fitted to its first million rows, its first five, and so on to all of them: from
 of time through a buffer, and after ``preshuffle``, each in a process of its own. The same is done
 with real captures, if there are any, and the last way with a table of a billion rows.
 
-A run that was stopped goes on where it was: the result of each stage is a file in the work folder.
-Delete that folder to start anew. The numbers, tables and figures go into the results folder.
+A run that was stopped goes on: the results of finished stages are in a file in the work folder, and
+only what the others need is made again. Delete that file to start anew.
+The numbers, tables and figures go into the results folder.
 """
 
 import argparse
 import json
 import math
-import os
 import shutil
+import sys
 import time
-import zlib
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from rich.console import Console
-
-from benchmarks.orderbook.columns import holds_messages
-from benchmarks.orderbook.experiment import (
-    BATCH_SIZE,
-    exact_posterior,
-    fit_model,
-    in_process,
-    parquet_files,
-    shuffle,
-)
+from benchmarks.orderbook import tables
+from benchmarks.orderbook.columns import holds_messages, parquet_files
+from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, fit_model, in_process
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
 from benchmarks.orderbook.rows import write_rows
-from benchmarks.orderbook.tables import (
-    CAPTURES,
-    EXACT,
-    FOLD,
-    IN_MEMORY,
-    MESSAGES,
-    ORDERED,
-    PRESHUFFLE,
-    ROWS,
-    SHUFFLED,
-    Records,
-    case_name,
-    publish,
-)
+from pymc.variational.streaming import preshuffle
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["Settings", "Steps", "main", "run"]
+__all__ = ["main", "run"]
 
-SEED = 0
-ROW_BYTES = 13
-SCRATCH_BYTES = 21
-MESSAGE_BYTES = 12
+SIZES = (1_000_000, 5_000_000, 20_000_000, 26_000_000, 121_800_000)
+"""Rows of the tables; each is the beginning of the table through which the markets drift."""
+TABLE = 121_800_000
+BILLION = 1_000_000_000
+"""Rows of a table of its own that is only streamed."""
+MESSAGES = 100_000_000
+BUFFER_SIZE = 1_000_000
+STEPS = 20_000
+"""Of each fit, at least; two whole epochs if those are more."""
 CHECKED_TWICE = 30_000_000
 WINDOW_SHARE = 20
+SEED = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The experiment to run."""
+class Stage(NamedTuple):
+    """A part of the experiment whose result is recorded."""
 
-    sizes: tuple[int, ...] = (1_000_000, 5_000_000, 20_000_000, 26_000_000, 121_800_000)
-    """Rows of the tables; each is the beginning of the largest."""
-    table: int = 121_800_000
-    """Rows of the table through which the markets drift, at least the largest size."""
-    billion: int | None = 1_000_000_000
-    """Rows of a table of its own that is only streamed."""
-    messages: int | None = 100_000_000
-    """Synthetic messages to fold."""
-    captures: Path | None = None
-    """Directory of captured messages."""
-    buffer_size: int = 1_000_000
-    """Rows."""
-    steps: int = 20_000
-    """Of each fit, at least; two whole epochs if those are more."""
+    kind: str
+    parameters: dict[str, Any]
+    """All that the result depends on."""
+    run: Callable[[], dict[str, Any]]
+    """Return the result, as JSON can hold it."""
+    is_read: bool = False
+    """Whether later stages of the same case read what it makes."""
 
 
-class Steps:
-    """The results of steps, each a small JSON file in *folder*, so that a run can go on.
-
-    >>> steps = Steps(folder)
-    >>> with steps.product("1M", "rows", {"rows": 1_000_000}, write_rows) as rows:
-    ...     steps.record("1M", "fit", {"steps": 8_000}, lambda: fit_rows(rows()))
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.records: Records = {}
-        self._folder = folder
-        self._console = Console(stderr=True)
-        for name in ("records", "tables"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-
-    def record(
-        self, case: str, kind: str, parameters: dict[str, Any], run: Callable[[], Any]
-    ) -> None:
-        """Call *run* for a result that is plain JSON, unless that of these parameters is there."""
-        file = self._folder / "records" / f"{_name(case, kind)}.json"
-        record = json.loads(file.read_text()) if file.exists() else {}
-        if record.get("parameters") != parameters:
+def run(
+    work: Path, *, sizes: Sequence[int] = SIZES, captures: Path | None = None, billion: bool = True
+) -> tables.Records:
+    """Run all stages that have no record in *work*, and return the records of all."""
+    file, folder = work / "records.json", work / "tables"
+    work.mkdir(parents=True, exist_ok=True)
+    kept: tables.Records = json.loads(file.read_text()) if file.exists() else {}
+    records: tables.Records = {}
+    for case, stages in _cases(folder, sizes, captures, billion):
+        shutil.rmtree(folder, ignore_errors=True)
+        done = kept.setdefault(case, {})
+        missing = [
+            kind
+            for kind, parameters, *_ in stages
+            if done.get(kind, {}).get("parameters") != parameters
+        ]
+        for kind, parameters, take, is_read in stages if missing else []:
+            if kind not in missing and not is_read:
+                continue
             began = time.perf_counter()
-            result = run()
-            record = {"parameters": parameters, "seconds": time.perf_counter() - began}
-            record["result"] = result
-            unfinished = file.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(record, indent=1))
-            unfinished.replace(file)
-            self._console.print(f"{case} {kind}: {record['seconds']:.1f} s", highlight=False)
-        self.records.setdefault(case, {})[kind] = record
-
-    @contextmanager
-    def product(
-        self, case: str, kind: str, parameters: dict[str, Any], make: Callable[[Path], Any]
-    ) -> Iterator[Callable[[], Path]]:
-        """Record a step that makes a directory, and yield what returns it for other steps.
-
-        It is made again if a step needs it and it is gone, and deleted in the end.
-        """
-        number = zlib.crc32(json.dumps(parameters).encode())
-        path = self._folder / "tables" / f"{_name(case, kind)}-{number:08x}"
-        unfinished = path.with_name(f"{path.name}.unfinished")
-
-        def make_whole() -> Any:
-            for old in (path, unfinished):
-                shutil.rmtree(old, ignore_errors=True)
-            result = make(unfinished)
-            unfinished.rename(path)
-            return result
-
-        def ready() -> Path:
-            if not path.exists():
-                make_whole()
-            return path
-
-        self.record(case, kind, parameters, make_whole)
-        yield ready
-        shutil.rmtree(path, ignore_errors=True)
+            result = take()
+            seconds = time.perf_counter() - began
+            sys.stderr.write(f"{case} {kind}: {seconds:.1f} s\n")
+            if kind in missing:
+                done[kind] = {"parameters": parameters, "seconds": seconds, "result": result}
+                file.with_suffix(".unfinished").write_text(json.dumps(kept, indent=1))
+                file.with_suffix(".unfinished").replace(file)
+        records[case] = {stage.kind: done[stage.kind] for stage in stages}
+    shutil.rmtree(folder, ignore_errors=True)
+    return records
 
 
-def _name(case: str, kind: str) -> str:
-    return f"{case}-{kind}".replace(" ", "-")
+def _cases(
+    folder: Path, sizes: Sequence[int], captures: Path | None, billion: bool
+) -> Iterator[tuple[str, list[Stage]]]:
+    """Yield the stages of each case, which make their tables in *folder*."""
+    rows, messages = folder / "rows", folder / "messages"
+    for size in sorted(sizes):
+        yield tables.case_name(size), _of_rows(rows, size, TABLE, tables.WAYS)
+    if captures is not None:
+        files = _files(captures)
+        table = {"files": len(files), "bytes": _bytes(captures)}
+        # They are too short to compile for, so the second of two folds counts.
+        measure = partial(in_process, _measured_fold, captures, rows, repeats=2)
+        fits = _fits(rows, None, table, tables.WAYS)
+        yield tables.CAPTURES, [Stage(tables.FOLD, table, measure, is_read=True), *fits]
+    table = {"messages": MESSAGES, "seed": SEED}
+    make = partial(_generate, messages)
+    measure = partial(in_process, _measured_fold, messages, rows)
+    generated = Stage("generate", table, make, is_read=True)
+    yield tables.MESSAGES, [generated, Stage(tables.FOLD, table, measure)]
+    if billion:
+        ways = (tables.SHUFFLED,)
+        yield tables.case_name(BILLION), _of_rows(rows, BILLION, BILLION, ways)
 
 
-def run(settings: Settings, work: Path) -> Records:
-    """Take all steps that have no record in *work*, and return the records of all."""
-    steps = Steps(work)
-    sizes = tuple(sorted(settings.sizes))
-    if sizes:
-        _run_sizes(steps, settings, settings.table, sizes)
-    if settings.captures is not None:
-        _run_captures(steps, settings, settings.captures)
-    if settings.messages is not None:
-        _run_fold(steps, settings.messages)
-    if settings.billion is not None:
-        _run_sizes(steps, settings, settings.billion, (settings.billion,), streamed_only=True)
-    return steps.records
-
-
-def disk_needed(settings: Settings) -> int:
-    """Tell how many bytes the products take at most at the same time."""
-    # A table, its scattered rows and the shuffled ones; none is larger than the bare numbers.
-    largest = max(settings.billion or 0, *settings.sizes)
-    per_message = MESSAGE_BYTES + SCRATCH_BYTES + ROW_BYTES
-    return max(3 * ROW_BYTES * largest, per_message * (settings.messages or 0))
-
-
-def _run_sizes(
-    steps: Steps,
-    settings: Settings,
-    planned: int,
-    sizes: tuple[int, ...],
-    *,
-    streamed_only: bool = False,
-) -> None:
-    """Make one table, and fit its beginnings of so many rows."""
+def _of_rows(rows: Path, size: int, planned: int, ways: Sequence[str]) -> list[Stage]:
     table = {"of": planned, "seed": SEED}
-    parameters = table if streamed_only else {**table, "sizes": [*settings.sizes]}
-    make = partial(_write_rows, planned=planned, sizes=sizes)
-    with steps.product(case_name(max(sizes)), ROWS, parameters, make) as rows:
-        for size in sizes:
-            case = _Case(steps, settings, case_name(size), size, table)
-            case.fit_all(lambda: rows() / str(size), streamed_only=streamed_only)
+    make = partial(_write_rows, rows, size, planned)
+    made = Stage(tables.ROWS, {**table, "rows": size}, make, is_read=True)
+    return [made, *_fits(rows, size, table, ways)]
 
 
-def _run_captures(steps: Steps, settings: Settings, captures: Path) -> None:
-    files = [file for file in captures.rglob("*") if file.is_file()]
-    table = {"files": len(files), "bytes": _bytes(captures)}
-    # They are too short to compile for, so the second of two folds counts.
-    make = partial(in_process, _measured_fold, captures, repeats=2)
-    with steps.product(CAPTURES, FOLD, table, make) as rows:
-        _Case(steps, settings, CAPTURES, None, table).fit_all(rows)
-
-
-def _run_fold(steps: Steps, n_messages: int) -> None:
-    parameters = {"messages": n_messages, "seed": SEED}
-    make = partial(_generate, n_messages=n_messages)
-    with steps.product(MESSAGES, "generate", parameters, make) as messages:
-
-        def measure(rows: Path) -> dict[str, Any]:
-            return in_process(_measured_fold, messages(), rows)
-
-        with steps.product(MESSAGES, FOLD, parameters, measure):
-            pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """One table to fit the model to."""
-
-    steps: Steps
-    settings: Settings
-    name: str
-    n_rows: int | None
-    """None if that is not known beforehand; the buffer then holds a twentieth of the rows."""
-    table: dict[str, Any]
-    """All that its rows depend on."""
-
-    def fit_all(self, rows: Callable[[], Path], *, streamed_only: bool = False) -> None:
-        parameters = {**self.table, "rows": self.n_rows}
-        self.steps.record(
-            self.name, EXACT, parameters, lambda: asdict(in_process(exact_posterior, rows()))
-        )
-        if not streamed_only:
-            for seed, kind in IN_MEMORY:
-                self._fit(kind, rows, seed=seed)
-            self._fit(ORDERED, rows, streamed=True)
-        with self.steps.product(
-            self.name, PRESHUFFLE, parameters, lambda product: _preshuffle(rows(), product)
-        ) as shuffled:
-            self._fit(SHUFFLED, shuffled, streamed=True)
-
-    def _fit(
-        self, kind: str, rows: Callable[[], Path], *, seed: int = SEED, streamed: bool = False
-    ) -> None:
-        n_rows = self.n_rows or 0
-        # Enough that one whole epoch remains when the first half is left out.
-        n_steps = max(self.settings.steps, 2 * math.ceil(n_rows / BATCH_SIZE) + 1)
+def _fits(
+    rows: Path, n_rows: int | None, table: dict[str, Any], ways: Sequence[str]
+) -> list[Stage]:
+    """Give the stages of one table of rows; the buffer holds a twentieth of an unknown number."""
+    parameters = {**table, "rows": n_rows}
+    shuffled = rows.with_name("shuffled")
+    stages = [Stage(tables.EXACT, parameters, partial(_exact, rows))]
+    for way in ways:
+        if way == tables.SHUFFLED:
+            make = partial(_preshuffle, rows, shuffled)
+            stages.append(Stage(tables.PRESHUFFLE, parameters, make, is_read=True))
         options: dict[str, Any] = {
-            "n_steps": n_steps,
-            "seed": seed,
-            "buffer_size": self.settings.buffer_size if n_rows else None,
-            "streamed": streamed,
-            "check_last": n_rows <= CHECKED_TWICE,
+            # Enough that one whole epoch remains when the first half is left out.
+            "n_steps": max(STEPS, 2 * math.ceil((n_rows or 0) / BATCH_SIZE) + 1),
+            "seed": {tables.FIRST: 1, tables.SECOND: 2}.get(way, SEED),
+            "buffer_size": BUFFER_SIZE if n_rows else None,
+            "streamed": way in (tables.ORDERED, tables.SHUFFLED),
+            "check_last": (n_rows or 0) <= CHECKED_TWICE,
         }
-        parameters = {**self.table, "rows": self.n_rows, **options}
-        self.steps.record(self.name, kind, parameters, lambda: _fit(rows(), **options))
+        fit = partial(_fit, shuffled if way == tables.SHUFFLED else rows, **options)
+        stages.append(Stage(way, {**parameters, **options}, fit))
+    return stages
 
 
-def _write_rows(product: Path, *, planned: int, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Write the largest table, and link the files of each smaller one into a directory."""
-    whole = product / "whole"
+def _write_rows(rows: Path, size: int, planned: int) -> dict[str, Any]:
     began = time.perf_counter()
-    write_rows(whole, rows=max(sizes), planned=planned, seed=SEED, cuts=sizes)
-    seconds = time.perf_counter() - began
-    for size in sizes:
-        (product / str(size)).mkdir()
-        n_rows = 0
-        for file in parquet_files(whole):
-            if n_rows < size:
-                os.link(file, product / str(size) / file.name)
-                n_rows += pq.read_metadata(file).num_rows
-    return {"rows": max(sizes), "bytes": _bytes(whole), "seconds": seconds}
+    write_rows(rows, rows=size, planned=planned, seed=SEED)
+    return {"rows": size, "bytes": _bytes(rows), "seconds": time.perf_counter() - began}
+
+
+def _exact(rows: Path) -> dict[str, Any]:
+    return asdict(in_process(exact_posterior, rows))
 
 
 def _fit(rows: Path, *, buffer_size: int | None, streamed: bool, **options: Any) -> dict[str, Any]:
     n_rows = sum(pq.read_metadata(file).num_rows for file in parquet_files(rows))
-    size = buffer_size or max(n_rows // WINDOW_SHARE, BATCH_SIZE)
-    fit = partial(
-        in_process, fit_model, rows, buffer_size=size if streamed else None, progressbar=False
-    )
+    size = (buffer_size or max(n_rows // WINDOW_SHARE, BATCH_SIZE)) if streamed else None
+    fit = partial(in_process, fit_model, rows, buffer_size=size, progressbar=False)
     # Whoever comes first compiles for the others, which would show in its memory and seconds.
     fit(**{**options, "n_steps": 1})
     result = fit(**options, examine=streamed)
-    return {
-        **asdict(result),
-        "trace": None,
-        "buffer_size": size if streamed else None,
-        # What follows a colon names files of this machine.
-        "warnings": [warning.partition(":")[0] for warning in result.warnings],
-    }
+    # Warnings name files of this machine.
+    return {**result, "trace": None, "buffer_size": size, "warnings": len(result["warnings"])}
 
 
-def _preshuffle(rows: Path, product: Path) -> dict[str, Any]:
-    report = in_process(shuffle, rows, product, seed=SEED)
+def _preshuffle(rows: Path, shuffled: Path) -> dict[str, Any]:
+    report = in_process(preshuffle, rows, shuffled, seed=SEED, progressbar=False)
     return {**asdict(report), "destination": None}
 
 
-def _generate(product: Path, n_messages: int) -> dict[str, Any]:
-    generate(product, messages=n_messages, seed=SEED, file_format="parquet", progressbar=False)
-    return {"messages": n_messages, "bytes": _bytes(product)}
+def _generate(messages: Path) -> dict[str, Any]:
+    generate(messages, messages=MESSAGES, seed=SEED, file_format="parquet", progressbar=False)
+    return {"messages": MESSAGES, "bytes": _bytes(messages)}
 
 
 def _measured_fold(messages: Path, rows: Path, *, repeats: int = 1) -> dict[str, Any]:
@@ -324,55 +204,40 @@ def _measured_fold(messages: Path, rows: Path, *, repeats: int = 1) -> dict[str,
     return {**asdict(report), "findings": None, "bytes": _bytes(messages), "peak_mb": peak_mb()}
 
 
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
 def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in _files(folder))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the experiment, or what is left of it, and publish the results."""
     parser = argparse.ArgumentParser(description="Repeat the experiment at its scale.")
-    defaults = Settings()
-    parser.add_argument(
-        "--sizes", type=_numbers, default=defaults.sizes, help="rows, such as 1e6,5e6"
-    )
-    parser.add_argument(
-        "--billion",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="stream a billion rows as well",
-    )
-    parser.add_argument("--captures", type=Path, help="directory of captured messages")
-    parser.add_argument("--work", type=Path, default=Path("build/reproduce"))
-    parser.add_argument("--results", type=Path, default=Path("build/reproduce/results"))
-    parser.add_argument("--page", type=Path, help="file to put the tables into")
+    option = parser.add_argument
+    option("--sizes", type=_numbers, default=SIZES, help="rows, such as 1e6,5e6")
+    option("--no-billion", dest="billion", action="store_false", help="leave out a billion rows")
+    option("--captures", type=Path, help="directory of captured messages")
+    option("--work", type=Path, default=Path("build/reproduce"))
+    option("--results", type=Path, default=Path("build/reproduce/results"))
+    option("--page", type=Path, help="file to put the tables into")
+    option("--numbers", type=Path, help="reproduce.json of a run to publish instead")
     args = parser.parse_args(argv)
-    settings = Settings(
-        sizes=args.sizes,
-        billion=defaults.billion if args.billion else None,
-        captures=args.captures,
-    )
-    _check(settings, args.work)
-    publish(run(settings, args.work), args.results, args.page)
-    Console(stderr=True).print(f"The numbers are in {args.results / 'reproduce.json'}")
+    if args.numbers is not None:
+        records = json.loads(args.numbers.read_text())["records"]
+    else:
+        if args.captures is not None and not holds_messages(args.captures):
+            raise SystemExit(f"captures={args.captures} holds no messages")
+        if not 1 <= min(args.sizes) <= max(args.sizes) <= TABLE:
+            raise SystemExit(f"sizes must lie between 1 and {TABLE}, got {args.sizes}")
+        records = run(args.work, sizes=args.sizes, captures=args.captures, billion=args.billion)
+    tables.publish(records, args.results, args.page)
+    sys.stderr.write(f"The numbers are in {args.results / 'reproduce.json'}\n")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(float(part)) for part in text.split(","))
-
-
-def _check(settings: Settings, work: Path) -> None:
-    """Refuse before an hour has gone by what would fail after it."""
-    if settings.captures is not None and not holds_messages(settings.captures):
-        raise SystemExit(f"captures={settings.captures} holds no messages")
-    if not 1 <= min(settings.sizes) <= max(settings.sizes) <= settings.table:
-        raise SystemExit(f"sizes must lie between 1 and {settings.table}, got {settings.sizes}")
-    work.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(work).free + _bytes(work), disk_needed(settings)
-    if free < needed:
-        raise SystemExit(
-            f"{work} must have {needed / 1e9:.0f} GB free, it has {free / 1e9:.0f}; pass --work on "
-            "another disk, --no-billion or smaller --sizes"
-        )
 
 
 if __name__ == "__main__":

@@ -20,24 +20,20 @@ markets go from the simulator through the book to the table in memory. For table
 billion rows, whose messages would take tens of gigabytes.
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from benchmarks.orderbook.book import Book, close_ms
-from benchmarks.orderbook.generate import SERIES, plan
-from benchmarks.orderbook.merge import COLUMNS, regrouped
-from benchmarks.orderbook.publish import published
-from benchmarks.orderbook.simulate import Market, simulate
+from benchmarks.orderbook.generate import SERIES, Market, plan, simulate
+from benchmarks.orderbook.merge import COLUMNS
+from benchmarks.orderbook.publish import published, write_files
 
 __all__ = ["write_rows"]
 
-ROWS_PER_FILE = 1_000_000
 AHEAD = 4
 
 
@@ -47,43 +43,19 @@ def write_rows(
     rows: int,
     seed: int,
     planned: int | None = None,
-    cuts: Sequence[int] = (),
-    workers: int = 2,
     overwrite: bool = False,
 ) -> None:
     """Write the first *rows* rows of synthetic markets, sorted by time, as Parquet files.
 
-    Parameters
-    ----------
-    destination : str or Path
-        Directory that appears when all of its files are complete; their names sort by time.
-    rows : int
-        Rows to write.
-    seed : int
-        The same seed and numbers give the same rows.
-    planned : int, optional
-        Rows of the table whose first rows these are; the markets drift through all of it.
-        Default: *rows*.
-    cuts : sequence of int
-        Numbers of rows after which a file ends, so that whole files make a prefix of so many.
-    workers : int
-        Windows of time simulated at the same time.
-    overwrite : bool
-        Replace *destination* if it exists.
-
-    Notes
-    -----
-    Memory does not depend on *rows*: a few windows of four markets each.
+    The markets drift through the whole table of *planned* rows, by default as many. The same seed
+    and numbers give the same rows. The destination appears when all of its files are complete, and
+    is replaced only with *overwrite*. Memory is bounded: by a few windows of four markets each.
     """
-    bounds = sorted({*range(ROWS_PER_FILE, rows, ROWS_PER_FILE), *cuts, rows})
-    if bounds[0] < 1 or bounds[-1] > rows:
-        raise ValueError(f"cuts must lie between 1 and rows={rows}, got {list(cuts)}")
-    if planned is not None and planned < rows:
-        raise ValueError(f"planned must be at least rows={rows}, got {planned}")
+    planned = rows if planned is None else planned
+    if not 1 <= rows <= planned:
+        raise ValueError(f"rows must lie between 1 and planned={planned}, got {rows}")
     with published(destination, overwrite=overwrite) as (content, _):
-        windows = _windows(plan(_messages_for(planned or rows), seed), workers)
-        for number, table in enumerate(regrouped(windows, bounds)):
-            pq.write_table(table, content / f"part-{number:05}.parquet", compression="zstd")
+        write_files(_first(rows, plan(_messages_for(planned), seed)), content)
 
 
 def _messages_for(rows: int) -> int:
@@ -91,16 +63,16 @@ def _messages_for(rows: int) -> int:
     return 1_000 + rows * 103 // 100
 
 
-def _windows(markets: list[Market], workers: int) -> Iterator[pa.Table]:
-    """Yield the rows of the markets that are open at the same time, window by window."""
-    groups = iter([markets[at : at + len(SERIES)] for at in range(0, len(markets), len(SERIES))])
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: list[Future[pa.Table]] = [
-            pool.submit(_window, group) for group in islice(groups, AHEAD)
-        ]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += [pool.submit(_window, group) for group in islice(groups, 1)]
+def _first(n_rows: int, markets: list[Market]) -> Iterator[pa.Table]:
+    """Yield rows of the markets, those that are open at the same time together."""
+    windows = [markets[at : at + len(SERIES)] for at in range(0, len(markets), len(SERIES))]
+    with ThreadPoolExecutor(2) as pool:
+        for at in range(0, len(windows), AHEAD):
+            for table in pool.map(_window, windows[at : at + AHEAD]):
+                yield table[:n_rows]
+                n_rows -= min(n_rows, len(table))
+            if n_rows == 0:
+                return
 
 
 def _window(markets: list[Market]) -> pa.Table:
@@ -117,12 +89,8 @@ def _market(market: Market) -> tuple[np.ndarray, np.ndarray]:
     book = Book(close_ms=close_ms(market.ticker))
     rows, labels = [], []
     for events in simulate(market):
-        lines = np.arange(len(events.kind))
-        n_waiting = book.waiting
-        made, up, up_before = book.fold(events, lines)
+        made, known = book.fold(events, np.arange(len(events.kind)))
         rows.append(made)
-        if up_before >= 0:
-            labels.append(np.full(n_waiting, up_before, np.int8))
-        labels.append(up)
+        labels.append(known)
     up = np.concatenate(labels)
     return np.concatenate(rows)[: len(up)], up

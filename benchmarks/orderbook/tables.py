@@ -24,12 +24,11 @@ import numpy as np
 
 from benchmarks.pages import filled
 
-__all__ = ["Records", "publish"]
+__all__ = ["Records", "case_name", "make_tables", "publish"]
 
 CAPTURES, MESSAGES = "Kalshi captures", "messages"
 ROWS, EXACT, PRESHUFFLE, FOLD = "rows", "exact", "preshuffle", "fold"
 FIRST, SECOND = "in memory", "in memory again"
-IN_MEMORY = (1, FIRST), (2, SECOND)
 ORDERED, SHUFFLED = "in order of time", "preshuffled"
 WAYS = FIRST, SECOND, ORDERED, SHUFFLED
 
@@ -45,10 +44,13 @@ COLORS = {FIRST: "tab:gray", SECOND: "tab:gray", ORDERED: "tab:red", SHUFFLED: "
 NOTHING = "–"
 
 Records = dict[str, dict[str, dict[str, Any]]]
-"""By case, then by kind: the "parameters" of a step, its "result" and its "seconds"."""
+"""By case, then by kind: the "parameters" of a stage, its "result" and its "seconds"."""
 
 Case = dict[str, Any]
-"""Results by kind."""
+"""Results by kind, and those of the one fit that a line of a table is about."""
+
+Columns = list[tuple[str, Callable[[Case], Any]]]
+"""Headers of a table, and what makes their cells: numbers, text, or None for nothing."""
 
 
 def case_name(n_rows: float) -> str:
@@ -63,40 +65,72 @@ def publish(records: Records, results: Path, page: Path | None) -> None:
     if page is not None:
         for name, table in make_tables(records).items():
             page.write_text(filled(page.read_text(), name, COMMAND, table))
-    cases = [_results(case) for name, case in records.items() if name != CAPTURES and EXACT in case]
-    cases.sort(key=lambda case: case[EXACT]["n_rows"])
-    for name, (ylabel, lines, original) in FIGURES.items():
-        _draw(cases, ylabel, lines, original, results / f"reproduce_{name}.png")
+    cases = [case for name, case in _fitted(records) if name != CAPTURES]
+    label = "max|Δ| of the posterior means\nagainst in memory"
+    _draw(
+        cases, _apart, (ORDERED, SECOND, SHUFFLED), ORIGINAL, label, results / "reproduce_means.png"
+    )
+    label = "peak memory of the process, MB"
+    ways = FIRST, ORDERED, SHUFFLED
+    _draw(cases, _memory, ways, ORIGINAL_MB, label, results / "reproduce_memory.png")
 
 
 def make_tables(records: Records) -> dict[str, str]:
     """Give each table as Markdown, by name."""
-    cases = {name: _results(case) for name, case in records.items()}
-    fitted = [(name, case) for name, case in cases.items() if EXACT in case]
-    fitted.sort(key=lambda item: (item[0] == CAPTURES, item[1][EXACT]["n_rows"]))
-    tables = {
-        name: _table(header, (line for item in fitted for line in lines(*item)))
-        for name, (header, lines) in TABLES.items()
-    }
-    header = "messages | number | on disk | messages/s | peak memory | rows"
-    lines = (_fold_line(name, case) for name, case in cases.items() if FOLD in case)
-    return {**tables, "fold": _table(header, lines)}
-
-
-def _means_lines(name: str, case: Case) -> Iterable[list[str]]:
-    original = {
-        way: f"{found:g}" if (found := _original(way, case)) else NOTHING
-        for way in (ORDERED, SHUFFLED)
-    }
-    apart = {way: _number(distance(case, way)) for way in WAYS}
-    averaged = {way: _number(distance(case, way, averaged=True)) for way in WAYS}
-    yield [
-        *(name, apart[SECOND], apart[ORDERED], original[ORDERED], apart[SHUFFLED]),
-        *(original[SHUFFLED], averaged[SECOND], averaged[SHUFFLED]),
+    cases = [((name,), case) for name, case in _fitted(records)]
+    by_way = [((*names, w), case | case[w]) for names, case in cases for w in WAYS if w in case]
+    streamed = [(names, case) for names, case in by_way if case["examination"]]
+    folded = [
+        ((name if name == CAPTURES else "synthetic, Parquet",), _results(case)[FOLD])
+        for name, case in records.items()
+        if FOLD in case
     ]
+    return {
+        "means": _table("rows", MEANS, cases),
+        "errors": _table("rows", ERRORS, cases),
+        "scales": _table("rows", SCALES, cases),
+        "checks": _table("rows | streamed", CHECKS, streamed),
+        "cost": _table("rows | way", COST, by_way),
+        "preparation": _table("rows", PREPARATION, cases),
+        "fold": _table("messages", FOLDED, folded),
+    }
 
 
-def distance(case: Case, way: str, *, averaged: bool = False) -> float | None:
+def _fitted(records: Records) -> list[tuple[str, Case]]:
+    """List the cases that were fitted by their number of rows, the captures last."""
+    cases = [(name, _results(case)) for name, case in records.items() if EXACT in case]
+    return sorted(cases, key=lambda item: (item[0] == CAPTURES, item[1][EXACT]["n_rows"]))
+
+
+def _results(case: dict[str, dict[str, Any]]) -> Case:
+    return {
+        kind: {"taken": record["seconds"], **record["parameters"], **record["result"]}
+        for kind, record in case.items()
+    }
+
+
+def _table(first: str, columns: Columns, lines: Iterable[tuple[tuple[str, ...], Case]]) -> str:
+    """Give a table as Markdown, without lines that say nothing."""
+    header = [first, *(name for name, _ in columns)]
+    rule = ["---"] * (len(columns) + 1 + first.count("|"))
+    cells = [(names, [_text(cell(case)) for _, cell in columns]) for names, case in lines]
+    told = [[*names, *line] for names, line in cells if {*line} != {NOTHING}]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *told))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return NOTHING
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    return str(value)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _apart(case: Case, way: str, *, averaged: bool = False) -> float | None:
     """Return max|Δ| of the posterior means of a fit against the first one in memory."""
     mean, first = (_mean(case, each, averaged) for each in (way, FIRST))
     if mean is None or first is None:
@@ -104,10 +138,10 @@ def distance(case: Case, way: str, *, averaged: bool = False) -> float | None:
     return float(np.abs(np.subtract(mean, first)).max())
 
 
-def _original(way: str, case: Case) -> float | None:
+def _original(case: Case, way: str) -> str | None:
     """Find what the first experiment had at about as many rows."""
     n_rows = case[EXACT]["n_rows"]
-    return next((v for n, v in ORIGINAL[way].items() if abs(n / n_rows - 1) < 0.01), None)
+    return next((f"{v:g}" for n, v in ORIGINAL[way].items() if abs(n / n_rows - 1) < 0.01), None)
 
 
 def _mean(case: Case, way: str, averaged: bool) -> list[float] | None:
@@ -119,51 +153,29 @@ def _mean(case: Case, way: str, averaged: bool) -> list[float] | None:
     return examination["averaged"]["mean"] if examination else case[way]["averaged"]
 
 
-def _errors_lines(name: str, case: Case) -> Iterable[list[str]]:
-    cells = [
-        _number(_error(case, _mean(case, way, averaged)))
-        for way in (FIRST, ORDERED, SHUFFLED)
-        for averaged in (False, True)
-    ]
-    examination = case[SHUFFLED]["examination"]
-    corrected = examination["corrected"]
-    cells.append(_number(_error(case, corrected["mean"])) if corrected else "refused")
-    yield [name, *cells, str(examination["epochs"])]
-
-
-def _error(case: Case, mean: list[float] | None) -> float | None:
+def _error(case: Case, way: str, averaged: bool) -> float | None:
     """Return the error of the worst mean in posterior standard deviations."""
-    if mean is None:
-        return None
+    return None if (mean := _mean(case, way, averaged)) is None else _off(case, mean)
+
+
+def _off(case: Case, mean: list[float]) -> float:
     exact = case[EXACT]
     return float(np.abs(np.subtract(mean, exact["mean"]) / exact["sd"]).max())
 
 
-def _scales_lines(name: str, case: Case) -> Iterable[list[str]]:
-    cells = [
-        _factor(case, case[way]["sd"]) if way in case else NOTHING
-        for way in (FIRST, ORDERED, SHUFFLED)
-    ]
-    corrected = case[SHUFFLED]["examination"]["corrected"]
-    yield [name, *cells, _factor(case, corrected["sd"]) if corrected else "refused"]
-
-
-def _factor(case: Case, sd: list[float]) -> str:
+def _scale(case: Case, sd: list[float]) -> str:
     """Tell the worst scale as a factor of the best one that a mean-field fit can have."""
     ratio = np.divide(sd, case[EXACT]["mean_field_sd"])
     return f"{ratio[np.abs(np.log(ratio)).argmax()]:.3g}"
 
 
-def _check_lines(name: str, case: Case) -> Iterable[list[str]]:
-    for way in (ORDERED, SHUFFLED):
-        if way in case:
-            said = case[way]["examination"]
-            states = [_verdict(said[state]) for state in ("last", "averaged")]
-            applied = "refused" if said["refusal"] else "applied"
-            yield [name, way, _order(said["order"]), *states, applied]
+def _corrected(case: Case, tell: Callable[[Case, Any], Any], name: str) -> Any:
+    corrected = case[SHUFFLED]["examination"]["corrected"]
+    return tell(case, corrected[name]) if corrected else "refused"
 
 
-def _order(order: dict[str, Any]) -> str:
+def _order(case: Case) -> str:
+    order = case["examination"]["order"]
     if not order["ordered"]:
         return "no order"
     return (
@@ -172,138 +184,96 @@ def _order(order: dict[str, Any]) -> str:
     )
 
 
-def _verdict(state: dict[str, Any]) -> str:
-    if state["verdict"] is None:
-        return NOTHING
-    return f"{state['verdict']} ({_number(state['z'])} sd)"
-
-
-def _cost_lines(name: str, case: Case) -> Iterable[list[str]]:
-    for way in WAYS:
-        if way in case:
-            fit = case[way]
-            said = fit["examination"]
-            check = _seconds(said["averaged"]["seconds"]) if said else NOTHING
-            yield [
-                *(name, way, f"{fit['peak_mb']:,.0f} MB", f"{fit['steps_per_second']:,.0f}"),
-                *(f"{fit['n_steps']:,}", _seconds(fit["seconds"]["ready"])),
-                *(_seconds(fit["seconds"]["fit"]), check),
-            ]
-
-
-def _preparation_lines(name: str, case: Case) -> Iterable[list[str]]:
-    made, shuffle = case.get(ROWS), case[PRESHUFFLE]
-    yield [
-        name,
-        _seconds(made["seconds"]) if made else NOTHING,
-        f"{made['bytes'] / 1e9:.2f} GB" if made else NOTHING,
-        _seconds(shuffle["seconds"]),
-        f"{shuffle['rows'] / shuffle['seconds']:,.0f}",
-        f"{shuffle['peak_memory'] / 1e6:,.0f} MB",
-        _seconds(case[EXACT]["taken"]),
-    ]
-
-
-def _fold_line(name: str, case: Case) -> list[str]:
-    fold = case[FOLD]
-    return [
-        name if name == CAPTURES else "synthetic, Parquet",
-        f"{fold['messages']:,}",
-        f"{fold['bytes'] / 1e9:.2f} GB",
-        f"{fold['messages'] / fold['seconds']:,.0f}",
-        f"{fold['peak_mb']:,.0f} MB",
-        f"{fold['rows']:,}",
-    ]
-
-
-TABLES: dict[str, tuple[str, Callable[[str, Case], Iterable[list[str]]]]] = {
-    "means": (
-        f"rows | {SECOND} | {ORDERED} | original | {SHUFFLED} | original "
-        f"| averaged: {SECOND} | averaged: {SHUFFLED}",
-        _means_lines,
-    ),
-    "errors": (
-        f"rows | {FIRST}, last step | averaged | {ORDERED}, last step | averaged "
-        f"| {SHUFFLED}, last step | averaged | corrected | whole epochs averaged",
-        _errors_lines,
-    ),
-    "scales": (f"rows | {FIRST} | {ORDERED} | {SHUFFLED} | corrected", _scales_lines),
-    "checks": (
-        "rows | streamed | `check_order` before the fit | `check_fit` at the last step "
-        "| `check_fit` when averaged | correction",
-        _check_lines,
-    ),
-    "cost": ("rows | way | peak memory | steps/s | steps | ready | fit | check_fit", _cost_lines),
-    "preparation": (
-        "rows | made in | on disk | preshuffle | rows/s | its peak memory | exact posterior",
-        _preparation_lines,
-    ),
-}
+def _verdict(case: Case, name: str) -> str | None:
+    state = case["examination"][name]
+    return f"{state['verdict']} ({_text(state['z'])} sd)" if state["verdict"] else None
 
 
 def _memory(case: Case, way: str) -> float | None:
     return case[way]["peak_mb"] if way in case else None
 
 
-FIGURES: dict[str, tuple[str, list[tuple], Any]] = {
-    "means": (
-        "max|Δ| of the posterior means\nagainst in memory",
-        [
-            *((way, way, distance, {}) for way in (ORDERED, SECOND, SHUFFLED)),
-            (f"{SHUFFLED}, averaged", SHUFFLED, partial(distance, averaged=True), {"ls": "--"}),
-        ],
-        ORIGINAL,
+MEANS: Columns = [
+    (SECOND, partial(_apart, way=SECOND)),
+    (ORDERED, partial(_apart, way=ORDERED)),
+    ("original", partial(_original, way=ORDERED)),
+    (SHUFFLED, partial(_apart, way=SHUFFLED)),
+    ("original", partial(_original, way=SHUFFLED)),
+    (f"averaged: {SECOND}", partial(_apart, way=SECOND, averaged=True)),
+    (f"averaged: {SHUFFLED}", partial(_apart, way=SHUFFLED, averaged=True)),
+]
+ERRORS: Columns = [
+    *(
+        (header, partial(_error, way=way, averaged=averaged))
+        for way in (FIRST, ORDERED, SHUFFLED)
+        for header, averaged in ((f"{way}, last step", False), ("averaged", True))
     ),
-    "memory": (
-        "peak memory of the process, MB",
-        [(way, way, _memory, {}) for way in (FIRST, ORDERED, SHUFFLED)],
-        ORIGINAL_MB,
+    ("corrected", lambda case: _corrected(case, _off, "mean")),
+    ("whole epochs averaged", lambda case: case[SHUFFLED]["examination"]["epochs"]),
+]
+SCALES: Columns = [
+    (FIRST, lambda case: _scale(case, case[FIRST]["sd"]) if FIRST in case else None),
+    (ORDERED, lambda case: _scale(case, case[ORDERED]["sd"]) if ORDERED in case else None),
+    (SHUFFLED, lambda case: _scale(case, case[SHUFFLED]["sd"])),
+    ("corrected", lambda case: _corrected(case, _scale, "sd")),
+]
+CHECKS: Columns = [
+    ("`check_order` before the fit", _order),
+    ("`check_fit` at the last step", lambda case: _verdict(case, "last")),
+    ("`check_fit` when averaged", lambda case: _verdict(case, "averaged")),
+    ("correction", lambda case: "refused" if case["examination"]["refusal"] else "applied"),
+]
+COST: Columns = [
+    ("peak memory", lambda case: f"{case['peak_mb']:,.0f} MB"),
+    ("steps/s", lambda case: f"{case['steps_per_second']:,.0f}"),
+    ("steps", lambda case: f"{case['n_steps']:,}"),
+    ("ready", lambda case: _seconds(case["seconds"]["ready"])),
+    ("fit", lambda case: _seconds(case["seconds"]["fit"])),
+    (
+        "check_fit",
+        lambda case: (said := case["examination"]) and _seconds(said["averaged"]["seconds"]),
     ),
-}
-"""By name, the quantity, its lines, and the points of the first experiment."""
+]
+PREPARATION: Columns = [
+    ("made in", lambda case: _seconds(case[ROWS]["seconds"]) if ROWS in case else None),
+    ("on disk", lambda case: f"{case[ROWS]['bytes'] / 1e9:.2f} GB" if ROWS in case else None),
+    ("preshuffle", lambda case: _seconds(case[PRESHUFFLE]["seconds"])),
+    ("rows/s", lambda case: f"{case[PRESHUFFLE]['rows'] / case[PRESHUFFLE]['seconds']:,.0f}"),
+    ("its peak memory", lambda case: f"{case[PRESHUFFLE]['peak_memory'] / 1e6:,.0f} MB"),
+    ("exact posterior", lambda case: _seconds(case[EXACT]["taken"])),
+]
+FOLDED: Columns = [
+    ("number", lambda fold: f"{fold['messages']:,}"),
+    ("on disk", lambda fold: f"{fold['bytes'] / 1e9:.2f} GB"),
+    ("messages/s", lambda fold: f"{fold['messages'] / fold['seconds']:,.0f}"),
+    ("peak memory", lambda fold: f"{fold['peak_mb']:,.0f} MB"),
+    ("rows", lambda fold: f"{fold['rows']:,}"),
+]
 
 
-def _draw(cases: list[Case], ylabel: str, lines: list[tuple], original: Any, file: Path) -> None:
-    """Draw quantities against the number of rows."""
+def _draw(
+    cases: list[Case],
+    value: Callable[[Case, str], float | None],
+    ways: tuple[str, ...],
+    original: Any,
+    ylabel: str,
+    file: Path,
+) -> None:
+    """Draw a quantity against the number of rows, and what the first experiment had."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 4), layout="constrained")
     ax = figure.subplots()
-    for label, way, value, style in lines:
+    for way in ways:
         points = [(case[EXACT]["n_rows"], value(case, way)) for case in cases]
         if points := [point for point in points if point[1] is not None]:
-            style = {"color": COLORS[way], "ls": "-", "lw": 1.5, "ms": 5, **style}
-            ax.plot(*zip(*points), "o", label=label, **style)
+            ax.plot(*zip(*points), "o-", label=way, color=COLORS[way], ms=5)
     for way, known in original.items():
-        style = {"color": COLORS[way], "ms": 8, "mew": 2}
-        ax.plot(*zip(*known.items()), "x", label=f"original experiment, {way}", **style)
+        label = f"original experiment, {way}"
+        ax.plot(*zip(*known.items()), "x", label=label, color=COLORS[way], ms=8, mew=2)
     ax.set(xscale="log", yscale="log", xlabel="rows", ylabel=ylabel)
     ax.xaxis.set_major_formatter(lambda n_rows, _: case_name(n_rows))
     ax.yaxis.set_major_formatter("{x:,g}")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=120)
-
-
-def _results(case: dict[str, dict[str, Any]]) -> Case:
-    return {
-        kind: {"taken": record["seconds"], **record["parameters"], **record["result"]}
-        for kind, record in case.items()
-    }
-
-
-def _table(header: str, lines: Iterable[list[str]]) -> str:
-    """Give a table as Markdown, without lines that say nothing."""
-    told = [" | ".join(line) for line in lines if set(line[1:]) != {NOTHING}]
-    rule = " | ".join(["---"] * len(header.split(" | ")))
-    return "".join(f"| {line} |\n" for line in (header, rule, *told))
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return NOTHING
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds:,.0f} s"

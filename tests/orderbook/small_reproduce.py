@@ -24,18 +24,17 @@ from pathlib import Path
 from unittest.mock import patch
 
 from benchmarks.orderbook import reproduce
-from benchmarks.orderbook.reproduce import Settings
 from benchmarks.orderbook.tables import publish
 
-SETTINGS = {"sizes": (), "billion": 20_000, "messages": 8_000, "buffer_size": 5_000}
+SMALL = {"BILLION": 20_000, "MESSAGES": 8_000, "BUFFER_SIZE": 5_000}
 
 
 def run(work: Path, steps: int) -> None:
-    settings = Settings(**SETTINGS, steps=steps)
-    with patch.object(
-        reproduce, "in_process", lambda run, /, *args, **options: run(*args, **options)
-    ):
-        records = reproduce.run(settings, work)
+    def in_process(function, /, *args, **options):
+        return function(*args, **options)
+
+    with patch.multiple(reproduce, **SMALL, STEPS=steps, in_process=in_process):
+        records = reproduce.run(work, sizes=())
     publish(records, work / "results", None)
 
 

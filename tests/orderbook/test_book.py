@@ -27,7 +27,6 @@ from benchmarks.orderbook.book import (
     NO_LABEL,
     SNAPSHOT,
     TRADE,
-    UNKNOWN,
     YES,
     Book,
 )
@@ -117,18 +116,17 @@ class BookMachine(RuleBasedStateMachine):
     @rule()
     def lose(self):
         self.fold_some(1.0)
-        self.up += [NO_LABEL] * self.book.lose()
+        self.up += self.book.lose().tolist()
         self.known = False
         self.runs.append([])
 
     @rule(share=st.floats(0, 1))
     def fold_some(self, share):
         n = int(share * len(self.queue))
-        n_waiting = self.book.waiting
-        rows, up, up_before = self.book.fold(as_events(self.queue[:n]), np.arange(n))
+        rows, labels = self.book.fold(as_events(self.queue[:n]), np.arange(n))
         self.queue = self.queue[n:]
         self.rows += [tuple(row) for row in rows.tolist()]
-        self.up += [up_before] * (n_waiting if up_before != UNKNOWN else 0) + up.tolist()
+        self.up += labels.tolist()
 
     def teardown(self):
         self.fold_some(1.0)

@@ -63,6 +63,16 @@ class TestDamage:
         shutil.rmtree(tmp_path / "out")
         refused(tmp_path, "2026-08-13.ndjson.gz is damaged or cut short: it is empty")
 
+    @pytest.mark.parametrize("at, n_read", [(10, 0), (-8, 41)], ids=["in the data", "in the sum"])
+    def test_a_changed_byte_is_told_and_what_precedes_it_is_read(self, tmp_path, at, n_read):
+        path = write_lines(tmp_path / "in", [START, *RUN])
+        write_lines(tmp_path / "in", [altered(m, market_ticker=OTHER) for m in GOOD], market=OTHER)
+        changed = bytearray(path.read_bytes())
+        changed[at] ^= 0xFF
+        path.write_bytes(changed)
+        refused(tmp_path, f"{path} is damaged or cut short")
+        assert folded(tmp_path, keep_going=True)[0].messages == n_read + len(GOOD)
+
     def test_keep_going_reads_each_to_its_last_whole_line(self, tmp_path):
         self.damaged(tmp_path)
         report, table = folded(tmp_path, keep_going=True)
@@ -82,11 +92,9 @@ class TestDamage:
         self.damaged(tmp_path)
         whole = folded(tmp_path, keep_going=True)[1]
         monkeypatch.setattr(reading_module, "BLOCK_BYTES", 777)
-        monkeypatch.setattr(reading_module, "PIECE_BYTES", 50)
         monkeypatch.setattr(reading_module, "GZIP", gzip)
         monkeypatch.setattr(merge_module, "MERGED_ROWS", 7)
         monkeypatch.setattr(merge_module, "FEWEST_ROWS", 3)
-        monkeypatch.setattr(fold_module, "LABEL_BLOCK", 2)
         assert folded(tmp_path, keep_going=True, workers=1)[1].equals(whole)
 
     def test_a_killed_fold_goes_on_with_the_file_it_was_reading(self, tmp_path, monkeypatch):
@@ -116,7 +124,7 @@ class TestDamage:
     def test_a_changed_file_is_read_again_after_a_kill(self, tmp_path, monkeypatch):
         path = write_lines(tmp_path / "in", GOOD)
         with monkeypatch.context() as patch:
-            patch.setattr(fold_module, "_write_files", raise_interrupt)
+            patch.setattr(fold_module, "write_files", raise_interrupt)
             with pytest.raises(KeyboardInterrupt):
                 fold(tmp_path / "in", tmp_path / "out", progressbar=False)
         write_lines(tmp_path / "in", [START, *RUN], name=path.name)

@@ -335,7 +335,7 @@ def test_close_is_read_from_the_ticker_in_eastern_time(tmp_path):
     refused(
         tmp_path,
         messages=[altered(m, market_ticker=wrong) for m in GOOD],
-        match=f"market {wrong}: its ticker names no time of close: hour must be in",
+        match=f"market {wrong}: its ticker names no time of close",
     )
 
 

@@ -14,18 +14,18 @@
 
 import time
 
-from itertools import count
-
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.orderbook import merge as merge_module
+from benchmarks.orderbook import publish
 from benchmarks.orderbook.book import ROW
-from benchmarks.orderbook.merge import Sorted, merged, regrouped
+from benchmarks.orderbook.merge import Sorted, merged
 
 markets_of_rows = st.lists(
     st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 1)), min_size=1, max_size=30).map(
@@ -76,11 +76,16 @@ def test_two_thousand_markets_at_the_same_time_merge_in_two_seconds(tmp_path):
     assert sum(pieces) == 1_000_000
 
 
-@given(lengths=st.lists(st.integers(0, 20)), n_rows=st.integers(1, 9))
-def test_files_hold_the_rows_asked_for(lengths, n_rows):
-    table = pa.table({"row": np.arange(sum(lengths))})
+@given(lengths=st.lists(st.integers(0, 20), min_size=1), n_rows=st.integers(1, 9))
+@settings(max_examples=20)
+def test_files_hold_the_rows_asked_for(tmp_path_factory, lengths, n_rows):
+    folder = tmp_path_factory.mktemp("files")
+    table = pa.table({"mid": np.arange(sum(lengths))})
     starts = np.cumsum([0, *lengths])
-    pieces = [table.slice(start, n) for start, n in zip(starts, lengths)]
-    files = list(regrouped(iter(pieces), count(n_rows, n_rows)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(publish, "ROWS_PER_FILE", n_rows)
+        publish.write_files((table[start:][:n] for start, n in zip(starts, lengths)), folder)
+    files = [pq.read_table(file) for file in sorted(folder.iterdir())]
     assert [len(file) for file in files[:-1]] == [n_rows] * (len(files) - 1)
-    assert [row for file in files for row in file["row"].to_pylist()] == table["row"].to_pylist()
+    assert len(files[-1]) <= n_rows
+    assert pa.concat_tables(files).equals(table)
