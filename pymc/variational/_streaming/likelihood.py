@@ -318,7 +318,7 @@ def columns_read(graphs: Sequence[Variable], rows: Variable) -> np.ndarray:
     return np.array(sorted(read), np.int64)
 
 
-def indices_of(node: Apply) -> Iterator[tuple[int, Variable]]:
+def indices_of(node: Apply) -> Iterator[tuple[int, Any]]:
     """Yield the axes of its first input that a node indexes by integers, and these."""
     if isinstance(node.op, AdvancedSubtensor | AdvancedIncSubtensor):
         x, *rest = node.inputs
@@ -328,13 +328,13 @@ def indices_of(node: Apply) -> Iterator[tuple[int, Variable]]:
                 yield axis, index
 
 
-def within_bounds(result: Variable, rows: Variable) -> Variable:
+def within_bounds(result: Variable, rows: Variable) -> Any:
     """Clip the indices that *rows* give: numba reads and writes other memory where one is wrong."""
     fgraph = FunctionGraph(outputs=[clone_replace(result, copy_inputs_over=True)], clone=False)
     for node in fgraph.toposort():
         for axis, index in indices_of(node):
             if rows in ancestors([index]):
-                n = node.inputs[0].shape[axis]
+                n = cast(Any, node.inputs[0]).shape[axis]
                 clipped = pt.clip(index, -n, n - 1).astype(index.type.dtype)
                 place = max(i for i, v in enumerate(node.inputs) if v is index)
                 fgraph.change_node_input(node, place, clipped)

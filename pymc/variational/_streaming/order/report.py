@@ -126,8 +126,8 @@ class OrderReport:
         for name, means, noise in self._shown:
             positions = np.minimum(cast(np.ndarray, self._middles) / self.n_rows, 1.0)
             (line,) = ax.plot(positions, means, "o-", ms=4, lw=1, label=name)
-            band = {"color": line.get_color(), "alpha": 0.12, "lw": 0}
-            ax.fill_between(positions, -1.96 * noise, 1.96 * noise, **band)
+            band = 1.96 * noise
+            ax.fill_between(positions, -band, band, color=line.get_color(), alpha=0.12, lw=0)
         if self._shown:
             ax.legend(frameon=False)
         ax.axhline(0, color="0.6", lw=0.8, zorder=0)
