@@ -34,6 +34,13 @@ def table(**columns) -> np.ndarray:
     return rows
 
 
+def read_all(ds: StreamingDataset) -> None:
+    """Hold all rows to the model."""
+    callback = ds.fit_callback()
+    while callback and ds.rows_seen < ds.total_size:
+        ds.advance()
+
+
 def effect(buf):
     return pm.Normal("b") * buf[:, 0]
 
@@ -192,10 +199,7 @@ def test_a_row_of_a_late_batch_is_refused(build, late, message):
     with StreamingDataset(rows, batch_size=BATCH, order_check="off") as ds, pm.Model():
         build(ds.as_tensor())
         with pytest.raises(StreamError, match=f"row {LATE} of the stream holds .*{message}"):
-            callback = ds.fit_callback()
-            while ds.rows_seen < N:
-                ds.advance()
-        del callback
+            read_all(ds)
 
 
 @pytest.mark.parametrize("late", [5_015, 99_990], ids=["computed", "compiled"])
@@ -223,10 +227,7 @@ def test_conditions_on_several_columns_are_those_of_each_row(late, bad, what):
         logit = pm.Normal("a", shape=4)[index]
         pm.Binomial("y", buf[:, 1], logit_p=logit, observed=buf[:, 2], total_size=n)
         with pytest.raises(StreamError, match=rf"row {late} of the stream holds .*{what}"):
-            callback = ds.fit_callback()
-            while ds.rows_seen < n:
-                ds.advance()
-        del callback
+            read_all(ds)
 
 
 REPAIRED = {
@@ -245,10 +246,7 @@ REPAIRED = {
 def test_what_the_messages_advise_is_accepted(build, late):
     with StreamingDataset(table(**late), batch_size=BATCH, order_check="off") as ds, pm.Model():
         build(ds.as_tensor())
-        callback = ds.fit_callback()
-        while ds.rows_seen < N:
-            ds.advance()
-        del callback
+        read_all(ds)
 
 
 def test_a_model_that_is_met_at_the_first_step_is_held_to_it_too():
@@ -266,11 +264,8 @@ def test_rows_of_any_type_are_held_to_it(dtype):
     rows = table(g=3).astype(dtype)
     with StreamingDataset(rows, batch_size=BATCH, order_check="off") as ds, pm.Model():
         groups(whole)(ds.as_tensor())
-        callback = ds.fit_callback()
         with pytest.raises(StreamError, match=f"row {LATE} of the stream holds 3"):
-            while ds.rows_seen < N:
-                ds.advance()
-        del callback
+            read_all(ds)
 
 
 @pytest.mark.parametrize("late", [5, 25, 45])
