@@ -36,12 +36,11 @@ from rich.progress import track
 import pymc as pm
 
 from benchmarks.pages import filled
-from pymc.variational._streaming.order.features import Features
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
 from pymc.variational._streaming.order.ranks import ALPHA
 from pymc.variational._streaming.order.report import OrderReport, Stream
-from pymc.variational._streaming.order.score import ModelScore
+from pymc.variational._streaming.order.statistic import Features, ModelScore
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational.streaming import StreamingDataset, check_order
 from tests.variational.streaming.order.test_score import CASES, model_of

@@ -41,10 +41,9 @@ import pymc as pm
 from benchmarks.orderbook.rows import write_rows
 from benchmarks.pages import filled
 from pymc.variational._streaming.batches.window import ShuffleBuffer
-from pymc.variational._streaming.order.features import Statistic
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.report import Stream
-from pymc.variational._streaming.order.score import ModelScore
+from pymc.variational._streaming.order.statistic import ModelScore, Statistic
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational.streaming import (
     StreamingDataset,

@@ -35,19 +35,9 @@ VARIATIONAL = Path(streaming.__file__).parent
 PACKAGE = "pymc.variational._streaming"
 FACADE = "pymc.variational.streaming"
 ORDER = (
-    *(
-        "errors",
-        "utils",
-        "sources",
-        "batches",
-        "likelihood",
-        "contract",
-        "conditions",
-        "guards",
-        "order",
-    ),
-    *("reader", "callback", "dataset", "fit", "preshuffle"),
-)
+    "errors utils sources batches likelihood contract guards order reader callback dataset fit "
+    "preshuffle"
+).split()
 """What lies in the package; a part imports itself and earlier ones."""
 OF_PRESHUFFLE = {"errors", "utils", "sources", "preshuffle"}
 """The shuffle on disk knows nothing of streams and models."""
@@ -126,14 +116,12 @@ class TestModules:
         ["name", "line", "broken"],
         [
             ("sources.arrays", f"from {PACKAGE}.batches import window", "which comes later"),
-            ("batches.window", f"import {PACKAGE}.order.check", "which comes later"),
             ("reader", f"def f():\n    from {PACKAGE} import dataset", "which comes later"),
             (
                 "order.check",
                 f"if TYPE_CHECKING:\n    from {PACKAGE}.fit.report import FitReport",
                 "which comes later",
             ),
-            ("fit.check", f"from {FACADE} import StreamingDataset", "imports the façade"),
             ("fit.check", "from pymc.variational import streaming", "imports the façade"),
             ("preshuffle.plan", f"from {PACKAGE}.reader import BatchReader", "not for preshuffle"),
             ("order.report", f"from {PACKAGE}.order.check import OrderCheck", "a circle"),

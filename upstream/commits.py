@@ -142,9 +142,7 @@ COMMITS = (
     Commit("Shuffle rows in a bounded window, and read ahead of it", _subpackage("batches")),
     Commit(
         "Refuse models that minibatches would make wrong",
-        tuple(
-            f"{MODULES}/{name}.py" for name in ("likelihood", "contract", "conditions", "guards")
-        ),
+        tuple(f"{MODULES}/{name}.py" for name in ("likelihood", "contract", "guards")),
     ),
     Commit("Check whether the windows of a stream are exchangeable", _subpackage("order", "order")),
     Commit(

@@ -11,32 +11,72 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Whether every row of a stream meets the conditions of a model."""
+"""What a model needs of each row of its stream, derived from its graph, and whether rows meet it."""
 
+import operator
 import threading
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytensor.tensor as pt
 
 from pytensor import function
-from pytensor.graph.basic import Variable
+from pytensor.graph.basic import Constant, Variable
+from pytensor.graph.replace import clone_replace
+from pytensor.graph.rewriting.utils import rewrite_graph
+from pytensor.graph.traversal import ancestors, explicit_graph_inputs
+from pytensor.scalar import basic as scalar
+from pytensor.tensor.basic import Alloc, Join, MakeVector
+from pytensor.tensor.elemwise import DimShuffle, Elemwise
+from pytensor.tensor.math import Sum
+from pytensor.tensor.shape import Reshape, Shape_i, SpecifyShape
+from pytensor.tensor.subtensor import AdvancedSubtensor, IncSubtensor, Subtensor
 
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.likelihood import (
+    UNCOMPILED,
+    LikelihoodGraph,
+    columns_read,
+    indices_of,
+    is_shape,
+    within_bounds,
+)
 
-__all__ = ["Condition", "Contract"]
+__all__ = ["Contract", "derive_contract"]
 
-_MOST_VALUES = 1 << 20
-"""Values that are computed at most to learn which whole numbers a column may hold."""
-_MOST_ROWS = 1 << 14
-"""Rows of which the one that breaks a condition is looked for at a time."""
+_MOST_COLUMNS = 64
+"""Columns of a condition that are looked at one by one."""
+_FEW_ROWS = 1 << 16
+"""Rows for which a condition is computed without compiling it, which takes a second."""
 _TILE = 1 << 10
 """Rows of which conditions are computed together, so that the values stay in the cache."""
+_VIEWS = (
+    *(AdvancedSubtensor, Alloc, DimShuffle, IncSubtensor, Join, MakeVector, Reshape),
+    *(SpecifyShape, Subtensor),
+)
+_KEEPS_WHOLE = (
+    *(scalar.Abs, scalar.Add, scalar.Cast, scalar.Clip, scalar.Identity, scalar.Mul, scalar.Neg),
+    *(scalar.ScalarMaximum, scalar.ScalarMinimum, scalar.Second, scalar.Sub, scalar.Switch),
+)
+_NEGATED = {
+    **{scalar.LT: scalar.GE, scalar.GE: scalar.LT, scalar.GT: scalar.LE, scalar.LE: scalar.GT},
+    scalar.NEQ: scalar.EQ,
+}
 
 _computing = threading.Lock()
-"""A function that is not compiled without the interpreter lock, or a box that grows, is of one thread."""
+"""A function that is not compiled may be called by one thread at a time."""
+
+
+class Interval(NamedTuple):
+    """Values of a column for which a condition holds."""
+
+    lower: float
+    upper: float
+    is_whole: bool
+    """Whether they must be whole numbers, too."""
 
 
 class Condition(NamedTuple):
@@ -51,28 +91,15 @@ class Condition(NamedTuple):
     text: str
     """What follows the description of the value in a message."""
     is_support: bool
-    is_convex: bool
-    """Whether it holds between any two values for which it holds."""
-
-
-class Box(NamedTuple):
-    """An interval for the values of each column, in all of which some conditions hold."""
-
-    conditions: list[Condition]
-    columns: np.ndarray
-    """Numbers of the columns that they depend on."""
-    lower: np.ndarray
-    upper: np.ndarray
-    whole: np.ndarray
-    """Whether the values of a column must be whole, each shape (n_columns,)."""
+    interval: Interval | None
+    """Values of its only column that do not break it, where they are, or hold, an interval."""
 
 
 class Contract:
     """Conditions on the rows of a stream, which :meth:`check` holds them to.
 
-    Rows are compared, by a compiled loop, with a box in which all conditions were found to hold,
-    for whole numbers or for any.  A condition for which there is none, as on real values of two
-    columns, is computed for each row.
+    Where a condition leaves an interval of one column, a compiled loop compares the column with it.
+    Others, such as those on several columns, are computed for each row.
     """
 
     def __init__(
@@ -82,11 +109,21 @@ class Contract:
         self._names, self._rows = names, rows
         self._dtype = np.dtype(rows.type.dtype)
         self._sample_shape = rows.type.shape[1:]
-        self._computed: list[Condition] = []
-        self._is_broken: Callable[[np.ndarray], bool] = lambda rows: False
-        """Function from rows to whether one of them breaks a condition that is computed."""
         width = int(np.prod(self._sample_shape))
-        self._box = _box_of(list(conditions), np.full(width, np.inf), np.full(width, -np.inf))
+        self._lower, self._upper = np.full(width, -np.inf), np.full(width, np.inf)
+        self._whole = np.zeros(width, bool)
+        columns = []
+        for column, interval in ((one.columns[0], one.interval) for one in conditions):
+            if interval is not None:
+                columns.append(column)
+                self._lower[column] = max(self._lower[column], interval.lower)
+                self._upper[column] = min(self._upper[column], interval.upper)
+                self._whole[column] |= interval.is_whole
+        self._columns = np.unique(np.array(columns, np.int64))
+        self._computed = [one for one in conditions if one.interval is None]
+        self._n_computed = 0
+        """Number of rows for which conditions were computed."""
+        self._compiled: Callable[[np.ndarray], bool] | None = None
 
     def without_supports(self) -> "Contract":
         """Return the contract of rows whose observed values make no difference."""
@@ -109,37 +146,38 @@ class Contract:
         kind, size = rows.dtype.kind, rows.dtype.itemsize
         if not rows.dtype.isnative or (kind == "f" and size not in (4, 8)):  # unknown to numba
             rows = rows.astype(np.float64 if kind == "f" else f"{kind}{size}")
-        flat = rows.reshape(len(rows), len(self._box.lower))  # of no rows, too
-        if not self._is_in_box(flat) or self._is_broken(rows):
-            with _computing:
-                for first in range(0, len(rows), _MOST_ROWS):
-                    self._look(rows[first : first + _MOST_ROWS], offset + first)
+        if not self._are_within(rows) or self._is_broken(rows):
+            for condition in self._conditions:
+                bad = self._compute(condition, rows)
+                if bad.any():
+                    row = int(np.argmax(bad))
+                    where = self._describe(rows[row].ravel(), condition.columns)
+                    raise StreamError(
+                        f"row {offset + row} of the stream holds {where}{condition.text}"
+                    )
 
-    def _is_in_box(self, flat: np.ndarray) -> bool:
+    def _are_within(self, rows: np.ndarray) -> bool:
         from pymc.variational._streaming.batches.compiled import are_within
 
-        return not self._box.conditions or are_within(flat, *self._box[1:])
+        flat = rows.reshape(len(rows), len(self._lower))  # of no rows, too
+        return not len(self._columns) or are_within(
+            flat, self._columns, self._lower, self._upper, self._whole
+        )
 
-    def _look(self, rows: np.ndarray, offset: int) -> None:
-        """Find the row that breaks a condition, or widen the box."""
-        flat = rows.reshape(len(rows), -1)
-        if not self._is_in_box(flat):
-            self._require(self._box.conditions, flat, offset)
-            self._widen_box(flat)
-        if self._is_broken(rows):
-            self._require(self._computed, flat, offset)
+    def _is_broken(self, rows: np.ndarray) -> bool:
+        """Whether a row breaks one of the conditions that are computed."""
+        if not self._computed:
+            return False
+        self._n_computed += len(rows)
+        if self._n_computed <= _FEW_ROWS:
+            return any(self._compute(one, rows).any() for one in self._computed)
+        with _computing:
+            self._compiled = self._compiled or _compiled(self._computed, self._rows)
+        return self._compiled(rows)
 
-    def _require(self, conditions: Sequence[Condition], flat: np.ndarray, offset: int) -> None:
-        for condition in conditions:
-            bad = condition.compute(self._cast(flat))
-            if bad.any():
-                row = int(np.argmax(bad))
-                where = self._describe(flat[row], condition.columns)
-                raise StreamError(f"row {offset + row} of the stream holds {where}{condition.text}")
-
-    def _cast(self, flat: np.ndarray) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            return flat.reshape(len(flat), *self._sample_shape).astype(self._dtype, copy=False)
+    def _compute(self, condition: Condition, rows: np.ndarray) -> np.ndarray:
+        with _computing, np.errstate(all="ignore"):
+            return condition.compute(rows.astype(self._dtype, copy=False))
 
     def _describe(self, row: np.ndarray, columns: np.ndarray) -> str:
         names = self._names or [
@@ -148,70 +186,12 @@ class Contract:
         show = repr if self._names else str
         return " and ".join(f"{row[c]} in column {show(names[c])}" for c in columns[:3])
 
-    def _widen_box(self, flat: np.ndarray) -> None:
-        """Widen the box to some rows, and compute from now on what does not hold all over it."""
-        box = self._box
-        whole = box.whole & (flat == np.floor(flat)).all(axis=0)
-        low = np.minimum(box.lower, flat.min(axis=0))
-        high = np.maximum(box.upper, flat.max(axis=0))
-        margin = np.where(whole, np.maximum(16.0, high - low), 0.0)
-        for one in box.conditions:
-            margin[one.columns] *= len(one.columns) == 1
-        lower, upper = low - margin, high + margin
-        kept = []
-        for one in box.conditions:
-            at = one.columns
-            found = self._holding(one, flat[:1], *(of[at] for of in (low, high, margin, whole)))
-            if found is None:
-                self._computed.append(one)
-            else:
-                kept.append(one)
-                lower[at] = np.maximum(lower[at], found[0])
-                upper[at] = np.minimum(upper[at], found[1])
-        if self._computed and len(kept) < len(box.conditions):
-            self._is_broken = _compiled(self._computed, self._rows)
-        self._box = _box_of(kept, lower, upper)
-
-    def _holding(self, one: Condition, row: np.ndarray, low, high, margin, whole) -> Any:
-        """Return bounds, at most *margin* beyond *low* and *high*, within which a condition holds."""
-        if not whole.all():
-            return (low, high) if one.is_convex else None
-        for beyond in (margin, 0 * margin):
-            if np.prod(high - low + 2 * beyond + 1) * row.size > _MOST_VALUES:
-                continue
-            sides = [np.arange(a, b + 1) for a, b in zip(low - beyond, high + beyond)]
-            grid = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, len(low))
-            if self._dtype.kind in "iu":
-                limits = np.iinfo(self._dtype)
-                grid = grid[((grid >= limits.min) & (grid <= limits.max)).all(axis=1)]
-            rows = np.repeat(row.astype("float64"), len(grid), axis=0)
-            rows[:, one.columns] = grid
-            try:
-                bad = one.compute(self._cast(rows))
-            except IndexError:  # a table that has no such entry
-                continue
-            below, above = (grid < low).all(axis=1), (grid > high).all(axis=1)
-            if not bad[~(below | above)].any():
-                lower = np.max([grid[0], *(grid[bad & below] + 1)], axis=0)
-                return lower, np.min([grid[-1], *(grid[bad & above] - 1)], axis=0)
-        return None
-
-
-def _box_of(conditions: list[Condition], lower: np.ndarray, upper: np.ndarray) -> Box:
-    """Return a box that is compared in the columns of some conditions, and in no others."""
-    whole = np.zeros(len(lower), bool)
-    for condition in conditions:
-        whole[condition.columns] |= not condition.is_convex
-    found = [condition.columns for condition in conditions]
-    columns = np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
-    return Box(conditions, columns, lower, upper, whole)
-
 
 def _compiled(conditions: Sequence[Condition], rows: Variable) -> Callable[[np.ndarray], bool]:
     """Compile whether a row breaks one of some conditions, without the interpreter lock."""
     import numba
 
-    broken = pt.stack([one.bad.any() for one in conditions]).any()
+    broken = pt.stack([within_bounds(one.bad, rows).any() for one in conditions]).any()
     of_tile = function([rows], broken, mode="NUMBA", trust_input=True).vm.jit_fn
     dtype = np.dtype(rows.type.dtype)
 
@@ -223,3 +203,247 @@ def _compiled(conditions: Sequence[Condition], rows: Variable) -> Callable[[np.n
         return False
 
     return is_broken
+
+
+def derive_contract(
+    graph: LikelihoodGraph, likelihoods: Sequence[Variable], names: tuple[str, ...] | None
+) -> Contract:
+    """Derive from the graph of a model what must hold for each row of its stream.
+
+    Derived are whole numbers where a column is cast to integers, indices within the axis that they
+    index, observed values within a support that does not depend on parameters, and the bounds of
+    what rows alone give to a distribution. Whatever depends on parameters, or on several rows, is
+    left out.
+    """
+    needed = *_casts(graph), *_indices(graph), *_parameters(graph)
+    found = [(*condition, False) for condition in needed]
+    for rv, term in zip(likelihoods, graph.terms):
+        found += [(bad, axis, _outside(rv), True) for bad, axis in _supports(term, graph)]
+    conditions = []
+    for bad, axis, text, is_support in found:
+        for separate in _by_row(bad, axis, graph):
+            part: Any = rewrite_graph(separate, include=("canonicalize",))
+            columns = columns_read([part], graph.rows)
+            compute = _computable(part, graph) if len(columns) else None
+            if compute is not None:
+                interval = _interval(part, graph.rows) if len(columns) == 1 else None
+                conditions.append(Condition(part, compute, columns, text, is_support, interval))
+    return Contract(conditions, graph.rows, names)
+
+
+_Found = tuple[Any, Any, str]
+
+
+def _casts(graph: LikelihoodGraph) -> Iterator[_Found]:
+    for node in graph.nodes:
+        if not isinstance(getattr(node.op, "scalar_op", None), scalar.Cast):
+            continue
+        (value,), (cast,) = node.inputs, node.outputs
+        if (
+            graph.is_by_row(value)
+            and cast.type.dtype.startswith(("int", "uint"))
+            and not np.can_cast(value.type.dtype, cast.type.dtype)
+            and _is_whole(value, graph)
+        ):
+            text = (
+                f", which the model casts to {cast.type.dtype}, and so changes; round the column "
+                "in the model if that is meant, as pt.floor does"
+            )
+            yield pt.neq(value, cast), graph.axis(value), text
+
+
+def _is_whole(value: Variable, graph: LikelihoodGraph) -> bool:
+    """Whether an expression is whole where the columns in it are.
+
+    A column that is multiplied before the cast is put into bins, and meant to be rounded down.
+    """
+    products = 0
+    columns = set()
+    stack = [value]
+    while stack:
+        var = stack.pop()
+        op = var.owner and var.owner.op
+        if not var.type.dtype.startswith("float"):
+            continue
+        if isinstance(op, Subtensor) and graph.is_by_row(var) and var.owner.inputs[0].owner is None:
+            columns.add(var)
+        elif not graph.is_by_row(var):
+            if (graph.value(var) != np.floor(graph.value(var))).any():
+                return False
+        elif isinstance(op, _VIEWS):
+            stack += [v for v in var.owner.inputs if graph.is_by_row(v)]
+        elif isinstance(op, Elemwise) and isinstance(op.scalar_op, _KEEPS_WHOLE):
+            products += isinstance(op.scalar_op, scalar.Mul)
+            stack += var.owner.inputs[isinstance(op.scalar_op, scalar.Switch) :]
+        elif op is not None:
+            return False
+    return not products or len(columns) > 1
+
+
+def _indices(graph: LikelihoodGraph) -> Iterator[_Found]:
+    for node in graph.nodes:
+        for axis, index in indices_of(node):
+            x = node.inputs[0]
+            is_of_rows = graph.is_by_row(x) and graph.axis(x) == axis
+            if graph.is_by_row(index) and not is_of_rows:
+                n = int(np.shape(graph.value(x))[axis])
+                text = f", which indexes an axis of length {n}; make the axis as long as it takes"
+                yield (index < -n) | (index >= n), graph.axis(index), text
+
+
+def _parameters(graph: LikelihoodGraph) -> Iterator[_Found]:
+    for condition, name in graph.checks.items():
+        if graph.is_by_row(condition):
+            text = (
+                f", where the model needs {name}, or the log-likelihood of the whole batch is -inf; "
+                "leave such rows out of the source"
+            )
+            yield pt.invert(condition), graph.axis(condition), text
+
+
+def _supports(
+    term: Variable, graph: LikelihoodGraph, given: Any = None
+) -> Iterator[tuple[Any, Any]]:
+    """Yield where a sum of terms is -inf whatever its other terms are, and its row axis.
+
+    *given* is a condition on the rows under which the result has this term.
+    """
+    op = term.owner and term.owner.op
+    if not isinstance(op, Elemwise):
+        through = isinstance(op, Alloc) or (given is None and isinstance(op, DimShuffle | Sum))
+        if through and (given is None or given.type.ndim == term.owner.inputs[0].type.ndim):
+            yield from _supports(term.owner.inputs[0], graph, given)
+    elif isinstance(op.scalar_op, scalar.Switch):
+        condition, *values = term.owner.inputs
+        for value, holds in zip(values, (True, False)):
+            implied = _implied(condition, holds, graph.rows)
+            if implied is None or not graph.is_by_row(condition):
+                continue
+            under = implied if given is None else implied & given
+            if _is_minus_infinity(value):
+                yield under, graph.axis(condition)
+            else:
+                yield from _supports(value, graph, under)
+    elif isinstance(op.scalar_op, scalar.Add | scalar.Cast | scalar.Identity | scalar.Mul):
+        for part in term.owner.inputs:
+            yield from _supports(part, graph, given)
+    elif isinstance(op.scalar_op, scalar.Sub):
+        yield from _supports(term.owner.inputs[0], graph, given)
+
+
+def _implied(condition: Variable, holds: bool, rows: Variable) -> Any:
+    """Return a condition on rows alone under which *condition* does, or does not, hold."""
+    shapes = [v for v in ancestors([condition]) if is_shape(v)]
+    parameters = set(explicit_graph_inputs([condition])) & set(ancestors([condition], shapes))
+    if parameters <= {rows}:
+        truth = condition if condition.type.dtype == "bool" else pt.neq(condition, 0)
+        return truth if holds else pt.invert(truth)
+    op = condition.owner and condition.owner.op
+    both = isinstance(op, Elemwise) and isinstance(op.scalar_op, scalar.AND | scalar.Mul)
+    if holds or not both:
+        return None
+    parts = [_implied(part, False, rows) for part in condition.owner.inputs]
+    known = [part for part in parts if part is not None]
+    return reduce(operator.or_, known) if known else None
+
+
+def _is_minus_infinity(var: Variable) -> bool:
+    while var.owner and isinstance(var.owner.op, DimShuffle | Alloc):
+        var = var.owner.inputs[0]
+    return isinstance(var, Constant) and bool(np.all(var.data == -np.inf))
+
+
+def _outside(rv: Variable) -> str:
+    return (
+        f", outside the support of {rv.name!r}, so that its log-likelihood is -inf; leave such "
+        "rows out of the source"
+    )
+
+
+def _by_row(bad: Any, axis: int, graph: LikelihoodGraph) -> Iterator[Any]:
+    """Yield conditions with rows along their only axis, in which no parameter occurs."""
+    known = _known_shapes(bad, graph)
+    bad = pt.moveaxis(clone_replace(bad, known) if known else bad, axis, 0)
+    width = bad.type.shape[1] if bad.type.ndim == 2 else None
+    if width is not None and width <= _MOST_COLUMNS:
+        yield from (bad[:, i] for i in range(width))
+    else:
+        yield bad if bad.type.ndim == 1 else bad.any(axis=tuple(range(1, bad.type.ndim)))
+
+
+def _known_shapes(bad: Variable, graph: LikelihoodGraph) -> dict[Variable, Variable]:
+    """Return the shapes of what depends on parameters, which they do not change."""
+    known: dict[Variable, Variable] = {}
+    for var in ancestors([bad]):
+        if not is_shape(var):
+            continue
+        (of,) = var.owner.inputs
+        lengths = [pt.constant(n, dtype="int64") for n in np.shape(graph.value(of))]
+        if graph.is_by_row(of):
+            lengths[graph.axis(of)] = graph.rows.shape[0]  # type: ignore[index]
+        op = var.owner.op
+        known[var] = lengths[op.i] if isinstance(op, Shape_i) else pt.stack(lengths)
+    return known
+
+
+def _computable(bad: Variable, graph: LikelihoodGraph) -> Callable | None:
+    """Return a function of any number of rows, if a condition depends on nothing else."""
+    if not set(explicit_graph_inputs([bad])) <= {graph.rows}:
+        return None
+    compute = function([graph.rows], bad, mode=UNCOMPILED)
+    some = graph.value(graph.rows)
+    try:
+        shapes = [compute(np.resize(some, (n, *some.shape[1:]))).shape for n in (2, 3)]
+    except Exception:
+        return None
+    return compute if shapes == [(2,), (3,)] else None
+
+
+def _interval(condition: Variable, rows: Variable, holds: bool = False) -> Interval | None:
+    """Return an interval of a column in which a condition on it holds, or does not."""
+    if condition.owner is None or not isinstance(condition.owner.op, Elemwise):
+        return None
+    op, (left, *others) = condition.owner.op.scalar_op, condition.owner.inputs
+    if isinstance(op, scalar.Invert):
+        return _interval(left, rows, not holds)
+    if isinstance(op, scalar.AND | scalar.OR):
+        parts = [_interval(part, rows, holds) for part in (left, *others)]
+        known = [part for part in parts if part is not None]
+        if isinstance(op, scalar.AND) != holds:  # one part is enough
+            return max(known, key=lambda part: part.upper - part.lower, default=None)
+        if len(known) < len(parts):
+            return None
+        lower, upper, whole = zip(*known)
+        return Interval(max(lower), min(upper), any(whole))
+    relation = type(op) if holds else _NEGATED.get(type(op))
+    if relation is None or not _is_column(left, rows):
+        return None
+    if relation is scalar.EQ and _is_column(others[0], rows):  # a cast that keeps its values
+        limits = np.iinfo(others[0].type.dtype)
+        return Interval(float(limits.min), np.nextafter(float(limits.max) + 1, 0), True)
+    if not isinstance(others[0], Constant) or others[0].data.size != 1:
+        return None
+    return _half_line(relation, float(others[0].data.item()), np.dtype(rows.type.dtype))
+
+
+def _is_column(var: Variable, rows: Variable) -> bool:
+    """Whether *var* is a column, which may be cast to integers or to a type that holds it."""
+    op, inputs = var.owner and var.owner.op, var.owner and var.owner.inputs
+    if not isinstance(getattr(op, "scalar_op", None), scalar.Cast):
+        return isinstance(op, Subtensor) and inputs[0] is rows
+    keeps = var.type.dtype.startswith(("int", "uint"))
+    keeps |= np.can_cast(inputs[0].type.dtype, var.type.dtype)
+    return keeps and _is_column(inputs[0], rows)
+
+
+def _half_line(relation: type, number: float, dtype: np.dtype) -> Interval | None:
+    """Return the values that are so related to a number, also once they are rounded to *dtype*."""
+    if relation not in (scalar.GE, scalar.GT, scalar.LE, scalar.LT):
+        return None
+    is_lower = relation in (scalar.GE, scalar.GT)
+    kind = dtype.type if dtype.kind == "f" else np.float64
+    with np.errstate(over="ignore"):
+        end = kind(number)
+    if relation in (scalar.GT, scalar.LT) or end != number:
+        end = np.nextafter(end, kind(np.inf if is_lower else -np.inf))
+    return Interval(float(end), np.inf, False) if is_lower else Interval(-np.inf, float(end), False)

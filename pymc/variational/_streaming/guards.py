@@ -13,7 +13,7 @@
 #   limitations under the License.
 """Refuse models whose posterior would be wrong in minibatches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,16 +24,9 @@ from pytensor.tensor.type_other import NoneConst
 from pytensor.xtensor.type import XTensorType
 
 from pymc.model.core import Model
-from pymc.variational._streaming.conditions import derive_contract
-from pymc.variational._streaming.contract import Contract
+from pymc.variational._streaming.contract import Contract, derive_contract
 from pymc.variational._streaming.errors import StreamError, warn
-from pymc.variational._streaming.likelihood import (
-    LikelihoodGraph,
-    RowAxes,
-    TiedError,
-    is_of,
-    same,
-)
+from pymc.variational._streaming.likelihood import LikelihoodGraph, TiedError, is_of, same
 from pymc.variational.minibatch_rv import MinibatchRandomVariable
 
 __all__ = [
@@ -91,11 +84,9 @@ def check_model(
         _check_total_size(model, rv, total_size)
     batch = buffer.get_value(borrow=True)
     graph = LikelihoodGraph(model, likelihoods, buffer, batch, potentials)
-    axes = RowAxes(graph, batch)
-    contract = derive_contract(graph, axes, likelihoods, columns)
+    contract = derive_contract(graph, likelihoods, columns)
     contract.check(batch)
-    if likelihoods:
-        _check_rows(model, likelihoods, graph, axes, batch)
+    _check_rows(model, likelihoods, graph, batch)
     for potential in potentials:
         warn(
             f"the Potential {potential.name!r} depends on the stream {buffer.name!r}, and PyMC "
@@ -122,21 +113,20 @@ def contract_for(
     # Along which axis rows lie does not show where there is one.
     rows = np.resize(rows, (max(len(rows), _LEAST_ROWS), *rows.shape[1:]))
     graph = LikelihoodGraph(model, likelihoods, buffer, rows, list(others.values()))
-    axes = RowAxes(graph, rows)
-    for name, var in zip(others, graph.graphs[len(likelihoods) :]):
-        _require_by_row(name, var, axes)
-    return derive_contract(graph, axes, likelihoods, columns).without_supports()
+    for name, var in zip(others, graph.others):
+        _require_by_row(name, var, graph)
+    return derive_contract(graph, likelihoods, columns).without_supports()
 
 
-def _require_by_row(name: str, var: Variable, axes: RowAxes) -> None:
+def _require_by_row(name: str, var: Variable, graph: LikelihoodGraph) -> None:
     """Refuse a variable whose leading axis is not the rows, or that ties them."""
     try:
-        reason = "" if axes.of(var) == 0 else "its rows lie along another axis than the first"
+        reason = "" if graph.axis(var) == 0 else "its rows lie along another axis than the first"
     except TiedError as err:
         reason = str(err)
     except Exception:  # an operation that cannot be tried by itself
-        value = np.shape(axes.value(var))
-        reason = "" if value[:1] == np.shape(axes.value(axes.rows))[:1] else f"its shape is {value}"
+        shape, of_rows = np.shape(graph.value(var)), np.shape(graph.value(graph.rows))
+        reason = "" if shape[:1] == of_rows[:1] else f"its shape is {shape}"
     if reason:
         raise StreamError(
             f"{name!r} has not one value or vector per row, which depends on that row alone "
@@ -213,11 +203,7 @@ def _constant(size: Variable) -> int | str | None:
 
 
 def _check_rows(
-    model: Model,
-    likelihoods: Sequence[Variable],
-    graph: LikelihoodGraph,
-    axes: RowAxes,
-    batch: np.ndarray,
+    model: Model, likelihoods: Sequence[Variable], graph: LikelihoodGraph, batch: np.ndarray
 ) -> None:
     """Check that each log-likelihood has one term per row, which depends on that row alone."""
     terms = graph.evaluate(batch)
@@ -225,15 +211,18 @@ def _check_rows(
     for rv, var, term in zip(likelihoods, graph.terms, terms):
         _check_shape(rv, term, len(batch))
         try:
-            is_known &= axes.of(var) == 0
+            is_known &= graph.axis(var) == 0
         except TiedError as err:
             raise _tied(model, rv, err, len(batch)) from None
         except Exception:  # an operation that cannot be tried by itself
             is_known = False
     if is_known:
         return
-    for kept, others in _with_other_rows(batch, graph):
-        for rv, term, other in zip(likelihoods, terms, others):
+    for first in (0, 1):  # the rows that are replaced are those at even places, then the others
+        replaced, kept = slice(first, None, 2), slice(1 - first, None, 2)
+        rows = batch.copy()
+        rows[replaced] = np.resize(batch[kept], batch[replaced].shape)
+        for rv, term, other in zip(likelihoods, terms, graph.evaluate(rows)):
             _check_shape(rv, other, len(batch), " for other values of the rows")
             if not same(other[kept], term[kept], rtol=1e-9, atol=1e-8):
                 raise _tied(model, rv, TiedError("a row's term changes with others"), len(batch))
@@ -263,14 +252,3 @@ def _tied(model: Model, rv: Variable, err: TiedError, n_rows: int) -> StreamErro
         f"the log-likelihood of {rv.name!r} ties the rows of a batch together: {err}; "
         "minibatches of rows need a likelihood that is a product over rows"
     )
-
-
-def _with_other_rows(
-    batch: np.ndarray, graph: LikelihoodGraph
-) -> Iterator[tuple[slice, list[np.ndarray]]]:
-    """Yield slices of the rows that are kept, and the terms where the others are replaced."""
-    for first in (0, 1):
-        replaced, kept = slice(first, None, 2), slice(1 - first, None, 2)
-        other = batch.copy()
-        other[replaced] = np.resize(batch[kept], batch[replaced].shape)
-        yield kept, graph.evaluate(other)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
+import pytensor.tensor as pt
 
 from pytensor import config, function
 from pytensor.compile.builders import OpFromGraph
@@ -34,23 +35,28 @@ from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.math import All
 from pytensor.tensor.shape import Shape, Shape_i
-from pytensor.tensor.subtensor import Subtensor, get_constant_idx
+from pytensor.tensor.subtensor import (
+    AdvancedIncSubtensor,
+    AdvancedSubtensor,
+    Subtensor,
+    get_constant_idx,
+    get_idx_list,
+)
 
-from pymc.initial_point import make_initial_point_expression
 from pymc.logprob.utils import CheckParameterValue, local_remove_check_parameter
 from pymc.model.core import Model
-from pymc.pytensorf import replace_rng_nodes
 from pymc.variational._streaming.errors import StreamError
 
 __all__ = [
     "UNCOMPILED",
     "LikelihoodGraph",
-    "RowAxes",
     "TiedError",
     "columns_read",
+    "indices_of",
     "is_of",
     "is_shape",
     "same",
+    "within_bounds",
 ]
 
 UNCOMPILED = Mode(linker="py", optimizer="minimum_compile")
@@ -74,6 +80,11 @@ class TiedError(Exception):
 class LikelihoodGraph:
     """Log-likelihood terms of a model as a graph of the rows and of the parameters.
 
+    It knows the axis of each variable along which rows lie. Each operation is tried by itself on
+    random rows: an entry of its result must come from the rows at one place, whatever their values
+    are and wherever that place is. So an operation that ties rows together is found also where no
+    row of the batch uses its result.
+
     Parameters
     ----------
     model : Model
@@ -81,10 +92,10 @@ class LikelihoodGraph:
         Observed variables.
     buffer : SharedVariable
         Variable that holds the rows.
-    rows : ndarray
+    batch : ndarray
         Some rows, since those of the buffer may be none.
     others : sequence of Variable
-        Further variables of the model, such as potentials, whose graphs follow the terms.
+        Further variables of the model, such as potentials.
     """
 
     def __init__(
@@ -92,119 +103,34 @@ class LikelihoodGraph:
         model: Model,
         likelihoods: Sequence[Variable],
         buffer: SharedVariable,
-        rows: np.ndarray,
+        batch: np.ndarray,
         others: Sequence[Any] = (),
     ):
         graphs: Any = [*_logp(model, likelihoods), *model.replace_rvs_by_values(others)]
         self.rows = buffer.type(name=buffer.name)
         copies = [v for v in ancestors(graphs) if is_of(v, buffer)]
         graphs = clone_replace(graphs, dict.fromkeys(copies, self.rows), copy_inputs_over=True)
-        self.graphs, checks = _simplify(graphs, self.rows)
-        self.terms = self.graphs[: len(likelihoods)]
-        self.checks = dict(zip(self.graphs[len(graphs) :], checks))
-        """What the parameters that are computed from rows alone must be, and its name."""
+        graphs, self.checks = _simplify(graphs, self.rows)
+        self.terms, self.others = graphs[: len(likelihoods)], graphs[len(likelihoods) :]
+        self.nodes: list[Apply] = list(toposort([*graphs, *self.checks]))
         roots = set(explicit_graph_inputs(graphs))
-        self._values = [v for v in model.value_vars if v in roots]
-        self.logps = self._compile(self.terms)
-        start = _initial_point(model)
-        self.point = self._finite_point(rows, [start[v] for v in self._values])
+        self._parameters = [v for v in model.value_vars if v in roots]
+        self._logps = self._compile(self.terms)
+        with config.change_flags(cxx=""):  # or the graph within an LKJ prior is compiled in C
+            start = model.initial_point(0)
+        self._point = self._finite_point(batch, [start[str(v.name)] for v in self._parameters])
+        self._values = self._evaluate_all(batch)
+        self._rng = np.random.default_rng(0)
+        self._axes: dict[Variable, Any] = {self.rows: 0}
+        for node in self.nodes:
+            self._axes.update(zip(node.outputs, self._axes_of_outputs(node)))
 
     def evaluate(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return the log-likelihood of each row, for each term, at a random point."""
-        return self.logps(rows, *self.point)
+        return self._logps(rows, *self._point)
 
-    def _compile(self, variables: Sequence[Variable]) -> Callable[..., list[np.ndarray]]:
-        compiled = function(
-            [self.rows, *self._values], variables, mode=UNCOMPILED, on_unused_input="ignore"
-        )
-
-        def quiet(*args: Any) -> list[np.ndarray]:
-            with np.errstate(all="ignore"):
-                return compiled(*args)
-
-        return quiet
-
-    def _finite_point(self, rows: np.ndarray, start: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return the one of some random points near *start* where most terms are finite."""
-        rng = np.random.default_rng(0)
-        points = [[_jitter(value, size, rng) for value in start] for size in _JITTERS]
-
-        def share(point: list[np.ndarray]) -> float:
-            try:
-                terms = self.logps(rows, *point)
-            except IndexError:  # told of by the contract
-                return 0.0
-            except ValueError as err:
-                raise StreamError(
-                    f"the log-likelihood cannot be computed for a batch of {len(rows)} rows "
-                    f"({str(err).partition(chr(10))[0]}); leave out what has another length, such "
-                    "as dims of all rows"
-                ) from err
-            return min((np.isfinite(t).sum() / max(1, t.size) for t in terms), default=1.0)
-
-        return max(points, key=share)
-
-
-def is_of(var: Variable, buffer: SharedVariable) -> bool:
-    """Whether *var* is a buffer: transforming a model copies it, but keeps the container."""
-    return getattr(var, "container", None) is buffer.container
-
-
-def columns_read(graphs: Sequence[Variable], rows: Variable) -> np.ndarray:
-    """Return which columns of *rows* some graphs depend on, as numbers in the flattened row."""
-    shape = rows.type.shape[1:]
-    labels = np.arange(np.prod(shape, dtype=int)).reshape(1, *shape)
-    read: set[int] = set()
-    shapes = [v for v in ancestors(graphs) if is_shape(v)]
-    used = {v.owner for v in ancestors(graphs, shapes) if v not in shapes}
-    for node in {node for node in used if node and rows in node.inputs}:
-        taken = labels
-        if isinstance(node.op, Subtensor):
-            index = get_constant_idx(node.op.idx_list, node.inputs, allow_partial=True)
-            if not any(isinstance(entry, Variable) for entry in index[1:]):
-                taken = labels[(slice(None), *index[1:])]
-        read.update(taken.ravel().tolist())
-    return np.array(sorted(read), np.int64)
-
-
-def is_shape(var: Variable) -> bool:
-    return var.owner is not None and isinstance(var.owner.op, Shape | Shape_i)
-
-
-class RowAxes:
-    """The axis of each variable of a graph along which the rows of a batch lie.
-
-    Each operation is tried by itself on random rows: an entry of its result must come from the
-    rows at one place, whatever their values are and wherever that place is. So an operation that
-    ties rows together is found also where no row of the batch uses its result.
-
-    Parameters
-    ----------
-    graph : LikelihoodGraph
-    batch : ndarray
-        Rows that the model can be computed for.
-    """
-
-    def __init__(self, graph: LikelihoodGraph, batch: np.ndarray):
-        self.nodes: list[Apply] = list(toposort(graph.graphs))
-        self.values = _computed(graph, batch, [v for node in self.nodes for v in node.outputs])
-        self.rows = graph.rows
-        self._n_rows = len(self.values[graph.rows])
-        self._found: dict[Variable, Any] = {graph.rows: 0}
-        self._values_of_point = dict(zip(graph._values, graph.point))
-        self._rng = np.random.default_rng(0)
-        for node in self.nodes:
-            inputs = [self._found.get(v) for v in node.inputs]
-            found: Any = next((v for v in inputs if isinstance(v, Exception)), None)
-            try:
-                self._found.update(zip(node.outputs, [] if found else self._axes(node, inputs)))
-            except Exception as err:
-                found = err.with_traceback(None)
-            if found is not None:
-                self._found.update(dict.fromkeys(node.outputs, found))
-
-    def of(self, var: Variable) -> int | None:
-        """Return the axis, or None where the variable does not depend on the rows.
+    def axis(self, var: Variable) -> int | None:
+        """Return the axis of the rows, or None where the variable does not depend on them.
 
         Raises
         ------
@@ -213,30 +139,84 @@ class RowAxes:
         Exception
             If an operation cannot be tried.
         """
-        found = self._found.get(var)
+        found = self._axes.get(var)
         if isinstance(found, Exception):
             raise found
         return found
 
     def is_by_row(self, var: Variable) -> bool:
         """Whether rows lie along an axis of *var*."""
-        return isinstance(self._found.get(var), int)
+        return isinstance(self._axes.get(var), int)
 
     def value(self, var: Variable) -> Any:
+        """Return the value of a variable for a few rows."""
         if isinstance(var, Constant):
             return var.data
-        if var in self.values:
-            return self.values[var]
-        if var in self._values_of_point:
-            return self._values_of_point[var]
-        return var.get_value(borrow=True)  # type: ignore[attr-defined]
+        return self._values[var] if var in self._values else var.get_value(borrow=True)  # type: ignore[attr-defined]
 
-    def _axes(self, node: Apply, axes: Sequence[int | None]) -> list[int | None]:
+    def _compile(self, variables: Sequence[Variable]) -> Callable[..., list[np.ndarray]]:
+        compiled = function(
+            [self.rows, *self._parameters], variables, mode=UNCOMPILED, on_unused_input="ignore"
+        )
+
+        def quiet(*args: Any) -> list[np.ndarray]:
+            with np.errstate(all="ignore"):
+                return compiled(*args)
+
+        return quiet
+
+    def _finite_point(self, batch: np.ndarray, start: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the one of some random points near *start* where most terms are finite."""
+        rng = np.random.default_rng(0)
+        points = [[_jitter(value, size, rng) for value in start] for size in _JITTERS]
+
+        def share(point: list[np.ndarray]) -> float:
+            try:
+                terms = self._logps(batch, *point)
+            except IndexError:  # told of by the contract
+                return 0.0
+            except ValueError as err:
+                raise StreamError(
+                    f"the log-likelihood cannot be computed for a batch of {len(batch)} rows "
+                    f"({str(err).partition(chr(10))[0]}); leave out what has another length, such "
+                    "as dims of all rows"
+                ) from err
+            return min((np.isfinite(t).sum() / max(1, t.size) for t in terms), default=1.0)
+
+        return max(points, key=share)
+
+    def _evaluate_all(self, batch: np.ndarray) -> dict[Variable, Any]:
+        """Return the values of all variables for a few rows, else for as many as a batch has.
+
+        An array or a latent variable can have the length of a batch. An index of the batch can be
+        out of range, where zero is not.
+        """
+        variables = [self.rows, *self._parameters]
+        variables += [v for node in self.nodes for v in node.outputs]
+        compute = self._compile(variables)
+        few = batch[:_FEW_ROWS]
+        for rows in (few, np.zeros_like(few), batch, np.zeros_like(batch)):
+            try:
+                return dict(zip(variables, compute(rows, *self._point)))
+            except Exception as err:
+                error = err
+        raise error
+
+    def _axes_of_outputs(self, node: Apply) -> Sequence[Any]:
+        """Return the axis of the rows in each output, or why there is none."""
+        axes = [self._axes.get(v) for v in node.inputs]
+        error = next((axis for axis in axes if isinstance(axis, Exception)), None)
+        n = len(node.outputs)
+        if error is not None:
+            return [error] * n
         if all(axis is None for axis in axes) or isinstance(node.op, Shape | Shape_i):
-            return [None] * len(node.outputs)
-        if isinstance(node.op, Elemwise):
-            return [self._common_axis(node.inputs, axes)] * len(node.outputs)
-        return self._try(node, axes)
+            return [None] * n
+        try:
+            if isinstance(node.op, Elemwise):
+                return [self._common_axis(node.inputs, axes)] * n
+            return self._try(node, axes)
+        except Exception as err:
+            return [err.with_traceback(None)] * n
 
     def _common_axis(self, inputs: Sequence[Variable], axes: Sequence[int | None]) -> int:
         """Return the row axis of what is broadcast together, as for any values of the rows."""
@@ -249,89 +229,121 @@ class RowAxes:
                 raise TiedError("a value for each place in the batch is used", var)
         return place
 
-    def _try(self, node: Apply, axes: Sequence[int | None]) -> list[int | None]:
-        fresh = [v if axis is None else v.type() for v, axis in zip(node.inputs, axes)]
-        free = [v for v, axis in zip(fresh, axes) if axis is not None]
-        constant = {v: v.type() for v in fresh if v not in free and not isinstance(v, Constant)}
-        clone = node.clone_with_new_inputs([constant.get(v, v) for v in fresh])
-        compiled = function([*free, *constant.values()], clone.outputs, mode=UNCOMPILED)
-        known = [self.value(v) for v in constant]
-        actual = [(self.value(v), axis) for v, axis in zip(node.inputs, axes) if axis is not None]
+    def _try(self, node: Apply, axes: Sequence[int | None]) -> list[int]:
+        """Return the row axis of each output of an operation, which is tried on random rows."""
+        inputs = [v if isinstance(v, Constant) else v.type() for v in node.inputs]
+        free = [i for i, v in enumerate(inputs) if not isinstance(v, Constant)]
+        outputs = node.clone_with_new_inputs(inputs).outputs
+        compiled = function([inputs[i] for i in free], outputs, mode=UNCOMPILED)
+        values = [(self.value(node.inputs[i]), axes[i]) for i in free]
         with np.errstate(all="ignore"):
             try:
-                return self._equivariant(node, compiled, known, actual, self._random)
+                return self._equivariant(node, compiled, values, self._random)
             except TiedError:
                 raise
             except Exception:  # such as the factors of a matrix that is not positive definite
-                return self._equivariant(node, compiled, known, actual, lambda value: value)
+                return self._equivariant(node, compiled, values, lambda value: value)
 
     def _equivariant(
         self,
         node: Apply,
         compiled: Callable,
-        known: list[Any],
-        actual: list[tuple[np.ndarray, int]],
+        values: list[tuple[Any, int | None]],
         draw: Callable[[np.ndarray], np.ndarray],
-    ) -> list[int | None]:
+    ) -> list[int]:
         """Return the axis of each output that moves with the rows, and keeps them apart."""
-        n, rng = self._n_rows, self._rng
+        n, rng = len(self._values[self.rows]), self._rng
         order, kept = rng.permutation(n), np.arange(0, n, 2)
-        rows = [(draw(value), axis) for value, axis in actual]
-        others = [(np.roll(draw(value), 1, axis), axis) for value, axis in actual]
-        for (value, axis), (other, _) in zip(rows, others):
-            np.moveaxis(other, axis, 0)[kept] = np.moveaxis(value, axis, 0)[kept]
-        outputs = compiled(*[value for value, _ in rows], *known)
-        moved = compiled(*[value.take(order, axis) for value, axis in rows], *known)
-        replaced = compiled(*[value for value, _ in others], *known)
-        found: list[int | None] = []
-        for a, b, c in zip(*map(_as_list, (outputs, moved, replaced))):
-            for axis in range(a.ndim):
-                if (
-                    a.shape[axis] == n
-                    and same(a.take(order, axis), b, rtol=1e-9, atol=1e-8)
-                    and a.shape == c.shape
-                    and same(a.take(kept, axis), c.take(kept, axis))
-                ):
-                    found.append(axis)
-                    break
-            else:
+        rows = [value if axis is None else draw(value) for value, axis in values]
+        moved = [v if axis is None else v.take(order, axis) for v, (_, axis) in zip(rows, values)]
+        others = list(rows)
+        for i, (value, axis) in enumerate(values):
+            if axis is not None:
+                others[i] = np.roll(draw(value), 1, axis)
+                np.moveaxis(others[i], axis, 0)[kept] = np.moveaxis(rows[i], axis, 0)[kept]
+        found = []
+        for a, b, c in zip(*(map(np.asarray, compiled(*some)) for some in (rows, moved, others))):
+            fitting = (
+                axis
+                for axis in range(a.ndim)
+                if a.shape[axis] == n
+                and same(a.take(order, axis), b, rtol=1e-9, atol=1e-8)
+                and a.shape == c.shape
+                and same(a.take(kept, axis), c.take(kept, axis))
+            )
+            axis = next(fitting, None)
+            if axis is None:
                 raise TiedError(f"{node.op} does not keep the rows apart")
+            found.append(axis)
         return found
 
     def _random(self, value: np.ndarray) -> np.ndarray:
-        kind = value.dtype.kind
-        if kind == "f":
+        if value.dtype.kind == "f":
             return self._rng.uniform(0.1, 0.9, value.shape).astype(value.dtype)
         return self._rng.integers(0, 2, value.shape).astype(value.dtype)
 
 
-def _computed(
-    graph: LikelihoodGraph, batch: np.ndarray, variables: Sequence[Variable]
-) -> dict[Variable, Any]:
-    """Return the values of variables for a few rows, else for as many as a batch has.
+def is_of(var: Variable, buffer: SharedVariable) -> bool:
+    """Whether *var* is a buffer: transforming a model copies it, but keeps the container."""
+    return getattr(var, "container", None) is buffer.container
 
-    An array or a latent variable can have the length of a batch. An index of the batch can be out
-    of range, where zero is not.
-    """
-    compute = graph._compile([graph.rows, *variables])
-    tries = [rows for rows in (batch[:_FEW_ROWS], batch) for rows in (rows, np.zeros_like(rows))]
-    for rows in tries:
-        try:
-            values = compute(rows, *graph.point)
-        except Exception as err:
-            error = err
-        else:
-            return dict(zip([graph.rows, *variables], values))
-    raise error
+
+def is_shape(var: Variable) -> bool:
+    return var.owner is not None and isinstance(var.owner.op, Shape | Shape_i)
+
+
+def columns_read(graphs: Sequence[Variable], rows: Variable) -> np.ndarray:
+    """Return which columns of *rows* some graphs depend on, as numbers in the flattened row."""
+    shape = rows.type.shape[1:]
+    labels = np.arange(np.prod(shape, dtype=int)).reshape(1, *shape)
+    read: set[int] = set()
+    shapes = [v for v in ancestors(graphs) if is_shape(v)]
+    used = set(ancestors(graphs, shapes)) - set(shapes)
+    whole = {rows}
+    """Variables with the columns of the rows, such as those that were cast together."""
+    for node in toposort(graphs):
+        if whole.isdisjoint(node.inputs) or used.isdisjoint(node.outputs):
+            continue
+        if isinstance(node.op, Elemwise) and whole.issuperset(node.inputs):
+            whole.update(node.outputs)
+            continue
+        taken = labels
+        if isinstance(node.op, Subtensor):
+            index = get_constant_idx(node.op.idx_list, node.inputs, allow_partial=True)
+            if not any(isinstance(entry, Variable) for entry in index[1:]):
+                taken = labels[(slice(None), *index[1:])]
+        read.update(taken.ravel().tolist())
+    if not whole.isdisjoint(graphs):
+        read.update(labels.ravel().tolist())
+    return np.array(sorted(read), np.int64)
+
+
+def indices_of(node: Apply) -> Iterator[tuple[int, Any]]:
+    """Yield the axes of its first input that a node indexes by integers, and these."""
+    if isinstance(node.op, AdvancedSubtensor | AdvancedIncSubtensor):
+        x, *rest = node.inputs
+        rest = rest[isinstance(node.op, AdvancedIncSubtensor) :]
+        for axis, index in enumerate(get_idx_list([x, *rest], node.op.idx_list)):
+            if isinstance(index, Variable) and index.type.dtype != "bool":
+                yield axis, index
+
+
+def within_bounds(result: Variable, rows: Variable) -> Any:
+    """Clip the indices that *rows* give: numba reads and writes other memory where one is wrong."""
+    fgraph = FunctionGraph(outputs=[clone_replace(result, copy_inputs_over=True)], clone=False)
+    for node in fgraph.toposort():
+        for axis, index in indices_of(node):
+            if rows in ancestors([index]):
+                n = cast(Any, node.inputs[0]).shape[axis]
+                clipped = pt.clip(index, -n, n - 1).astype(index.type.dtype)
+                place = max(i for i, v in enumerate(node.inputs) if v is index)
+                fgraph.change_node_input(node, place, clipped)
+    return fgraph.outputs[0]
 
 
 def same(a: np.ndarray, b: np.ndarray, *, rtol: float = 1e-12, atol: float = 0) -> bool:
     rtol = 1e-5 if a.dtype == np.float32 else rtol
     return a.shape == b.shape and np.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
-
-
-def _as_list(outputs: Any) -> list[np.ndarray]:
-    return [np.asarray(output) for output in outputs]
 
 
 def _logp(model: Model, likelihoods: Sequence[Variable]) -> list[Variable]:
@@ -349,10 +361,13 @@ def _inline(fgraph: FunctionGraph, node: Apply) -> list[Variable]:
     return inline_ofg_node(node)
 
 
-def _simplify(graphs: Sequence[Variable], rows: Variable) -> tuple[list[Variable], list[str]]:
+def _simplify(
+    graphs: Sequence[Variable], rows: Variable
+) -> tuple[list[Variable], dict[Variable, str]]:
     """Leave out inner graphs, and the checks of parameters, which are made for all rows at once.
 
-    Checks of what is computed from rows alone are appended to the graphs, and named.
+    Checks of what is computed from rows alone are returned, with their names, unless something like
+    the factors of a covariance would have to be computed for each row.
     """
     lowered: Any = rewrite_graph(list(graphs), include=("lower_xtensor",))
     fgraph = FunctionGraph(outputs=list(lowered), clone=False)
@@ -361,16 +376,14 @@ def _simplify(graphs: Sequence[Variable], rows: Variable) -> tuple[list[Variable
     for node in fgraph.toposort():
         if isinstance(node.op, CheckParameterValue):
             for condition in _conjuncts(node.inputs[1:]):
-                if set(explicit_graph_inputs([condition])) == {rows} and _is_cheap(condition):
+                owners = [v.owner for v in ancestors([condition]) if v.owner]
+                is_cheap = not any(isinstance(owner.op, Blockwise) for owner in owners)
+                if set(explicit_graph_inputs([condition])) == {rows} and is_cheap:
                     fgraph.add_output(condition)
                     names.append(node.op.msg)
     in2out(local_remove_check_parameter).rewrite(fgraph)
-    return list(fgraph.outputs), names
-
-
-def _is_cheap(var: Variable) -> bool:
-    """Whether nothing like the factors of a covariance has to be computed for each row."""
-    return not any(v.owner and isinstance(v.owner.op, Blockwise) for v in ancestors([var]))
+    outputs = list(fgraph.outputs)
+    return outputs[: len(graphs)], dict(zip(outputs[len(graphs) :], names))
 
 
 def _conjuncts(conditions: Sequence[Variable]) -> Iterator[Variable]:
@@ -382,20 +395,6 @@ def _conjuncts(conditions: Sequence[Variable]) -> Iterator[Variable]:
             yield from _conjuncts(condition.owner.inputs)
         elif condition.type.dtype == "bool":
             yield condition
-
-
-def _initial_point(model: Model) -> dict[Variable, np.ndarray]:
-    """Return what ``model.initial_point`` does, without waiting for a compiler."""
-    expressions = make_initial_point_expression(
-        free_rvs=model.free_RVs,
-        rvs_to_transforms=model.rvs_to_transforms,
-        initval_strategies=model.rvs_to_initial_values,
-        return_transformed=True,
-    )
-    with config.change_flags(cxx=""):  # or the graph within an LKJ prior would be compiled in C
-        found = function([], replace_rng_nodes(expressions), mode=UNCOMPILED)()
-    values = [model.rvs_to_values[rv] for rv in model.free_RVs]
-    return {value: np.asarray(number) for value, number in zip(values, found)}
 
 
 def _jitter(value: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarray:

@@ -32,7 +32,6 @@ from pymc.variational.streaming import (
 )
 from tests.variational.streaming.strategies import numbered, write_layout
 from tests.variational.streaming.tell_tale import (
-    QUICK,
     has_no_rows,
     no_thread_is_left,  # noqa: F401
     normal_model,
@@ -105,18 +104,9 @@ class TestBuffer:
 
 LIKELIHOODS = {
     "Normal": lambda rows, x, k: pm.Normal("y", pm.Normal("m"), 1, observed=x, total_size=9),
-    "Normal, only its mean streams": lambda rows, x, k: pm.Normal(
-        "y", pm.Normal("m") * x, 1, observed=x * 0, total_size=9
-    ),
     "Poisson": lambda rows, x, k: pm.Poisson("y", pm.HalfNormal("m"), observed=k, total_size=9),
     "Bernoulli": lambda rows, x, k: pm.Bernoulli(
         "y", logit_p=pm.Normal("m"), observed=k, total_size=9
-    ),
-    "Categorical": lambda rows, x, k: pm.Categorical(
-        "y", pm.Dirichlet("m", np.ones(3)), observed=k, total_size=9
-    ),
-    "groups": lambda rows, x, k: pm.Normal(
-        "y", pm.Normal("m", shape=3)[k.astype("int64")], 1, observed=x, total_size=9
     ),
     "MvNormal": lambda rows, x, k: pm.MvNormal(
         "y", pm.Normal("m", shape=2), np.eye(2), observed=rows, total_size=9
@@ -160,13 +150,6 @@ class TestNoRows:
                 pytest.warns(FutureWarning),
             ):
                 pm.find_MAP(progressbar=False)
-
-    def test_nor_does_a_second_fit_without_the_callback(self):
-        ds = StreamingDataset(tell_tale(3), batch_size=4)
-        with normal_model(ds):
-            pm.fit(3, callbacks=[ds.fit_callback()], **QUICK)
-            assert has_no_rows(ds)
-            assert np.isnan(first_loss())
 
     def test_a_step_that_needs_two_streams_has_no_loss_without_one(self):
         ds = StreamingDataset(tell_tale(3), batch_size=4)
@@ -232,11 +215,6 @@ class TestExactValues:
         rows = np.full((3, 1), value, row_dtype)
         (batch,) = StreamingDataset(rows, batch_size=3, dtype=dtype)
         np.testing.assert_array_equal(batch, rows.astype(dtype))
-
-    def test_infinities_of_both_signs_do_not_hide_each_other(self):
-        rows = np.array([[1.0], [np.inf], [-np.inf]])
-        with pytest.raises(StreamError, match="row 1 of the stream holds inf"):
-            list(StreamingDataset(rows, batch_size=3))
 
     @pytest.mark.parametrize("kind, dtype", [("int64", "float64"), ("int32", "float32")])
     def test_a_file_of_integers_is_checked_against_the_buffer(self, tmp_path, kind, dtype):

@@ -62,22 +62,6 @@ class TestSteps:
         assert batches_used(approx.hist) == [0, 1, 2, 3, 4] * 2 + [0, 1]
         assert (ds.epoch, ds.rows_seen) == (2, 48)
 
-    def test_refine_goes_on_with_the_next_batch(self):
-        ds = StreamingDataset(tell_tale(7), batch_size=4)
-        with normal_model(ds):
-            inference = pm.ADVI()
-            inference.fit(3, callbacks=[ds.fit_callback()], **STANDING_STILL)
-            inference.refine(3, progressbar=False)
-        assert batches_used(inference.hist) == [0, 1, 2, 3, 4, 5]
-
-    def test_a_second_fit_goes_on_with_the_batch_that_no_step_used(self):
-        ds = StreamingDataset(tell_tale(7), batch_size=4)
-        with normal_model(ds):
-            first = pm.fit(2, callbacks=[ds.fit_callback()], **STANDING_STILL)
-            second = pm.fit(2, callbacks=[ds.fit_callback()], **STANDING_STILL)
-        hist = np.concatenate([first.hist, second.hist])
-        assert batches_used(hist) == [0, 1, 2, 3]
-
     def test_callbacks_before_it_see_the_batch_that_the_step_used(self):
         ds = StreamingDataset(tell_tale(5), batch_size=4)
         seen = []
@@ -174,25 +158,6 @@ class TestCallback:
             del callback
             assert ds.advance() and ds.rows_seen == 4
             assert (ds.as_tensor().get_value() == 2_000).all()
-
-    def test_it_keeps_the_stream_when_advance_is_refused(self):
-        ds = StreamingDataset(tell_tale(5), batch_size=4)
-        callback = ds.fit_callback()
-        with ds.rows(tell_tale(1)), pytest.raises(StreamError, match="holds other rows"):
-            ds.advance()
-        with normal_model(ds):
-            approx = pm.fit(3, callbacks=[callback], **STANDING_STILL)
-        assert batches_used(approx.hist) == [0, 1, 2]
-
-    def test_the_newest_owns_the_stream(self):
-        ds = StreamingDataset(tell_tale(3), batch_size=4)
-        old, new = ds.fit_callback(), ds.fit_callback()
-        with normal_model(ds):
-            with pytest.raises(StreamError, match="or a newer fit_callback"):
-                old(pm.MeanField(), np.zeros(1), 1)
-            del old
-            assert not has_no_rows(ds)
-            pm.fit(3, callbacks=[new], **QUICK)
 
     @pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
     def test_a_stopped_fit_leaves_no_thread_and_no_batch(self, stop):

@@ -104,19 +104,10 @@ def weighted(c, kw):
 SILENT = {
     "Normal": lambda c, kw: normal(c, effect(c), **kw),
     "StudentT": lambda c, kw: pm.StudentT("y", nu=3, mu=effect(c), sigma=1, observed=c["z"], **kw),
-    "Laplace": lambda c, kw: pm.Laplace("y", effect(c), 1, observed=c["z"], **kw),
-    "SkewNormal": lambda c, kw: pm.SkewNormal("y", effect(c), 1, 2, observed=c["z"], **kw),
     "heteroscedastic": lambda c, kw: pm.Normal(
         "y", 0, pm.math.exp(effect(c)), observed=c["z"], **kw
     ),
     "Gamma": lambda c, kw: pm.Gamma("y", 2, pm.math.exp(effect(c)), observed=c["positive"], **kw),
-    "LogNormal": lambda c, kw: pm.LogNormal("y", effect(c), 1, observed=c["positive"], **kw),
-    "Weibull": lambda c, kw: pm.Weibull(
-        "y", 2, pm.math.exp(effect(c)), observed=c["positive"], **kw
-    ),
-    "Exponential": lambda c, kw: pm.Exponential(
-        "y", pm.math.exp(effect(c)), observed=c["positive"], **kw
-    ),
     "Beta": lambda c, kw: pm.Beta("y", 2, pm.math.exp(effect(c)), observed=c["share"], **kw),
     "Uniform with a parameter": lambda c, kw: pm.Uniform(
         "y", 0, 9 + pm.HalfNormal("u"), observed=c["positive"], **kw
@@ -134,20 +125,11 @@ SILENT = {
     "NegativeBinomial": lambda c, kw: pm.NegativeBinomial(
         "y", mu=pm.math.exp(effect(c)), alpha=2, observed=c["count"], **kw
     ),
-    "Geometric": lambda c, kw: pm.Geometric(
-        "y", pm.math.invlogit(effect(c)), observed=c["count"] + 1, **kw
-    ),
     "ZeroInflatedPoisson": lambda c, kw: pm.ZeroInflatedPoisson(
         "y", 0.7, pm.math.exp(effect(c)), observed=c["count"], **kw
     ),
     "ZeroInflatedNegativeBinomial": lambda c, kw: pm.ZeroInflatedNegativeBinomial(
         "y", psi=0.7, mu=pm.math.exp(effect(c)), alpha=2, observed=c["count"], **kw
-    ),
-    "ZeroInflatedBinomial": lambda c, kw: pm.ZeroInflatedBinomial(
-        "y", 0.7, 12, pm.math.invlogit(effect(c)), observed=c["count"], **kw
-    ),
-    "HurdlePoisson": lambda c, kw: pm.HurdlePoisson(
-        "y", 0.7, pm.math.exp(effect(c)), observed=c["count"], **kw
     ),
     "HurdleGamma": lambda c, kw: pm.HurdleGamma(
         "y", 0.7, 2, pm.math.exp(effect(c)), observed=c["positive"] * c["binary"], **kw
@@ -157,9 +139,6 @@ SILENT = {
         "y", logit_p=pt.outer(c["x"], pm.Normal("b", shape=5)), observed=c["group"], **kw
     ),
     "categorical by hand": by_categorical,
-    "Categorical without regressors": lambda c, kw: pm.Categorical(
-        "y", pm.Dirichlet("p", np.ones(5)), observed=c["group"], **kw
-    ),
     "OrderedLogistic": lambda c, kw: pm.OrderedLogistic(
         "y", eta=effect(c), cutpoints=np.array([-1.0, 1.0]), observed=c["level"], **kw
     ),
@@ -199,13 +178,6 @@ SILENT = {
         observed=c["z"],
         **kw,
     ),
-    "mixture of regressions": lambda c, kw: pm.Mixture(
-        "y",
-        np.ones(3) / 3,
-        pm.Normal.dist(pt.outer(c["x"], pm.Normal("m", shape=3)), 1),
-        observed=c["z"],
-        **kw,
-    ),
     "Multinomial": lambda c, kw: pm.Multinomial(
         "y", 6, pm.Dirichlet("p", np.ones(3)), observed=c["buf"][:, 9:12], **kw
     ),
@@ -221,14 +193,6 @@ SILENT = {
     ),
     "MvNormal": lambda c, kw: pm.MvNormal(
         "y", pt.outer(c["x"], pm.Normal("m", shape=2)), np.eye(2), observed=c["buf"][:, :2], **kw
-    ),
-    "MvStudentT": lambda c, kw: pm.MvStudentT(
-        "y",
-        nu=4,
-        mu=pm.Normal("m", shape=2),
-        scale=np.eye(2),
-        observed=c["buf"][:, :2],
-        **kw,
     ),
     "LKJ": lkj,
     "covariance by row": lambda c, kw: pm.MvNormal(
@@ -248,12 +212,6 @@ SILENT = {
     "groups from the end": lambda c, kw: normal(
         c, pm.Normal("g", shape=5)[-c["group"].astype("int64")], **kw
     ),
-    "groups by take": lambda c, kw: normal(
-        c, pt.take(pm.Normal("g", shape=(2, 5)), c["group"].astype("int64"), axis=1)[0], **kw
-    ),
-    "groups of a clipped column": lambda c, kw: normal(
-        c, pm.Normal("g", shape=3)[pt.clip(c["group"], 0, 2).astype("int64")], **kw
-    ),
     "groups in regions": lambda c, kw: normal(
         c, pm.Normal("r", shape=2)[pt.as_tensor([0, 1, 1, 0, 1])[c["group"].astype("int64")]], **kw
     ),
@@ -265,9 +223,6 @@ SILENT = {
         c, pm.Normal("g", shape=(5, 2))[c["group"].astype("int64")][:, 1] * c["x"], **kw
     ),
     "dummies": one_hot,
-    "bins of a float": lambda c, kw: normal(
-        c, pm.Normal("g", shape=10)[(10 * c["share"]).astype("int64")], **kw
-    ),
     "bins by floor": lambda c, kw: normal(
         c, pm.Normal("g", shape=10)[pt.floor(10 * c["share"]).astype("int64")], **kw
     ),
@@ -278,9 +233,6 @@ SILENT = {
         c, pt.switch(pt.eq(c["count"], 3), pm.Normal("m"), c["x"]), **kw
     ),
     "weights that are all one": lambda c, kw: normal(c, effect(c) * np.ones(10), **kw),
-    "total_size for each axis": lambda c, kw: pm.Normal(
-        "y", pm.Normal("m"), 1, observed=c["buf"][:, :2], total_size=[N, 2]
-    ),
 }
 
 

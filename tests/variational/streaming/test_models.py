@@ -119,25 +119,10 @@ class TestAfterTheFit:
             )
         np.testing.assert_allclose(page["log_likelihood"]["y"], expected["y"])
 
-    def test_files_of_predictions_agree_with_draws(self, page):
-        draws = page["predictions"].posterior_predictive["y"].mean(("chain", "draw"))
-        np.testing.assert_allclose(page["predicted"]["y_mean"], draws, atol=6 / np.sqrt(100))
-
-    def test_a_stream_without_an_end_goes_on(self, page):
-        with page["endless"] as endless:
-            for _ in range(1_100):
-                endless.advance()
-            assert (endless.epoch, endless.rows_seen) == (1, 1_099_000)
-
     def test_dimensions_follow_the_rows(self, page):
         with page["named"], page["ds"].rows(page["held_out"]):
             prior = pm.sample_prior_predictive(2, random_seed=0)
         assert prior.prior["mean"].sizes["row"] == prior.prior_predictive["y"].sizes["row"] == 200
-
-    def test_pictures_show_the_model(self, page):
-        assert "mean --> y" in page["picture"]
-        graphviz = pytest.importorskip("graphviz")
-        assert isinstance(page["named"].to_graphviz(), graphviz.Digraph)
 
 
 class TestOtherDataBesideStreams:

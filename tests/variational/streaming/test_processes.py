@@ -114,15 +114,6 @@ class TestSpawn:
                 found = pool.submit(unpickled_batches, pickled).result(TIMEOUT)
         assert found == unpickled_batches(pickled)
 
-    def test_what_cannot_be_copied_says_so(self):
-        """One-shot iterators, and factories that are no module's functions."""
-        for source in (iter([numbered(9)]), lambda: [numbered(9)]):
-            ds = StreamingDataset(source, batch_size=3, total_size=9)
-            with pytest.raises(
-                (TypeError, pickle.PicklingError, AttributeError), match=r"pickle|local object"
-            ):
-                pickle.dumps(ds)
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -162,16 +153,6 @@ class TestFork:
             assert in_child(close) == 0
             assert in_child(lambda: None) == 0
             assert ds.as_tensor().get_value().tolist() == first
-
-    def test_a_stream_that_is_opened_in_the_child_streams(self, folder):
-        ds = dataset(folder)
-
-        def child():
-            signal.alarm(TIMEOUT)
-            with ds:
-                assert len([next_batch(ds) for _ in range(100)]) == 100
-
-        assert in_child(child) == 0
 
 
 class TestInterrupt:
@@ -240,21 +221,6 @@ class TestInterrupt:
             moment, interrupts = moment + 3, interrupts + 1
         assert interrupts > 100
         assert np.isfinite(inference.approx.sample(10).posterior["mu"]).all()
-
-    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-    def test_at_random_times(self, fitted):
-        inference, ds = fitted
-        rng = np.random.default_rng(0)
-        gc.collect()  # or an interrupt could come while numba's leftovers are deleted, and be lost
-        for _ in range(25):
-            kill = threading.Timer(rng.uniform(0, 0.05), os.kill, (os.getpid(), signal.SIGINT))
-            try:
-                kill.start()
-                self.go_on(inference, ds, 1_000, kill.join)
-            except KeyboardInterrupt:
-                pass
-            kill.join()
-            self.check(inference, ds)
 
 
 class BlockedRead:

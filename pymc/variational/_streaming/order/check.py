@@ -27,11 +27,10 @@ from pymc.model.core import Model
 from pymc.variational._streaming.batches.rebatch import Chunk, EpochEnd
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.errors import OrderError, OrderWarning, warn
-from pymc.variational._streaming.order.features import Features, Statistic
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
 from pymc.variational._streaming.order.report import OrderReport, Stream, report_one_window
-from pymc.variational._streaming.order.score import ModelScore
+from pymc.variational._streaming.order.statistic import Features, ModelScore, Statistic
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.utils import positive_int
@@ -143,8 +142,6 @@ class OrderCheck:
         self._sample: OrderReport | None = None
         """What the sample has shown, if one was taken."""
         self._monitor: Monitor | None = None
-        self._epoch = -1
-        """Epoch that the monitor compares."""
         self._watched = action == "off"
         """Whether the monitor has compared all of an epoch; others would count twice."""
 
@@ -156,7 +153,7 @@ class OrderCheck:
         n_rows, window = self._stream.n_rows, self._stream.window
         if not (self._watched or (n_rows and n_rows <= window)):
             with suppress(Exception):
-                self._model, self._monitor, self._epoch = ModelScore(model, buffer), None, -1
+                self._model, self._monitor = ModelScore(model, buffer), None
 
     def make_statistic(self, pilot: np.ndarray) -> Statistic:
         """Return what is compared: the score of the model, if one is known that any rows fit."""
@@ -173,35 +170,39 @@ class OrderCheck:
         return self._statistic or Features(pilot, self._stream.source.columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_statistic": None, "_monitor": None, "_epoch": -1}
+        return {**self.__dict__, "_model": None, "_statistic": None, "_monitor": None}
 
     def check_sample(self) -> None:
         """Sample the source, once, and raise or warn if its rows are in an order."""
         if not self._sampled:
             self._sampled = True
             self._sample = preflight(self._stream, self.make_statistic, 0)
-            if self._sample is not None and self._sample.ordered:
-                self._finding = self._sample
+            self._note(self._sample)
         if self._finding is not None:
             self.raise_or_warn(self._finding)
 
     def compare(self, item: Chunk | EpochEnd) -> OrderReport | None:
         """Compare the windows up to *item*, and return a report when order first shows."""
-        if self._finding is not None or self._watched or item.epoch < self._epoch:
-            return None
+        monitor, epoch = self._monitor, item.epoch
+        if self._finding is not None or self._watched or (monitor and epoch < monitor.epoch):
+            return self._finding
         ends = isinstance(item, EpochEnd)
-        first = item.n_rows if isinstance(item, EpochEnd) else item.offset
-        if item.epoch > self._epoch or self._monitor is None:
-            self._epoch = item.epoch
+        if monitor is None or epoch > monitor.epoch:
+            start = item.n_rows if isinstance(item, EpochEnd) else item.offset
             sampled = self._sample is not None or self._stream.source.shuffled
-            self._monitor = Monitor(self._stream, self.make_statistic, first, sampled=sampled)
+            monitor = Monitor(
+                self._stream, self.make_statistic, start, epoch=epoch, sampled=sampled
+            )
+            self._monitor = monitor
         if isinstance(item, Chunk):
-            self._monitor.add(item.offset, item.rows)
-        self._watched = ends and self._monitor.start == 0
-        report = self._monitor.compare(last=ends)
+            monitor.add(item.offset, item.rows)
+        self._watched = ends and monitor.start == 0
+        self._note(monitor.compare(last=ends))
+        return self._finding
+
+    def _note(self, report: OrderReport | None) -> None:
         if report is not None and report.ordered:
             self._finding = report
-        return self._finding
 
     def raise_or_warn(self, report: OrderReport) -> None:
         """Raise the finding as an error or, once, warn of it."""
@@ -213,14 +214,14 @@ class OrderCheck:
 
     def tell_the_rest(self, rows_used: int) -> None:
         """At the end of a fit, tell what was found after the last step, and what is unknown."""
-        if self._finding is None and self._monitor is not None and not self._watched:
-            report = self._monitor.compare(last=True)
-            self._finding = report if report is not None and report.ordered else None
+        monitor, watched = self._monitor, self._watched
+        if self._finding is None and monitor is not None and not watched:
+            self._note(monitor.compare(last=True))
         if self._finding is not None:
             if not self._told:
                 self._told = True
                 warn(f"{self._finding}; found when the last step had been made", OrderWarning)
-        elif rows_used and not self._watched and self._epoch <= 0:
+        elif rows_used and not watched and (monitor is None or monitor.epoch == 0):
             self._watched = True
             level, known = logging.WARNING, "was not compared"
             if self._sample is not None:

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from pymc.variational._streaming.order.features import PILOT_ROWS, Statistic, rare_rows
 from pymc.variational._streaming.order.ranks import ALPHA
 from pymc.variational._streaming.order.report import OrderReport, Part, Stream, compare
+from pymc.variational._streaming.order.statistic import PILOT_ROWS, Statistic
 
 __all__ = ["Monitor"]
 
@@ -36,6 +36,8 @@ _FIRST_COMPARISON = 4
 """Number of windows that are compared first."""
 _GROWTH = 1.5
 """Factor by which the rows grow from one comparison to the next."""
+_RARE = 0.1
+"""Columns that depart from their most frequent value in fewer rows than this have rare values."""
 
 
 class Monitor:
@@ -51,6 +53,7 @@ class Monitor:
         Function from the first rows, a pilot sample, to what is compared.
     start : int
         Position of the first row in its epoch.
+    epoch : int
     sampled : bool
         Whether the order is known from a sample, so that the first windows need no fine units.
     """
@@ -61,15 +64,17 @@ class Monitor:
         make_statistic: Callable[[np.ndarray], Statistic],
         start: int = 0,
         *,
+        epoch: int = 0,
         sampled: bool = False,
     ):
         self.start = self.stop = start
         """Range of the rows of the epoch that were added."""
+        self.epoch = epoch
         self._stream = stream
         self._make_statistic = make_statistic
         self._statistic: Any = None
         """What is compared, once there is a pilot sample."""
-        self._waiting: np.ndarray | None = None
+        self._waiting: list[np.ndarray] = []
         """Rows that are too few for a pilot sample."""
         fine = stream.window // (_PER_WINDOW if stream.window < _LARGE_WINDOW else _PER_WINDOW // 2)
         whole = -(-(stream.n_rows or 0) // _MAX_UNITS)
@@ -81,6 +86,10 @@ class Monitor:
         """Rows of the unit that is not complete."""
         self._used = 0
         """Number of rows at the start of a unit that are used."""
+        self._rare: list[tuple[int, Any]] = []
+        """Columns that are mostly one value, and that value."""
+        self._every, self._n_rare = 1, 0
+        """One in how many of the rows with rare values is used, and how many have come."""
         self._rows_read = self._n_comparisons = 0
         self._next_comparison = start + _FIRST_COMPARISON * stream.window
 
@@ -90,24 +99,20 @@ class Monitor:
         if not len(rows):
             return
         self.stop = max(self.stop, offset) + len(rows)
-        if self._waiting is not None:
-            rows = np.concatenate([self._waiting, rows])
-        if self._statistic is None and len(rows) < PILOT_ROWS:
-            self._waiting = rows.copy()
+        if self._statistic is None and sum(map(len, self._waiting)) + len(rows) < PILOT_ROWS:
+            self._waiting.append(rows.copy())
         else:
-            self._waiting = None
             self._sum_up(rows)
 
     def compare(self, *, last: bool = False) -> OrderReport | None:
         """Compare the windows so far, if it is time to and if there are two of them."""
-        if last and self._waiting is not None:
-            self._sum_up(self._waiting)
-            self._waiting = None
+        if last and self._waiting:
+            self._sum_up(self._waiting.pop())
         if not last and self.stop < self._next_comparison:
             return None
         self._next_comparison = int(_GROWTH * self.stop)
         first = -(-self.start // self._span)
-        places = (first + np.arange(len(self._units) - first)) * self._span
+        places = np.arange(first, len(self._units)) * self._span
         windows = places // self._stream.window
         per_group = 1
         while len(places) and windows[-1] // per_group - windows[0] // per_group >= _MAX_GROUPS:
@@ -118,13 +123,12 @@ class Monitor:
             return None
         self._n_comparisons += 1
         n_rows = self._stream.n_rows or self.stop
-        span = self._stream.window * per_group
         return compare(
             self._stream._replace(n_rows=n_rows),
             self._statistic,
             self._parts_of(np.array(self._units[first:])),
             groups,
-            span=min(span, n_rows),
+            span=min(self._stream.window * per_group, n_rows),
             rows_read=self._rows_read,
             middles=np.bincount(groups, places + self._span / 2) / np.bincount(groups),
             # The shares of all comparisons sum up to ALPHA, as those of 1 / (m (m + 1)) do to 1.
@@ -141,6 +145,8 @@ class Monitor:
 
     def _sum_up(self, rows: np.ndarray) -> None:
         """Add *rows*, the last ones so far, to the sums over units."""
+        rows = np.concatenate([*self._waiting, rows]) if self._waiting else rows
+        self._waiting = []
         origin = first = self.stop - len(rows)
         if self._statistic is None:
             self._statistic = self._make_statistic(rows[:: -(-len(rows) // PILOT_ROWS)])
@@ -154,21 +160,22 @@ class Monitor:
             start = len(self._units) * self._span
             end = min(start + self._span, self.stop)
             used = min(end, start + self._used)
-            self._add_to_unit(rows[first - origin : max(first, used) - origin], 0)
             low, high = np.searchsorted(rare, [first - origin, end - origin])
-            self._add_to_unit(rows[rare[low:high]], 1)
+            chosen = rows[first - origin : max(first, used) - origin], rows[rare[low:high]]
+            for part, some in zip(self._parts, chosen):
+                self._rows_read += len(some)
+                part.extend([some.copy()] if len(some) else [])
             if end == start + self._span:
-                self._units.append(np.array([self._sum(some) for some in self._parts]))
+                self._units.append(self._sums())
                 self._parts = [], []
             first = end
 
-    def _add_to_unit(self, rows: np.ndarray, kind: int) -> None:
-        if len(rows):
-            self._rows_read += len(rows)
-            self._parts[kind].append(rows.copy())
-
-    def _sum(self, some: list[np.ndarray]) -> np.ndarray:
-        return self._statistic.sums(np.concatenate(some)) if some else self._no_sums()[0]
+    def _sums(self) -> np.ndarray:
+        sums = self._no_sums()
+        for i, some in enumerate(self._parts):
+            if some:
+                sums[i] = self._statistic.sums(np.concatenate(some))
+        return sums
 
     def _no_sums(self) -> np.ndarray:
         return np.zeros((2, len(self._statistic.names)))
@@ -185,17 +192,21 @@ class Monitor:
 
     def _find_rare(self, pilot: np.ndarray) -> None:
         """Find the columns with rare values, and how many of these rows can be used."""
-        self._rare = rare_rows(pilot, self._statistic.columns)
-        self._every, self._n_rare = 1, 0
-        share = len(self._rare_among(pilot)) / len(pilot)
-        self._every, self._n_rare = max(1, round(share / self._statistic.rare_share)), 0
+        flat = pilot.reshape(len(pilot), -1)
+        for j in self._statistic.columns:
+            values, counts = np.unique(flat[:, j], return_counts=True)
+            if counts.max() > (1 - _RARE) * len(pilot):
+                self._rare.append((j, values[counts.argmax()]))
+        share = self._have_rare_values(pilot).mean()
+        self._every = max(1, round(share / self._statistic.rare_share))
 
     def _rare_among(self, rows: np.ndarray) -> np.ndarray:
         """Return the places of the rows with rare values that are used."""
-        if not self._rare:
-            return np.zeros(0, np.int64)
-        flat = rows.reshape(len(rows), -1)
-        found = np.flatnonzero(np.any([flat[:, j] != value for j, value in self._rare], axis=0))
+        found = np.flatnonzero(self._have_rare_values(rows))
         chosen = found[-self._n_rare % self._every :: self._every]
         self._n_rare += len(found)
         return chosen
+
+    def _have_rare_values(self, rows: np.ndarray) -> np.ndarray:
+        flat = rows.reshape(len(rows), -1)
+        return np.any([flat[:, j] != value for j, value in self._rare], axis=0)

@@ -25,7 +25,6 @@ from typing import cast
 
 import numpy as np
 
-from pymc.variational._streaming.order.features import PILOT_ROWS, Statistic
 from pymc.variational._streaming.order.report import (
     OrderReport,
     Part,
@@ -33,6 +32,7 @@ from pymc.variational._streaming.order.report import (
     compare,
     report_one_window,
 )
+from pymc.variational._streaming.order.statistic import PILOT_ROWS, Statistic
 from pymc.variational._streaming.sources.base import Source
 
 __all__ = ["preflight"]

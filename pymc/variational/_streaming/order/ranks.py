@@ -43,12 +43,12 @@ class Differences(NamedTuple):
     """Least one of the tests of the coordinate, times their number."""
     pooled: float
     """P-value of all coordinates together."""
-    component: np.ndarray
-    """Variance of the groups' true means."""
     within: np.ndarray
     """Variance of the units within groups."""
+    ratio: np.ndarray
+    """Variance of the groups' true means, over that within groups."""
     rank_ratio: np.ndarray
-    """*component* over *within*, of the normal scores of the ranks."""
+    """The same ratio of the normal scores of the ranks."""
 
 
 def compare_groups(units: np.ndarray, groups: np.ndarray, seed: int = 0) -> Differences:
@@ -79,9 +79,9 @@ def compare_groups(units: np.ndarray, groups: np.ndarray, seed: int = 0) -> Diff
         joined = units[:n].reshape(-1, _JOINED, units.shape[1]).sum(axis=1)
         tests.append(_test(*_scores(joined, rng), of_joined))
     single, pooled = (np.minimum(2 * np.min(p, axis=0), 1) for p in zip(*tests))
-    component, within = variance_components(units, groups)
-    ratio = np.divide(*variance_components(scores[1], groups))
-    return Differences(single, float(pooled), component, within, ratio)
+    between, within = variance_components(units, groups)
+    rank_ratio = np.divide(*variance_components(scores[1], groups))
+    return Differences(single, float(pooled), within, between / within, rank_ratio)
 
 
 def _scores(units: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

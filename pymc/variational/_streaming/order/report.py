@@ -25,20 +25,14 @@ import numpy as np
 
 from scipy import stats
 
-from pymc.variational._streaming.order.features import Statistic, correlation
 from pymc.variational._streaming.order.ranks import ALPHA, compare_groups
+from pymc.variational._streaming.order.statistic import Statistic
 from pymc.variational._streaming.sources.base import Source
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "OrderReport",
-    "Part",
-    "Stream",
-    "compare",
-    "report_one_window",
-]
+__all__ = ["OrderReport", "Part", "Stream", "compare", "report_one_window"]
 
 _MAX_DESIGN_EFFECT = 5.0
 _MAX_DRIFT = 10.0
@@ -66,18 +60,6 @@ class Part(NamedTuple):
     unit_rows: float
     """Number of rows that a unit stands for."""
     names: Sequence[str]
-
-
-class WindowMeans(NamedTuple):
-    """What the figure shows of the features that differ most."""
-
-    names: list[str]
-    middles: np.ndarray
-    """Row in the middle of each group, shape (k,)."""
-    means: np.ndarray
-    """Means of the features there, in standard deviations of a row; shape (k, n_features)."""
-    noise: np.ndarray
-    """Standard errors that random groups would have; shape (k, n_features)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -114,7 +96,11 @@ class OrderReport:
     """Number of rows that the comparison used."""
     _groups: str = ""
     """What was compared; empty if one window holds the whole table."""
-    _shown: WindowMeans | None = None
+    _middles: np.ndarray | None = None
+    """Row in the middle of each group, shape (k,)."""
+    _shown: Sequence[tuple[str, np.ndarray, np.ndarray]] = ()
+    """Names of the features that differ most, their means in the groups, in standard deviations of a
+    row, and the standard errors that random groups would have; shape (k,) each."""
 
     def __repr__(self) -> str:
         if not self._groups:
@@ -137,8 +123,13 @@ class OrderReport:
             import matplotlib.pyplot as plt
 
             _, ax = plt.subplots()
-        if self._shown is not None:
-            self._plot_means(ax, self._shown)
+        for name, means, noise in self._shown:
+            positions = np.minimum(cast(np.ndarray, self._middles) / self.n_rows, 1.0)
+            (line,) = ax.plot(positions, means, "o-", ms=4, lw=1, label=name)
+            band = 1.96 * noise
+            ax.fill_between(positions, -band, band, color=line.get_color(), alpha=0.12, lw=0)
+        if self._shown:
+            ax.legend(frameon=False)
         ax.axhline(0, color="0.6", lw=0.8, zorder=0)
         verdict = "Ordered rows" if self.ordered else "No order found"
         ax.set(
@@ -148,13 +139,6 @@ class OrderReport:
             title=f"{verdict} (band: 95 % of random groups)",
         )
         return ax
-
-    def _plot_means(self, ax: "Axes", shown: WindowMeans) -> None:
-        positions = np.minimum(shown.middles / self.n_rows, 1.0)
-        for name, means, band in zip(shown.names, shown.means.T, 1.96 * shown.noise.T):
-            (line,) = ax.plot(positions, means, "o-", ms=4, lw=1, label=name)
-            ax.fill_between(positions, -band, band, color=line.get_color(), alpha=0.12, lw=0)
-        ax.legend(frameon=False)
 
     def _alarm(self) -> str:
         share = 100 * min(1.0, self.window / self.n_rows)
@@ -206,12 +190,12 @@ def compare(
     """
     n_rows = cast(int, stream.n_rows)
     found = [_compare_part(part, statistic, groups, span, n_rows) for part in parts]
-    p_value, rows, drift, means, noise = (np.concatenate(c, axis=-1) for c in zip(*found))
+    p_value, correlation, drift, means, noise = (np.concatenate(c, axis=-1) for c in zip(*found))
     names = [name for part in parts for name in part.names]
     threshold = alpha / (len(p_value) + len(parts))
-    alarming = (p_value < threshold) & _noticed(rows, drift, span)
+    alarming = (p_value < threshold) & _noticed(correlation, drift, span)
     worst = np.lexsort((-drift, p_value, np.where(alarming, -drift, 1.0)))
-    first, shown = worst[0], worst[:_SHOWN]
+    first = worst[0]
     kind = f"windows of {stream.window:,} rows"
     if span > stream.window:
         kind = f"groups of {span:,} adjacent rows"
@@ -223,33 +207,40 @@ def compare(
         feature=names[first],
         p_value=float(p_value[first]),
         threshold=threshold,
-        design_effect=float(1 + (span - 1) * rows[first]),
+        design_effect=float(1 + (span - 1) * correlation[first]),
         drift=float(drift[first]),
         visible=_visible_drift(threshold, len(middles), len(groups), rows_read, span, n_rows),
         rows_read=rows_read,
         _groups=f"{len(middles)} {kind}",
-        _shown=WindowMeans([names[j] for j in shown], middles, means[:, shown], noise[:, shown]),
+        _middles=middles,
+        _shown=[(names[j], means[:, j], noise[:, j]) for j in worst[:_SHOWN]],
     )
 
 
 def _compare_part(
     part: Part, statistic: Statistic, groups: np.ndarray, span: int, n_rows: int
 ) -> tuple[np.ndarray, ...]:
-    """Return p-values, correlations and drifts, and means and their noise for the figure."""
+    """Return p-values, correlations of rows in a group, drifts, and the means and their noise.
+
+    Without a drift that the statistic knows, it is √(ρN), with that correlation ρ: a group's mean is
+    off by σ √ρ, and a posterior's is known to σ / √N.
+    """
     units, unit_rows = np.nan_to_num(part.units, posinf=0.0, neginf=0.0), part.unit_rows
     found = compare_groups(units, groups)
-    rows = correlation(found, unit_rows)
-    drift = statistic.drift(units, groups, found, unit_rows, n_rows)
+    by_variance, by_rank = (r / (r + unit_rows) for r in (found.ratio, found.rank_ratio))
+    drift = statistic.drift(units, groups, unit_rows, n_rows)
+    if drift is None:
+        drift = np.sqrt(n_rows * by_variance)
     # Heavy tails blur variances, but not those of ranks.
-    ranked = found.rank_ratio / (found.rank_ratio + unit_rows)
-    rows = np.where(_noticed(rows, drift, span), rows, np.maximum(rows, ranked))
-    drift = np.where(drift > 0, drift, np.sqrt(n_rows * rows))
+    is_clear = _noticed(by_variance, drift, span)
+    correlation = np.where(is_clear, by_variance, np.maximum(by_variance, by_rank))
+    drift = np.where(drift > 0, drift, np.sqrt(n_rows * correlation))
     sizes = np.bincount(groups)[:, None]
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     means = np.add.reduceat(units - units.mean(axis=0), starts) / sizes
     means /= np.sqrt(found.within * unit_rows)
     noise = np.broadcast_to(1 / np.sqrt(sizes * unit_rows), means.shape)
-    return np.minimum(found.p_value, found.pooled), rows, drift, means, noise
+    return np.minimum(found.p_value, found.pooled), correlation, drift, means, noise
 
 
 def _noticed(correlation: np.ndarray, drift: np.ndarray, span: int) -> np.ndarray:

@@ -56,14 +56,6 @@ def test_correlated_coordinates_are_pooled_at_the_same_level():
         assert np.sum(np.array(pooled) < level) <= stats.binom.isf(1e-5, REPEATS, level)
 
 
-def test_units_of_measurement_do_not_matter():
-    rng = np.random.default_rng(2)
-    groups = np.repeat(np.arange(8), 16)
-    units = rng.normal(size=(128, 2)) + groups[:, None] / 8
-    expected, found = compare_groups(units, groups), compare_groups(1e9 * units - 3, groups)
-    np.testing.assert_array_equal(found.p_value, expected.p_value)
-
-
 @pytest.mark.parametrize("n_changed", [8, 16])
 def test_few_units_that_differ_in_one_group_are_seen(n_changed):
     """All arrangements of 8 units in 20 groups of 32 put them into one with p = 1e-10."""
@@ -87,7 +79,7 @@ def test_components_are_those_of_one_way_analysis_of_variance():
     units = rng.normal(size=(10_000, 1)) + rng.normal(0, 0.5, 200)[groups, None]
     found = compare_groups(units, groups)
     assert found.within[0] == pytest.approx(1.0, rel=0.06)
-    assert found.component[0] == pytest.approx(0.25, rel=0.4)
+    assert found.ratio[0] == pytest.approx(0.25, rel=0.4)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])

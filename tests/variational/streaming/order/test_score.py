@@ -166,7 +166,7 @@ class TestScore:
         x = np.column_stack([np.arange(N_ROWS), constant_at_first, rng.normal(size=(N_ROWS, 2))])
 
         def observe(x):
-            b = pm.Normal("b")
+            b, x = pm.Normal("b"), x.astype("float32")  # all columns at once
             pm.Normal("y", b * x[:, 2], 1, observed=x[:, -1], total_size=N_ROWS)
 
         model, _ = model_of(observe, 4)

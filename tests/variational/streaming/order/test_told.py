@@ -69,13 +69,6 @@ class TestStreaming:
         with pytest.raises(OrderError):
             ds.advance()
 
-    def test_raising_before_the_first_step_leaves_no_batch(self):
-        ds = self.dataset(self.drifting, order_check="raise")
-        for _ in range(2):
-            with pytest.raises(OrderError):
-                ds.fit_callback()
-        assert len(ds.as_tensor().get_value()) == 0
-
     def test_batches_that_are_not_shuffled_are_the_windows(self):
         ds = StreamingDataset(self.drifting, batch_size=500, order_check="raise")
         with pytest.raises(OrderError, match="windows of 500 rows"):
