@@ -23,14 +23,14 @@ import platform
 import sys
 import tempfile
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import tests  # noqa: F401  # puts the checkout before an installed wheel
 
-__all__ = ["about", "filled", "load", "measure", "save"]
+__all__ = ["about", "filled", "load", "markdown", "measure", "save"]
 
 
 def filled(text: str, name: str, command: str | None, table: str) -> str:
@@ -43,6 +43,12 @@ def filled(text: str, name: str, command: str | None, table: str) -> str:
     before, rest = text.split(begin)
     _, after = rest.split(end := f"<!-- end of {name} -->")
     return f"{before}{begin}{table}{end}{after}"
+
+
+def markdown(heads: str, lines: Iterable[Iterable[object]]) -> str:
+    """Return a table, given its heads with bars between them, and the cells of its lines."""
+    rule = "|---" * (1 + heads.count("|")) + "|\n"
+    return f"| {heads} |\n{rule}" + "".join(f"| {' | '.join(map(str, x))} |\n" for x in lines)
 
 
 def load(results: Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.orderbook.experiment import in_process
-from benchmarks.pages import about, filled, load, save
+from benchmarks.pages import about, filled, load, markdown, save
 from benchmarks.zoo_fits import CONTESTANTS, STATSMODELS, Case, Moments
 from benchmarks.zoo_models import MODELS, rows_of
 from tests.variational.streaming.memory import peak_mb
@@ -296,16 +296,16 @@ def _measured(found: Found) -> list[str]:
 
 def _table(found: Found, head: str, name: str, row: Callable[[str, dict], str]) -> str:
     """Return a table with a line for each model of which a fit succeeded."""
-    text, missing = "", []
+    lines, missing = [], []
     for model in MODELS:
         fit = found.get(f"{model}: {name}", {"failed": "not yet measured"})
         if "failed" in fit:
             missing.append(f"{model} ({fit['failed'][:200]})")
         else:
-            text += f"| {model} | {row(model, fit)} |\n"
-    if not text:
+            lines.append([model, row(model, fit)])
+    if not lines:
         return "Not yet measured.\n"
-    text = f"| model | {head} |\n" + "|---" * (2 + head.count(" | ")) + "|\n" + text
+    text = markdown(f"model | {head}", lines)
     return text + (f"\nModels without a result: {'; '.join(missing)}.\n" if missing else "")
 
 

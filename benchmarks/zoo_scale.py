@@ -33,7 +33,7 @@ import numpy as np
 from benchmarks import zoo
 from benchmarks.data import Data, write_columns
 from benchmarks.orderbook.experiment import in_process
-from benchmarks.pages import about, load, measure, save
+from benchmarks.pages import about, load, markdown, measure, save
 from benchmarks.zoo_exact import Moments, many_groups, mixture
 from benchmarks.zoo_fits import Case
 from benchmarks.zoo_models import N_PLANE_MONTHS
@@ -111,22 +111,19 @@ def polished(model: str, shuffled: Path, reference: dict[str, Any]) -> dict[str,
 
 def table(found: dict[str, Any]) -> str:
     """Return a line for each stage; seconds are of the clock, in brackets of all processors."""
-    text = (
-        "| model | rows | parameters | preshuffle, s | polish, s | passes | peak MB "
-        "| worst mean | worst sd | verdict |\n|" + "---|" * 10 + "\n"
-    )
+    lines = []
     for model in (name for name in SCALED if name in found):
         one, fit = found[model], found[model]["polish"]
-        shuffling, polishing = (
+        seconds = (
             f"{each['seconds']:,.0f} ({each['processor_seconds']:,.0f})"
             for each in (one["preshuffle"], fit)
         )
-        text += (
-            f"| {model} | {one['rows']:,} | {one['parameters']:,} | {shuffling} | {polishing} "
-            f"| {fit['passes']} | {fit['peak_mb']:,.0f} | {fit['mean_error']:.2g} sd "
-            f"| {100 * fit['sd_error']:.2g} % | {fit['verdict']} |\n"
-        )
-    return text
+        errors = f"{fit['mean_error']:.2g} sd", f"{100 * fit['sd_error']:.2g} %"
+        costs = *seconds, fit["passes"], f"{fit['peak_mb']:,.0f}"
+        size = f"{one['rows']:,}", f"{one['parameters']:,}"
+        lines.append([model, *size, *costs, *errors, fit["verdict"]])
+    heads = "model | rows | parameters | preshuffle, s | polish, s | passes | peak MB"
+    return markdown(f"{heads} | worst mean | worst sd | verdict", lines)
 
 
 if __name__ == "__main__":

