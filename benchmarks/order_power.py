@@ -36,7 +36,7 @@ from rich.progress import track
 import pymc as pm
 
 from benchmarks.data import Data
-from benchmarks.pages import load, markdown, measure, save
+from benchmarks.pages import about, load, markdown, measure, save
 from pymc.variational._streaming.order.features import Features
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
@@ -96,7 +96,7 @@ def power_table(data: Data, datasets: int, repeats: int, results: Path) -> str:
     lines = []
     for point in found:
         low, middle, high = point["last_iterate"]
-        seen = (f"{point['detected'][stage]:.0%}" for stage in ("sample", "stream"))
+        seen = (f"{100 * point['detected'][stage]:.0f} %" for stage in ("sample", "stream"))
         drifts = f"{point['expected_drift']:.2g}", f"{middle:.0f} ({low:.0f}–{high:.0f})"
         lines.append([f"{point['design_effect']:g}", *drifts, *seen])
     heads = "design effect | √(ρN) | last iterate of Adam, median (quartiles)"
@@ -121,7 +121,7 @@ def _kept(results: Path, name: str, number: int, find: Callable[[], Any]) -> Any
     """Return what is found now, which is kept, or with a number of zero what was found before."""
     found = load(results)
     if number:
-        save(found | {name: find()}, results)
+        save(found | {name: find(), "about": about("pymc", "pytensor", "scipy")}, results)
     return load(results)[name]
 
 
