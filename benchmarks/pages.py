@@ -24,7 +24,8 @@ import sys
 import tempfile
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import distributions
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def save(found: Mapping[str, Any], results: Path) -> None:
 
 def about(*packages: str) -> dict[str, Any]:
     """Return the machine, and the versions of packages that are installed."""
-    versions = {each.name: each.version for each in distributions() if each.name in packages}
+    versions = {name: version(name) for name in packages if find_spec(name)}
     return {"machine": platform.platform(), "processors": os.cpu_count(), "versions": versions}
 
 

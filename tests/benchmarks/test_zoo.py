@@ -219,11 +219,9 @@ def test_the_reference_of_the_mixture_is_where_the_likelihood_of_all_rows_is_hig
         first, second = (stats.norm.pdf(rows, m, s) for m, s in zip(mu, sigma))
         return -np.log(w * first + (1 - w) * second).sum()
 
-    steps = np.diag(found["sd"])
-    slopes = [
-        minus_log_density(found["mean"] + s) - minus_log_density(found["mean"] - s) for s in steps
-    ]
-    assert np.abs(slopes).max() < 0.1  # the priors alone, and what is not quadratic
+    mean, steps = found["mean"], 0.01 * np.diag(found["sd"])
+    slopes = [minus_log_density(mean + s) - minus_log_density(mean - s) for s in steps]
+    assert np.abs(slopes).max() < 0.02 * 0.1  # a tenth of a sd off; the priors alone are less
     assert np.abs(found["mean"] - TRUTH).max() < 4 * found["sd"].max()
 
 
