@@ -29,6 +29,7 @@ from benchmarks.fits import Case, hierarchical, in_memory, on_one_batch, on_stre
 from benchmarks.orderbook.experiment import parquet_files
 from benchmarks.pages import filled, markdown
 from benchmarks.turns import Lane, Turn, race, ratio
+from pymc.variational.streaming import OrderWarning
 
 PAGE = (Path(__file__).parents[2] / "docs/source/speed.md").read_text()
 
@@ -129,7 +130,7 @@ def test_every_lane_of_the_race_takes_its_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(fit_speed, "race", lambda lanes, turns: None)
     monkeypatch.setattr(fit_speed, "Case", partial(Case, batch_size=64, buffer_size=256))
     monkeypatch.setattr(fit_speed, "on_dataloader", on_one_batch)
-    with pytensor.config.change_flags(mode="FAST_COMPILE"):
+    with pytensor.config.change_flags(mode="FAST_COMPILE"), pytest.warns(OrderWarning):
         table = fit_speed.speed_table(Data(tmp_path, 10_000), 1)
     assert len(table.splitlines()) == 2 + 12
 
