@@ -193,7 +193,8 @@ def in_memory(case: Case) -> Runner:
         # Compiling takes long with large constants.
         x = pytensor.shared(rows[:, :-1].copy(), borrow=True)
         y = pytensor.shared(rows[:, -1].astype(pytensor.config.floatX), borrow=True)
-        case.model(*pm.Minibatch(x, y, batch_size=case.batch_size), len(rows))
+        x_batch, y_batch = pm.Minibatch(x, y, batch_size=case.batch_size)
+        case.model(x_batch, y_batch, len(rows))
         return _fitted(case)
 
 

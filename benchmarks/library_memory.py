@@ -102,10 +102,11 @@ def read_epoch(name: str, book: Path) -> None:
     os.chdir(book)
     source = arrow_source(READERS[name][1])
     buffer = shuffle_buffer(source, buffer_size=100_000, batch_size=4_096, seed=0)
-    options = {"total_size": 1, "order_check": "off", "cycle": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ds = StreamingDataset(buffer, batch_size=4_096, **options)
+        ds = StreamingDataset(
+            buffer, batch_size=4_096, total_size=1, order_check="off", cycle=False
+        )
         while ds.advance():
             pass
 
