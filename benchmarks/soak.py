@@ -64,6 +64,9 @@ def fit(data: Data, seconds: float) -> list[dict[str, float]]:
     start = time.monotonic()
 
     def read(approx, losses, i: int) -> None:
+        nonlocal start
+        if i == 1:
+            start = time.monotonic()
         passed = time.monotonic() - start
         if passed * READINGS >= len(readings) * seconds:
             readings.append({"seconds": round(passed, 1), "steps": i, **resources()})
@@ -74,7 +77,6 @@ def fit(data: Data, seconds: float) -> list[dict[str, float]]:
     ds = stream(case)
     with pm.Model():
         case.observe(ds.as_tensor(), ds.total_size)
-        start = time.monotonic()
         resumable_fit(
             pm.ADVI(random_seed=0),
             int(MOST_STEPS_PER_SECOND * seconds),
