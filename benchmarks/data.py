@@ -31,9 +31,9 @@ import tests  # noqa: F401  # puts the checkout before an installed wheel
 from benchmarks.orderbook.publish import published
 from pymc.variational.streaming import preshuffle
 
-__all__ = ["N_FEATURES", "N_GROUPS", "Data", "write_columns"]
+__all__ = ["N_GROUPS", "WIDE", "Data", "write_columns"]
 
-N_FEATURES = 63
+WIDE = 64
 N_GROUPS = 500
 ROWS_PER_FILE = 500_000
 
@@ -58,10 +58,11 @@ class Data:
         n_rows = n_rows or self.n_rows
         return self.table(f"book-{n_rows}", partial(_write_book, n_rows))
 
-    def wide(self) -> Path:
-        """64 columns of float32, the last one 0 or 1; a tenth of the rows."""
-        n_rows = self.n_rows // 10
-        return self.table(f"wide-{n_rows}", partial(write_columns, n_rows, _wide_columns))
+    def wide(self, width: int = WIDE) -> Path:
+        """Columns of float32, the last one 0 or 1; as many numbers as 64 of a tenth of the rows."""
+        n_rows = self.n_rows // 10 * WIDE // width
+        write = partial(write_columns, n_rows, partial(_wide_columns, width=width))
+        return self.table(f"wide-{width}-{n_rows}", write)
 
     def groups(self) -> Path:
         """Number of a group, x and y."""
@@ -70,7 +71,9 @@ class Data:
 
     def shuffled(self, table: Path, format: Literal["parquet", "arrow"] = "parquet") -> Path:
         """Give what ``preshuffle`` makes of a table."""
-        shuffle = partial(preshuffle, table, seed=0, format=format, progressbar=False)
+        # A page of each of 256 columns alone takes more than the default limit.
+        options = {"seed": 0, "memory_limit": "1GB", "progressbar": False}
+        shuffle = partial(preshuffle, table, format=format, **options)
         suffix = "" if format == "parquet" else f"-{format}"
         return self.table(f"{table.name}-shuffled{suffix}", shuffle)
 
@@ -97,9 +100,12 @@ def write_columns(n_rows: int, columns: Callable[..., dict], folder: Path) -> No
             pq.write_table(table, content / f"part-{first:010}.parquet")
 
 
-def _wide_columns(rng: np.random.Generator, numbers: np.ndarray) -> dict[str, np.ndarray]:
+def _wide_columns(
+    rng: np.random.Generator, numbers: np.ndarray, width: int
+) -> dict[str, np.ndarray]:
     n = len(numbers)
-    x = rng.normal(size=(N_FEATURES, n)).astype("float32")
+    # The logit of a fit's first step has the same size for any width; else its density overflows.
+    x = rng.normal(scale=(WIDE / width) ** 0.5, size=(width - 1, n)).astype("float32")
     up = rng.random(n) < 1 / (1 + np.exp(-x[:5].sum(axis=0)))
     return {**{f"x{j}": column for j, column in enumerate(x)}, "up": up.astype("float32")}
 

@@ -99,6 +99,11 @@ def shapes_table(data: Data, turns: int) -> str:
         '64 columns, format="arrow"': Case(
             data.shuffled(data.wide(), "arrow"), wide, buffer_size=WIDE_BUFFER
         ),
+        '256 columns, format="arrow"': Case(
+            data.shuffled(data.wide(256), "arrow"),
+            partial(wide, width=256),
+            buffer_size=WIDE_BUFFER,
+        ),
         "batches of 256": Case(book, order_book, batch_size=256),
         f"hierarchical, {N_GROUPS} groups": Case(groups, hierarchical),
         "order book, cold page cache": Case(book, order_book),
@@ -123,7 +128,7 @@ def speeds(lanes: dict[str, Lane], limit: str, other: str) -> Iterator[list[str]
             f"{1e3 * seconds:.3f}",
             f"{1e3 * lane.median('processor_seconds'):.3f}",
             f"{lane.median('disk_mb') / seconds:.0f}",
-            *(f"{ratio(lane, lanes[each]):.2f}" for each in (limit, other)),
+            *(ratio(lane, lanes[each]) for each in (limit, other)),
         ]
 
 

@@ -38,7 +38,7 @@ import pytensor
 
 import pymc as pm
 
-from benchmarks.data import N_FEATURES, N_GROUPS
+from benchmarks.data import N_GROUPS, WIDE
 from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, build_model, logistic
 from benchmarks.turns import Runner
 from pymc.variational.streaming import (
@@ -114,8 +114,8 @@ def order_book(x: Any, up: Any, n_rows: int | None) -> None:
     logistic([*(x[:, j] for j in range(3)), up], n_rows)
 
 
-def wide(x: Any, up: Any, n_rows: int | None) -> None:
-    b = pm.Normal("b", 0.0, PRIOR_SD, shape=N_FEATURES)
+def wide(x: Any, up: Any, n_rows: int | None, width: int = WIDE) -> None:
+    b = pm.Normal("b", 0.0, PRIOR_SD, shape=width - 1)
     pm.Bernoulli("up", logit_p=x @ b, observed=up, total_size=n_rows)
 
 

@@ -74,7 +74,7 @@ def ladder(data: Data, turns: int) -> str:
         seconds, processor_seconds = lane.median("seconds"), lane.median("processor_seconds")
         ratios = (ratio(lane, lanes[each, LIMIT]) for each in (setting, DEFAULT))
         times = f"{1 / seconds:,.0f}", f"{1e3 * seconds:.3f}", f"{1e3 * processor_seconds:.3f}"
-        lines.append([setting, way, *times, *(f"{each:.2f}" for each in ratios)])
+        lines.append([setting, way, *times, *ratios])
     heads = "setting | rows | steps/s | ms per step | CPU ms per step"
     return markdown(f"{heads} | speed / own limit | speed / default's limit", lines)
 

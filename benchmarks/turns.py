@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+
 from tests.variational.streaming.memory import peak_mb
 
 __all__ = ["Lane", "Runner", "Turn", "race", "ratio"]
@@ -114,9 +116,13 @@ def race(lanes: Iterable[Lane], *, turns: int, before: Callable[[], object] | No
         lane.close()
 
 
-def ratio(ours: Lane, theirs: Lane) -> float:
-    """Return our speed over theirs: the median over turns next to each other."""
-    return statistics.median(b.seconds / a.seconds for a, b in zip(ours.turns, theirs.turns))
+def ratio(ours: Lane, theirs: Lane) -> str:
+    """Return our speed over theirs: the median over turns next to each other, and its quartiles."""
+    if ours is theirs:
+        return "1.00"
+    ratios = [b.seconds / a.seconds for a, b in zip(ours.turns, theirs.turns)]
+    low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _serve(connection: Connection, make: Callable[..., Runner], args: tuple) -> None:

@@ -39,9 +39,8 @@ from pymc.variational._streaming.errors import (
     StreamError,
     StreamWarning,
 )
-from pymc.variational._streaming.fit.average import EpochAverage
+from pymc.variational._streaming.fit.average import CheckNoiseFloor, EpochAverage
 from pymc.variational._streaming.fit.check import check_fit
-from pymc.variational._streaming.fit.noise_floor import CheckNoiseFloor
 from pymc.variational._streaming.fit.polish import polish
 from pymc.variational._streaming.fit.predict import LogScore, log_score, predict
 from pymc.variational._streaming.fit.report import FitReport

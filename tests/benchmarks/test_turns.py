@@ -74,14 +74,16 @@ def test_a_lane_that_fails_to_start_is_an_error(small_lanes):
 
 def test_ratio_is_of_turns_next_to_each_other():
     """A machine that slows down by and by does not change it."""
-    assert ratio(lane_of(1, 2, 4), lane_of(3, 6, 12)) == 3
+    assert ratio(lane_of(1, 2, 4), lane_of(3, 6, 12)) == "3.00 (3.00 to 3.00)"
+    assert ratio(lane_of(1, 1, 1), lane_of(1, 2, 3)) == "2.00 (1.50 to 2.50)"
 
 
 def test_a_line_of_the_table_says_what_its_turns_were():
     lanes = {"limit": lane_of(0.001), "mine": lane_of(0.002), "other": lane_of(0.005)}
     table = markdown(f"rows | {fit_speed.HEADS}", fit_speed.speeds(lanes, "limit", "other"))
     head, rule, _, mine, _ = table.splitlines()
-    assert mine == "| mine | 500 | 2.000 | 4.000 | 0 | 0.50 | 2.50 |"
+    ratios = "0.50 (0.50 to 0.50) | 2.50 (2.50 to 2.50)"
+    assert mine == f"| mine | 500 | 2.000 | 4.000 | 0 | {ratios} |"
     assert head.count("|") == rule.count("|") == mine.count("|")
 
 

@@ -15,12 +15,14 @@
 
 import hashlib
 import logging
+import os
 import time
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,7 +32,7 @@ from rich.text import Text
 
 from pymc.progress_bar import CustomProgress, default_progress_theme
 
-__all__ = ["EpochLog", "digest", "draw_seed", "positive_int", "progress_bar"]
+__all__ = ["EpochLog", "digest", "draw_seed", "positive_int", "progress_bar", "replacing"]
 
 _MOST_LINES = 10
 _PAUSE = 10.0
@@ -59,6 +61,20 @@ def positive_int(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
     return int(value)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside *path* to write, which takes its place once it is whole and on the disk."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class EpochLog:

@@ -37,7 +37,8 @@ from pymc.variational._streaming.fit.gaussian import (
 )
 from pymc.variational._streaming.fit.newton import Optimum, Rows, find_optimum, is_dense
 from pymc.variational._streaming.fit.report import FitReport, StreamRows
-from pymc.variational._streaming.fit.sample import Known, Sample
+from pymc.variational._streaming.fit.ridge import Target
+from pymc.variational._streaming.fit.sample import Corrected, Sample
 from pymc.variational._streaming.fit.trust_region import Function
 from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.opvi import Approximation, Group
@@ -47,7 +48,7 @@ __all__ = ["check_fit", "measure"]
 _SAMPLE_VALUES = 2**23
 """Values of rows up to which a sample is held in memory."""
 
-_MAX_FACTOR = 30.0
+_MAX_FACTOR = 4.0
 """Ratio of a second derivative of all rows to that of the sample up to which it is rescaled."""
 
 _FALSE_ALARM = 1e-6
@@ -169,7 +170,7 @@ def measure(
     scales: np.ndarray,
     *,
     rows: int | None = None,
-    known: Known | None = None,
+    target: Target | None = None,
     shared: Sequence[int] = (),
     executor: Executor | None,
     seed: int,
@@ -177,32 +178,33 @@ def measure(
 ) -> FitReport:
     """Compare the Gaussian with the mean of *group*, and these scales, with all rows.
 
-    If *known*, a sample and what the Hessian of all rows exceeds that of the sample by, near the
-    mean, serve for the curvature. Of many parameters, the *shared* ones get exact standard
-    deviations.
+    The curvature near the mean is that of *target*, if it is known, or of a sample. Of many
+    parameters, the *shared* ones get exact standard deviations.
     """
     at, rng = mean(group), np.random.default_rng(seed)
+    prior: Function = density.prior.value_and_gradient
     n_known = sum(min(stream.total_size or 0, rows or math.inf) for stream in density.streams)
     with progress_bar("Checking", int(n_known) or None, show=progressbar) as advance:
         read = partial(_read_all, density, rows=rows, executor=executor, advance=advance)
-        n_kept = 0 if known else _sample_size(density.streams, scales)
+        n_kept = 0 if target else _sample_size(density.streams, scales)
         passes = read(partial(_score, x=at), keep=n_kept)
-        sample = known.sample if known else _sample(density, passes)
-        error, factors, extra = 0.0, np.ones(len(at)), np.zeros(len(at))
-        if not known:
+        sample = target.density.sample if target else _sample(density, passes)
+        error, factors, difference = 0.0, np.ones(len(at)), np.zeros(len(at))
+        if target is None:
             error = sample.relative_error
-            factors, extra = _correction(sample, passes, at, marginal_sd(scales), read, rng)
+            factors, difference = _correction(sample, passes, at, marginal_sd(scales), read, rng)
+        else:
+            difference = target.density.difference
     value = sum(part.weight * part.sums[0] for part in passes)
     gradient = sum(part.weight * part.sums[1] for part in passes)
-    prior: Function = density.prior.value_and_gradient
-    place, shape, transform = at, scales, None
-    if known and known.transform and known.straight:
-        transform, prior = known.transform, known.transform.straighten(prior, volume=True)
-        place, shape = known.straight[0], np.linalg.cholesky(known.straight[1])
-    likelihood = sample.around(at, value, gradient, known.difference if known else None, transform)
-    of_rows = Rows(likelihood, sample.n_rows, error, factors, extra, shared)
-    optimum = find_optimum(place, shape, of_rows, prior, rng)
-    gradient = gradient + density.prior.value_and_gradient(at)[1]
+    corrected = Corrected(sample, at, value, gradient, difference, factors)
+    gradient = gradient + prior(at)[1]
+    likelihood: Function = corrected.likelihood
+    if target is not None:
+        target = target._replace(density=corrected)
+        at, scales = target.mean, np.linalg.cholesky(target.covariance)
+        likelihood, prior = target.likelihood, target.prior
+    optimum = find_optimum(at, scales, Rows(likelihood, prior, sample.n_rows, error, shared), rng)
     return _report(group, density, scales, passes, gradient, optimum)
 
 
@@ -243,8 +245,9 @@ class _Pass:
     def __init__(self, stream: StreamingDataset, parts: Sequence[Part], rows: int | None):
         self.name, self.batch_size = str(stream.as_tensor().name), stream.batch_size
         self.parts = list(parts)
-        self.sums = add_up(parts)
+        self.sums = add_up(part.sums for part in parts)
         self.n_rows = sum(part.n_rows for part in parts)
+        self.n_blocks = sum(part.n_blocks for part in parts)
         self.total = self.n_rows
         """Number of rows that the stream has, or stands for if it has no end."""
         if stream._endless:
@@ -255,17 +258,18 @@ class _Pass:
         self.unread = 1.0 if stream._endless else 1 - self.n_rows / self.total
         """Share of the rows that were not read."""
 
-    def row_variance(self) -> np.ndarray:
-        """Return the variance of the gradient of a row, by the scatter of blocks."""
-        _, gradient, squares, _ = self.sums
-        n_blocks = sum(part.n_blocks for part in self.parts)
-        return np.maximum(squares - gradient**2 / self.n_rows, 0) / max(1, n_blocks - 1)
+    def row_variances(self) -> tuple[float, np.ndarray]:
+        """Return the variances of value and gradient of a row, by the scatter of blocks."""
+        sums, squares = self.sums[:2], self.sums[2:]
+        value, gradient = (
+            np.maximum(square - total**2 / self.n_rows, 0) / max(1, self.n_blocks - 1)
+            for total, square in zip(sums, squares)
+        )
+        return value, gradient
 
     def value_error(self) -> float:
         """Return the error of the log-likelihood where not all rows were read."""
-        value, _, _, squares = self.sums
-        n_blocks = sum(part.n_blocks for part in self.parts)
-        variance = max(0.0, squares - value**2 / self.n_rows) / max(1, n_blocks - 1)
+        variance = self.row_variances()[0]
         return self.total * math.sqrt(variance / self.n_rows * self.unread)
 
     def step_error(self, optimum: Optimum) -> float:
@@ -282,10 +286,10 @@ class _Pass:
         It is about 1 for rows in random order, and 0 is returned if such rows would reach it by
         chance.
         """
-        _, gradient, squares, _ = self.sums
+        _, gradient, _, squares = self.sums
         by_part = sum(part.sums[1] ** 2 / part.n_rows for part in self.parts)
         between = len(self.parts) - 1
-        within = sum(part.n_blocks for part in self.parts) - len(self.parts)
+        within = self.n_blocks - len(self.parts)
         if min(between, within) < 7:
             return 0.0
         with np.errstate(all="ignore"):
@@ -297,7 +301,8 @@ class _Pass:
 
 def _signal_to_noise(gradient: np.ndarray, passes: Sequence[_Pass]) -> float:
     """Return the gradient of all rows beside the scatter of that of a batch, at most."""
-    noise = np.sqrt(sum(part.total**2 * part.row_variance() / part.batch_size for part in passes))
+    variances = (p.total**2 * p.row_variances()[1] / p.batch_size for p in passes)
+    noise = np.sqrt(sum(variances))
     known = noise > 0
     return float((np.abs(gradient[known]) / noise[known]).max()) if known.any() else np.inf
 
@@ -315,7 +320,7 @@ def _read_all(
 
 def _score(term: Term, rows: np.ndarray, x: np.ndarray) -> tuple[Any, ...]:
     value, gradient = term.value_and_gradient(x, rows)
-    return value, gradient, gradient**2 / len(rows), value**2 / len(rows)
+    return value, gradient, value**2 / len(rows), gradient**2 / len(rows)
 
 
 def _sample_size(streams: Sequence[StreamingDataset], scales: np.ndarray) -> int:
@@ -347,21 +352,21 @@ def _correction(
     Those of parameters of which the sample has few rows are corrected. Only if there are such, all
     rows are read again.
     """
-    few = [rare & (part.sums[2] > 0) for rare, part in zip(sample.is_rare(x), passes)]
+    few = [rare & (part.sums[3] > 0) for rare, part in zip(sample.is_rare(x), passes)]
     rare = np.any(few, axis=0)
     if not rare.any():
         return np.ones(len(x)), np.zeros(len(x))
     offset = np.where(rare, rng.choice([-1.0, 1.0], len(x)) * sd, 0)
-    again = read(lambda term, rows: _halved(partial(term.value_and_gradient, rows=rows), x, offset))
-    true = sum(part.weight * part.sums[0] for part in again)
-    [sampled] = _halved(sample.likelihood, x, offset)
+
+    def product(term: Term, rows: np.ndarray) -> tuple[np.ndarray]:
+        """Return the Hessian times *offset*, averaged along it."""
+        up, down = (term.value_and_gradient(x + side, rows)[1] for side in (offset, -offset))
+        return ((up - down) / 2,)
+
+    true = sum(part.weight * part.sums[0] for part in read(product))
+    [sampled] = sample.sum(product)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.nan_to_num(true / sampled)
     scalable = (ratio > 1 / _MAX_FACTOR) & (ratio < _MAX_FACTOR)
     factors = np.where(rare, np.sqrt(np.where(scalable, ratio, 0)), 1)
     return factors, np.where(rare & ~scalable, true / np.where(rare, offset, 1), 0)
-
-
-def _halved(function: Function, x: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray]:
-    """Return the Hessian times *offset*, averaged along it."""
-    return ((function(x + offset)[1] - function(x - offset)[1]) / 2,)

@@ -16,7 +16,7 @@
 import math
 import threading
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -40,12 +40,13 @@ from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.fit.trust_region import Pattern
 from pymc.variational._streaming.guards import contract_for, depends_on, total_size_of
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational.minibatch_rv import get_scaling
 from pymc.variational.opvi import Group
 
-__all__ = ["Density", "Part", "Term", "add_up", "sample_rows", "scaling", "sum_over_rows"]
+__all__ = ["Density", "Part", "Term", "add_up", "scaling", "sum_over_rows"]
 
 _BLOCK_VALUES = 2**16
 """Values of the rows that are evaluated at once: calls then cost little, and blocks fit caches."""
@@ -99,11 +100,7 @@ class Term:
 class Density:
     """The log density of the unconstrained parameters of a model, in the order of *group*.
 
-    Raises
-    ------
-    StreamError
-        If a stream enters the model otherwise than through likelihoods of its rows, if another
-        stream was not passed, or :func:`pymc.Minibatch` draws rows.
+    A stream must enter the model through likelihoods of its rows alone, and all streams be passed.
     """
 
     def __init__(self, group: Group, streams: Sequence[StreamingDataset]):
@@ -132,6 +129,8 @@ class Density:
             self.likelihoods.append(_term(group, terms, buffer))
         self.prior = _term(group, list(factors.values()))
         """All that does not depend on the rows of streams."""
+        self.pattern = Pattern.dense(0)
+        """Parameters that are varied together to find the Hessian of a likelihood."""
         self.model = model
         self._contracts: dict[int, Contract] = {}
 
@@ -168,24 +167,10 @@ def sum_over_rows(
 ) -> list[Part]:
     """Sum a function of a likelihood and a block of rows over all rows of all streams.
 
-    Parameters
-    ----------
-    density : Density
-    function : callable
-        Function that returns numbers and arrays, whose sums do not depend on who reads what: the
-        blocks and the order of summation are fixed.
-    rows : int, optional
-        Number of rows of each stream after which reading ends. Default: all.
-    keep : int, default 0
-        Number of rows of each stream that are returned, in equal shares from all its parts.
-    executor : concurrent.futures.Executor, optional
-        Where the parts are read. Sources that can only be read from their beginning are read here.
-    advance : callable, optional
-        Function that is told numbers of rows that are done.
-
-    Returns
-    -------
-    list of Part
+    The function returns numbers and arrays, whose sums do not depend on who reads what: the blocks
+    and the order of summation are fixed. Reading ends after *rows* of each stream, of which *keep*
+    are returned, in equal shares from all parts. The *executor* reads parts, but not of sources
+    that can only be read from their beginning.
     """
     parts = []
     for number, (stream, likelihood) in enumerate(zip(density.streams, density.likelihoods)):
@@ -211,19 +196,9 @@ def sum_over_rows(
     return parts
 
 
-def add_up(parts: Sequence[Part]) -> tuple[Any, ...]:
-    """Return the sums of all parts together."""
-    return tuple(sum(values) for values in zip(*(part.sums for part in parts)))
-
-
-def sample_rows(stream: StreamingDataset, n_rows: int) -> np.ndarray:
-    """Return the first rows of a stream, or all if it has fewer, shape (n_rows, *sample_shape)."""
-    batches: list[np.ndarray] = []
-    for batch in stream:
-        batches.append(batch[: n_rows - sum(map(len, batches))])
-        if sum(map(len, batches)) == n_rows:
-            break
-    return np.concatenate(batches)
+def add_up(sums: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
+    """Return the sums of several together."""
+    return tuple(sum(values) for values in zip(*sums))
 
 
 class _Job:

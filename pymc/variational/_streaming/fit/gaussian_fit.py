@@ -41,6 +41,12 @@ _KEPT = 0.8
 _STANDARD_ERRORS = 2.0
 """Standard errors up to which a correction of a moment is taken for noise."""
 
+_MAX_STEPS = 12
+"""Steps to the nearest Gaussian, beyond which there is none near."""
+
+_TOLERANCE = 0.02
+"""Standard deviations, or share of one, by which the last step changes a mean or a scale."""
+
 _NEAR = 0.2
 """Standard deviations within which the optimum is where no step raises the bound."""
 
@@ -119,25 +125,16 @@ def best_gaussian(
     parts: Sequence[tuple[Function, np.ndarray]],
     mean: np.ndarray,
     covariance: np.ndarray,
-    *,
-    tolerance: float = 0.02,
-    max_steps: int,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Return mean and covariance of the Gaussian with the highest evidence lower bound.
 
     There the expected gradient vanishes, and the covariance is the negative inverse of the expected
-    Hessian (Opper and Archambeau 2009). Each step raises the bound; None if none can.
-
-    Parameters
-    ----------
-    parts : sequence of (callable, ndarray)
-        Parts of the log density, each with its standard normal draws.
-    mean : ndarray, shape (d,)
-    covariance : ndarray, shape (d, d)
+    Hessian (Opper and Archambeau 2009). Each step raises the bound; None if none can. The *parts*
+    of the log density have their standard normal draws with them.
     """
     factor, share = np.linalg.cholesky(covariance), 1.0
     bound, gradient, precision = _expect(parts, mean, factor)
-    for _ in range(max_steps):
+    for _ in range(_MAX_STEPS):
         if not (np.isfinite(precision).all() and np.isfinite(gradient).all()):
             return None
         values, vectors = np.linalg.eigh(precision)
@@ -160,7 +157,7 @@ def best_gaussian(
             return None
         mean, factor, (bound, gradient, precision) = new_mean, new_factor, new
         # Draws are exact for quadratics only, and an optimum is where no long step raises the bound.
-        if moved < (tolerance if share > 0.1 else _NEAR) * share:
+        if moved < (_TOLERANCE if share > 0.1 else _NEAR) * share:
             return mean, covariance
         share = min(1.0, 2 * share)
     return None

@@ -31,6 +31,8 @@ __all__ = ["MeanField", "best_mean_field", "expected", "response_sd", "sign_draw
 
 Part = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray, np.ndarray]]
 
+_MAX_STEPS = 100
+
 _MAX_PRODUCTS = 50
 """Hessian-vector products of one step."""
 
@@ -50,13 +52,7 @@ def sign_draws(
     """Return half of antithetic draws of signs, shape (pairs, size).
 
     Up to *pairs* parameters are orthogonal; of more, some share a pattern but for its sign, apart
-    from a few that are *alone*, since others depend on them.
-
-    Parameters
-    ----------
-    size : int
-    pairs : int
-        Power of 2.
+    from a few that are *alone*, since others depend on them. The *pairs* are a power of 2.
     """
     alone = list(alone)[: pairs - 1]
     patterns = len(alone) + rng.permutation(size) % (pairs - len(alone))
@@ -83,30 +79,19 @@ def best_mean_field(
     q: MeanField,
     *,
     tolerance: float,
-    max_steps: int = 100,
     show: Callable[[MeanField], None],
 ) -> MeanField:
     """Maximize the evidence lower bound at fixed draws over means and log scales.
 
     That is deterministic ADVI (Giordano, Ingram and Broderick 2024), by a trust-region Newton
-    method with conjugate gradients (Steihaug 1983), in units of the scales.
-
-    Parameters
-    ----------
-    parts : sequence of callable
-        Parts of the log density: functions of mean and scales that return what
-        :func:`expected` returns.
-    q : MeanField
-        Where the search begins.
-    tolerance : float
-        Step, in units of the scales, that ends the search.
-    show : callable
-        Function that is told where each step has led.
+    method with conjugate gradients (Steihaug 1983), in units of the scales. The *parts* of the log
+    density return what :func:`expected` returns; *show* is told where each step has led, and one
+    below *tolerance* ends the search.
     """
     size, distance = len(q.mean), np.inf
     x, radius = _coordinates(q)[0], np.sqrt(size)
     value, gradient = _bound(parts, x)
-    for _ in range(max_steps):
+    for _ in range(_MAX_STEPS):
         unit = _coordinates(MeanField(x[:size], np.exp(x[size:]), distance))[1]
         product = partial(_precision_product, parts, x, unit)
         step, predicted, is_inside = _steihaug(product, unit * gradient, radius)

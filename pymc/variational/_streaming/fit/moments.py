@@ -13,7 +13,6 @@
 #   limitations under the License.
 """Moments of a posterior that is near a Gaussian, along a path that may be curved."""
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,23 +24,15 @@ from pymc.variational._streaming.fit.gaussian_fit import (
     normal_draws,
 )
 from pymc.variational._streaming.fit.report import COMPARE
-from pymc.variational._streaming.fit.ridge import Ridge, RidgeTransform
-from pymc.variational._streaming.fit.sample import Known
+from pymc.variational._streaming.fit.ridge import Ridge, RidgeTransform, Target
+from pymc.variational._streaming.fit.sample import Corrected
 from pymc.variational._streaming.fit.search import SIZES, Search
-from pymc.variational._streaming.fit.trust_region import (
-    RELATIVE_STEP,
-    Curvature,
-    Function,
-    Mode,
-)
+from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Curvature, Mode
 
-__all__ = ["fit_along_path", "fit_along_ridge", "fit_around"]
+__all__ = ["fit_moments"]
 
 _DRAW_ROWS = 65_536
 """Rows at which likelihoods are evaluated for draws of the approximation."""
-
-_NEAR_STEPS = 12
-"""Steps to the nearest Gaussian, beyond which it is sought on few rows first."""
 
 _WEIGHTED_ROWS = 2**25
 """Likelihoods of rows that a round of importance sampling takes, within bounds on the pairs."""
@@ -73,134 +64,84 @@ _ROUNDS = 4
 _SETTLED = 0.5
 """Standard deviations from such a point to the mean up to which it is the last one."""
 
-Gaussian = tuple[np.ndarray, np.ndarray]
-"""Mean and covariance."""
+
+class _Path(NamedTuple):
+    """A point of a path along which a posterior may lie."""
+
+    x: np.ndarray
+    curved: list[int]
+    """Parameters along which the path runs."""
+    spread: np.ndarray
+    """Covariance of these."""
 
 
-class _Target(NamedTuple):
-    """The log density around a point, by the rows of a sample and what is known of all."""
-
-    likelihood: Function
-    prior: Function
-    known: Known
-    center: np.ndarray
-
-    def density(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        (value, gradient), (more, slope) = self.likelihood(x), self.prior(x)
-        return value + more, gradient + slope
-
-    def parts(self, rng: np.random.Generator) -> list[tuple[Function, np.ndarray]]:
-        return _parts(self.likelihood, self.prior, len(self.center), rng)
+def fit_moments(run: Search, mode: Mode) -> bool:
+    """Keep the moments of the posterior, if it is near a Gaussian along a path or at its mode."""
+    path = _path(run, mode)
+    at_mode = path._replace(x=mode.x, curved=[], spread=np.zeros((0, 0)))
+    return _fit_along(run, mode, path) or (bool(path.curved) and _fit_along(run, mode, at_mode))
 
 
-def fit_around(
-    run: Search, mode: Mode, found: Gaussian, is_full: bool, rng: np.random.Generator
-) -> bool:
-    """Keep the moments of the posterior, if it is near a Gaussian, which is sought from *found*."""
-    target = _around(run, mode)
-    best = best_gaussian(target.parts(rng), *found, max_steps=_NEAR_STEPS)
-    if best is not None:
-        _keep(run, target, best, is_full, rng)
-    return best is not None
-
-
-def fit_along_path(run: Search, mode: Mode, is_full: bool, rng: np.random.Generator) -> bool:
-    """Keep the moments of a posterior that is near a Gaussian along a curved path, if one is."""
-    scale = mode.curvature.scale
-    path = _path(run, mode, rng)
-    if path is None:
-        return False
-    x, curved, spread = path
+def _fit_along(run: Search, mode: Mode, path: _Path) -> bool:
+    """Keep the moments of a density that is near a Gaussian in coordinates that follow a path."""
+    x, curved = path.x, path.curved
     for n in range(_ROUNDS):
-        target, transform = _straight(run, x, curved, spread, scale)
-        best = best_gaussian(
-            target.parts(rng), transform.center, transform.covariance, max_steps=_NEAR_STEPS
-        )
+        target = _target(run, mode, path._replace(x=x))
+        size, transform = len(x), target.transform
+        parts = [
+            (target.likelihood, normal_draws(size, max(8, size), run.rng)),
+            (target.prior, normal_draws(size, max(_PRIOR_PAIRS, 8 * size), run.rng)),
+        ]
+        best = best_gaussian(parts, target.mean, target.covariance)
         if best is None:
-            break
+            return False
         x, sd = transform.place(best[0]), np.sqrt(np.diag(best[1]))
         is_near = (np.abs(x - transform.center)[curved] < _SETTLED * sd[curved]).all()
         if is_near or n == _ROUNDS - 1:
-            _keep(run, target, best, is_full, rng)
+            _keep(run, target, *best)
             return True
     return False
 
 
-def fit_along_ridge(run: Search, mode: Mode, is_full: bool, rng: np.random.Generator) -> bool:
-    """Keep the moments of a posterior that is near a Gaussian far from the mode, if it is.
+def _target(run: Search, mode: Mode, path: _Path) -> Target:
+    """Return the density of a sample, corrected to all rows, in coordinates that follow a path."""
+    x, steps = path.x, RELATIVE_STEP * mode.curvature.scale
+    sample, (height, slope) = run.sample.first(_DRAW_ROWS), run.prior(x)
+    if path.curved:
+        value, gradient = run.value_and_gradient(x)
+        mode = Mode(x, value, gradient, Curvature(run.hessian(x, steps)), np.inf)
+    difference = mode.curvature.hessian - sample.hessian(x, steps)
+    density = Corrected(sample, x, mode.value - height, mode.gradient - slope, difference)
+    if path.curved:
+        transform = Ridge(density, path.curved, steps).transform(x, path.spread)
+    else:
+        transform = RidgeTransform([], x, path.spread, mode, [])
+    return Target(density, transform, x, transform.covariance)
 
-    The density does not say where that is, but the bound does, in which the ridge's width counts.
-    The posterior of few rows is wide, and begins where that of more rows is near.
+
+def _path(run: Search, mode: Mode) -> _Path:
+    """Return a path along parameters that are far from the mode when the others are integrated out.
+
+    Such is the scale in a product of scale and effects about which many rows say more than about
+    either. Of most posteriors there are none, and the path is the mode.
     """
-    found = mode.x, np.diag(np.minimum(mode.curvature.scale, 1) ** 2)
-    for n_rows in (SIZES[0], _DRAW_ROWS):
-        likelihood = run.sample.first(n_rows).alone().likelihood
-        better = best_gaussian(
-            _parts(likelihood, run.prior, len(mode.x), rng), *found, max_steps=100
-        )
-        if better is None:
-            return False
-        found = better
-    value, gradient = run.value_and_gradient(found[0])
-    steps = RELATIVE_STEP / np.sqrt(np.diag(np.linalg.inv(found[1])))
-    curvature = Curvature(run.hessian(found[0], steps))
-    return fit_around(run, Mode(found[0], value, gradient, curvature, np.inf), found, is_full, rng)
-
-
-def _around(run: Search, mode: Mode) -> _Target:
-    """Return the density of a sample with value, gradient and Hessian of all rows at a mode."""
     sample, steps = run.sample.first(_DRAW_ROWS), RELATIVE_STEP * mode.curvature.scale
-    difference = mode.curvature.hessian - sample.hessian(run.pattern, mode.x, steps)
-    prior, slope = run.prior(mode.x)
-    likelihood = sample.around(mode.x, mode.value - prior, mode.gradient - slope, difference)
-    return _Target(likelihood, run.prior, Known(sample, difference), mode.x)
-
-
-def _straight(
-    run: Search, x: np.ndarray, curved: list[int], spread: np.ndarray, scale: np.ndarray
-) -> tuple[_Target, RidgeTransform]:
-    """Return the density in coordinates that are straight around a point of the path."""
-    whole = Ridge(run.value_and_gradient, run.hessian, curved, scale)
-    x, _ = whole.mode(x)
-    value, gradient = run.value_and_gradient(x)
-    target = _around(run, Mode(x, value, gradient, Curvature(whole.hessian), np.inf))
-    sample, difference = target.known[:2]
-
-    def hessian(y: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        return sample.hessian(run.pattern, y, steps) + difference
-
-    transform = Ridge(target.density, hessian, curved, scale).transform(x, spread)
-    height, slope = run.prior(x)
-    likelihood = sample.around(x, value - height, gradient - slope, difference, transform)
-    prior = transform.straighten(run.prior, volume=True)
-    return _Target(likelihood, prior, Known(sample, difference, transform), x), transform
-
-
-def _path(
-    run: Search, mode: Mode, rng: np.random.Generator
-) -> tuple[np.ndarray, list[int], np.ndarray] | None:
-    """Return a point of a path, the parameters along which it runs, and the covariance of these.
-
-    They are far from the mode when the others are integrated out, as the scale in a product of
-    scale and effects about which many rows say more than about either.
-    """
-    sample, scale = run.sample.first(_DRAW_ROWS), mode.curvature.scale
-    hessian = partial(sample.hessian, run.pattern)
-    x, covariance, spread = mode.x, mode.curvature.covariance(), np.zeros((0, 0))
-    steps, curved = np.sqrt(np.diag(covariance)) / 2, list[int]()
-    while len(curved) < _MAX_CURVED and (k := _most_drawn(run, x, covariance, rng)) is not None:
-        curved.append(k)
-        ridge = Ridge(sample.value_and_gradient, hessian, curved, scale)
-        found = ridge.climb(x, steps[curved])
+    path, covariance = _Path(mode.x, [], np.zeros((0, 0))), mode.curvature.covariance()
+    sd = np.sqrt(np.diag(covariance))
+    while len(path.curved) < min(_MAX_CURVED, len(mode.x) - 1):
+        k = _most_drawn(run, path.x, covariance)
+        if k is None:
+            break
+        curved = [*path.curved, k]
+        found = Ridge(sample, curved, steps).climb(path.x, sd[curved] / 2)
         if found is None:
-            return None
+            break
         x, spread, covariance = found
-    return (x, curved, spread) if curved else None
+        path = _Path(x, curved, spread)
+    return path
 
 
-def _most_drawn(
-    run: Search, x: np.ndarray, covariance: np.ndarray, rng: np.random.Generator
-) -> int | None:
+def _most_drawn(run: Search, x: np.ndarray, covariance: np.ndarray) -> int | None:
     """Return the parameter that the volume of the others draws farthest from a mode, if any far.
 
     The mean of the gradient around the mode says how that volume grows.
@@ -208,37 +149,25 @@ def _most_drawn(
     few, size = run.sample.first(SIZES[0]), len(x)
     values, vectors = np.linalg.eigh(covariance)
     factor = _NEARBY * vectors * np.sqrt(np.maximum(values, 0))
-    probe = Probe(few.value_and_gradient, normal_draws(size, size, rng), x, factor)
+    probe = Probe(few.value_and_gradient, normal_draws(size, size, run.rng), x, factor)
     shift = covariance @ probe.even.mean(axis=0) / _NEARBY**2
     sd = np.sqrt(np.diag(covariance))
     shift = np.abs(shift) / np.where(sd > 0, sd, np.inf)
     return int(np.argmax(shift)) if shift.max() > _SHIFTED else None
 
 
-def _keep(
-    run: Search, target: _Target, found: Gaussian, is_full: bool, rng: np.random.Generator
-) -> None:
+def _keep(run: Search, target: Target, mean: np.ndarray, covariance: np.ndarray) -> None:
     """Keep the moments of a density near a Gaussian."""
-    rows = run.sample.first(_DRAW_ROWS).n_rows
-    pairs = int(np.clip(_WEIGHTED_ROWS // rows, *_WEIGHTED_PAIRS))
-    moments = importance_moments(lambda x: target.density(x)[0], *found, pairs, rng)
+    pairs = int(np.clip(_WEIGHTED_ROWS // target.density.sample.n_rows, *_WEIGHTED_PAIRS))
+    moments = importance_moments(target.value, mean, covariance, pairs, run.rng)
     if moments.efficiency > _MIN_EFFICIENCY:
-        found = moments.mean, moments.covariance
+        mean, covariance = moments.mean, moments.covariance
     else:
         run.note_not_gaussian(f"{moments.efficiency:.1%} of draws are effective", run.remedy())
     worst = int(np.argmax(np.abs(moments.skewness)))
     if abs(moments.skewness[worst]) > _MAX_SKEWNESS:
         why = f"{run.names[worst]} has skewness {moments.skewness[worst]:.2g}"
         run.note_not_gaussian(why, COMPARE)
-    run.known = target.known._replace(straight=found)
-    if target.known.transform is not None:
-        found = target.known.transform.moments(*found, rng)
-    run.keep(*found, is_full)
-
-
-def _parts(
-    likelihood: Function, prior: Function, size: int, rng: np.random.Generator
-) -> list[tuple[Function, np.ndarray]]:
-    """Return the parts of the log density with draws, of which the prior's are the most."""
-    draws = normal_draws(size, max(8, size), rng)
-    return [(likelihood, draws), (prior, normal_draws(size, max(_PRIOR_PAIRS, 8 * size), rng))]
+    run.target = target._replace(mean=mean, covariance=covariance)
+    mean, run.covariance = target.transform.moments(mean, covariance, run.rng)
+    run.keep(mean, run.covariance)

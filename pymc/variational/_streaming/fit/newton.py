@@ -26,17 +26,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scipy.sparse.linalg import LinearOperator, cg
+
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.gaussian import log_volume
 from pymc.variational._streaming.fit.gaussian_fit import Probe, normal_draws
-from pymc.variational._streaming.fit.krylov import Products
 from pymc.variational._streaming.fit.mean_field import MeanField, response_sd
 from pymc.variational._streaming.fit.trust_region import Function, hessp
 
-__all__ = ["Optimum", "Rows", "find_optimum", "is_dense"]
+__all__ = ["MAX_DENSE", "Optimum", "Rows", "find_optimum", "is_dense"]
 
-_MAX_DENSE = 512
-"""Parameters of a mean-field approximation up to which the whole Hessian is estimated."""
+MAX_DENSE = 512
+"""Parameters up to which the whole Hessian is estimated."""
 
 _PAIRS = 8
 """Least number of pairs of draws at which the likelihoods of the sample are evaluated."""
@@ -52,19 +53,25 @@ _PRIOR_PAIRS = 384
 hierarchical models are far from quadratic."""
 
 
+_STEPS = 40
+"""Products that find the extreme directions."""
+
+_SIGNS = 32
+"""Random vectors of signs that estimate the diagonal."""
+
+_MAX_PRODUCTS = 128
+"""Products that solve for a vector, at most."""
+
+
 class Rows(NamedTuple):
-    """What is known of the likelihood, from all rows and from a sample of them."""
+    """What is known of a log density, from all rows and from a sample of them."""
 
     likelihood: Function
+    prior: Function
     n_rows: int
     """Number of rows that the likelihood is evaluated at."""
     error: float
     """Relative error of its second derivatives by the choice of these rows."""
-    factors: np.ndarray
-    """Factors of rows and columns of its Hessian, shape (d,), which correct it for parameters of
-    which the sample has few rows."""
-    extra: np.ndarray
-    """Second derivatives to add for those of which it has too few, shape (d,)."""
     shared: Sequence[int] = ()
     """Parameters of many whose standard deviations are worth the cost of exact ones."""
 
@@ -102,16 +109,16 @@ class Optimum(NamedTuple):
 
 def is_dense(scale: np.ndarray) -> bool:
     """Whether the whole Hessian is estimated for an approximation of this scale."""
-    return scale.ndim == 2 or len(scale) <= _MAX_DENSE
+    return scale.ndim == 2 or len(scale) <= MAX_DENSE
 
 
 def find_optimum(
-    mean: np.ndarray, scale: np.ndarray, rows: Rows, prior: Function, rng: np.random.Generator
+    mean: np.ndarray, scale: np.ndarray, rows: Rows, rng: np.random.Generator
 ) -> Optimum:
     """Return what a Newton step says about a Gaussian approximation."""
     find = _dense_optimum if is_dense(scale) else _iterative_optimum
     with np.errstate(over="ignore", invalid="ignore"):
-        optimum = find(mean, scale, rows, prior, rng)
+        optimum = find(mean, scale, rows, rng)
     if not (np.isfinite(optimum.step).all() and np.isfinite(optimum.elbo)):
         raise StreamError(
             "the log density is not finite at draws from approx, or has no finite gradient "
@@ -122,15 +129,17 @@ def find_optimum(
     return optimum._replace(elbo=optimum.elbo + log_volume(scale) + constant)
 
 
-def _dense_optimum(mean, scale, rows, prior, rng) -> Optimum:
+def _dense_optimum(
+    mean: np.ndarray, scale: np.ndarray, rows: Rows, rng: np.random.Generator
+) -> Optimum:
     size, factor = len(mean), scale if scale.ndim == 2 else np.diag(scale)
     most = max(_PRIOR_PAIRS, 4 * size)
     pairs = min(max(_PAIRS, _FEW_ROWS // rows.n_rows), most)
-    parts = (rows.likelihood, pairs), (prior, most)
+    parts = (rows.likelihood, pairs), (rows.prior, most)
     probes = [Probe(f, normal_draws(size, n, rng), mean, factor) for f, n in parts]
     gradient = probes[0].gradient + probes[1].gradient
     of_rows = probes[0].precision()
-    precision = _correct(of_rows, factor, rows) + probes[1].precision()
+    precision = of_rows + probes[1].precision()
     eigenvalues, vectors = np.linalg.eigh(np.nan_to_num(precision))
     concave = eigenvalues[0] > 0
     # Without a maximum the covariance of the approximation is all there is to measure steps by.
@@ -159,13 +168,6 @@ def _dense_optimum(mean, scale, rows, prior, rng) -> Optimum:
     )
 
 
-def _correct(precision: np.ndarray, factor: np.ndarray, rows: Rows) -> np.ndarray:
-    """Correct the precision that a sample gives for parameters of which it has few rows."""
-    inverse = np.linalg.inv(factor)
-    to, back = inverse @ (rows.factors[:, None] * factor), rows.extra[:, None] * factor
-    return to.T @ precision @ to - factor.T @ back
-
-
 def _step_error(probes: list[Probe], covariance: np.ndarray, step: np.ndarray, s) -> float:
     """Return how far a Newton step may miss, in standard deviations of the posterior.
 
@@ -180,16 +182,22 @@ def _step_error(probes: list[Probe], covariance: np.ndarray, step: np.ndarray, s
     return float((monte_carlo + 2 * np.sqrt(sum(variances)) * far).max())
 
 
-def _iterative_optimum(mean, scale, rows, prior, rng) -> Optimum:
+def _iterative_optimum(
+    mean: np.ndarray, scale: np.ndarray, rows: Rows, rng: np.random.Generator
+) -> Optimum:
     """Find the same in memory O(d), from products with the Hessian."""
 
     def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
-        (value, gradient), (more, slope) = rows.likelihood(x), prior(x)
+        (value, gradient), (more, slope) = rows.likelihood(x), rows.prior(x)
         return value + more, gradient + slope
 
-    size, product = len(mean), partial(_precision_at_mean, mean, scale, rows, prior)
+    def product(v: np.ndarray) -> np.ndarray:
+        """Return -LᵀHL *v* of the Hessian H at the mean."""
+        return -scale * hessp(lambda x: evaluate(x)[1], mean, scale * v, scale)
+
+    size = len(mean)
     probe = Probe(evaluate, _moment_draws(size, _PAIRS_OF_MANY, rng), mean, scale)
-    products = np.array([product(draw, corrected=False) for draw in probe.draws])
+    products = np.array([product(draw) for draw in probe.draws])
     # The diagonal of A differs from that at the mean by what the draws have beyond it.
     departure = -(probe.draws * (scale * probe.odd + products)).mean(axis=0)
     rest = probe.gains + (probe.draws * products).sum(axis=1) / 2
@@ -223,17 +231,6 @@ def _iterative_optimum(mean, scale, rows, prior, rng) -> Optimum:
     )
 
 
-def _precision_at_mean(
-    mean: np.ndarray, scale: np.ndarray, rows: Rows, prior: Function, v: np.ndarray, corrected=True
-) -> np.ndarray:
-    """Return -LᵀHL *v* of the Hessian H at the mean."""
-    factors, extra = (rows.factors, rows.extra) if corrected else (1.0, 0.0)
-    v = scale * v
-    of_rows = hessp(lambda x: rows.likelihood(x)[1], mean, factors * v, scale)
-    of_prior = hessp(lambda x: prior(x)[1], mean, v, scale)
-    return -scale * (factors * of_rows + extra * v + of_prior)
-
-
 def _moment_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
     """Draw halves of antithetic pairs with the first five moments of a normal, shape (n, size).
 
@@ -243,3 +240,70 @@ def _moment_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray
     squares = np.full((pairs, size), small)
     squares[rng.integers(0, pairs, size), np.arange(size)] = pairs - (pairs - 1) * small
     return np.sqrt(squares) * rng.choice([-1.0, 1.0], squares.shape)
+
+
+class Products:
+    """A precision of many parameters, which is known by its products with vectors.
+
+    Directions that stand out are taken exactly, and the diagonal of the rest from random signs
+    (Bekas, Kokiopoulou and Saad 2007).
+    """
+
+    def __init__(
+        self,
+        product: Callable[[np.ndarray], np.ndarray],
+        size: int,
+        rng: np.random.Generator,
+    ):
+        self.product = product
+        values, vectors, errors = _eigenpairs(product, rng.normal(size=size))
+        known = errors < 0.01 * np.abs(values)
+        values, vectors = values[known], vectors[:, known]
+        signs = rng.choice([-1.0, 1.0], (_SIGNS, size))
+        rests = [v * (product(v) - vectors @ (values * (vectors.T @ v))) for v in signs]
+        self.diagonal = vectors**2 @ values + np.mean(rests, axis=0)
+        self.diagonal_error = np.std(rests, axis=0, ddof=1) / np.sqrt(_SIGNS)
+        self._root = np.sqrt(np.where(self.diagonal > 0, self.diagonal, 1))
+        self.values, self.vectors, self._errors = _eigenpairs(self._scaled, rng.normal(size=size))
+        """Eigenpairs of the precision scaled to a diagonal of ones, the smallest value first."""
+        self.concave = bool((self.diagonal > 0).all() and self.values[0] > 0)
+
+    def inverse_diagonal(self) -> np.ndarray:
+        """Return the diagonal of the inverse of the scaled precision.
+
+        Other directions than those that stand out enter it by the mean of their values.
+        """
+        known = self._errors < 0.1 * np.abs(self.values)
+        values, shares = self.values[known], self.vectors[:, known] ** 2
+        rest = len(shares) - values.sum(), len(shares) - len(values)
+        return shares @ (1 / values) + (1 - shares.sum(axis=1)) * rest[1] / rest[0]
+
+    def solve(self, target: np.ndarray) -> np.ndarray:
+        operator = LinearOperator(
+            (len(target), len(target)), lambda v: self._scaled(np.ravel(v)), dtype="float64"
+        )
+        return cg(operator, target / self._root, rtol=1e-4, maxiter=_MAX_PRODUCTS)[0] / self._root
+
+    def _scaled(self, v: np.ndarray) -> np.ndarray:
+        return self.product(v / self._root) / self._root
+
+
+def _eigenpairs(
+    product: Callable[[np.ndarray], np.ndarray], start: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return approximate eigenvalues in order, vectors and errors, by Lanczos's method."""
+    q, basis, diagonal, beside = start / np.linalg.norm(start), [], [], []
+    while True:
+        basis.append(q)
+        w = product(q)
+        diagonal.append(q @ w)
+        for _ in range(2):  # one orthogonalization leaves rounding errors that grow
+            for other in basis:
+                w = w - (other @ w) * other
+        rest = np.linalg.norm(w)
+        if len(basis) == min(_STEPS, len(start)) or rest < 1e-6 * np.abs(diagonal).max():
+            break
+        beside.append(rest)
+        q = w / rest
+    values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
+    return values, np.array(basis).T @ vectors, rest * np.abs(vectors[-1])

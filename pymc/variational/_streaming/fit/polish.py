@@ -19,30 +19,49 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.fit.check import measure
-from pymc.variational._streaming.fit.density import Density
-from pymc.variational._streaming.fit.find import find_fit, note_flat
 from pymc.variational._streaming.fit.gaussian import (
     as_streams,
     gaussian_group,
-    mean,
-    names,
+    marginal_sd,
     refuse_endless,
     scale,
     set_mean,
     set_scale,
 )
+from pymc.variational._streaming.fit.mean_field import (
+    MeanField,
+    best_mean_field,
+    expected,
+    sign_draws,
+)
+from pymc.variational._streaming.fit.moments import fit_moments
+from pymc.variational._streaming.fit.newton import MAX_DENSE
 from pymc.variational._streaming.fit.report import POLISH_AGAIN, FitReport
-from pymc.variational._streaming.fit.search import Fit, PassesSpent, Search
+from pymc.variational._streaming.fit.sample import Sample
+from pymc.variational._streaming.fit.search import (
+    SIZES,
+    PassesSpent,
+    Search,
+    find_mode,
+    note_flat,
+)
 from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.opvi import Approximation, Group
 
 __all__ = ["polish"]
+
+_JITTER = 1e-3
+"""Size of the first random step, which leaves a point of symmetry."""
+
+_FIRST_SCALE = 0.05
+"""Largest scale at which a fit of many parameters begins."""
 
 
 def polish(
@@ -106,7 +125,7 @@ def polish(
     *Cost*: two or three passes for the gradient and one or two for the Hessian, which takes two
     gradients of each row for each parameter, or for each set of parameters without second
     derivatives among them. *Memory*: a sample of up to 32 MB of rows, a block of rows for each
-    part, and matrices of the parameters, or beyond 500 parameters some hundred vectors.
+    part, and matrices of the parameters, or beyond 512 parameters some hundred vectors.
 
     The verdict says so where the posterior is not near a Gaussian or does not fall off, or a second
     mode is as high.
@@ -145,17 +164,35 @@ def polish(
     started = time.perf_counter()
     streams, group = as_streams(ds), gaussian_group(approx)
     refuse_endless(streams, "polish", "save some of its rows, and fit a StreamingDataset of these")
-    most, rng = positive_int("max_passes", max_passes), np.random.default_rng(seed)
-    before = mean(group), scale(group)
+    most = positive_int("max_passes", max_passes)
     with progress_bar("Polishing", show=progressbar) as advance:
-        run = Search(Density(group, streams), names(group), executor, advance, most)
-        unfinished = _search(run, group, before, tolerance, rng)
+        run = Search(
+            group,
+            streams,
+            tolerance=tolerance,
+            max_passes=most,
+            rng=np.random.default_rng(seed),
+            executor=executor,
+            advance=advance,
+        )
+        remedy = run.remedy()
+        try:
+            _find(run)
+        except PassesSpent:
+            run.notes.append(f"the search was ended by max_passes={most}")
+            remedy = POLISH_AGAIN
+        except KeyboardInterrupt:
+            if run.best is not None:
+                after, before = run.sample.values([run.best[0], run.before[0]])
+                _place(group, run.before if after < before else run.best)
+            raise
+        run.max_passes = math.inf
         note_flat(run)
-        if run.best is not None and run.is_better(run.best, before, rng):
+        if run.best is not None and run.is_better(run.best):
             _place(group, run.best)
         else:
             run.covariance = None
-            run.notes.append("the fit before had a higher bound, and is left as it was")
+            run.notes.append("no better fit was found, and approx is left as it was")
     report = _measured(run, group, executor=executor, seed=seed, progressbar=progressbar)
     return replace(
         report,
@@ -164,8 +201,44 @@ def polish(
         seconds=time.perf_counter() - started,
         found=run.found,
         notes=tuple(run.notes),
-        remedy=POLISH_AGAIN if unfinished else run.remedy(),
+        remedy=remedy,
     )
+
+
+def _find(run: Search) -> None:
+    """Find the best fit, and keep it in *run*."""
+    x = run.before[0] + _JITTER * run.rng.normal(size=run.density.size)
+    is_dense = len(x) <= MAX_DENSE
+    run.sample = Sample.draw(run.density, run.rng, SIZES[-1] if is_dense else None)
+    if not is_dense:
+        _fit_mean_field(run, x)
+        return
+    run.mode = mode = find_mode(run, x)
+    if not mode.curvature.is_concave:
+        worst = int(np.argmax(np.abs(mode.curvature.vectors[:, 0])))
+        run.notes.append(f"the log density is not concave where it ends, along {run.names[worst]}")
+    elif fit_moments(run, mode):
+        return
+    run.best = None
+    run.note_not_gaussian("it has no best Gaussian", run.remedy())
+
+
+def _fit_mean_field(run: Search, x: np.ndarray) -> None:
+    """Fit a mean-field Gaussian of many parameters, on a sample and then on all rows."""
+    draws = sign_draws(len(x), 4 if len(run.shared) < 4 else 8, run.rng, run.shared)
+    prior = partial(expected, run.prior, sign_draws(len(x), 16, run.rng, run.shared))
+
+    def keep(q: MeanField) -> None:
+        run.show(q)
+        run.best = q.mean, np.diag(q.scales) if run.before[1].ndim == 2 else q.scales
+
+    stages = [(run.sample, run.show), (run, keep)]
+    if run.sample.inflation == 1:
+        stages = [(run.sample, keep)]
+    q = MeanField(x, np.minimum(marginal_sd(run.before[1]), _FIRST_SCALE), np.inf)
+    for rows, show in stages:
+        parts: list[Any] = [partial(rows.expected, draws), prior]
+        q = best_mean_field(parts, q, tolerance=run.tolerance, show=show)
 
 
 def _measured(run: Search, group: Group, **kwargs: Any) -> FitReport:
@@ -173,27 +246,11 @@ def _measured(run: Search, group: Group, **kwargs: Any) -> FitReport:
     if run.covariance is None:
         return measure(group, run.density, scale(group), shared=run.shared, **kwargs)
     scales = np.linalg.cholesky(run.covariance)
-    report = measure(group, run.density, scales, known=run.known, **kwargs)
+    report = measure(group, run.density, scales, target=run.target, **kwargs)
     optimum = report.optimum._replace(covariance=run.covariance, principal_s=report.s)
     return replace(report, sd=np.sqrt(np.diag(run.covariance)), optimum=optimum)
 
 
-def _search(run: Search, group: Group, before: Fit, tolerance: float, rng) -> bool:
-    """Find the best fit, and return whether *max_passes* ended that."""
-    try:
-        find_fit(run, before, tolerance, rng)
-    except PassesSpent:
-        run.notes.append(f"the search was ended by max_passes={run.max_passes}")
-        return True
-    except KeyboardInterrupt:
-        if run.best is not None and run.is_higher(run.best[0], before[0]):
-            _place(group, run.best)
-        raise
-    finally:
-        run.max_passes = math.inf
-    return False
-
-
-def _place(group: Group, fit: Fit) -> None:
+def _place(group: Group, fit: tuple[np.ndarray, np.ndarray]) -> None:
     set_mean(group, fit[0])
     set_scale(group, fit[1])

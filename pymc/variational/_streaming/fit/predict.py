@@ -39,7 +39,7 @@ from pymc.variational._streaming.guards import contract_for, depends_on, total_s
 from pymc.variational._streaming.likelihood import columns_read, is_of
 from pymc.variational._streaming.sources.arrow import with_columns
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
-from pymc.variational._streaming.utils import positive_int, progress_bar
+from pymc.variational._streaming.utils import positive_int, progress_bar, replacing
 from pymc.variational.opvi import Approximation
 
 if TYPE_CHECKING:
@@ -373,18 +373,11 @@ def _describe(
 
 
 def _write(to: Path, tables: Iterator["pa.Table"]) -> None:
-    """Write tables to a file beside *to*, which takes its place when it is whole."""
+    """Write tables to a file."""
     import pyarrow.parquet as pq
 
-    part = to.with_name(f".{to.name}.part")
-    try:
-        with open(part, "wb") as file:
-            first = next(tables)
-            with pq.ParquetWriter(file, first.schema) as writer:
-                for table in chain([first], tables):
-                    writer.write_table(table)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, to)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(to) as file:
+        first = next(tables)
+        with pq.ParquetWriter(file, first.schema) as writer:
+            for table in chain([first], tables):
+                writer.write_table(table)

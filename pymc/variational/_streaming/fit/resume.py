@@ -26,6 +26,7 @@ import zipfile
 import zlib
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError, StreamWarning
 from pymc.variational._streaming.fit.gaussian import as_streams
 from pymc.variational._streaming.guards import WITHOUT_LOSS
-from pymc.variational._streaming.utils import digest, positive_int
+from pymc.variational._streaming.utils import digest, positive_int, replacing
 from pymc.variational.callbacks import Callback
 from pymc.variational.inference import Inference
 from pymc.variational.opvi import Approximation
@@ -157,15 +158,7 @@ def resumable_fit(
         raise ValueError(WITHOUT_LOSS)
     checkpoint = _Checkpoint(inference, streams, callbacks, kwargs, Path(path), every, n)
     try:
-        done, rows = checkpoint.restore()
-        in_order = [*callbacks, *(ds.fit_callback() for ds in streams), checkpoint]
-        if rows:
-            _require_same(checkpoint.path, rows, checkpoint.next_rows())
-        inference.state = inference.state._replace(i=done, callbacks=in_order)
-        if done < n:
-            # A checkpoint that cannot be written fails now, and not after many steps.
-            checkpoint.write_part(np.empty(0), done).unlink()
-            inference.refine(n - done, progressbar)
+        checkpoint.go_on(progressbar)
     finally:
         for ds in streams:
             ds.close()
@@ -182,33 +175,44 @@ def _refuse_step() -> None:
     )
 
 
+@dataclass(slots=True)
 class _Checkpoint(Callback):
     """Save the fit every so many steps; called after all other callbacks."""
 
-    def __init__(
-        self,
-        inference: Inference,
-        streams: Sequence[StreamingDataset],
-        callbacks: Sequence[Callback],
-        options: dict[str, Any],
-        path: Path,
-        every: int,
-        n: int,
-    ):
-        self._inference = inference
-        self._streams = streams
-        self._callbacks: dict[str, Any] = {
+    inference: Inference
+    streams: Sequence[StreamingDataset]
+    callbacks: Sequence[Callback]
+    options: dict[str, Any]
+    path: Path
+    every: int
+    n: int
+    remembering: dict[str, Any] = field(init=False)
+    """Callbacks whose state is saved, by name."""
+    variables: dict[str, SharedVariable] = field(init=False)
+    identity: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.remembering = {
             f"callback {k}": callback
-            for k, callback in enumerate(callbacks)
+            for k, callback in enumerate(self.callbacks)
             if hasattr(callback, "load_state_dict")
         }
-        self.path = path
-        self._every = every
-        self._n = n
-        self._variables = _changing_variables(inference)
-        self._identity = self._describe_fit(options)
+        self.variables = _changing_variables(self.inference)
+        self.identity = self._describe_fit()
 
-    def restore(self) -> tuple[int, dict[str, str]]:
+    def go_on(self, progressbar: bool) -> None:
+        """Make the steps that are left, from the last checkpoint on."""
+        done, rows = self._restore()
+        callbacks = [*self.callbacks, *(ds.fit_callback() for ds in self.streams), self]
+        if rows:
+            _require_same(self.path, rows, self._next_rows())
+        self.inference.state = self.inference.state._replace(i=done, callbacks=callbacks)
+        if done < self.n:
+            # A checkpoint that cannot be written fails now, and not after many steps.
+            self._write(np.empty(0), done)
+            self.inference.refine(self.n - done, progressbar)
+
+    def _restore(self) -> tuple[int, dict[str, str]]:
         """Go to the last checkpoint, and return its steps, and digests of the rows after it."""
         if not self.path.exists():
             return 0, {}
@@ -218,85 +222,77 @@ class _Checkpoint(Callback):
                 f"{self.path} was saved with {header['versions']} and goes on with "
                 f"{_versions()}: the numbers may differ from those of a fit that was never stopped",
                 StreamWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        _require_same(self.path, header["identity"], self._identity)
-        if header["done"] > self._n:
+        _require_same(self.path, header["identity"], self.identity)
+        if header["done"] > self.n:
             raise ValueError(
-                f"n={self._n} but {self.path} has {header['done']} steps; "
+                f"n={self.n} but {self.path} has {header['done']} steps; "
                 "pass at least as many, or another path"
             )
-        for ds, position in zip(self._streams, header["streams"]):
+        for ds, position in zip(self.streams, header["streams"]):
             ds.load_state_dict(position)
-        for name, variable in self._variables.items():
+        for name, variable in self.variables.items():
             value = arrays.get(name)
             if name in header["generators"]:
                 value = variable.get_value()
                 value.bit_generator.state = header["generators"][name]
             variable.set_value(value)
-        for name, callback in self._callbacks.items():
+        for name, callback in self.remembering.items():
             prefix = f"{name} "
             seen = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
             callback.load_state_dict(seen)
-        self._inference.hist = arrays["losses"]
+        self.inference.hist = arrays["losses"]
         return header["done"], header["rows"]
 
     def __call__(self, approx: Approximation, losses: np.ndarray, i: int) -> None:
-        if i % self._every == 0 or i == self._n:
+        if i % self.every == 0 or i == self.n:
             self._require_finite(i)
-            os.replace(self.write_part(losses, i), self.path)
+            self._write(losses, i)
 
-    def write_part(self, losses: np.ndarray, done: int) -> Path:
-        """Write a checkpoint of *done* steps to the disk, beside its path, and return where."""
-        before = self._inference.hist
+    def _write(self, losses: np.ndarray, done: int) -> None:
+        """Replace the checkpoint by one of *done* steps, of which *losses* are the last."""
+        before = self.inference.hist
         # There is a loss for each step of a long fit, so they are not copied without need.
         arrays = {"losses": np.concatenate([before, losses]) if len(before) else losses}
         generators = {}
-        for name, variable in self._variables.items():
+        for name, variable in self.variables.items():
             value = variable.get_value()
             if isinstance(value, np.random.Generator):
                 generators[name] = value.bit_generator.state
             else:
                 arrays[name] = np.asarray(value)
-        for name, callback in self._callbacks.items():
+        for name, callback in self.remembering.items():
             arrays |= {f"{name} {k}": np.asarray(v) for k, v in callback.state_dict().items()}
         header = {
             "versions": _versions(),
-            "identity": self._identity,
+            "identity": self.identity,
             "done": done,
-            "streams": [ds.state_dict() for ds in self._streams],
-            "rows": self.next_rows(),
+            "streams": [ds.state_dict() for ds in self.streams],
+            "rows": self._next_rows(),
             "generators": generators,
         }
         text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        part = self.path.with_name(f".{self.path.name}.part")
-        try:
-            with open(part, "wb") as file:
-                np.savez(file, allow_pickle=False, header=text, **arrays)  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        return part
+        with replacing(self.path) as file:
+            np.savez(file, allow_pickle=False, header=text, **arrays)  # type: ignore[arg-type]
 
-    def _describe_fit(self, options: dict[str, Any]) -> dict[str, str]:
+    def _describe_fit(self) -> dict[str, str]:
         """Describe what must be the same in each call, but for what streams compare themselves."""
-        approx = self._inference.approx
+        approx = self.inference.approx
         model = approx.model
         same = {
-            "inference": f"{type(self._inference).__name__}, {type(approx).__name__}",
-            "the options": _without_addresses(repr(options)),
+            "inference": f"{type(self.inference).__name__}, {type(approx).__name__}",
+            "the options": _without_addresses(repr(self.options)),
         }
-        for name, callback in self._callbacks.items():
+        for name, callback in self.remembering.items():
             same[name] = type(callback).__name__
-        for k, ds in enumerate(self._streams):
+        for k, ds in enumerate(self.streams):
             kind = f"{ds.as_tensor().name!r}, {ds.as_tensor().type}"
             same[f"stream {k}"] = f"{kind}, columns {ds.columns}, total_size {ds.total_size}"
         variables = [*model.free_RVs, *model.observed_RVs, *model.potentials]
         for v, factor in zip(variables, model.logp(variables, sum=False)):
             same[f"variable {v.name!r}"] = f"{v.str_repr()} with digest {_digest_graph(factor)}"
-        for name, variable in self._variables.items():
+        for name, variable in self.variables.items():
             value = variable.get_value(borrow=True)
             same[name] = f"{variable.name}, {variable.type}, shape {np.shape(value)}"
             # A scalar may be the user's own, and would be set to the saved value.
@@ -304,16 +300,16 @@ class _Checkpoint(Callback):
                 same[name] += f", at first {value}"
         return same
 
-    def next_rows(self) -> dict[str, str]:
+    def _next_rows(self) -> dict[str, str]:
         """Return a digest of the rows that the next step uses, for each stream."""
         return {
             f"the digest of the next batch of stream {k}": digest(rows.tobytes())
-            for k, rows in enumerate(ds.as_tensor().get_value() for ds in self._streams)
+            for k, rows in enumerate(ds.as_tensor().get_value() for ds in self.streams)
         }
 
     def _require_finite(self, done: int) -> None:
         """Raise what the next step would, which computes its loss from these values."""
-        for variable in self._variables.values():
+        for variable in self.variables.values():
             value = variable.get_value(borrow=True)
             # A scalar of the user's own, such as a bound, may be infinite.
             if np.ndim(value) and value.dtype.kind == "f" and not np.isfinite(value).all():

@@ -13,20 +13,22 @@
 #   limitations under the License.
 """Coordinates in which a posterior that lies along a curved ridge is near a Gaussian."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from pymc.variational._streaming.fit.sample import Corrected, LogDensity
 from pymc.variational._streaming.fit.trust_region import (
     RELATIVE_STEP,
     Curvature,
     Function,
     Mode,
-    Pattern,
+    differences,
     maximize,
 )
 
-__all__ = ["Ridge", "RidgeTransform"]
+__all__ = ["Ridge", "RidgeTransform", "Target"]
 
 _NODES = (-2, -1, 1, 2)
 """Standard deviations from its centre at which the path of the ridge is looked up."""
@@ -48,45 +50,26 @@ class Ridge:
 
     Where rows pin products of parameters, as a scale times what it scales, the mode of the density
     says nothing about the scale, but that of its marginal density does (Rue, Martino and Chopin
-    2009).
-
-    Parameters
-    ----------
-    function : callable
-        Log density with its gradient.
-    hessian : callable
-        Function of a point and of the distances over which gradients are compared.
-    chosen : sequence of int
-    scale : ndarray, shape (d,)
-        Conditional standard deviations, about.
+    2009). The *steps* are distances over which gradients are first compared.
     """
 
-    def __init__(
-        self,
-        function: Function,
-        hessian: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        chosen: Sequence[int],
-        scale: np.ndarray,
-    ):
-        self._function, self._hessian = function, hessian
-        self.hessian = np.zeros((len(scale), len(scale)))
-        """Hessian of all parameters at the last mode."""
-        self.chosen, self._scale = np.array(chosen), scale
-        self.others = np.setdiff1d(np.arange(len(scale)), self.chosen)
+    def __init__(self, density: LogDensity, chosen: Sequence[int], steps: np.ndarray):
+        self._density, self._steps = density, steps
+        self.chosen = np.array(chosen)
+        self.others = np.setdiff1d(np.arange(len(steps)), self.chosen)
 
     def mode(self, x: np.ndarray) -> tuple[np.ndarray, Mode]:
         """Return the mode given the chosen ones of *x*, whole and without them."""
-        whole, steps = x.copy(), RELATIVE_STEP * self._scale
+        whole, steps, block = x.copy(), self._steps.copy(), np.ix_(self.others, self.others)
 
         def value_and_gradient(rest: np.ndarray) -> tuple[float, np.ndarray]:
             whole[self.others] = rest
-            value, gradient = self._function(whole)
+            value, gradient = self._density.value_and_gradient(whole)
             return value, gradient[self.others]
 
         def hessian(rest: np.ndarray, rest_steps: np.ndarray) -> np.ndarray:
             whole[self.others], steps[self.others] = rest, rest_steps
-            self.hessian = self._hessian(whole, steps)
-            return self.hessian[np.ix_(self.others, self.others)]
+            return self._density.hessian(whole, steps)[block]
 
         rest, first = x[self.others], steps[self.others]
         found = maximize(value_and_gradient, hessian, rest, tolerance=_ON_RIDGE, steps=first)
@@ -118,9 +101,7 @@ class Ridge:
         x, value = density(x)
         for _ in range(_MAX_STEPS):
             gradient = slopes(x)
-            hessian = Pattern.dense(size).hessian(
-                lambda t: slopes(self._moved(x, t)), np.zeros(size), steps
-            )
+            hessian = differences(lambda t: slopes(self._moved(x, t)), np.zeros(size), steps)
             if not (np.isfinite(gradient).all() and np.isfinite(hessian).all()):
                 return None
             curvature = Curvature(hessian)
@@ -142,11 +123,11 @@ class Ridge:
         spread = np.linalg.cholesky(covariance)
         middle = self.mode(x)[1]
         paths = [[self.mode(self._moved(x, u * s))[1] for u in _NODES] for s in spread.T]
-        return RidgeTransform(self.chosen, self.others, x, spread, middle, paths)
+        return RidgeTransform(self.chosen, x, spread, middle, paths)
 
     def _given(self, x: np.ndarray) -> np.ndarray:
         """Return the covariance given the chosen ones, which is 0 for these, shape (d, d)."""
-        covariance = np.zeros_like(self.hessian)
+        covariance = np.zeros((len(x), len(x)))
         covariance[np.ix_(self.others, self.others)] = self.mode(x)[1].curvature.covariance()
         return covariance
 
@@ -160,30 +141,21 @@ class RidgeTransform:
     """Coordinates y of parameters x, in which the others' distribution given the chosen ones is one.
 
     Mean and factor of the covariance of the others are polynomials of the chosen ones, the
-    diagonal of the factor on a log scale. Around the centre, y is x to first order.
-
-    Parameters
-    ----------
-    chosen, others : ndarray of int
-    center : ndarray, shape (d,)
-    spread : ndarray, shape (k, k)
-        Factor of the covariance of the chosen ones.
-    middle : Mode
-        Mode of the others at the centre.
-    paths : sequence of sequence of Mode
-        Their modes at the nodes along each column of *spread*.
+    diagonal of the factor on a log scale. Around the centre, y is x to first order, and everywhere
+    if none are chosen. The *spread* is a factor of the covariance of the chosen ones, *middle* the
+    mode of the others at the centre, and *paths* those at the nodes along each column of *spread*.
     """
 
     def __init__(
         self,
-        chosen: np.ndarray,
-        others: np.ndarray,
+        chosen: Sequence[int] | np.ndarray,
         center: np.ndarray,
         spread: np.ndarray,
         middle: Mode,
         paths: Sequence[Sequence[Mode]],
     ):
-        self._chosen, self._others, self.center = chosen, others, center
+        self._chosen, self.center = np.array(chosen, int), center
+        self._others = others = np.setdiff1d(np.arange(len(center)), self._chosen)
         self._spread, self._middle = spread, _position(middle)
         powers = np.linalg.inv(np.vander(_NODES, len(_NODES) + 1, increasing=True)[:, 1:])
         self._paths = [
@@ -214,13 +186,6 @@ class RidgeTransform:
         x[self._others] = mean + factor @ (np.exp(logs) * e)
         return x
 
-    def coordinates(self, x: np.ndarray) -> np.ndarray:
-        """Return the coordinates of parameters."""
-        u = np.linalg.solve(self._spread, (x - self.center)[self._chosen])
-        mean, factor, logs = self._at(u)
-        e = np.linalg.solve(factor, x[self._others] - mean) / np.exp(logs)
-        return self.center + self._tangent @ np.concatenate([u, e])
-
     def straighten(self, function: Function, *, volume: bool = False) -> Function:
         """Return a function of the coordinates, or with the *volume* a log density of them."""
 
@@ -246,6 +211,8 @@ class RidgeTransform:
         self, mean: np.ndarray, covariance: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and covariance of the parameters, where the coordinates are Gaussian."""
+        if not len(self._chosen):
+            return mean, covariance
         half = rng.normal(size=(_PUSHED, len(mean))) @ np.linalg.cholesky(covariance).T
         offsets = np.concatenate([half, -half])
         x = np.array([self.place(mean + offset) for offset in offsets])
@@ -264,6 +231,28 @@ class RidgeTransform:
             powers = step ** np.arange(1, len(_NODES) + 1)
             parts = [part + np.tensordot(powers, more, 1) for part, more in zip(parts, path)]
         return parts
+
+
+class Target(NamedTuple):
+    """A log density of the coordinates of a transform, in which it is near a Gaussian."""
+
+    density: Corrected
+    transform: RidgeTransform
+    mean: np.ndarray
+    covariance: np.ndarray
+    """Moments of the coordinates, as far as they are known."""
+
+    @property
+    def likelihood(self) -> Function:
+        return self.transform.straighten(self.density.likelihood)
+
+    @property
+    def prior(self) -> Function:
+        """All but the likelihood, with the volume of the transform."""
+        return self.transform.straighten(self.density.prior, volume=True)
+
+    def value(self, y: np.ndarray) -> float:
+        return self.likelihood(y)[0] + self.prior(y)[0]
 
 
 def _slopes(step: float) -> np.ndarray:

@@ -11,24 +11,25 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The log density on a sample of the rows of its streams, in memory."""
+"""The log density of a model on some rows of its streams, or by what some say of all."""
 
 import math
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
-from pymc.variational._streaming.fit.density import Density, sample_rows
-from pymc.variational._streaming.fit.ridge import RidgeTransform
-from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Function, Pattern
+from pymc.variational._streaming.fit.density import Density, Term, add_up
+from pymc.variational._streaming.fit.gaussian import times
+from pymc.variational._streaming.fit.mean_field import expected
+from pymc.variational._streaming.fit.trust_region import differences
 
-__all__ = ["Known", "Sample"]
+__all__ = ["Corrected", "LogDensity", "Sample"]
 
 _MAX_VALUES = 2**22
 """Values of a sample that are held in memory, 32 MB of float64."""
@@ -37,20 +38,60 @@ _BLOCKS = 1024
 """Blocks in which parameters are looked for that few rows depend on."""
 
 
-class Sample:
-    """A log density whose likelihood is that of some rows, scaled to all.
+class LogDensity:
+    """A log density whose likelihood is a sum over rows."""
 
-    Parameters
-    ----------
-    density : Density
-    rows : sequence of ndarray
-        Rows of each stream, in random order.
-    totals : sequence of int
-        Number of all rows of each stream.
-    """
+    def __init__(self, density: Density):
+        self.density = density
+        self.prior = density.prior.value_and_gradient
+
+    def sum(self, function: Callable[[Term, np.ndarray], tuple[Any, ...]]) -> Any:
+        """Return the sums of a function of a likelihood and a block of its rows."""
+        raise NotImplementedError
+
+    def likelihood(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        return self.sum(lambda term, rows: term.value_and_gradient(x, rows))
+
+    def likelihood_hessian(self, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        pattern = self.density.pattern
+
+        def of_rows(term: Term, rows: np.ndarray) -> tuple[np.ndarray]:
+            return (pattern.differences(lambda y: term.value_and_gradient(y, rows)[1], x, steps),)
+
+        [columns] = self.sum(of_rows)
+        return pattern.assemble(columns, steps)
+
+    def expected(self, draws: np.ndarray, mean: np.ndarray, scales: np.ndarray) -> Any:
+        """Return the likelihood's expected value and gradients, as :func:`expected` does."""
+
+        def of_rows(term: Term, rows: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+            return expected(partial(term.value_and_gradient, rows=rows), draws, mean, scales)
+
+        return self.sum(of_rows)
+
+    def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        (value, gradient), (more, slope) = self.likelihood(x), self.prior(x)
+        return value + more, gradient + slope
+
+    def hessian(self, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Return the Hessian, shape (d, d), by differences of gradients over *steps*."""
+        of_prior = differences(lambda y: self.prior(y)[1], x, steps)
+        return self.likelihood_hessian(x, steps) + of_prior
+
+    def values(self, points: Sequence[np.ndarray]) -> np.ndarray:
+        def of_rows(term: Term, rows: np.ndarray) -> tuple[np.ndarray]:
+            return (np.array([term.value_and_gradient(x, rows)[0] for x in points]),)
+
+        [values] = self.sum(of_rows)
+        return values + [self.prior(x)[0] for x in points]
+
+
+class Sample(LogDensity):
+    """A log density whose likelihood is that of some *rows* of each stream, scaled to its total."""
 
     def __init__(self, density: Density, rows: Sequence[np.ndarray], totals: Sequence[int]):
-        self._density, self._rows, self._totals = density, rows, totals
+        super().__init__(density)
+        self._rows, self._totals = rows, totals
         self._weights = [total / len(part) for total, part in zip(totals, rows)]
 
     @classmethod
@@ -67,11 +108,7 @@ class Sample:
 
     def first(self, n_rows: int) -> "Sample":
         """Return a smaller sample, of the first rows of each stream."""
-        return Sample(self._density, [part[:n_rows] for part in self._rows], self._totals)
-
-    def alone(self) -> "Sample":
-        """Return the log density of these rows alone, which is wider than that of all."""
-        return Sample(self._density, self._rows, [len(part) for part in self._rows])
+        return Sample(self.density, [part[:n_rows] for part in self._rows], self._totals)
 
     @property
     def n_rows(self) -> int:
@@ -84,43 +121,18 @@ class Sample:
         return 1 / math.sqrt(min(sizes)) if sizes else 0.0
 
     @property
-    def is_whole(self) -> bool:
-        """Whether these are all rows."""
-        return max(self._weights) <= 1
-
-    @property
     def inflation(self) -> float:
-        """Standard deviation of the optimum of a sample, in those of the posterior of all rows."""
-        return max(self._weights) ** 0.5
+        """Standard deviation of its optimum, in those of the posterior of all rows; 1 if whole."""
+        return max(1.0, *self._weights) ** 0.5
 
-    def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = self.likelihood(x)
-        prior, prior_gradient = self._density.prior.value_and_gradient(x)
-        return value + prior, gradient + prior_gradient
-
-    def hessian(self, pattern: Pattern, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """Return the Hessian, of whose likelihood the *pattern* is known."""
-        return self.likelihood_hessian(pattern, x, steps) + self.prior_hessian(x, steps)
-
-    def prior_hessian(self, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        gradient = self._density.prior.value_and_gradient
-        return Pattern.dense(len(x)).hessian(lambda y: gradient(y)[1], x, steps)
-
-    def likelihood(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = 0.0, np.zeros(len(x))
-        for likelihood, rows, weight in zip(self._density.likelihoods, self._rows, self._weights):
-            part, part_gradient = likelihood.value_and_gradient(x, rows)
-            value += weight * part
-            gradient += weight * part_gradient
-        return value, gradient
-
-    def likelihood_hessian(self, pattern: Pattern, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        return pattern.hessian(lambda y: self.likelihood(y)[1], x, steps)
+    def sum(self, function: Callable[[Term, np.ndarray], tuple[Any, ...]]) -> Any:
+        terms = zip(self.density.likelihoods, self._rows, self._weights)
+        return add_up([w * value for value in function(term, rows)] for term, rows, w in terms)
 
     def is_rare(self, x: np.ndarray) -> list[np.ndarray]:
         """Return on which parameters few rows of each stream depend, each of shape (d,)."""
         rare = []
-        for likelihood, rows, weight in zip(self._density.likelihoods, self._rows, self._weights):
+        for likelihood, rows, weight in zip(self.density.likelihoods, self._rows, self._weights):
             blocks = np.array_split(rows, min(len(rows), _BLOCKS)) if weight > 1 else []
             without = np.zeros(len(x))
             for block in blocks:
@@ -128,61 +140,39 @@ class Sample:
             rare.append(without > len(blocks) / 2)
         return rare
 
-    def around(
+
+class Corrected(LogDensity):
+    """The log density of a sample, with the likelihood of all rows and its gradient at a point.
+
+    What is left to the sample is small near the optimum (Quiroz et al. 2019). Rows and columns of
+    its Hessian are multiplied by *factors*, and the *difference* to the Hessian of all rows, or its
+    diagonal, is added.
+    """
+
+    def __init__(
         self,
+        sample: Sample,
         x: np.ndarray,
         value: float,
         gradient: np.ndarray,
-        difference: np.ndarray | None,
-        transform: RidgeTransform | None = None,
-    ) -> Function:
-        """Return the likelihood with that of all rows, and its gradient and Hessian, at *x*.
+        difference: np.ndarray,
+        factors: np.ndarray | float = 1.0,
+    ):
+        super().__init__(sample.density)
+        self.sample, self.difference = sample, difference
+        self._x, self._factors = x, factors
+        at, slope = sample.likelihood(x)
+        self._gap, self._slope = value - at, gradient - factors * slope
 
-        The sample serves the rest, which is small near the optimum (Quiroz et al. 2019). It is a
-        function of the coordinates of *transform*, if that is given: along a ridge the difference to
-        all rows is quadratic in these only.
-        """
-        at, slope = self.likelihood(x)
-        gap = _Quadratic(x, value - at, gradient - slope, difference)
-        likelihood: Function = self.likelihood
-        if transform is not None:
-            likelihood, straight = transform.straighten(likelihood), transform.straighten(gap.at)
-            y = transform.coordinates(x)
-            steps = RELATIVE_STEP * np.sqrt(np.diag(transform.covariance))
-            hessian = Pattern.dense(len(x)).hessian(lambda y: straight(y)[1], y, steps)
-            gap = _Quadratic(y, *straight(y), hessian)
+    def likelihood(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        step = x - self._x
+        value, gradient = self.sample.likelihood(self._x + self._factors * step)
+        more = times(self.difference, step)
+        value += self._gap + (self._slope + more / 2) @ step
+        return value, self._factors * gradient + self._slope + more
 
-        def corrected(y: np.ndarray) -> tuple[float, np.ndarray]:
-            (value, gradient), (more, slope) = likelihood(y), gap.at(y)
-            return value + more, gradient + slope
-
-        return corrected
-
-
-class Known(NamedTuple):
-    """What :func:`polish` knows of the curvature around a fit."""
-
-    sample: Sample
-    difference: np.ndarray
-    """What the Hessian of all rows exceeds that of the sample by."""
-    transform: RidgeTransform | None = None
-    """Coordinates in which the posterior is near a Gaussian, if they are not the parameters."""
-    straight: tuple[np.ndarray, np.ndarray] | None = None
-    """Mean and covariance of that Gaussian."""
-
-
-class _Quadratic(NamedTuple):
-    """A quadratic function, or a linear one without Hessian."""
-
-    x: np.ndarray
-    value: float
-    gradient: np.ndarray
-    hessian: np.ndarray | None
-
-    def at(self, y: np.ndarray) -> tuple[float, np.ndarray]:
-        step = y - self.x
-        more = 0 if self.hessian is None else self.hessian @ step
-        return self.value + (self.gradient + more / 2) @ step, self.gradient + more
+    def likelihood_hessian(self, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        return self.sample.likelihood_hessian(x, steps) + self.difference
 
 
 def _random_rows(
@@ -199,7 +189,7 @@ def _random_rows(
     source = stream._source
     table = source.source if isinstance(source, ShuffleBuffer) else source
     if table.shuffled and table.n_rows is not None:
-        rows = sample_rows(stream, n_rows)
+        rows = next(stream._read_once(source, n_rows))
         contract_of(rows).check(rows)
         return rows, table.n_rows
     keys, kept, limit, total = np.empty(0), [], 1.0, 0

@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The log density on all rows of a stream, and what a search for the best fit has found."""
+"""The mode of a posterior, by Newton steps on growing samples and then on all rows."""
 
 import math
 
@@ -24,35 +24,57 @@ import numpy as np
 
 from pytensor.graph.traversal import ancestors
 
+from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.fit.density import Density, Term, add_up, sum_over_rows
-from pymc.variational._streaming.fit.gaussian import log_volume, times
-from pymc.variational._streaming.fit.mean_field import (
-    MeanField,
-    expected,
-    sign_draws,
+from pymc.variational._streaming.fit.gaussian import (
+    log_volume,
+    marginal_sd,
+    mean,
+    names,
+    scale,
+    times,
 )
+from pymc.variational._streaming.fit.mean_field import MeanField, sign_draws
+from pymc.variational._streaming.fit.newton import MAX_DENSE
 from pymc.variational._streaming.fit.report import COMPARE, Finding, Verdict
-from pymc.variational._streaming.fit.sample import Known, Sample
-from pymc.variational._streaming.fit.trust_region import (
-    Mode,
-    Pattern,
-)
+from pymc.variational._streaming.fit.ridge import Target
+from pymc.variational._streaming.fit.sample import LogDensity, Sample
+from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Mode, Pattern, maximize
+from pymc.variational.opvi import Group
 
-__all__ = ["MAX_DENSE", "NON_CENTRED", "SIZES", "Fit", "PassesSpent", "Search", "family"]
-
-MAX_DENSE = 500
-"""Parameters up to which the whole Hessian is held."""
-
-_MAX_SHARED = 8
-"""Scalars among many parameters whose standard deviations are computed one by one."""
+__all__ = ["SIZES", "PassesSpent", "Search", "find_mode", "note_flat"]
 
 SIZES = (4_096, 32_768, 262_144)
 """Rows of the samples, each of which starts from the optimum of the one before."""
 
+_MAX_SHARED = 8
+"""Scalars among many parameters whose standard deviations are computed one by one."""
+
 _COMPARED_PAIRS = 4
 """Pairs of draws at which the fit before and after are compared on all rows."""
 
-NON_CENTRED = (
+_OTHER_STARTS = 2
+"""Random points from which a second mode is looked for."""
+
+_MODE_GAP = 5.0
+"""Log density by which another mode may be lower and still matter."""
+
+_SEPARATE = 5.0
+"""Standard deviations beyond which two optima are two."""
+
+_FAR = 10.0
+"""Standard deviations at which the density of a posterior must have fallen."""
+
+_OPEN = 1e-5
+"""Precision of a direction, relative to the largest, from which on it may be open."""
+
+_WIDE = 1e3
+"""Distance over which the density does not fall along an open direction."""
+
+_RISE = 5.0
+"""Log density by which it has risen there where it has no maximum, as in a funnel."""
+
+_NON_CENTRED = (
     "Write variables whose prior depends on another one non-centred: a standard normal variable "
     "times the scale."
 )
@@ -65,71 +87,64 @@ class PassesSpent(Exception):
     """As many passes were made as are allowed."""
 
 
-class Search:
+class Search(LogDensity):
     """The log density on all rows, and what a run of :func:`polish` has found so far."""
 
     def __init__(
         self,
-        density: Density,
-        names: Sequence[str],
+        group: Group,
+        streams: Sequence[StreamingDataset],
+        *,
+        tolerance: float,
+        max_passes: float,
+        rng: np.random.Generator,
         executor: Executor | None,
         advance: Callable[..., None],
-        max_passes: float,
     ):
-        self.density, self.names, self.max_passes = density, names, max_passes
-        self.prior = density.prior.value_and_gradient
+        super().__init__(Density(group, streams))
+        self.names, self.before = names(group), (mean(group), scale(group))
+        self.tolerance, self.max_passes, self.rng = tolerance, max_passes, rng
         self._executor, self._advance = executor, advance
         self.passes = 0
-        self.sample = Sample(density, [], [])
-        self.shared = [k for k, name in enumerate(names) if "[" not in name][:_MAX_SHARED]
+        self.sample = Sample(self.density, [], [])
+        self.shared = [k for k, name in enumerate(self.names) if "[" not in name][:_MAX_SHARED]
         """Scalars, on which others may depend."""
-        self.pattern = Pattern.dense(0)
-        """Pattern of the Hessian of the likelihood."""
+        self.mode: Mode | None = None
         self.best: Fit | None = None
         self.covariance: np.ndarray | None = None
-        self.known: Known | None = None
+        self.target: Target | None = None
         """What serves for the curvature when the fit is checked."""
         self.found: dict[Verdict, Finding] = {}
         self.notes: list[str] = []
 
-    def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = self.sum(lambda term, rows: term.value_and_gradient(x, rows))
-        prior, prior_gradient = self.prior(x)
-        return value + prior, gradient + prior_gradient
+    def sum(self, function: Callable[[Term, np.ndarray], tuple[Any, ...]]) -> Any:
+        if self.passes >= self.max_passes:
+            raise PassesSpent
+        parts = sum_over_rows(
+            self.density, function, executor=self._executor, advance=self._advance
+        )
+        self.passes += 1
+        return add_up(part.sums for part in parts)
 
-    def hessian(self, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        pattern = self.pattern
+    def keep(self, mean: np.ndarray, covariance: np.ndarray) -> None:
+        """Keep the Gaussian of the family that is nearest to one of these moments."""
+        is_full = self.before[1].ndim == 2
+        precision = np.linalg.inv(covariance)
+        sd = 1 / np.sqrt(np.diag(precision))
+        self.best = mean, np.linalg.cholesky(covariance) if is_full else sd
 
-        def differences(term: Term, rows: np.ndarray) -> tuple[np.ndarray]:
-            return (pattern.differences(lambda y: term.value_and_gradient(y, rows)[1], x, steps),)
+    def keep_mode(self, mode: Mode) -> None:
+        self.show(mode)
+        if mode.curvature.is_concave:
+            self.keep(mode.x, mode.curvature.covariance())
 
-        [columns] = self.sum(differences)
-        return pattern.assemble(columns, steps) + self.sample.prior_hessian(x, steps)
+    def show(self, found: Mode | MeanField) -> None:
+        self._advance(0, f"Polishing, {found.distance:.2g} sd to go")
 
-    def values(self, points: Sequence[np.ndarray]) -> np.ndarray:
-        def of_rows(term: Term, rows: np.ndarray) -> tuple[np.ndarray]:
-            return (np.array([term.value_and_gradient(x, rows)[0] for x in points]),)
-
-        [values] = self.sum(of_rows)
-        return values + [self.prior(x)[0] for x in points]
-
-    def expected(self, draws: np.ndarray, mean: np.ndarray, scales: np.ndarray) -> Any:
-        def of_rows(term: Term, rows: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-            return expected(partial(term.value_and_gradient, rows=rows), draws, mean, scales)
-
-        return self.sum(of_rows)
-
-    def prior_expected(self, draws: np.ndarray) -> Callable[..., Any]:
-        return partial(expected, self.prior, draws)
-
-    def is_higher(self, x: np.ndarray, y: np.ndarray) -> bool:
-        """Whether the density of the sample is higher at *x* than at *y*."""
-        return not self.sample.value_and_gradient(x)[0] < self.sample.value_and_gradient(y)[0]
-
-    def is_better(self, after: Fit, before: Fit, rng: np.random.Generator) -> bool:
+    def is_better(self, after: Fit) -> bool:
         """Whether the evidence lower bound on all rows has not fallen, at the same draws."""
-        draws = sign_draws(len(after[0]), _COMPARED_PAIRS, rng)
-        fits, signs = (after, before), (1, -1)
+        draws = sign_draws(len(after[0]), _COMPARED_PAIRS, self.rng)
+        fits, signs = (after, self.before), (1, -1)
         points = [x + s * times(scale, d) for x, scale in fits for d in draws for s in signs]
         bounds = self.values(points).reshape(2, len(draws), 2).mean(axis=2)
         bounds = bounds + np.array([[log_volume(scale)] for _, scale in fits])
@@ -144,31 +159,94 @@ class Search:
         scaled = self.density.size <= MAX_DENSE and any(
             set(free) & set(ancestors(rv.owner.inputs)) for rv in free
         )
-        return NON_CENTRED if scaled else COMPARE
+        return _NON_CENTRED if scaled else COMPARE
 
     def note_not_gaussian(self, why: str, remedy: str) -> None:
         text = f"the posterior is not near a Gaussian ({why}), and means and sd may be off"
         self.found.setdefault("not Gaussian", Finding(text, remedy))
 
-    def keep(self, mean: np.ndarray, covariance: np.ndarray, is_full: bool) -> None:
-        """Keep moments of the posterior."""
-        self.covariance, self.best = covariance, (mean, family(covariance, is_full))
 
-    def show(self, found: Mode | MeanField) -> None:
-        self._advance(0, f"Polishing, {found.distance:.2g} sd to go")
-
-    def sum(self, function: Callable[[Term, np.ndarray], tuple[Any, ...]]) -> Any:
-        if self.passes >= self.max_passes:
-            raise PassesSpent
-        parts = sum_over_rows(
-            self.density, function, executor=self._executor, advance=self._advance
+def find_mode(run: Search, x: np.ndarray) -> Mode:
+    """Maximize the log density on growing samples, and then on all rows."""
+    run.density.pattern = Pattern.dense(len(x))
+    for size in SIZES:
+        sample = run.sample.first(size)
+        find = partial(
+            maximize,
+            sample.value_and_gradient,
+            sample.hessian,
+            tolerance=run.tolerance * sample.inflation,
+            show=run.show,
         )
-        self.passes += 1
-        return add_up(parts)
+        mode = find(x)
+        if size == SIZES[0]:
+            mode = _highest_mode(run, find, x, mode)
+        x, steps = mode.x, RELATIVE_STEP * mode.curvature.scale
+        if sample.inflation == 1:
+            run.keep_mode(mode)
+            return mode
+        if size > SIZES[0]:
+            run.density.pattern = Pattern(sample.likelihood_hessian(x, steps))
+    return maximize(
+        run.value_and_gradient,
+        run.hessian,
+        x,
+        tolerance=run.tolerance,
+        steps=steps,
+        show=run.keep_mode,
+    )
 
 
-def family(covariance: np.ndarray, is_full: bool) -> np.ndarray:
-    """Return the scales of the Gaussian nearest to one of this covariance."""
-    if is_full:
-        return np.linalg.cholesky(covariance)
-    return 1 / np.sqrt(np.diag(np.linalg.inv(covariance)))
+def _highest_mode(run: Search, find: Callable[..., Mode], x: np.ndarray, mode: Mode) -> Mode:
+    """Return the highest mode from some starts, and note that there are several."""
+    for _ in range(_OTHER_STARTS):
+        other = find(x + run.rng.normal(size=len(x)), max_steps=50)
+        low, high = sorted((mode, other), key=lambda mode: mode.log_evidence)
+        gap = high.log_evidence - low.log_evidence
+        if gap < _MODE_GAP and low.curvature.distance(other.x - mode.x) > _SEPARATE:
+            run.found["several modes"] = Finding(
+                "the posterior has another mode that is as high, and means and standard deviations "
+                "are those of one",
+                "Order or bound the parameters, so that one mode is left.",
+            )
+            return high
+        mode = high if np.isfinite(high.log_evidence) else mode
+    return mode
+
+
+def note_flat(run: Search) -> None:
+    """Note a direction in which the density has not fallen far from the mean."""
+    if run.density.size > MAX_DENSE:
+        return
+    (mean, scale), sample = run.best or run.before, run.sample.first(SIZES[0])
+    covariance = np.diag(marginal_sd(scale) ** 2) if run.covariance is None else run.covariance
+    values, vectors = np.linalg.eigh(covariance)
+    axes = [*(_FAR * vectors * np.sqrt(values)).T[::-1], *_open_directions(run.mode)]
+    offsets = [sign * axis for axis in axes for sign in (1, -1)]
+    top, *heights = sample.values([mean, *(mean + offset for offset in offsets)])
+    flat = [offset for offset, height in zip(offsets, heights) if height > top - 1]
+    if not flat:
+        return
+    # The sample may lack the few rows that decide, and a mean-field fit the width.
+    offsets = [share * offset for offset in flat for share in (1, 3)]
+    values = run.values([mean, *(mean + offset for offset in offsets)])
+    near, far = np.nan_to_num(values[1:] - values[0], nan=-np.inf).reshape(-1, 2).T
+    worst = int(np.argmax(near))
+    name = run.names[int(np.argmax(np.abs(flat[worst])))]
+    if near[worst] > _RISE and far[worst] > near[worst] + _RISE:
+        run.found["not Gaussian"] = Finding(
+            f"the posterior density rises without end along {name}, a funnel of a scale and of "
+            "what it scales",
+            _NON_CENTRED,
+        )
+    elif min(near[worst], far[worst]) > -1:
+        text = f"the posterior does not fall off along {name}, and may have no mean"
+        run.found["flat direction"] = Finding(text, "Give it a narrower prior.")
+
+
+def _open_directions(mode: Mode | None) -> list[np.ndarray]:
+    """Return a distance along which rows and priors may say nothing, if there is one."""
+    if mode is None or abs(mode.curvature.values[0]) > _OPEN * mode.curvature.values[-1]:
+        return []
+    weakest = mode.curvature.scale * mode.curvature.vectors[:, 0]
+    return [_WIDE * weakest / np.abs(weakest).max()]

@@ -22,7 +22,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["RELATIVE_STEP", "Curvature", "Function", "Mode", "Pattern", "hessp", "maximize"]
+__all__ = [
+    "RELATIVE_STEP",
+    "Curvature",
+    "Function",
+    "Mode",
+    "Pattern",
+    "differences",
+    "hessp",
+    "maximize",
+]
 
 Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
 """Function that returns its value and gradient."""
@@ -41,12 +50,8 @@ class Pattern:
 
     A few columns of a hierarchy's Hessian are dense, those of the parameters that groups share.
     Each of these is found by itself; they are also rows, by symmetry, and columns which have
-    no other row in common are found together (Curtis, Powell and Reid 1974).
-
-    Parameters
-    ----------
-    hessian : ndarray, shape (d, d)
-        Hessian with the same zeros.
+    no other row in common are found together (Curtis, Powell and Reid 1974). The zeros are those
+    of *hessian*.
     """
 
     def __init__(self, hessian: np.ndarray):
@@ -62,12 +67,6 @@ class Pattern:
     def dense(cls, size: int) -> "Pattern":
         """Return the pattern of a Hessian without zeros."""
         return cls(np.ones((size, size)))
-
-    def hessian(
-        self, gradient: Callable[[np.ndarray], np.ndarray], x: np.ndarray, steps: np.ndarray
-    ) -> np.ndarray:
-        """Return the Hessian at *x*, shape (d, d), by differences over *steps* of parameters."""
-        return self.assemble(self.differences(gradient, x, steps), steps)
 
     def differences(
         self, gradient: Callable[[np.ndarray], np.ndarray], x: np.ndarray, steps: np.ndarray
@@ -114,12 +113,7 @@ def _groups(nonzero: np.ndarray, order: np.ndarray, n_single: int) -> list[np.nd
 
 
 class Curvature:
-    """A negative Hessian in the metric of its diagonal, for steps with any damping.
-
-    Parameters
-    ----------
-    hessian : ndarray, shape (d, d)
-    """
+    """A negative Hessian in the metric of its diagonal, for steps with any damping."""
 
     def __init__(self, hessian: np.ndarray):
         self.hessian = (hessian + hessian.T) / 2
@@ -148,6 +142,15 @@ class Curvature:
     def distance(self, step: np.ndarray) -> float:
         """Return the largest step of a parameter, in marginal standard deviations."""
         return float(np.abs(step / np.sqrt(np.diag(self.covariance()))).max())
+
+
+def differences(
+    gradient: Callable[[np.ndarray], np.ndarray], x: np.ndarray, steps: np.ndarray
+) -> np.ndarray:
+    """Return the Hessian at *x*, shape (d, d), by differences of gradients over *steps*."""
+    columns = np.array([gradient(x + e) - gradient(x - e) for e in np.diag(steps)])
+    hessian = columns / (2 * steps[:, None])
+    return (hessian + hessian.T) / 2
 
 
 def hessp(
@@ -194,23 +197,9 @@ def maximize(
 
     Damping in this metric crosses long ridges, where a ball in parameter space would have to be
     as small as the ridge is narrow (Levenberg 1944, Marquardt 1963). A step is taken only if the
-    function rises.
-
-    Parameters
-    ----------
-    function : callable
-        Function that returns its value and gradient.
-    hessian : callable
-        Function of a point and of the distances over which gradients are compared.
-    x : ndarray, shape (d,)
-        Starting point.
-    tolerance : float
-        Standard deviations, by the curvature, below which the next step ends the search.
-    max_steps : int, default 100
-    steps : ndarray, shape (d,), optional
-        Distances for the first Hessian.
-    show : callable, optional
-        Function that is told where each step has led.
+    function rises. The *hessian* is a function of a point and of the distances over which gradients
+    are compared, at first *steps*; *show* is told where each step has led. The search ends when the
+    next step is below *tolerance*, in standard deviations by the curvature.
     """
     value, gradient = function(x)
     if steps is None:

@@ -301,12 +301,17 @@ class TestSameInference:
             go_on(30, Die(17))
         assert_equal(go_on(30), fit(rows, tmp_path / "whole", 30, seed=1))
 
-    def test_without_a_checkpoint_it_is_refused(self, again):
+    def test_it_goes_back_to_its_beginning_before_the_first_checkpoint_of_steps(self, again):
         def interrupt(approx, losses, i):
             raise KeyboardInterrupt
 
         go_on, _ = again
         go_on(30, interrupt)
+        assert len(go_on(30).hist) == 30
+
+    def test_without_a_checkpoint_it_is_refused(self, again):
+        go_on, inference = again
+        inference.fit(0, progressbar=False, compile_kwargs=QUICK)
         with pytest.raises(ValueError, match="inference has been fitted before"):
             go_on(30)
 
