@@ -72,8 +72,9 @@ class Data:
     def shuffled(self, table: Path, format: Literal["parquet", "arrow"] = "parquet") -> Path:
         """Give what ``preshuffle`` makes of a table."""
         # A page of each of 256 columns alone takes more than the default limit.
-        options = {"seed": 0, "memory_limit": "1GB", "progressbar": False}
-        shuffle = partial(preshuffle, table, format=format, **options)
+        shuffle = partial(
+            preshuffle, table, seed=0, format=format, memory_limit="1GB", progressbar=False
+        )
         suffix = "" if format == "parquet" else f"-{format}"
         return self.table(f"{table.name}-shuffled{suffix}", shuffle)
 
