@@ -26,10 +26,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import tests  # noqa: F401  # puts the checkout before an installed wheel
+
 from benchmarks.orderbook.publish import published
 from pymc.variational.streaming import preshuffle
 
-__all__ = ["N_GROUPS", "WIDE", "Data"]
+__all__ = ["N_GROUPS", "WIDE", "Data", "write_columns"]
 
 WIDE = 64
 N_GROUPS = 500
@@ -54,27 +56,30 @@ class Data:
     def order_book(self, n_rows: int | None = None) -> Path:
         """Four columns in order of time."""
         n_rows = n_rows or self.n_rows
-        return self._table(f"book-{n_rows}", partial(_write_book, n_rows))
+        return self.table(f"book-{n_rows}", partial(_write_book, n_rows))
 
     def wide(self, width: int = WIDE) -> Path:
         """Columns of float32, the last one 0 or 1; as many numbers as 64 of a tenth of the rows."""
         n_rows = self.n_rows // 10 * WIDE // width
-        write = partial(_write, n_rows, partial(_wide_columns, width=width))
-        return self._table(f"wide-{width}-{n_rows}", write)
+        write = partial(write_columns, n_rows, partial(_wide_columns, width=width))
+        return self.table(f"wide-{width}-{n_rows}", write)
 
     def groups(self) -> Path:
         """Number of a group, x and y."""
-        return self._table(f"groups-{self.n_rows}", partial(_write, self.n_rows, _group_columns))
+        write = partial(write_columns, self.n_rows, _group_columns)
+        return self.table(f"groups-{self.n_rows}", write)
 
     def shuffled(self, table: Path, format: Literal["parquet", "arrow"] = "parquet") -> Path:
         """Give what ``preshuffle`` makes of a table."""
         # A page of each of 256 columns alone takes more than the default limit.
-        options = {"seed": 0, "memory_limit": "1GB", "progressbar": False}
-        shuffle = partial(preshuffle, table, format=format, **options)
+        shuffle = partial(
+            preshuffle, table, seed=0, format=format, memory_limit="1GB", progressbar=False
+        )
         suffix = "" if format == "parquet" else f"-{format}"
-        return self._table(f"{table.name}-shuffled{suffix}", shuffle)
+        return self.table(f"{table.name}-shuffled{suffix}", shuffle)
 
-    def _table(self, name: str, write: Callable[[Path], object]) -> Path:
+    def table(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Give a table that is written unless it is there."""
         if not (self.folder / name).exists():
             write(self.folder / name)
         return self.folder / name
@@ -87,22 +92,27 @@ def _write_book(n_rows: int, folder: Path) -> None:
     write_rows(folder, rows=n_rows, seed=0)
 
 
-def _write(n_rows: int, columns: Callable, folder: Path) -> None:
+def write_columns(n_rows: int, columns: Callable[..., dict], folder: Path) -> None:
+    """Write what a function makes of a random generator and the numbers of a file's rows."""
     rng = np.random.default_rng(0)
     with published(folder, overwrite=False) as (content, _):
         for first in range(0, n_rows, ROWS_PER_FILE):
-            table = pa.table(columns(rng, min(ROWS_PER_FILE, n_rows - first)))
+            table = pa.table(columns(rng, np.arange(first, min(first + ROWS_PER_FILE, n_rows))))
             pq.write_table(table, content / f"part-{first:010}.parquet")
 
 
-def _wide_columns(rng: np.random.Generator, n: int, width: int) -> dict[str, np.ndarray]:
+def _wide_columns(
+    rng: np.random.Generator, numbers: np.ndarray, width: int
+) -> dict[str, np.ndarray]:
+    n = len(numbers)
     # The logit of a fit's first step has the same size for any width; else its density overflows.
     x = rng.normal(scale=(WIDE / width) ** 0.5, size=(width - 1, n)).astype("float32")
     up = rng.random(n) < 1 / (1 + np.exp(-x[:5].sum(axis=0)))
     return {**{f"x{j}": column for j, column in enumerate(x)}, "up": up.astype("float32")}
 
 
-def _group_columns(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+def _group_columns(rng: np.random.Generator, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    n = len(numbers)
     group, x = rng.integers(N_GROUPS, size=n, dtype="int16"), rng.normal(size=n)
     y = group / N_GROUPS + 0.5 * x + rng.normal(size=n)
     return {"group": group, "x": x.astype("float32"), "y": y.astype("float32")}

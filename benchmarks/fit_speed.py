@@ -27,10 +27,9 @@ import statistics
 import time
 import warnings
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pymc as pm
 
@@ -55,44 +54,41 @@ from benchmarks.fits import (
     wide,
 )
 from benchmarks.orderbook.experiment import in_process, parquet_files
-from benchmarks.pages import measure
-from benchmarks.turns import Lane, race, ratio, taking_turns
+from benchmarks.pages import markdown, measure
+from benchmarks.turns import Lane, race, ratio
 
 __all__ = ["first_batch", "speeds"]
 
 COMMAND = "python -m benchmarks.fit_speed"
 WIDE_BUFFER = 100_000
-SMALL = 1_000_000
-LARGE = 100_000_000
+HEADS = (
+    "steps/s | ms per step | CPU ms per step | disk MB/s | speed / limit | speed / `pm.Minibatch`"
+)
 
 
 def speed_table(data: Data, turns: int) -> str:
     """Measure the order-book model on PyMC's default settings."""
-    ordered = data.order_book()
-    shuffled = Case(data.shuffled(ordered), order_book)
+    ordered = Case(data.order_book(), order_book)
+    shuffled = Case(data.shuffled(ordered.rows), order_book)
+    by_place = partial(on_changed_pytensor, nogil=False)
     lanes = {
         LIMIT: Lane(on_one_batch, shuffled),
         "four batches in turn, in the cache": Lane(on_ready_batches, shuffled, 4),
         "batches that are in memory already": Lane(on_ready_batches, shuffled),
         "stream of an array in memory": Lane(on_stream_of_array, shuffled),
         STREAM: Lane(on_stream, shuffled),
-        "stream, as it comes (zstd, dictionaries)": Lane(on_stream, Case(ordered, order_book)),
+        "stream, as it comes (zstd, dictionaries)": Lane(on_stream, ordered),
         MEMORY: Lane(in_memory_columns, shuffled),
         f"{MEMORY}, features in one matrix": Lane(in_memory, shuffled),
-        PEER: Lane(on_dataloader, Case(ordered, order_book)),
-        f"{LIMIT}, PyTensor's arguments by place": Lane(
-            partial(on_changed_pytensor, nogil=False), on_one_batch, shuffled
-        ),
-        f"{STREAM}, PyTensor's arguments by place": Lane(
-            partial(on_changed_pytensor, nogil=False), on_stream, shuffled
-        ),
+        PEER: Lane(on_dataloader, ordered),
+        f"{LIMIT}, PyTensor's arguments by place": Lane(by_place, on_one_batch, shuffled),
+        f"{STREAM}, PyTensor's arguments by place": Lane(by_place, on_stream, shuffled),
         f"{STREAM}, and its step without the lock": Lane(
             partial(on_changed_pytensor, nogil=True), on_stream, shuffled
         ),
     }
-    with taking_turns(lanes):
-        race(lanes.values(), turns=turns)
-    return f"| rows |{HEADER}|---|{RULE}" + speeds(lanes, LIMIT, MEMORY)
+    race(lanes.values(), turns=turns)
+    return markdown(f"rows | {HEADS}", speeds(lanes, LIMIT, MEMORY))
 
 
 def shapes_table(data: Data, turns: int) -> str:
@@ -112,62 +108,50 @@ def shapes_table(data: Data, turns: int) -> str:
         f"hierarchical, {N_GROUPS} groups": Case(groups, hierarchical),
         "order book, cold page cache": Case(book, order_book),
     }
-    text = f"| model | rows |{HEADER}|---|---|{RULE}"
+    lines = []
     for name, case in cases.items():
         before = partial(forget_pages, parquet_files(case.rows)) if "cold" in name else None
         ways = {LIMIT: on_one_batch, STREAM: on_stream, MEMORY: in_memory}
         lanes = {way: Lane(make, case) for way, make in ways.items()}
-        with taking_turns(lanes):
-            race(lanes.values(), turns=turns, before=before)
-        text += speeds(lanes, LIMIT, MEMORY, f"| {name} ")
-    return text
+        race(lanes.values(), turns=turns, before=before)
+        lines += [[name, *line] for line in speeds(lanes, LIMIT, MEMORY)]
+    return markdown(f"model | rows | {HEADS}", lines)
 
 
-HEADER = (
-    " steps/s | ms per step | CPU ms per step | disk MB/s "
-    "| speed / limit | speed / `pm.Minibatch` |\n"
-)
-RULE = "---|---|---|---|---|---|\n"
-
-
-def speeds(lanes: dict[str, Lane], limit: str, other: str, prefix: str = "") -> str:
-    """Give a line for each lane, with its speed over that of two of them."""
-    text = ""
+def speeds(lanes: dict[str, Lane], limit: str, other: str) -> Iterator[list[str]]:
+    """Yield the cells of each lane, with its speed over that of two of them."""
     for name, lane in lanes.items():
         seconds = lane.median("seconds")
-        text += (
-            f"{prefix}| {name} | {1 / seconds:,.0f} | {1e3 * seconds:.3f} "
-            f"| {1e3 * lane.median('processor_seconds'):.3f} "
-            f"| {lane.median('disk_mb') / seconds:.0f} "
-            f"| {ratio(lane, lanes[limit])} | {ratio(lane, lanes[other])} |\n"
-        )
-    return text
+        yield [
+            name,
+            f"{1 / seconds:,.0f}",
+            f"{1e3 * seconds:.3f}",
+            f"{1e3 * lane.median('processor_seconds'):.3f}",
+            f"{lane.median('disk_mb') / seconds:.0f}",
+            *(ratio(lane, lanes[each]) for each in (limit, other)),
+        ]
 
 
 def memory_table(data: Data, turns: int) -> str:
     """Measure the peak memory of fits at two sizes, each against a fit that reads nothing."""
-    text = "| rows | fit | peak MB | above one batch |\n|---|---|---|---|\n"
-    for n_rows in (SMALL, data.n_rows):
+    lines = []
+    for n_rows in (data.n_rows // 20, data.n_rows):
         case = Case(data.shuffled(data.order_book(n_rows)), order_book)
-        ways = {
-            LIMIT: on_one_batch,
-            STREAM: on_stream,
-            MEMORY: in_memory_columns,
-        }
+        ways = {LIMIT: on_one_batch, STREAM: on_stream, MEMORY: in_memory_columns}
         # Whoever comes first compiles for the others, which takes memory.
         for _ in range(2):
-            with taking_turns({way: Lane(make, case) for way, make in ways.items()}) as lanes:
-                race(lanes.values(), turns=turns)
+            lanes = {way: Lane(make, case) for way, make in ways.items()}
+            race(lanes.values(), turns=turns)
         limit = lanes[LIMIT].peak_mb
         for way, lane in lanes.items():
-            text += f"| {n_rows:,} | {way} | {lane.peak_mb:.0f} | {lane.peak_mb - limit:.0f} |\n"
-    return text
+            lines.append([f"{n_rows:,}", way, f"{lane.peak_mb:.0f}", f"{lane.peak_mb - limit:.0f}"])
+    return markdown("rows | fit | peak MB | above one batch", lines)
 
 
 def start_table(data: Data, turns: int) -> str:
     """Measure how long it takes to open a large table, and until the first batch is there."""
-    text = "| 100 million rows | page cache | files | open, s | first batch, s |\n|---|---|---|---|---|\n"
-    book = data.order_book(LARGE)
+    lines, n_rows = [], 5 * data.n_rows
+    book = data.order_book(n_rows)
     for name, rows in {"preshuffled": data.shuffled(book), "in order of time": book}.items():
         for cache, before in {"warm": len, "cold": forget_pages}.items():
             seconds = []
@@ -176,19 +160,20 @@ def start_table(data: Data, turns: int) -> str:
                 seconds.append(in_process(first_batch, rows))
             opened, first = (statistics.median(each) for each in zip(*seconds))
             n_files = len(parquet_files(rows))
-            text += f"| {name} | {cache} | {n_files} | {opened:.2f} | {first:.2f} |\n"
-    return text
+            lines.append([name, cache, n_files, f"{opened:.2f}", f"{first:.2f}"])
+    heads = f"{n_rows / 1e6:g} million rows | page cache | files | open, s | first batch, s"
+    return markdown(heads, lines)
 
 
 def first_batch(rows: Path) -> tuple[float, float]:
     """Return the seconds until the dataset is made, and until ``fit_callback`` returns."""
     warnings.simplefilter("ignore")
     began = time.perf_counter()
-    ds = stream(Case(rows, order_book))
+    case = Case(rows, order_book)
+    ds = stream(case)
     opened = time.perf_counter()
     with pm.Model():
-        buffer: Any = ds.as_tensor()
-        order_book(buffer[:, :-1], buffer[:, -1], ds.total_size)
+        case.observe(ds.as_tensor(), ds.total_size)
         built = time.perf_counter()
         callback = ds.fit_callback()
         return opened - began, time.perf_counter() - built

@@ -41,7 +41,6 @@ import pymc as pm
 from benchmarks.data import N_GROUPS, WIDE
 from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, build_model, logistic
 from benchmarks.turns import Runner
-from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational.streaming import (
     StreamingDataset,
     arrow_source,
@@ -50,17 +49,15 @@ from pymc.variational.streaming import (
 )
 
 __all__ = [
-    "BUFFER_SIZE",
+    "LEARNING_RATE",
     "LIMIT",
     "MEMORY",
     "PEER",
     "STREAM",
     "Case",
-    "fetch_dataloader",
     "hierarchical",
     "in_memory",
     "in_memory_columns",
-    "load_dataloader",
     "on_changed_pytensor",
     "on_dataloader",
     "on_one_batch",
@@ -78,7 +75,6 @@ MEMORY = "`pm.Minibatch`, in memory"
 PEER = "pymc-extras DataLoader, as it comes"
 PEER_WHEEL = "pymc-extras==0.15.1"
 
-BUFFER_SIZE = 1_000_000
 LEARNING_RATE = 1e-3
 FEWEST_STEPS = 2_000
 
@@ -93,7 +89,13 @@ class Case:
     """Build the model in context, given a batch's first columns, its last one, and the number of
     rows."""
     batch_size: int = BATCH_SIZE
-    buffer_size: int = BUFFER_SIZE
+    buffer_size: int = 1_000_000
+    backend: str | None = None
+    """Backend of ``pm.fit``."""
+
+    @property
+    def source(self) -> Any:
+        return (arrow_source if any(self.rows.glob("*.arrow")) else parquet_source)(self.rows)
 
     @property
     def window_steps(self) -> int:
@@ -103,6 +105,9 @@ class Case:
     def turn_steps(self) -> int:
         """Whole windows, since work that comes once in a window must not miss a turn."""
         return -(-FEWEST_STEPS // self.window_steps) * self.window_steps
+
+    def observe(self, batch: Any, n_rows: int | None) -> None:
+        self.model(batch[:, :-1], batch[:, -1], n_rows)
 
 
 def order_book(x: Any, up: Any, n_rows: int | None) -> None:
@@ -122,52 +127,48 @@ def hierarchical(x: Any, y: Any, n_rows: int | None) -> None:
     pm.Normal("y", mu, pm.HalfNormal("noise", 1.0), observed=y, total_size=n_rows)
 
 
-def open_rows(folder: Path) -> Any:
-    """Return a source of the files in a folder."""
-    return arrow_source(folder) if any(folder.glob("*.arrow")) else parquet_source(folder)
-
-
-def on_one_batch(case: Case, backend: str | None = None) -> Runner:
+def on_one_batch(case: Case) -> Runner:
     """Fit to a batch that never changes, the limit: nothing is read."""
     with pm.Model():
-        batch = next(iter(open_rows(case.rows)))[: case.batch_size]
-        buffer = _shared(batch)
-        case.model(buffer[:, :-1], buffer[:, -1], open_rows(case.rows).n_rows)
-        return _fitted(case, [], backend)
+        case.observe(_shared(_first_rows(case)[: case.batch_size]), case.source.n_rows)
+        return _fitted(case)
 
 
 def on_ready_batches(case: Case, most: int | None = None) -> Runner:
     """Fit to at most so many batches that are in memory, in turn: nothing is read."""
+    rows = _first_rows(case).astype(pytensor.config.floatX)
+    n_batches = len(rows) // case.batch_size
+    batches = cycle(np.split(rows[: n_batches * case.batch_size], n_batches)[:most])
+    return _on_batches(case, lambda: next(batches), case.source.n_rows)
+
+
+def _on_batches(case: Case, next_batch: Callable[[], np.ndarray], n_rows: int | None) -> Runner:
+    """Fit to what a function returns for each step."""
+    buffer = _shared(next_batch())
+
+    def put_next(approx: Any, losses: Any, i: int) -> None:
+        buffer.set_value(next_batch().astype(buffer.dtype, copy=False), borrow=True)
+
     with pm.Model():
-        rows = next(iter(open_rows(case.rows))).astype(pytensor.config.floatX)
-        n_batches = len(rows) // case.batch_size
-        batches = cycle(np.split(rows[: n_batches * case.batch_size], n_batches)[:most])
-        buffer = _shared(next(batches))
-
-        def put_next(approx: Any, losses: Any, i: int) -> None:
-            buffer.set_value(next(batches), borrow=True)
-
-        case.model(buffer[:, :-1], buffer[:, -1], open_rows(case.rows).n_rows)
-        return _fitted(case, [put_next], None)
+        case.observe(buffer, n_rows)
+        return _fitted(case, put_next)
 
 
-def on_stream(case: Case, backend: str | None = None) -> Runner:
-    return _on_dataset(case, stream(case), backend)
+def on_stream(case: Case) -> Runner:
+    return _on_dataset(case, stream(case))
 
 
 def on_stream_of_array(case: Case) -> Runner:
     """Fit to a stream of rows that are in memory: nothing is read, shuffled or checked."""
-    rows = next(filter(len, _buffer(case).blocks()))  # the first blocks hold no rows
-    return _on_dataset(
-        case, StreamingDataset(rows, batch_size=case.batch_size, order_check="off"), None
-    )
+    rows = next(filter(len, _buffer(case).blocks()))  # while the window fills, blocks are empty
+    ds = StreamingDataset(rows, batch_size=case.batch_size, order_check="off")
+    return _on_dataset(case, ds)
 
 
-def _on_dataset(case: Case, ds: StreamingDataset, backend: str | None) -> Runner:
+def _on_dataset(case: Case, ds: StreamingDataset) -> Runner:
     with pm.Model():
-        buffer: Any = ds.as_tensor()
-        case.model(buffer[:, :-1], buffer[:, -1], ds.total_size)
-        return _fitted(case, [ds.fit_callback()], backend)
+        case.observe(ds.as_tensor(), ds.total_size)
+        return _fitted(case, ds.fit_callback())
 
 
 def on_changed_pytensor(make: Callable[[Case], Runner], case: Case, *, nogil: bool) -> Runner:
@@ -185,49 +186,32 @@ def on_changed_pytensor(make: Callable[[Case], Runner], case: Case, *, nogil: bo
         return make(case)
 
 
-def in_memory(case: Case, backend: str | None = None) -> Runner:
+def in_memory(case: Case) -> Runner:
     """Fit with ``pm.Minibatch`` to one matrix and the last column."""
     with pm.Model():
-        rows = np.concatenate(list(open_rows(case.rows)))
+        rows = np.concatenate(list(case.source))
         # Compiling takes long with large constants.
         x = pytensor.shared(rows[:, :-1].copy(), borrow=True)
         y = pytensor.shared(rows[:, -1].astype(pytensor.config.floatX), borrow=True)
         x_batch, y_batch = pm.Minibatch(x, y, batch_size=case.batch_size)
         case.model(x_batch, y_batch, len(rows))
-        return _fitted(case, [], backend)
+        return _fitted(case)
 
 
-def in_memory_columns(case: Case, backend: str | None = None) -> Runner:
+def in_memory_columns(case: Case) -> Runner:
     """Fit with ``pm.Minibatch`` to one array for each column of the order book."""
     with pm.Model():
         build_model(case.rows, None, seed=0)
-        return _fitted(case, [], backend)
-
-
-def fetch_dataloader(folder: Path) -> Path:
-    """Download the wheel without its dependencies, unless *folder* holds it."""
-    if not [*folder.glob("pymc_extras-*.whl")]:
-        command = "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"
-        subprocess.run([sys.executable, *command, "--dest", folder, PEER_WHEEL], check=True)
-    return next(folder.glob("pymc_extras-*.whl"))
-
-
-def load_dataloader(wheel: Path) -> Any:
-    """Import the one module, from the wheel; the package would import its dependencies."""
-    spec = zipimport.zipimporter(f"{wheel}/pymc_extras/variational").find_spec("dataloader")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        return _fitted(case)
 
 
 def on_dataloader(case: Case) -> Runner:
     """Fit with the DataLoader of pymc-extras, a window a turn, since it is filled all at once.
 
     Its window is as many row groups as make up the buffer, so give it a table of which a whole
-    number of row groups does. The wheel lies beside the table.
+    number of row groups does.
     """
-    peer = load_dataloader(fetch_dataloader(case.rows.parent))
+    peer = _load_dataloader(case.rows.parent)
     loader = peer.DataLoader(
         peer.parquet_source(str(case.rows)),
         batch_size=case.batch_size,
@@ -236,41 +220,51 @@ def on_dataloader(case: Case) -> Runner:
         seed=0,
     )
     batches = (batch for _ in count() for batch in loader)
-    with pm.Model():
-        buffer = _shared(next(batches))
-
-        def put_next(approx: Any, losses: Any, i: int) -> None:
-            buffer.set_value(next(batches).astype(buffer.dtype), borrow=True)
-
-        case.model(buffer[:, :-1], buffer[:, -1], loader.total_size)
-        return Runner(_fitted(case, [put_next], None).run, case.window_steps)
+    fit = _on_batches(case, lambda: next(batches), loader.total_size)
+    return Runner(fit.run, case.window_steps)
 
 
-def stream(case: Case) -> StreamingDataset:
-    return StreamingDataset(_buffer(case), batch_size=case.batch_size)
+def _load_dataloader(folder: Path) -> Any:
+    """Import the one module from the wheel, since the package would import its dependencies.
+
+    The wheel is downloaded without these, unless *folder* holds it.
+    """
+    if not [*folder.glob("pymc_extras-*.whl")]:
+        command = "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"
+        subprocess.run([sys.executable, *command, "--dest", folder, PEER_WHEEL], check=True)
+    wheel = next(folder.glob("pymc_extras-*.whl"))
+    spec = zipimport.zipimporter(f"{wheel}/pymc_extras/variational").find_spec("dataloader")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def _buffer(case: Case) -> ShuffleBuffer:
-    return shuffle_buffer(
-        open_rows(case.rows),
-        buffer_size=case.buffer_size,
-        batch_size=case.batch_size,
-        seed=0,
-    )
+def stream(case: Case, **options: Any) -> StreamingDataset:
+    return StreamingDataset(_buffer(case), batch_size=case.batch_size, **options)
 
 
-def _fitted(case: Case, callbacks: list, backend: str | None) -> Runner:
+def _buffer(case: Case) -> Any:
+    cut = {"buffer_size": case.buffer_size, "batch_size": case.batch_size}
+    return shuffle_buffer(case.source, **cut, seed=0)
+
+
+def _fitted(case: Case, *callbacks: Callable) -> Runner:
     """Compile a fit, and let it go on for more than a window."""
     logging.getLogger("pymc").setLevel(logging.WARNING)  # it would tell of every turn
     inference = pm.ADVI(random_seed=0)
     inference.fit(
         2 * case.window_steps,
-        callbacks=callbacks,
+        callbacks=[*callbacks],
         progressbar=False,
-        backend=backend,
+        backend=case.backend,
         obj_optimizer=pm.adam(learning_rate=LEARNING_RATE),
     )
     return Runner(partial(inference.refine, progressbar=False), case.turn_steps)
+
+
+def _first_rows(case: Case) -> np.ndarray:
+    return next(iter(case.source))
 
 
 def _shared(batch: np.ndarray) -> Any:

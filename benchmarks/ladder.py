@@ -22,11 +22,15 @@ that comes from the host.  Needs ``jax`` and ``numpyro`` for their lines.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
 
 from benchmarks.data import Data
 from benchmarks.fits import (
+    LEARNING_RATE,
     LIMIT,
     PEER,
     STREAM,
@@ -36,86 +40,108 @@ from benchmarks.fits import (
     on_one_batch,
     on_stream,
     order_book,
+    stream,
 )
-from benchmarks.pages import measure
-from benchmarks.turns import Lane, Runner, race, ratio, taking_turns
+from benchmarks.orderbook.experiment import PRIOR_SD
+from benchmarks.pages import markdown, measure
+from benchmarks.turns import Lane, Runner, race, ratio
 
-__all__ = ["Setting", "ladder"]
+__all__ = ["ladder"]
 
 COMMAND = "python -m benchmarks.ladder"
 MEMORY = "in memory"
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What fits."""
-
-    name: str
-    backend: str | None
-    """Of ``pm.fit``; None for NumPyro."""
-    dtype: str
-
-
-SETTINGS = (
-    Setting("numba, float64 (default)", "numba", "float64"),
-    Setting("numba, float32", "numba", "float32"),
-    Setting("C, float32", "c", "float32"),
-    Setting("JAX, float32", "jax", "float32"),
-    Setting("NumPyro, float32", None, "float32"),
-)
+DEFAULT = "numba, float64 (default)"
+SETTINGS = {
+    DEFAULT: ("numba", "float64"),
+    "numba, float32": ("numba", "float32"),
+    "C, float32": ("c", "float32"),
+    "JAX, float32": ("jax", "float32"),
+    "NumPyro, float32": ("numpyro", "float32"),
+}
 
 
 def ladder(data: Data, turns: int) -> str:
     """Let all fits take turns, and return the table."""
     ordered = data.order_book()
-    case = Case(data.shuffled(ordered), order_book)
-    peer = Lane(on_dataloader, Case(ordered, order_book))
-    with taking_turns({**_lanes(case), (SETTINGS[0], PEER): peer}) as lanes:
-        race(lanes.values(), turns=turns)
-    text = (
-        "| setting | rows | steps/s | ms per step | CPU ms per step "
-        "| speed / own limit | speed / default's limit |\n|---|---|---|---|---|---|---|\n"
-    )
-    for setting, way in sorted(lanes, key=lambda key: SETTINGS.index(key[0])):
-        lane = lanes[setting, way]
-        seconds = lane.median("seconds")
-        text += (
-            f"| {setting.name} | {way} | {1 / seconds:,.0f} | {1e3 * seconds:.3f} "
-            f"| {1e3 * lane.median('processor_seconds'):.3f} "
-            f"| {ratio(lane, lanes[setting, LIMIT])} "
-            f"| {ratio(lane, lanes[SETTINGS[0], LIMIT])} |\n"
-        )
-    return text
-
-
-def _lanes(case: Case) -> dict[tuple[Setting, str], Lane]:
-    lanes = {}
-    for setting in SETTINGS:
-        backend = () if setting.backend is None else (setting.backend,)
+    case, lanes = Case(data.shuffled(ordered), order_book), {}
+    for setting, (backend, dtype) in SETTINGS.items():
         for way, make in _ways(setting).items():
-            lanes[setting, way] = Lane(make, case, *backend, flags=f"floatX={setting.dtype}")
-    return lanes
+            rows = replace(case, backend=backend, rows=ordered if way == PEER else case.rows)
+            lanes[setting, way] = Lane(make, rows, flags=f"floatX={dtype}")
+    race(lanes.values(), turns=turns)
+    lines = []
+    for (setting, way), lane in lanes.items():
+        seconds, processor_seconds = lane.median("seconds"), lane.median("processor_seconds")
+        ratios = (ratio(lane, lanes[each, LIMIT]) for each in (setting, DEFAULT))
+        times = f"{1 / seconds:,.0f}", f"{1e3 * seconds:.3f}", f"{1e3 * processor_seconds:.3f}"
+        lines.append([setting, way, *times, *ratios])
+    heads = "setting | rows | steps/s | ms per step | CPU ms per step"
+    return markdown(f"{heads} | speed / own limit | speed / default's limit", lines)
 
 
-def _ways(setting: Setting) -> dict[str, Callable[..., Runner]]:
-    if setting.backend is None:
-        return _numpyro_ways()
-    if setting.backend == "jax" and find_spec("jax") is None:
+def _ways(setting: str) -> dict[str, Callable[[Case], Runner]]:
+    """Return the fits of a setting, or none if its library is not installed."""
+    backend, _ = SETTINGS[setting]
+    if backend in ("jax", "numpyro") and find_spec(backend) is None:
         return {}
-    in_memory = {MEMORY: in_memory_columns} if setting == SETTINGS[0] else {}
-    return {LIMIT: on_one_batch, STREAM: on_stream, **in_memory}
+    if backend == "numpyro":
+        return {LIMIT: numpyro_on_one_batch, STREAM: numpyro_on_stream, MEMORY: numpyro_in_memory}
+    ways: dict[str, Callable[[Case], Runner]] = {LIMIT: on_one_batch, STREAM: on_stream}
+    return ways | ({MEMORY: in_memory_columns, PEER: on_dataloader} if setting == DEFAULT else {})
 
 
-def _numpyro_ways() -> dict[str, Callable[..., Runner]]:
-    if find_spec("numpyro") is None:
-        return {}
-    from benchmarks import numpyro_fits
+def numpyro_on_one_batch(case: Case) -> Runner:
+    batch = next(iter(case.source))[: case.batch_size].astype("float32")
+    return _numpyro(case, lambda: batch)
 
-    return {
-        LIMIT: numpyro_fits.on_one_batch,
-        STREAM: numpyro_fits.on_stream,
-        MEMORY: numpyro_fits.in_memory,
-    }
+
+def numpyro_on_stream(case: Case) -> Runner:
+    """Take the batches from a stream, without a model of PyMC's."""
+    ds = stream(case)
+
+    def next_batch() -> np.ndarray:
+        ds.advance()
+        return ds.as_tensor().get_value(borrow=True)
+
+    return _numpyro(case, next_batch)
+
+
+def numpyro_in_memory(case: Case) -> Runner:
+    """Draw rows at random from an array, as ``pm.Minibatch`` does."""
+    rows = np.concatenate(list(case.source)).astype("float32")
+    rng = np.random.default_rng(0)
+    return _numpyro(case, lambda: rows.take(rng.integers(len(rows), size=case.batch_size), axis=0))
+
+
+def _numpyro(case: Case, next_batch: Callable[[], np.ndarray]) -> Runner:
+    """Compile a fit with SVI, and let it go on for more than a window."""
+    import jax
+    import numpyro
+
+    from numpyro.distributions import Bernoulli, Normal
+    from numpyro.infer import SVI, Trace_ELBO
+    from numpyro.infer.autoguide import AutoNormal
+
+    scale = case.source.n_rows / case.batch_size
+
+    def model(batch: Any) -> None:
+        b = numpyro.sample("b", Normal(0.0, PRIOR_SD).expand([4]).to_event(1))
+        logits = b[0] + sum(b[j + 1] * batch[:, j] for j in range(3))
+        with numpyro.plate("rows", case.batch_size), numpyro.handlers.scale(scale=scale):
+            numpyro.sample("up", Bernoulli(logits=logits), obs=batch[:, 3])
+
+    svi = SVI(model, AutoNormal(model), numpyro.optim.Adam(LEARNING_RATE), Trace_ELBO())
+    update = jax.jit(svi.update)
+    state = svi.init(jax.random.key(0), next_batch())
+
+    def run(n_steps: int) -> None:
+        nonlocal state
+        for _ in range(n_steps):
+            state, _loss = update(state, next_batch())
+        jax.block_until_ready(state)
+
+    run(2 * case.window_steps)
+    return Runner(run, case.turn_steps)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,9 @@ from typing import Any
 
 from benchmarks.data import Data
 from benchmarks.orderbook.experiment import peak_growth
-from benchmarks.pages import measure
+from benchmarks.pages import markdown, measure
 
 COMMAND = "python -m benchmarks.library_memory"
-SIZES = 500_000, 10_000_000, 30_000_000
 QUERY = "SELECT mid, spread, imbalance, up FROM '*.parquet' WHERE spread > 0.01"
 
 
@@ -87,17 +86,14 @@ READERS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-def make_table(data: Data, turns: int) -> str:
-    names = [name for name, (module, _) in READERS.items() if find_spec(module.split(".")[0])]
-    lines = {name: f"| {name} |" for name in names}
-    for n_rows in SIZES:
-        book = data.order_book(n_rows)
-        for name in names:
-            lines[name] += f" {peak_growth(read_epoch, name, book):.0f} |"
-    header = " | ".join(f"{n_rows / 1e6:g} million rows" for n_rows in SIZES)
-    return f"| | {header} |\n|{'---|' * (len(SIZES) + 1)}\n" + "".join(
-        f"{line}\n" for line in lines.values()
-    )
+def make_table(data: Data) -> str:
+    sizes = data.n_rows // 60, data.n_rows // 3, data.n_rows
+    lines = []
+    for name, (module, _) in READERS.items():
+        if find_spec(module.split(".")[0]):
+            grown = (peak_growth(read_epoch, name, data.order_book(size)) for size in sizes)
+            lines.append([name, *(f"{mb:.0f}" for mb in grown)])
+    return markdown("| " + " | ".join(f"{size / 1e6:g} million rows" for size in sizes), lines)
 
 
 def read_epoch(name: str, book: Path) -> None:
@@ -116,4 +112,4 @@ def read_epoch(name: str, book: Path) -> None:
 
 
 if __name__ == "__main__":
-    measure(COMMAND, {"libraries": make_table}, rows=SIZES[0], turns=1)
+    measure(COMMAND, {"libraries": make_table}, rows=30e6)

@@ -14,19 +14,19 @@
 """How often the order check is wrong: false alarms on shuffled rows, power, and kinds of order.
 
 Feeds both checks, the sample before streaming and the stream itself, by columns and by the score
-of a model, with shuffled data sets of many marginals, with data sets whose means drift by a known
-design effect, and with orders that bias a model; and follows the last iterate of Adam.  Writes
-``order_power.json`` and ``order_power.png``, and a table into a page::
+of a model, with orders that bias a model, with data sets whose means drift by a known design
+effect, and with shuffled data sets of many marginals; and follows the last iterate of Adam::
 
-    python -m benchmarks.order_power --datasets 10000 --page docs/source/streaming/order.md
+    python -m benchmarks.order_power --only power alarms --page docs/source/reliability.md
+    python -m benchmarks.order_power --only orders --page docs/source/streaming/order.md
+
+With ``--datasets 0 --repeats 0`` the tables are those of ``order_power.json``.
 """
-
-import argparse
-import json
 
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytensor.tensor as pt
@@ -35,7 +35,8 @@ from rich.progress import track
 
 import pymc as pm
 
-from benchmarks.pages import filled
+from benchmarks.data import Data
+from benchmarks.pages import about, load, markdown, measure, save
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
 from pymc.variational._streaming.order.ranks import ALPHA
@@ -46,8 +47,10 @@ from pymc.variational.streaming import StreamingDataset, check_order
 from tests.variational.streaming.order.test_score import CASES, model_of
 from tests.variational.streaming.order.test_score import WINDOW as CASE_WINDOW
 
-__all__ = ["check_shuffled", "false_alarms", "power", "summary"]
+__all__ = ["check_shuffled", "power", "summary"]
 
+COMMAND = "python -m benchmarks.order_power"
+RESULTS = Path("docs/source/results/order_power.json")
 MARGINALS = {
     "normal": lambda rng, n: rng.normal(size=n),
     "Student-t(2)": lambda rng, n: rng.standard_t(2, n),
@@ -68,7 +71,6 @@ MARGINALS = {
     "zero-inflated Cauchy": lambda rng, n: rng.standard_cauchy(n) * (rng.random(n) < 0.05),
 }
 SHUFFLED_ROWS, SHUFFLED_WINDOW = 20_500, 2_000
-SAVE_EVERY = 250
 LEVELS = [0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4]
 
 EFFECTS = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 25.0, 50.0, 100.0]
@@ -76,16 +78,50 @@ N_ROWS, WINDOW, BATCH = 400_000, 20_000, 1_000
 EPOCHS = 5
 
 
-def false_alarms(
-    n_datasets: int, seed: int = 0, save: Callable[[dict], None] = lambda found: None
-) -> dict:
-    """Check shuffled data sets, and save what was found after every few hundred of them."""
-    checks = []
-    for i in track(range(n_datasets), "shuffled data sets"):
-        checks.append(check_shuffled(i, seed))
-        if i % SAVE_EVERY == 0:
-            save(summary(checks))
-    return summary(checks)
+def orders_table(data: Data, datasets: int, repeats: int, results: Path) -> str:
+    """Check orders that bias a model, by columns and by its score."""
+    found = _kept(results, "cases", repeats, cases)
+    checks = [f"{stage}, {by}" for by in ("columns", "score") for stage in ("sample", "stream")]
+    text = markdown(
+        "order | by columns: sample | stream | by the model's score: sample | stream",
+        ([x["case"], *("found" if x[c][0] else "not found" for c in checks)] for x in found),
+    )
+    alarms = sum(case[check][1] for case in found for check in checks)
+    return f"{text}\nThe same rows, shuffled, raised {alarms or 'no'} alarm in any of them.\n"
+
+
+def power_table(data: Data, datasets: int, repeats: int, results: Path) -> str:
+    found = _kept(results, "power", repeats, lambda: [power(e, repeats) for e in track(EFFECTS)])
+    lines = []
+    for point in found:
+        low, middle, high = point["last_iterate"]
+        seen = (f"{100 * point['detected'][stage]:.0f} %" for stage in ("sample", "stream"))
+        drifts = f"{point['expected_drift']:.2g}", f"{middle:.0f} ({low:.0f}–{high:.0f})"
+        lines.append([f"{point['design_effect']:g}", *drifts, *seen])
+    heads = "design effect | √(ρN) | last iterate of Adam, median (quartiles)"
+    return markdown(f"{heads} | found by the sample | found by the stream", lines)
+
+
+def alarms_table(data: Data, datasets: int, repeats: int, results: Path) -> str:
+    def shuffled() -> dict:
+        return summary([check_shuffled(i) for i in track(range(datasets))])
+
+    found = _kept(results, "false_alarms", datasets, shuffled)
+    shares = found["share_below_level"]
+    lines = [
+        [f"{level:g}", *(f"{share:.2g}" for share in row)]
+        for level, *row in zip(found["levels"], *shares.values())
+    ]
+    lines.append(["alarms", *found["alarms"].values()])
+    return markdown(" | ".join(["level of the test", *shares]), lines)
+
+
+def _kept(results: Path, name: str, number: int, find: Callable[[], Any]) -> Any:
+    """Return what is found now, which is kept, or with a number of zero what was found before."""
+    found = load(results)
+    if number:
+        save(found | {name: find(), "about": about("pymc", "pytensor", "scipy")}, results)
+    return load(results)[name]
 
 
 def check_shuffled(i: int, seed: int = 0) -> dict[str, tuple[float, bool]]:
@@ -123,14 +159,12 @@ def summary(checks: list[dict[str, tuple[float, bool]]]) -> dict:
     p = {stage: np.array([check[stage][0] for check in checks]) for stage in checks[0]}
     return {
         "datasets": len(checks),
-        "marginals": list(MARGINALS),
         "nominal": ALPHA,
         "alarms": {stage: sum(check[stage][1] for check in checks) for stage in p},
         "levels": LEVELS,
         "share_below_level": {
             stage: [float(np.mean(some < level)) for level in LEVELS] for stage, some in p.items()
         },
-        "smallest_adjusted_p": {stage: float(some.min()) for stage, some in p.items()},
     }
 
 
@@ -146,69 +180,42 @@ def _regression() -> ModelScore:
 
 
 def cases() -> list[dict]:
-    """Check orders that bias a model, by columns and by its score."""
+    """Return for each check whether it finds an order, and whether it alarms on shuffled rows."""
     found = []
     for name, (make, observe) in CASES.items():
         rows = make(np.random.default_rng(0))
         model, _ = model_of(observe, rows.shape[1])
-        shuffled = np.random.default_rng(1).permutation(rows)
+        both = rows, np.random.default_rng(1).permutation(rows)
         case: dict = {"case": name}
-        for by, chosen in (("columns", None), ("score", model)):
-            for stage in ("sample", "stream"):
-                reports = [
-                    check_order(
-                        x if stage == "sample" else (lambda x=x: iter(np.array_split(x, 17))),
-                        model=chosen,
-                        buffer_size=CASE_WINDOW,
-                    )
-                    for x in (rows, shuffled)
-                ]
-                case[f"{stage}, {by}"] = [r.ordered for r in reports]
+        for by, chosen in {"columns": None, "score": model}.items():
+            case[f"sample, {by}"] = [_is_ordered(x, chosen) for x in both]
+            case[f"stream, {by}"] = [
+                _is_ordered(lambda x=x: iter(np.array_split(x, 17)), chosen) for x in both
+            ]
         found.append(case)
     return found
 
 
-def make_table(found: list[dict]) -> str:
-    text = (
-        "| order | by columns: sample | stream | by the model's score: sample | stream |\n"
-        "|---|---|---|---|---|\n"
-    )
-    for case in found:
-        cells = [
-            "found" if case[f"{stage}, {by}"][0] else "not found"
-            for by in ("columns", "score")
-            for stage in ("sample", "stream")
-        ]
-        text += f"| {case['case']} | {' | '.join(cells)} |\n"
-    alarms = sum(case[key][1] for case in found for key in case if "," in key)
-    return f"{text}\nThe same rows, shuffled, raised {alarms or 'no'} alarm in any of them.\n"
+def _is_ordered(source: Any, model: pm.Model | None) -> bool:
+    return check_order(source, model=model, buffer_size=CASE_WINDOW).ordered
 
 
-def power(n_repeats: int, seed: int = 1) -> list[dict]:
+def power(effect: float, n_repeats: int, seed: int = 1) -> dict:
     """Check data sets whose window means have a known variance, and fit their mean."""
-    found = []
-    for effect in track(EFFECTS, "design effects"):
-        seen = {"sample": 0, "stream": 0}
-        drifts = []
-        for i in range(n_repeats):
-            sequence = np.random.SeedSequence(seed, spawn_key=(int(10 * effect), i))
-            rng = np.random.default_rng(sequence)
-            rows = _drifting(effect, rng)
-            for stage, reports in (
-                ("sample", _sample(rows, WINDOW)),
-                ("stream", _stream(rows, WINDOW)),
-            ):
-                seen[stage] += any(r.ordered for r in reports)
-            drifts.append(_last_iterate(rows[:, 0], rng))
-        found.append(
-            {
-                "design_effect": effect,
-                "expected_drift": float(np.sqrt((effect - 1) * N_ROWS / WINDOW)),
-                "detected": {stage: n / n_repeats for stage, n in seen.items()},
-                "last_iterate": [float(q) for q in np.quantile(drifts, [0.25, 0.5, 0.75])],
-            }
-        )
-    return found
+    seen = {"sample": 0, "stream": 0}
+    drifts = []
+    for i in range(n_repeats):
+        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(int(10 * effect), i)))
+        rows = _drifting(effect, rng)
+        seen["sample"] += any(r.ordered for r in _sample(rows, WINDOW))
+        seen["stream"] += any(r.ordered for r in _stream(rows, WINDOW))
+        drifts.append(_last_iterate(rows[:, 0], rng))
+    return {
+        "design_effect": effect,
+        "expected_drift": float(np.sqrt((effect - 1) * N_ROWS / WINDOW)),
+        "detected": {stage: n / n_repeats for stage, n in seen.items()},
+        "last_iterate": [float(q) for q in np.quantile(drifts, [0.25, 0.5, 0.75])],
+    }
 
 
 def _by_columns(pilot: np.ndarray) -> Features:
@@ -259,65 +266,6 @@ def _last_iterate(y: np.ndarray, rng: np.random.Generator) -> float:
     return abs(mu - float(y.mean())) / sd
 
 
-def plot(results: dict, path: Path) -> None:
-    """Draw power beside drift, and the calibration of the false alarms."""
-    import matplotlib.pyplot as plt
-
-    curve, shuffled = results["power"], results["false_alarms"]
-    effects = [point["design_effect"] for point in curve]
-    fig, (top, bottom, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for stage in ("sample", "stream"):
-        share = [point["detected"][stage] for point in curve]
-        top.plot(effects, share, "o-", ms=4, label=f"the {stage}")
-    top.set(xscale="log", xlabel="design effect", ylabel="share detected", title="Power")
-    top.legend(frameon=False, loc="lower right")
-    low, middle, high = np.array([point["last_iterate"] for point in curve]).T
-    expected = [point["expected_drift"] for point in curve]
-    bottom.plot(
-        effects, expected, "k--", lw=1, label="√(ρN), which the report gives without a model"
-    )
-    bottom.plot(effects, middle, "o-", ms=4, label="last iterate of Adam (median, quartiles)")
-    bottom.fill_between(effects, low, high, alpha=0.2, lw=0)
-    bottom.set(xscale="log", xlabel="design effect", ylabel="posterior sd", title="Drift")
-    bottom.legend(frameon=False)
-    for ax in (top, bottom):
-        ax.axvline(5, color="0.7", lw=1, zorder=0)
-    for stage, share in shuffled["share_below_level"].items():
-        right.loglog(shuffled["levels"], share, "o", ms=4, label=f"the {stage}")
-    right.loglog(LEVELS, LEVELS, color="0.5", lw=1, label="nominal")
-    right.set(
-        xlabel="level of the test", ylabel="share of shuffled data sets", title="False alarms"
-    )
-    right.legend(frameon=False)
-    fig.savefig(path, dpi=150)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--datasets", type=int, default=10_000, help="shuffled data sets")
-    parser.add_argument("--repeats", type=int, default=100, help="data sets per design effect")
-    parser.add_argument("--out", type=Path, default=Path("docs/source/results"))
-    parser.add_argument("--page", type=Path, help="file to put the table of orders into")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    command = "python -m benchmarks.order_power"
-    results: dict = {
-        "command": f"{command} --datasets {options.datasets} --repeats {options.repeats}"
-    }
-
-    def save(**found) -> None:
-        results.update(found)
-        (options.out / "order_power.json").write_text(json.dumps(results, indent=1) + "\n")
-
-    table = cases()
-    save(cases=table)
-    save(power=power(options.repeats))
-    save(false_alarms=false_alarms(options.datasets, save=lambda found: save(false_alarms=found)))
-    plot(results, options.out / "order_power.png")
-    if options.page is not None:
-        text = filled(options.page.read_text(), "orders", None, make_table(table))
-        options.page.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    tables = {"orders": orders_table, "power": power_table, "alarms": alarms_table}
+    measure(COMMAND, tables, rows=N_ROWS, datasets=10_000, repeats=60, results=RESULTS)

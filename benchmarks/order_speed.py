@@ -20,250 +20,158 @@ rows: by how much the contract makes a step longer, of fits with and without it 
 processor time of the order check in the thread that reads; ``--only checks`` leaves out the first.
 """
 
-import argparse
 import statistics
-import sys
-import tempfile
 import time
 
-from collections.abc import Callable, Iterator
-from functools import cache
-from itertools import count, islice
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytensor.tensor as pt
 
 import pymc as pm
 
-from benchmarks.orderbook.rows import write_rows
-from benchmarks.pages import filled
-from pymc.variational._streaming.batches.window import ShuffleBuffer
+from benchmarks.data import Data, write_columns
+from benchmarks.fits import order_book
+from benchmarks.orderbook.experiment import BATCH_SIZE
+from benchmarks.pages import markdown, measure
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.report import Stream
-from pymc.variational._streaming.order.statistic import ModelScore, Statistic
+from pymc.variational._streaming.order.statistic import ModelScore
 from pymc.variational._streaming.sources.arrays import as_source
-from pymc.variational.streaming import (
-    StreamingDataset,
-    check_order,
-    parquet_source,
-    shuffle_buffer,
-)
+from pymc.variational.streaming import StreamingDataset, check_order, parquet_source, shuffle_buffer
 
 COMMAND = "python -m benchmarks.order_speed"
-SIZES = 1_000_000, 10_000_000, 100_000_000
+MANY_ROWS = 100_000_000
 WINDOW = 1_000_000
-WATCHED_WINDOWS = 4
-BATCH = 4_096
-REPEATS = 5
-TURNS = 20
-STEPS = 400
-ROWS = 1_000_000
-WINDOWS = 64
+WATCHED_WINDOWS, MANY_WINDOWS = 4, 64
+REPEATS, STEPS, WARM_UP = 5, 400, 3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What the order check costs.")
-    parser.add_argument("--folder", type=Path, help="for the data; default: temporary")
-    parser.add_argument("--page", type=Path, help="file to put the table into")
-    parser.add_argument("--only", choices=["order", "checks"], help="one of the tables")
-    chosen = parser.parse_args()
-    tables = {"order": lambda: order_table(chosen.folder), "checks": checks_table}
-    for name in [chosen.only] if chosen.only else tables:
-        text = tables[name]()
-        sys.stdout.write(text)
-        if chosen.page is not None:
-            page = chosen.page.read_text()
-            chosen.page.write_text(filled(page, name, COMMAND, text))
+def order_table(data: Data, turns: int) -> str:
+    lines = []
+    for n_rows in (data.n_rows // 100, data.n_rows // 10, data.n_rows):
+        source = parquet_source(data.order_book(n_rows))
+        seconds = [
+            _seconds(partial(check_order, source, buffer_size=WINDOW), 1) for _ in range(REPEATS)
+        ]
+        buffer = shuffle_buffer(source, buffer_size=WINDOW, batch_size=BATCH_SIZE, seed=0)
+        windows = (window.copy() for window in buffer.blocks() if len(window))
+        few = list(islice(windows, WATCHED_WINDOWS))
+        watched = watch_seconds(few, partial(logistic, label=3), n_rows)
+        lines.append([f"{n_rows:,}", f"{statistics.median(seconds):.2f}", f"{watched * 1e3:.3f}"])
+    return markdown("rows | before the fit, s | while streaming, ms per 4,096 rows", lines)
 
 
-def order_table(parent: Path | None) -> str:
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        return make_table([measure(Path(folder), n_rows) for n_rows in SIZES])
+def checks_table(data: Data, turns: int) -> str:
+    lines = []
+    table = data.table("checks", partial(write_columns, WINDOW, _columns))
+    rows = np.concatenate(list(parquet_source(table)))
+    for name, model in MODELS.items():
+        free, held = step_seconds(table, model, turns)
+        watched = watch_seconds([rows] * MANY_WINDOWS, model, MANY_ROWS)
+        both = (f"{each * 1e6:.1f} | {each / free:.1%}" for each in (held - free, watched))
+        lines.append([name, f"{free * 1e3:.3f}", *both])
+    return markdown(
+        "model | step, ms | longer with the batch contract, µs | | order check, µs |", lines
+    )
 
 
-def measure(folder: Path, n_rows: int) -> tuple[int, float, float]:
-    """Return the rows, seconds of the check before the fit, and of one batch while it streams."""
-    rows = folder / f"{n_rows}"
-    write_rows(rows, rows=n_rows, seed=0)
-    source = parquet_source(rows)
-    before = median_seconds(lambda: check_order(source, buffer_size=WINDOW))
-    buffer = shuffle_buffer(source, buffer_size=WINDOW, batch_size=BATCH, seed=0)
-    blocks = list(islice(buffer.blocks(), WATCHED_WINDOWS))
-    n_watched = sum(len(block) for block in blocks)
-    watched = median_seconds(lambda: watch(buffer, blocks))
-    return n_rows, before, watched * BATCH / n_watched
+def watch_seconds(windows: Sequence[np.ndarray], model: Callable, n_rows: int) -> float:
+    """Return the processor seconds of comparing the rows of a batch by the score of a model."""
+    pilot = windows[0][:BATCH_SIZE]
+    with StreamingDataset(pilot, batch_size=BATCH_SIZE, order_check="off") as ds:
+        with pm.Model() as built:
+            model(ds.as_tensor(), n_rows)
+        score = ModelScore(built, ds.as_tensor()).at(pilot, n_rows)
+    assert score is not None
+    seconds = []
+    for _ in range(REPEATS):
+        monitor = Monitor(Stream(as_source(pilot), WINDOW, n_rows), lambda pilot: score)
+        start = time.thread_time()
+        for number, window in enumerate(windows):
+            monitor.add(number * WINDOW, window)
+            monitor.compare()
+        seconds.append(time.thread_time() - start)
+    return statistics.median(seconds) * BATCH_SIZE / sum(map(len, windows))
 
 
-def watch(buffer: ShuffleBuffer, blocks: list) -> None:
-    """Compare blocks by the score of the order books' model."""
-    monitor = Monitor(Stream(buffer.source, WINDOW, buffer.n_rows), scored)
-    offset = 0
-    for block in blocks:
-        monitor.add(offset, block)
-        monitor.compare()
-        offset += len(block)
+def step_seconds(table: Path, model: Callable, turns: int) -> np.ndarray:
+    """Return the seconds of a step without and with the contract, as medians over turns."""
+    streams = [
+        StreamingDataset(parquet_source(table), batch_size=BATCH_SIZE, order_check="off")
+        for _ in range(2)
+    ]
+    with streams[0], streams[1]:
+        steps = [_step(ds, model) for ds in streams]
+        streams[0]._reader.hold_to(None)
+        seconds = np.empty((WARM_UP + turns, 2))
+        for turn in range(len(seconds)):
+            for i in (turn % 2, 1 - turn % 2):  # each begins in every second turn
+                seconds[turn, i] = _seconds(steps[i], STEPS)
+    return np.median(seconds[WARM_UP:], axis=0)
 
 
-@cache
-def order_book_score() -> ModelScore:
-    ds = StreamingDataset(np.zeros((1, 4)), batch_size=1, total_size=1, order_check="off")
-    with pm.Model() as model:
-        b, x = pm.Normal("b", 0, 3, shape=4), pt.as_tensor(ds.as_tensor())
-        logit = b[0] + b[1] * x[:, 0] + b[2] * x[:, 1] + b[3] * x[:, 2]
-        pm.Bernoulli("up", logit_p=logit, observed=x[:, 3], total_size=1)
-    return ModelScore(model, ds.as_tensor())
+def _step(ds: StreamingDataset, model: Callable) -> Callable[[], None]:
+    """Return what makes a step of a fit and puts the batch after it in place."""
+    with pm.Model():
+        model(ds.as_tensor(), ds.total_size)
+        callback = ds.fit_callback()
+        step = pm.ADVI().objective.step_function(score=True, obj_optimizer=pm.adam())
+
+    def run(kept: Any = callback) -> None:
+        step()
+        ds._advance()
+
+    return run
 
 
-class Scored:
-    """Make the score once: a fit pays for it once, and not for each batch."""
-
-    made: Statistic | None = None
-
-    def __call__(self, pilot: np.ndarray) -> Statistic:
-        self.made = self.made or order_book_score().at(pilot, max(SIZES))
-        assert self.made is not None
-        return self.made
-
-
-scored = Scored()
-
-
-def median_seconds(function: Callable[[], object]) -> float:
-    return statistics.median(islice(_timed(function), REPEATS))
-
-
-def _timed(function: Callable[[], object]) -> Iterator[float]:
-    while True:
-        start = time.perf_counter()
+def _seconds(function: Callable[[], object], n_calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(n_calls):
         function()
-        yield time.perf_counter() - start
+    return (time.perf_counter() - start) / n_calls
 
 
-def make_table(lines: list[tuple[int, float, float]]) -> str:
-    text = "| rows | before the fit, s | while streaming, ms per 4,096 rows |\n|---|---|---|\n"
-    for n_rows, before, watched in lines:
-        text += f"| {n_rows:,} | {before:.2f} | {watched * 1e3:.3f} |\n"
-    return text
+def logistic(x: Any, n: int | None, label: int) -> None:
+    order_book(x[:, :3], x[:, label], n)
 
 
-def order_book(ds: StreamingDataset) -> None:
-    b, x = pm.Normal("b", 0, 3, shape=4), pt.as_tensor(ds.as_tensor())
-    logit = b[0] + b[1] * x[:, 0] + b[2] * x[:, 1] + b[3] * x[:, 2]
-    pm.Bernoulli("up", logit_p=logit, observed=x[:, 4], total_size=ds.total_size)
+def groups(x: Any, n: int | None) -> None:
+    a, b = pm.Normal("a", 0, pm.HalfNormal("s"), shape=100), pm.Normal("b")
+    rate = pm.math.exp(a[x[:, 3].astype("int64")] + b * x[:, 0])
+    pm.Poisson("n", rate, observed=x[:, 4], total_size=n)
 
 
-def rare_events(ds: StreamingDataset) -> None:
-    b, x = pm.Normal("b", 0, 3, shape=4), pt.as_tensor(ds.as_tensor())
-    logit = b[0] + b[1] * x[:, 0] + b[2] * x[:, 1] + b[3] * x[:, 2]
-    pm.Bernoulli("event", logit_p=logit, observed=x[:, 7], total_size=ds.total_size)
+def cells(x: Any, n: int | None) -> None:
+    a, b = pm.Normal("a", shape=200), pm.Normal("b")
+    logit = a[(2 * x[:, 3] + x[:, 4]).astype("int64")] + b * x[:, 0]
+    pm.Bernoulli("y", logit_p=logit, observed=x[:, 5], total_size=n)
 
 
-def groups(ds: StreamingDataset) -> None:
-    a, x = pm.Normal("a", 0, pm.HalfNormal("s"), shape=100), pt.as_tensor(ds.as_tensor())
-    rate = pm.math.exp(a[x[:, 3].astype("int64")] + pm.Normal("b") * x[:, 0])
-    pm.Poisson("n", rate, observed=x[:, 4], total_size=ds.total_size)
-
-
-def cells(ds: StreamingDataset) -> None:
-    a, x = pm.Normal("a", shape=200), pt.as_tensor(ds.as_tensor())
-    logit = a[(2 * x[:, 3] + x[:, 4]).astype("int64")] + pm.Normal("b") * x[:, 0]
-    pm.Bernoulli("y", logit_p=logit, observed=x[:, 5], total_size=ds.total_size)
-
-
-def trials(ds: StreamingDataset) -> None:
-    x = pt.as_tensor(ds.as_tensor())
+def trials(x: Any, n: int | None) -> None:
     logit = pm.Normal("a") + pm.Normal("b") * x[:, 0]
-    pm.Binomial("y", x[:, 3] + 1, logit_p=logit, observed=x[:, 6], total_size=ds.total_size)
+    pm.Binomial("y", x[:, 3] + 1, logit_p=logit, observed=x[:, 6], total_size=n)
 
 
-MODELS = {
-    "logistic regression, four columns and a label": order_book,
-    "logistic regression, one event in a hundred rows": rare_events,
+MODELS: dict[str, Callable[[Any, int | None], None]] = {
+    "logistic regression, four columns and a label": partial(logistic, label=4),
+    "logistic regression, one event in a hundred rows": partial(logistic, label=7),
     "hierarchical Poisson regression, 100 groups": groups,
     "logistic regression, an index of two columns": cells,
     "binomial regression, trials by row": trials,
 }
 
 
-def checks_table() -> str:
-    text = (
-        "| model | step, ms | longer with the batch contract, µs | | order check, µs | |\n"
-        "|---|---|---|---|---|---|\n"
-    )
-    rng = np.random.default_rng(0)
-    x, number = rng.normal(size=(ROWS, 3)), rng.integers(0, 100, ROWS)
-    labels, counts = rng.integers(0, 2, (ROWS, 2)), rng.integers(0, number + 2)
-    columns = [x, number, labels, counts, rng.random(ROWS) < 0.01]
-    rows = np.column_stack(columns).astype("float32")
-    with tempfile.TemporaryDirectory() as folder:
-        pq.write_table(pa.table(list(rows.T), names=list("abcdefgh")), f"{folder}/rows.parquet")
-        for name, observe in MODELS.items():
-            turns = list(islice(_turns(folder, observe), TURNS + 3))[3:]
-            free, held = np.median(turns, axis=0)
-            watched = _watch_seconds(rows, observe)
-            text += (
-                f"| {name} | {free * 1e3:.3f} | {(held - free) * 1e6:.1f} | {held / free - 1:.1%} "
-                f"| {watched * 1e6:.1f} | {watched / free:.1%} |\n"
-            )
-    return text
-
-
-def _turns(folder: str, observe: Callable) -> Iterator[tuple[float, ...]]:
-    """Yield seconds of a step without and with the contract."""
-    streams = [
-        StreamingDataset(parquet_source(folder), batch_size=BATCH, order_check="off")
-        for _ in range(2)
-    ]
-    with streams[0], streams[1]:
-        steps = [_Step(ds, observe) for ds in streams]
-        streams[0]._reader.hold_to(None)
-        for turn in count():  # each begins in every second turn
-            seconds = {i: _seconds(steps[i]) for i in ((0, 1) if turn % 2 else (1, 0))}
-            yield seconds[0], seconds[1]
-
-
-def _watch_seconds(rows: np.ndarray, observe: Callable) -> float:
-    """Return the processor seconds of comparing the rows of a batch, of many windows."""
-    with StreamingDataset(rows, batch_size=BATCH, order_check="off") as ds:
-        with pm.Model() as model:
-            observe(ds)
-        score = ModelScore(model, ds.as_tensor()).at(rows[:BATCH], max(SIZES))
-    assert score is not None
-    found = []
-    for _ in range(REPEATS):
-        monitor = Monitor(Stream(as_source(rows), ROWS, max(SIZES)), lambda pilot: score)
-        start = time.thread_time()
-        for window in range(WINDOWS):
-            monitor.add(window * ROWS, rows)
-            monitor.compare()
-        found.append(time.thread_time() - start)
-    return statistics.median(found) * BATCH / (WINDOWS * ROWS)
-
-
-class _Step:
-    """A step of a fit, and the batch after it."""
-
-    def __init__(self, ds: StreamingDataset, observe: Callable):
-        with pm.Model():
-            observe(ds)
-            self._callback = ds.fit_callback()
-            self._step = pm.ADVI().objective.step_function(score=True, obj_optimizer=pm.adam())
-        self._advance = ds._advance
-
-    def __call__(self) -> None:
-        self._step()
-        self._advance()
-
-
-def _seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    return (time.perf_counter() - start) / STEPS
+def _columns(rng: np.random.Generator, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Return three normal columns, a group, two labels, a count up to the group's, a rare label."""
+    n = len(numbers)
+    x, number, labels = rng.normal(size=(3, n)), rng.integers(0, 100, n), rng.integers(0, 2, (2, n))
+    columns = [*x, number, *labels, rng.integers(0, number + 2), rng.random(n) < 0.01]
+    return {name: column.astype("float32") for name, column in zip("abcdefgh", columns)}
 
 
 if __name__ == "__main__":
-    main()
+    measure(COMMAND, {"order": order_table, "checks": checks_table}, rows=MANY_ROWS, turns=20)

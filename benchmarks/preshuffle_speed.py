@@ -25,13 +25,12 @@ import shutil
 import statistics
 import time
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from benchmarks.data import Data
-from benchmarks.pages import measure
+from benchmarks.pages import markdown, measure
 from pymc.variational.streaming import preshuffle
 
 THREADS = 2
@@ -46,25 +45,27 @@ ENCODING = {
 
 
 def shuffling_table(data: Data, turns: int) -> str:
-    return table(compare(data.order_book(), data.folder / "result", turns), data.n_rows)
-
-
-def compare(book: Path, target: Path, repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each contender, of each repeat after a warm-up."""
-    contenders: dict[str, Callable[[Path, Path, str], None]] = {
+    book, target = data.order_book(), data.folder / "result"
+    ways = {
         "preshuffle": shuffle_ours,
         "DuckDB, ORDER BY random()": shuffle_duckdb,
         "plain copy": copy_plain,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, run in contenders.items():
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(1 + turns):  # the first warms up
+        for name, run in ways.items():
             start = time.perf_counter()
             run(book, target, MEMORY_LIMIT)
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
             shutil.rmtree(target)
-    return seconds
+    lines = []
+    for name, theirs in seconds.items():
+        ours, theirs = seconds["preshuffle"][1:], theirs[1:]
+        median, ratio = map(statistics.median, (theirs, [b / a for a, b in zip(ours, theirs)]))
+        spread = f"{median:.2f} ({min(theirs):.2f} to {max(theirs):.2f})"
+        lines.append([name, spread, f"{data.n_rows / median / 1e6:.1f}", f"{ratio:.2f}"])
+    heads = "seconds, median (least to most) | million rows/s | time over preshuffle's"
+    return markdown(f"{data.n_rows:,} rows | {heads}", lines)
 
 
 def shuffle_ours(source: Path, target: Path, memory_limit: str) -> None:
@@ -88,23 +89,6 @@ def copy_plain(source: Path, target: Path, memory_limit: str) -> None:
     target.mkdir()
     for file in sorted(source.iterdir()):
         pq.write_table(pq.read_table(file), target / file.name, **ENCODING)
-
-
-def table(seconds: dict[str, list[float]], n_rows: int) -> str:
-    """Return the results as a Markdown table."""
-    ours = seconds["preshuffle"]
-    lines = [
-        f"| {n_rows:,} rows | seconds, median (least to most) | million rows/s | time over preshuffle's |",
-        "|---|---|---|---|",
-    ]
-    for name, theirs in seconds.items():
-        median = statistics.median(theirs)
-        ratio = statistics.median(b / a for a, b in zip(ours, theirs))
-        lines.append(
-            f"| {name} | {median:.2f} ({min(theirs):.2f} to {max(theirs):.2f}) "
-            f"| {n_rows / median / 1e6:.1f} | {ratio:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

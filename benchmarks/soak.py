@@ -22,16 +22,12 @@ of the median for memory, of the most for files (one is opened and closed every 
 PyMC makes room for the losses of all steps at the start.
 """
 
-import argparse
-import json
 import os
 import sys
-import tempfile
 import threading
 import time
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,73 +35,58 @@ import pymc as pm
 
 from benchmarks.data import Data
 from benchmarks.fits import Case, order_book, stream
-from benchmarks.pages import filled
+from benchmarks.pages import about, load, measure, save
 from pymc.variational.streaming import resumable_fit
 
+COMMAND = "python -m benchmarks.soak"
 ALLOWED_MB = 20.0
 """Between the medians of two quarters; the allocator alone moves single readings by ten."""
 MOST_STEPS_PER_SECOND = 4_000
 """Of this model; the fit ends when the time is up."""
+READINGS = 720
 READ = {"rss_mb": "resident MB", "files": "open files", "threads": "threads"}
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--minutes", type=float, default=60)
-    options.add_argument("--rows", type=int, default=5_000_000)
-    options.add_argument("--interval", type=float, default=5, help="seconds between readings")
-    options.add_argument("--output", type=Path, default=Path("soak"))
-    options.add_argument("--page", type=Path, help="file to put the verdict into")
-    chosen = options.parse_args()
-    watch = Watch(chosen.minutes * 60, chosen.interval)
-    with tempfile.TemporaryDirectory() as folder:
-        fit(Data(Path(folder), chosen.rows), watch, int(MOST_STEPS_PER_SECOND * watch.seconds))
-    report = {"minutes": chosen.minutes, "rows": chosen.rows, **watch.report()}
-    chosen.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, chosen.output.with_suffix(".png"))
-    sys.stdout.write(verdict(report))
-    if chosen.page is not None:
-        page = filled(chosen.page.read_text(), "soak", "python -m benchmarks.soak", verdict(report))
-        chosen.page.write_text(page)
-    sys.exit(0 if report["flat"] else 1)
+def soak(data: Data, minutes: float, output: Path) -> str:
+    """Fit for so many minutes, or with zero tell of the fit before."""
+    results = output.with_suffix(".json")
+    if minutes:
+        readings = fit(data, 60 * minutes)
+        report = {"about": about("pymc", "pytensor"), "minutes": minutes, "rows": data.n_rows}
+        save({**report, **growth(readings), "readings": readings}, results)
+        plot(readings, output.with_suffix(".png"))
+    return verdict(load(results))
 
 
-class Watch:
-    """A callback that reads the process's resources, and ends the fit when the time is up."""
+def fit(data: Data, seconds: float) -> list[dict[str, float]]:
+    """Fit until the time is up, and return what was read of the process meanwhile."""
+    readings: list[dict[str, float]] = []
+    start = time.monotonic()
 
-    def __init__(self, seconds: float, interval: float):
-        self.seconds, self._interval = seconds, interval
-        self._start = self._next = time.monotonic()
-        self.readings: list[dict[str, float]] = []
-
-    def __call__(self, approx, losses, i: int) -> None:
-        now = time.monotonic()
+    def read(approx, losses, i: int) -> None:
+        nonlocal start
         if i == 1:
-            self._start = self._next = now
-        if now < self._next:
-            return
-        self._next = now + self._interval
-        reading = {"seconds": round(now - self._start, 1), "steps": i, **resources()}
-        self.readings.append(reading)
-        if now - self._start >= self.seconds:
+            start = time.monotonic()
+        passed = time.monotonic() - start
+        if passed * READINGS >= len(readings) * seconds:
+            readings.append({"seconds": round(passed, 1), "steps": i, **resources()})
+        if passed >= seconds:
             raise StopIteration("the time is up")
 
-    def report(self) -> dict:
-        """Return the readings and what they come to."""
-        early, late = (
-            {name: [reading[name] for reading in quarter] for name in READ}
-            for quarter in np.array_split(np.array(self.readings), 4)[1::2]
+    case = Case(data.shuffled(data.order_book()), order_book, buffer_size=500_000)
+    ds = stream(case)
+    with pm.Model():
+        case.observe(ds.as_tensor(), ds.total_size)
+        resumable_fit(
+            pm.ADVI(random_seed=0),
+            int(MOST_STEPS_PER_SECOND * seconds),
+            path=data.folder / "soak.fit",
+            datasets=[ds],
+            callbacks=[read],
+            progressbar=False,
+            obj_optimizer=pm.adam(learning_rate=0.01),
         )
-        megabytes = float(np.median(late["rss_mb"]) - np.median(early["rss_mb"]))
-        growth = {name: max(late[name]) - max(early[name]) for name in ("files", "threads")}
-        last = self.readings[-1]
-        return {
-            "steps": last["steps"],
-            "steps_per_second": round(last["steps"] / last["seconds"], 1),
-            "growth": {"mb": round(megabytes, 1), **growth},
-            "flat": megabytes < ALLOWED_MB and max(growth.values()) <= 0,
-            "readings": self.readings,
-        }
+    return readings
 
 
 def resources() -> dict[str, float]:
@@ -117,29 +98,28 @@ def resources() -> dict[str, float]:
     }
 
 
-def fit(data: Data, watch: Watch, n_steps: int) -> None:
-    ds = stream(Case(data.shuffled(data.order_book()), order_book, buffer_size=500_000))
-    with pm.Model():
-        buffer: Any = ds.as_tensor()
-        order_book(buffer[:, :-1], buffer[:, -1], ds.total_size)
-        resumable_fit(
-            pm.ADVI(random_seed=0),
-            n_steps,
-            path=data.folder / "soak.fit",
-            datasets=[ds],
-            callbacks=[watch],
-            progressbar=False,
-            obj_optimizer=pm.adam(learning_rate=0.01),
-        )
+def growth(readings: list[dict[str, float]]) -> dict:
+    """Return what the readings come to."""
+    early, late = (
+        {name: [reading[name] for reading in quarter] for name in READ}
+        for quarter in np.array_split(np.array(readings), 4)[1::2]
+    )
+    megabytes = float(np.median(late["rss_mb"]) - np.median(early["rss_mb"]))
+    counts = {name: max(late[name]) - max(early[name]) for name in ("files", "threads")}
+    return {
+        "steps": readings[-1]["steps"],
+        "growth": {"mb": round(megabytes, 1), **counts},
+        "flat": megabytes < ALLOWED_MB and max(counts.values()) <= 0,
+    }
 
 
-def plot(report: dict, path: Path) -> None:
+def plot(readings: list[dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 5), layout="constrained")
-    minutes = [r["seconds"] / 60 for r in report["readings"]]
+    minutes = [reading["seconds"] / 60 for reading in readings]
     for axes, (key, label) in zip(figure.subplots(3, sharex=True), READ.items()):
-        axes.plot(minutes, [r[key] for r in report["readings"]])
+        axes.plot(minutes, [reading[key] for reading in readings])
         axes.set(ylabel=label, ylim=(0, None))
     axes.set_xlabel("minutes")
     figure.savefig(path, dpi=100)
@@ -154,4 +134,5 @@ def verdict(report: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    text = measure(COMMAND, {"soak": soak}, rows=5e6, minutes=60.0, output=Path("soak"))
+    sys.exit(text.startswith("GREW"))

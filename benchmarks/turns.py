@@ -13,9 +13,9 @@
 #   limitations under the License.
 """Processes that take turns, so that whatever else the machine does meets all of them.
 
->>> with taking_turns({"one": Lane(make_one), "other": Lane(make_other, "argument")}) as lanes:
-...     race(lanes.values(), turns=9)
->>> ratio(lanes["one"], lanes["other"])
+>>> one, other = Lane(make_one), Lane(make_other, "argument")
+>>> race([one, other], turns=9)
+>>> ratio(one, other)
 
 What a lane is given is called in a process of its own, and returns what runs the steps there.
 """
@@ -25,22 +25,19 @@ import statistics
 import time
 import warnings
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["Lane", "Runner", "Turn", "race", "ratio", "taking_turns"]
-
-Lanes = TypeVar("Lanes", bound="Mapping[Any, Lane]")
+__all__ = ["Lane", "Runner", "Turn", "race", "ratio"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +102,18 @@ class Lane:
         return statistics.median(getattr(turn, quantity) for turn in self.turns)
 
 
-@contextmanager
-def taking_turns(lanes: Lanes) -> Iterator[Lanes]:
-    """Wait for all lanes to be ready, and end them afterwards."""
-    for lane in lanes.values():
-        lane.wait()
-    yield lanes
-    for lane in lanes.values():
-        lane.close()
-
-
 def race(lanes: Iterable[Lane], *, turns: int, before: Callable[[], object] | None = None) -> None:
-    """Let all lanes take turns; call *before* ahead of each."""
+    """Let all lanes take turns when they are ready, and end them; call *before* ahead of each."""
+    lanes = list(lanes)
+    for lane in lanes:
+        lane.wait()
     for _ in range(turns):
         for lane in lanes:
             if before is not None:
                 before()
             lane.run()
+    for lane in lanes:
+        lane.close()
 
 
 def ratio(ours: Lane, theirs: Lane) -> str:

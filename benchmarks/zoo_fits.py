@@ -86,16 +86,18 @@ def _pymc(case: Case, method: Callable[..., Any], optimizer: Any) -> Estimates:
     with pm.Model():
         x, y = pm.Minibatch(*shared, batch_size=BATCH_SIZE)
         case.entry.model(x, y, len(parts[1]))
-        yield from _steps(method(random_seed=0), [], optimizer)
+        yield from _steps(method(random_seed=0), optimizer)
 
 
 def _averaged(case: Case) -> Estimates:
-    """Fit a stream, and average it."""
+    """Fit a stream, and average its last epochs."""
     with pm.Model():
         ds, inference = case.stream(), pm.ADVI(random_seed=0)
         average = EpochAverage(ds)
-        for _ in _steps(inference, [average, ds.fit_callback()], _adam()):
-            yield partial(_average, average, inference.approx)
+        callbacks = [average, ds.fit_callback()]
+        inference.fit(MOST_STEPS, callbacks=callbacks, obj_optimizer=_adam(), progressbar=False)
+        average.apply(inference.approx)
+    yield partial(_moments, inference.approx)
 
 
 def _polished(case: Case, max_steps: int) -> Estimates:
@@ -109,10 +111,9 @@ def _polished(case: Case, max_steps: int) -> Estimates:
     yield lambda: Moments(inference.approx.mean.eval(), report.sd, report)
 
 
-def _steps(inference: Any, callbacks: list, optimizer: Any) -> Estimates:
+def _steps(inference: Any, optimizer: Any) -> Estimates:
     """Fit in turns, each a quarter of what was before."""
-    options = {"callbacks": callbacks, "obj_optimizer": optimizer, "progressbar": False}
-    inference.fit(1_000, **options)
+    inference.fit(1_000, obj_optimizer=optimizer, progressbar=False)
     while True:
         yield partial(_moments, inference.approx)
         inference.refine(max(500, len(inference.hist) // 4), progressbar=False)
@@ -124,16 +125,6 @@ def _adam() -> Any:
 
 def _moments(approx: Any) -> Moments:
     return Moments(approx.mean.eval(), approx.std.eval())
-
-
-def _average(average: EpochAverage, approx: Any) -> Moments:
-    """Return the averaged moments, and let the fit go on from where it is."""
-    last = [(each, each.get_value()) for each in approx.params]
-    average.apply(approx)
-    found = _moments(approx)
-    for each, value in last:
-        each.set_value(value)
-    return found
 
 
 def _numpyro(case: Case, guide_name: str) -> Estimates:

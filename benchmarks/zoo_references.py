@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""References of the zoo: HMC of NumPyro, with control variates, and one exact answer.
+"""References of the zoo: HMC of NumPyro, with control variates.
 
 They share no code with what is measured but the density of PyMC's model, in JAX.
 """
@@ -30,12 +30,12 @@ from pytensor.graph.replace import clone_replace
 
 import pymc as pm
 
-from benchmarks.zoo_models import N_DEST, N_PLANE_MONTHS, Entry
+from benchmarks.zoo_exact import Moments
+from benchmarks.zoo_models import N_DEST, Entry
 from pymc.pytensorf import join_nonshared_inputs
 
-__all__ = ["Moments", "hmc", "log_density", "many_groups"]
+__all__ = ["hmc", "log_density"]
 
-Moments = dict[str, Any]
 MOST_OFF = 10.0
 """Standard errors of a mean score from zero that chains of a hundred values may have."""
 
@@ -91,67 +91,6 @@ def hmc(entry: Entry, rows: np.ndarray) -> Moments:
     if entry.levels == "non-centred":
         z = jax.vmap(non_centred)(z)
     return _moments(np.asarray(z), density, n_chains)
-
-
-def many_groups(entry: Entry, rows: np.ndarray, *, n_draws: int = 2_000) -> Moments:
-    """Return the exact moments of the normal hierarchy, by importance sampling of four values.
-
-    Given those, the levels are normal and independent.
-    """
-    group, x, y = rows[:, 0].astype(int), rows[:, 1], rows[:, 2]
-    n, sx, sy = (np.bincount(group, w, N_PLANE_MONTHS) for w in (None, x, y))
-    squares = np.array([y @ y, x @ y, x @ x])
-
-    def conditional(h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the means and variances of all levels, given the other values."""
-        mean, log_spread, slope, log_sigma = h
-        variance = 1 / (n * np.exp(-2 * log_sigma) + np.exp(-2 * log_spread))
-        drawn = (sy - slope * sx) * np.exp(-2 * log_sigma) + mean * np.exp(-2 * log_spread)
-        return variance * drawn, variance
-
-    def density(h: np.ndarray) -> float:
-        """Return the log density of the other values, in which the levels are integrated out."""
-        mean, log_spread, slope, log_sigma = h
-        level, variance = conditional(h)
-        square = squares @ [1, -2 * slope, slope**2]
-        quadratic = square * np.exp(-2 * log_sigma) + len(n) * mean**2 * np.exp(-2 * log_spread)
-        quadratic -= (level**2 / variance).sum()
-        prior = -(mean**2 + slope**2) / 18 - np.exp(2 * log_spread) / 2 - np.exp(2 * log_sigma) / 8
-        logs = np.log(variance).sum() / 2 - len(n) * log_spread - len(y) * log_sigma
-        return logs - quadratic / 2 + prior + log_spread + log_sigma
-
-    start = np.array([y.mean(), -1.0, 0.0, np.log(y.std())])
-    mode = scipy.optimize.minimize(lambda h: -density(h) / len(y), start, tol=1e-12).x
-    step = np.diag([1e-2, 1e-2, 1e-2, 1e-2])
-    hessian = [
-        [
-            sum(a * b * density(mode + a * u + b * v) for a in (-1, 1) for b in (-1, 1)) / 4e-4
-            for u in step
-        ]
-        for v in step
-    ]
-    root = np.linalg.cholesky(np.linalg.inv(-np.array(hessian)))
-    e = np.random.default_rng(0).normal(size=(n_draws // 2, 4))
-    draws = np.concatenate([e, -e]) @ root.T + mode
-    log_weights = np.array([density(h) for h in draws]) + (np.concatenate([e, e]) ** 2).sum(1) / 2
-    weights = np.exp(log_weights - log_weights.max())
-    weights /= weights.sum()
-    return _mixed(draws, weights, conditional)
-
-
-def _mixed(draws: np.ndarray, weights: np.ndarray, conditional: Any) -> Moments:
-    """Return the moments of a mixture over draws of the values that are not levels."""
-    first = second = 0.0
-    for h, w in zip(draws, weights):
-        level, variance = conditional(h)
-        first, second = first + w * level, second + w * (level**2 + variance)
-    h_mean = weights @ draws
-    h_sd = np.sqrt(weights @ (draws - h_mean) ** 2)
-    level_sd = np.sqrt(second - first**2)
-    effective = 1 / (weights**2).sum()
-    mean = np.concatenate([h_mean[:2], first, h_mean[2:]])
-    sd = np.concatenate([h_sd[:2], level_sd, h_sd[2:]])
-    return {"mean": mean, "sd": sd, "mean_se": 0 * sd, "sd_se": sd / np.sqrt(2 * effective)}
 
 
 def _distinct(rows: np.ndarray) -> tuple:

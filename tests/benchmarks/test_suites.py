@@ -15,46 +15,37 @@
 
 import numbers
 
-from importlib import import_module
 from itertools import product
-from pathlib import Path
 
 import pytest
 
-from benchmarks.suites.common import TableSuite
+from benchmarks.suites import streaming
+from benchmarks.suites.streaming import TableSuite
 
-SUBJECTS = "passes", "fitting"
 SUITES = {
     name: suite
-    for subject in SUBJECTS
-    for name, suite in vars(import_module(f"benchmarks.suites.{subject}")).items()
+    for name, suite in vars(streaming).items()
     if isinstance(suite, type) and issubclass(suite, TableSuite) and name != "TableSuite"
 }
-PUBLIC = {name: suite for name, suite in SUITES.items() if not name.startswith("_")}
 
 
 def benchmarks(suite):
     return [name for name in dir(suite) if name.startswith(("time_", "track_", "peakmem_"))]
 
 
-def test_every_file_of_suites_is_a_subject():
-    folder = Path(__file__).parents[2] / "benchmarks/suites"
-    assert {path.stem for path in folder.glob("*.py")} == {*SUBJECTS, "common", "__init__"}
-
-
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", SUITES)
 def test_names_end_in_suite_and_params_are_numbers(name):
-    assert name.endswith("Suite") and benchmarks(PUBLIC[name])
-    values = [*product(*PUBLIC[name].params)]
+    assert name.endswith("Suite") and benchmarks(SUITES[name])
+    values = [*product(*SUITES[name].params)]
     assert all(isinstance(value, numbers.Number) for row in values for value in row)
-    assert len(PUBLIC[name].param_names) == len(PUBLIC[name].params)
+    assert len(SUITES[name].param_names) == len(SUITES[name].params)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", SUITES)
 def test_what_is_tracked_has_a_unit_and_no_peak_is_inherited(name):
-    for benchmark in benchmarks(PUBLIC[name]):
+    for benchmark in benchmarks(SUITES[name]):
         if benchmark.startswith("track_"):
-            assert getattr(PUBLIC[name], benchmark).unit
+            assert getattr(SUITES[name], benchmark).unit
         assert not benchmark.startswith("peakmem_"), "ru_maxrss starts at the parent's peak"
 
 
@@ -62,7 +53,6 @@ def test_a_suite_runs_on_a_small_table(tmp_path, monkeypatch):
     """The others run in the smoke run of ASV itself."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(TableSuite, "params", [[20_000]])
-    monkeypatch.setattr("benchmarks.suites.common.fetch_dataloader", lambda folder: None)
     suite = SUITES["PreshuffleSuite"]()
     data = suite.setup_cache()
     for benchmark in suite.time_preshuffle, suite.time_plain_copy:

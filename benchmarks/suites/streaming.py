@@ -11,27 +11,42 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""One pass over a table, to read, shuffle, check or preshuffle it."""
+"""One pass over a table, to read, shuffle, check or preshuffle it, and steps of fits."""
 
 import shutil
-import warnings
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.data import Data
-from benchmarks.fits import fetch_dataloader, load_dataloader
-from benchmarks.orderbook.experiment import BATCH_SIZE, peak_growth
+from benchmarks.fits import in_memory_columns, on_one_batch, on_stream
+from benchmarks.orderbook.experiment import peak_growth
 from benchmarks.preshuffle_speed import copy_plain, shuffle_ours
-from benchmarks.suites.common import BUFFER_SIZE, TableSuite, exhaust, raw_scan, shuffle
-from pymc.variational.streaming import (
-    StreamingDataset,
-    check_order,
-    parquet_source,
-    shuffle_buffer,
-)
+from benchmarks.suites import N_STEPS, case_of, epoch, exhaust, fit, raw_scan
+from benchmarks.turns import Runner
+from pymc.variational.streaming import check_order, parquet_source
 
 WINDOWS = 20
 MEMORY_LIMIT = "128MB"
+
+
+class TableSuite:
+    """Order-book tables of two sizes, in order of time and preshuffled, written once."""
+
+    params = [[200_000, 2_000_000]]
+    param_names = ["n_rows"]
+    number = 1
+    rounds = 1
+    repeat = (3, 9, 10.0)
+    warmup_time = 0.0
+    timeout = 300.0
+
+    def setup_cache(self) -> Any:
+        data = Data(Path.cwd(), max(self.params[0]))
+        for n_rows in self.params[0]:
+            data.shuffled(data.order_book(n_rows))
+        return data
 
 
 class ReadingSuite(TableSuite):
@@ -47,49 +62,21 @@ class ReadingSuite(TableSuite):
     def time_raw_scan(self, data: Data, n_rows: int) -> None:
         raw_scan(data.order_book(n_rows))
 
-    def time_dataloader(self, data: Data, n_rows: int) -> None:
-        peer = load_dataloader(fetch_dataloader(data.folder))
-        exhaust(peer.parquet_source(str(data.order_book(n_rows))))
 
-
-class ShufflingSuite(TableSuite):
+class EpochSuite(TableSuite):
     def time_shuffle_buffer(self, data: Data, n_rows: int) -> None:
-        shuffle(data.shuffled(data.order_book(n_rows)))
+        epoch(case_of(data, n_rows), order_check="off")
 
-    def time_dataloader(self, data: Data, n_rows: int) -> None:
-        peer = load_dataloader(fetch_dataloader(data.folder))
-        source = peer.parquet_source(str(data.shuffled(data.order_book(n_rows))))
-        shuffled = peer.shuffle_buffer(
-            source.__iter__, buffer_size=BUFFER_SIZE, batch_size=BATCH_SIZE, seed=0
-        )
-        exhaust(shuffled())
+    def time_watched(self, data: Data, n_rows: int) -> None:
+        epoch(case_of(data, n_rows))
 
-    def track_peak(self, data: Data, n_rows: int) -> float:
-        return peak_growth(shuffle, data.shuffled(data.order_book(n_rows)))
-
-    track_peak.unit = "MB"  # type: ignore[attr-defined]
-
-
-class OrderSuite(TableSuite):
     def time_check_order(self, data: Data, n_rows: int) -> None:
         check_order(parquet_source(data.order_book(n_rows)), buffer_size=n_rows // WINDOWS)
 
-    def time_watched_epoch(self, data: Data, n_rows: int) -> None:
-        _stream(data.shuffled(data.order_book(n_rows)), n_rows)
+    def track_peak(self, data: Data, n_rows: int) -> float:
+        return peak_growth(epoch, case_of(data, n_rows))
 
-    def time_unwatched_epoch(self, data: Data, n_rows: int) -> None:
-        _stream(data.shuffled(data.order_book(n_rows)), n_rows, order_check="off")
-
-
-def _stream(rows: Path, n_rows: int, **options) -> None:
-    buffer = shuffle_buffer(
-        parquet_source(rows), buffer_size=n_rows // WINDOWS, batch_size=BATCH_SIZE, seed=0
-    )
-    ds = StreamingDataset(buffer, batch_size=BATCH_SIZE, cycle=False, **options)
-    with warnings.catch_warnings(), ds:
-        warnings.simplefilter("ignore")  # the epoch ends with rows left over
-        while ds.advance():
-            pass
+    track_peak.unit = "MB"  # type: ignore[attr-defined]
 
 
 class PreshuffleSuite(TableSuite):
@@ -109,3 +96,29 @@ class PreshuffleSuite(TableSuite):
         return peak_growth(shuffle_ours, data.order_book(n_rows), self.target, MEMORY_LIMIT)
 
     track_peak.unit = "MB"  # type: ignore[attr-defined]
+
+
+class StreamSuite(TableSuite):
+    """Steps of a fit; each way of fitting is a suite, so that ``setup`` compiles no others."""
+
+    make: Callable[..., Runner] = staticmethod(on_stream)
+
+    def setup(self, data: Data, n_rows: int) -> None:
+        self.runner = self.make(case_of(data, n_rows))
+
+    def time_steps(self, data: Data, n_rows: int) -> None:
+        self.runner.run(N_STEPS)
+
+    def track_memory(self, data: Data, n_rows: int) -> float:
+        """Return the growth of the peak memory from before the model is built to the end."""
+        return peak_growth(fit, self.make, case_of(data, n_rows))
+
+    track_memory.unit = "MB"  # type: ignore[attr-defined]
+
+
+class OneBatchSuite(StreamSuite):
+    make = staticmethod(on_one_batch)
+
+
+class MinibatchSuite(StreamSuite):
+    make = staticmethod(in_memory_columns)
