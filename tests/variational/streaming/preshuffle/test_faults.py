@@ -27,7 +27,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from pymc.variational._streaming.preshuffle import publish
+from pymc.variational._streaming.preshuffle import write
 from pymc.variational.streaming import StreamError, parquet_source, preshuffle
 from tests.variational.streaming.preshuffle.preshuffled import (
     Inline,
@@ -163,7 +163,7 @@ def test_old_rows_are_put_back_if_new_ones_cannot_take_their_place(source, tmp_p
     shuffle(source)
     before = digests(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(publish.os, "rename", fail_after(os.rename, len(before) + 1))
+        patch.setattr(write.os, "rename", fail_after(os.rename, len(before) + 1))
         with pytest.raises(OSError, match="gone"):
             shuffle(source, seed=1, overwrite=True)
     assert digests(tmp_path / "out") == before

@@ -23,7 +23,7 @@ import pytest
 
 import pymc as pm
 
-from pymc.variational._streaming.sources import categories
+from pymc.variational._streaming.sources import summary
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
@@ -369,7 +369,7 @@ class TestCategories:
         pq.write_table(flights, tmp_path / "raw.parquet")
         preshuffle(tmp_path / "raw.parquet", tmp_path / "out", seed=0, progressbar=False)
         found = parquet_source(tmp_path / "raw.parquet", categories=["carrier", "late"]).levels
-        monkeypatch.setattr(categories, "_add_levels", None)
+        monkeypatch.setattr(summary, "_add_levels", None)
         assert parquet_source(tmp_path / "out", categories=["carrier", "late"]).levels == found
 
     @pytest.mark.parametrize(
