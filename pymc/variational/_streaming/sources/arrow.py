@@ -32,7 +32,7 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import IterableSource, as_source, is_table
-from pymc.variational._streaming.sources.base import Source, is_arrow, shorten
+from pymc.variational._streaming.sources.base import Source, is_arrow
 from pymc.variational._streaming.sources.parquet.files import (
     as_stream_error,
     pa,
@@ -48,6 +48,7 @@ from pymc.variational._streaming.sources.rows import FileSource, RowFormat, exac
 from pymc.variational._streaming.sources.summary import (
     Categories,
     Summary,
+    describe_levels,
     find_levels,
     given_levels,
     is_dictionary,
@@ -132,7 +133,14 @@ def arrow_source(
     levels = given_levels(categories)
     size = None if n_rows is None else positive_int("n_rows", n_rows)
     if isinstance(make_reader, str | os.PathLike | list | tuple):
-        source = _open_files(list_ipc(make_reader), columns, levels, partial)
+        paths = list_ipc(make_reader)
+        with _reading(paths[0]) as reader:
+            is_row_major = _ROWS_KEY in (reader.schema.metadata or {})
+        source: Source = (
+            _RowMajorSource(paths, columns, levels, partial)
+            if is_row_major
+            else _IpcSource(paths, columns, levels)
+        )
         if size not in (None, source.n_rows):
             raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
         return source
@@ -170,10 +178,11 @@ def with_columns(rows: Any, stream: Source, unread: Sequence[str] = ()) -> Sourc
             "has; pass rows with all of its columns"
         )
     for name in set(columns).intersection(source.columns):
-        if source.levels.get(name) != levels.get(name):
+        own, expected = source.levels.get(name), levels.get(name)
+        if own != expected:
             raise ValueError(
-                f"rows has {_few(source.levels.get(name))} of {name!r} where the stream has "
-                f"{_few(levels.get(name))}; pass categories=train.levels to the source of rows, "
+                f"rows has {describe_levels(own)} of {name!r} where the stream has "
+                f"{describe_levels(expected)}; pass categories=train.levels to the source of rows, "
                 "where train is the source of the stream"
             )
         if {source.times.get(name), stream.times.get(name)} == {True, "UTC"}:
@@ -183,11 +192,6 @@ def with_columns(rows: Any, stream: Source, unread: Sequence[str] = ()) -> Sourc
                 "has, as by tz_localize of pandas"
             )
     return source if source.columns == columns else _Rearranged(source, columns)
-
-
-def _few(levels: Sequence[Any] | None) -> str:
-    """Say which levels there are."""
-    return f"levels {', '.join(shorten([repr(v) for v in levels], 4))}" if levels else "no levels"
 
 
 class _Rearranged(Source):
@@ -208,16 +212,6 @@ class _Rearranged(Source):
         for block in self._source.blocks(epoch, start, block_rows=block_rows):
             zeros = np.zeros((len(block), 1), block.dtype)
             yield np.concatenate([block, zeros], axis=1)[:, self._places]
-
-
-def _open_files(
-    paths: Sequence[str], columns: Sequence[str] | None, levels: dict[str, Any], partial: bool
-) -> Source:
-    with _reading(paths[0]) as reader:
-        is_row_major = _ROWS_KEY in (reader.schema.metadata or {})
-    if is_row_major:
-        return _RowMajorSource(paths, columns, levels, partial)
-    return _IpcSource(paths, columns, levels)
 
 
 @contextmanager

@@ -11,7 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Arrow columns to rows of numbers, exactly or not at all, and sources that read them from files."""
+"""Arrow columns to rows of numbers, exactly or not at all, and sources of such rows in files."""
 
 import re
 
@@ -210,7 +210,8 @@ class RowFormat:
             value = "null"
         elif name in self.levels:
             value = repr(value)
-            problem = f", which is none of its levels {describe_levels(self.levels[name])}"
+            levels = self.levels[name].to_pylist()
+            problem = f", which is none of its {describe_levels(levels)}"
         elif is_time or np.isfinite(float(value)):
             problem = f", which {self.dtype} cannot hold exactly"
         return row, f"column {name!r} is {value}{problem}"
@@ -241,7 +242,7 @@ class RowFormat:
 
 
 class FileSource(Source):
-    """Rows of files in parts, row groups or record batches, each of which is read from its start."""
+    """Rows of files in parts, row groups or record batches, which are read from their start on."""
 
     def _set_files(self, files: Sequence[Any]) -> None:
         """Take files, which know their ``path`` and their ``part_rows``."""

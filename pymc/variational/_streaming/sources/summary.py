@@ -357,9 +357,10 @@ def encode(name: str, array: "pa.Array", levels: "pa.Array") -> "pa.Array":
     return pa.compute.if_else(array.indices.is_null(), of_null, codes)
 
 
-def describe_levels(levels: "pa.Array") -> str:
-    """Show some levels."""
-    return ", ".join(shorten([repr(level) for level in levels.to_pylist()], 4))
+def describe_levels(levels: Sequence[Any] | None) -> str:
+    """Say which levels there are."""
+    shown = ", ".join(shorten([repr(level) for level in levels or ()], 4))
+    return f"levels {shown}" if levels else "no levels"
 
 
 def _as_levels(name: str, levels: list[Any]) -> "pa.Array":
