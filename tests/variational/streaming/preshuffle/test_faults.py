@@ -91,7 +91,7 @@ def require_whole(root, names=("in", "out")):
 @pytest.mark.parametrize("kind", ["remote", "overwrite"])
 def test_a_kill_at_any_moment_leaves_all_or_nothing_and_the_next_run_finishes(tmp_path, kind):
     module = "tests.variational.streaming.preshuffle.killed"
-    command = [sys.executable, "-m", module, str(tmp_path), kind, "11"]
+    command = [sys.executable, "-m", module, str(tmp_path), kind, "13"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 20

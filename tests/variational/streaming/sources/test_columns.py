@@ -304,6 +304,13 @@ class TestCategories:
         assert ds.coords == {"carrier": ("AA", "B6", "UA"), "late": (False, True)}
         with ds:
             ds.advance()
+            rows = ds.as_tensor().get_value().tolist()
+            assert rows == [[2, 1, 5], [0, 0, 6], [1, 1, 5], [0, 1, 7]]
+
+    def test_they_are_taken_by_name(self, flights):
+        ds = StreamingDataset(arrow_source(flights, categories=["carrier", "late"]), batch_size=4)
+        with ds:
+            ds.advance()
             assert ds.index("carrier").eval().tolist() == [2, 0, 1, 0]
             assert ds.index("carrier").dtype == "int64"
             assert ds["late"].eval().tolist() == [1, 0, 1, 1]
