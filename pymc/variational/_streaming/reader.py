@@ -18,6 +18,7 @@ import threading
 import time
 
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
@@ -45,47 +46,25 @@ class Position(NamedTuple):
     """Number of rows in all batches before it."""
 
 
+@dataclass(eq=False)
 class BatchReader:
     """Read batches, and know where the current one starts.
 
-    A copy has no open files, and goes on from the same batch.
-
-    Parameters
-    ----------
-    source : Source
-    batch_size : int
-    sample_shape : tuple of int
-    dtype : dtype
-        Type that must hold the values; the batches have the source's own.
-    total_size : TotalSize
-        Number that the rows of each epoch are compared with.
-    order : OrderCheck
-        Check that is shown all rows.
-    cycle, prefetch : bool
-        See ``StreamingDataset``.
+    The batches have the source's own dtype, and values that *dtype* holds exactly.  A copy has no
+    open files, and goes on from the same batch.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        batch_size: int,
-        sample_shape: tuple[int, ...],
-        dtype: np.dtype,
-        *,
-        total_size: "TotalSize",
-        order: OrderCheck,
-        cycle: bool,
-        prefetch: bool,
-    ):
-        self._source = source
-        self._batch_size = batch_size
-        self._sample_shape = sample_shape
-        self._dtype = dtype
-        self._total_size = total_size
-        self._order = order
-        self._examiner = _Examiner(order)
-        self._cycle = cycle
-        self._prefetch = prefetch
+    source: Source
+    batch_size: int
+    sample_shape: tuple[int, ...]
+    dtype: np.dtype
+    total_size: "TotalSize"
+    order: OrderCheck
+    cycle: bool
+    prefetch: bool
+
+    def __post_init__(self) -> None:
+        self._examiner = _Examiner(self.order)
         self._items: Prefetcher | Generator[Any] | None = None
         self._batches: Iterator[Any] = iter(())
         self._log = EpochLog(logger)
@@ -108,23 +87,23 @@ class BatchReader:
         """Start reading at the position of the current batch, which comes next."""
         if self._thread is not None:
             self._thread.join()  # it may still be in a read that was interrupted
-        self._order.check_sample()
+        self.order.check_sample()
         self._next = self.position
         self._log = EpochLog(logger, self.position.offset)
         items = read_epochs(
-            self._source,
-            self._sample_shape,
-            self._dtype,
+            self.source,
+            self.sample_shape,
+            self.dtype,
             epoch=self.position.epoch,
             start=self.position.offset,
-            cycle=self._cycle,
-            compare=self._examiner,
+            cycle=self.cycle,
+            examine=self._examiner,
         )
         self._items = items
-        if self._prefetch:
+        if self.prefetch:
             self._items = Prefetcher(items)
             self._thread = self._items.thread
-        self._batches = rebatch(self._items, self._batch_size)
+        self._batches = rebatch(self._items, self.batch_size)
 
     def next(self) -> Batch | None:
         """Move to the next batch; one that is not full, or None, ends the stream."""
@@ -164,19 +143,19 @@ class BatchReader:
             "_items": None,
             "_batches": iter(()),
             "_thread": None,
-            "_examiner": _Examiner(self._order),
+            "_examiner": _Examiner(self.order),
         }
 
     def _read(self) -> Batch | None:
         for item in self._batches:
             if isinstance(item, Batch):
-                self._total_size.compare(item.end[1], whole=False)
+                self.total_size.compare(item.end[1], whole=False)
                 return item
             if isinstance(item, EpochEnd):
-                self._total_size.compare(item.n_rows, whole=True)
+                self.total_size.compare(item.n_rows, whole=True)
                 self._log.end_epoch(item.epoch, item.n_rows)
             else:
-                self._order.raise_or_warn(item)
+                self.order.raise_or_warn(item)
         return None
 
 
@@ -192,13 +171,14 @@ class _Examiner:
         self._met: tuple[Contract | None, tuple[int, int]] = None, (0, 0)
         """Which contract the rows meet, and from which place on."""
 
-    def __call__(self, item: Chunk | EpochEnd) -> Any:
+    def __call__(self, item: Chunk | EpochEnd) -> tuple[Any, ...]:
         contract = self.contract
         if contract is not None and isinstance(item, Chunk):
             contract.check(item.rows, item.offset)
             if self._met[0] is not contract:
                 self._met = contract, (item.epoch, item.offset)
-        return self._order.compare(item)
+        found = self._order.compare(item)
+        return (item,) if found is None else (found, item)
 
     def require(self, batch: Batch) -> None:
         """Check a batch whose rows were read before the contract was known."""
@@ -208,17 +188,7 @@ class _Examiner:
 
 
 class TotalSize:
-    """The rows of the whole data set: the declared number, compared with those that are seen.
-
-    Parameters
-    ----------
-    declared : int, "auto" or None
-        Number of rows.  "auto" asks the source, or counts in one pass; None leaves likelihoods
-        unscaled, with a warning.
-    source : Source
-    endless : bool
-        Whether the stream has no end, so that only the declared number can be meant.
-    """
+    """The rows of the whole data set: the declared number, compared with those that are seen."""
 
     def __init__(
         self, declared: int | Literal["auto"] | None, source: Source, *, endless: bool = False

@@ -53,20 +53,12 @@ def insert_shuffled(window, n, rows, key):
     """Put *rows* at random places among the first *n* rows of a window, which move to the end.
 
     This is the inside-out form of the Fisher-Yates shuffle: if all orders of *n* rows were equally
-    likely before, so are all orders of ``n + len(rows)`` rows afterwards.
+    likely before, so are all orders of ``n + len(rows)`` rows afterwards.  The words of a row are
+    unsigned integers of any width.
 
-    Parameters
-    ----------
-    window : ndarray of unsigned int, shape (size, words)
-        Buffer that has space for the new rows.
-    n : int
-        Number of rows that are in the window already.
-    rows : ndarray, shape (n_rows, words)
-    key : uint64
-        Key of the random numbers, which are those of SplitMix64 [1]_: the k-th row that comes into
-        a window uses number k.  A place among k is ``number * k >> 64`` [2]_, k below 2**32; it is
-        uniform but for a share of k / 2**64, so a window of a million rows is within 1e-7 of
-        uniform.
+    The random numbers are those of SplitMix64 [1]_ for *key*: the k-th row that comes into a window
+    uses number k.  A place among k is ``number * k >> 64`` [2]_, k below 2**32; it is uniform but
+    for a share of k / 2**64, so a window of a million rows is within 1e-7 of uniform.
 
     References
     ----------
@@ -109,17 +101,9 @@ def insert_shuffled(window, n, rows, key):
 
 @compiled
 def are_within(rows, columns, lower, upper, whole):
-    """Tell whether the values of some columns lie within an interval for each.
+    """Tell whether the values of these columns lie between *lower* and *upper* of each column.
 
-    Parameters
-    ----------
-    rows : ndarray, shape (n_rows, n_columns)
-    columns : ndarray of int64
-        Numbers of the columns.
-    lower, upper : ndarray of float64, shape (n_columns,)
-        Ends of the interval of each column.
-    whole : ndarray of bool, shape (n_columns,)
-        Whether its values must be whole numbers, too.
+    Those of columns that *whole* marks must be whole numbers, too.
     """
     values = np.empty(_TILE, rows.dtype)
     inside = True

@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -55,37 +55,23 @@ def read_epochs(
     epoch: int = 0,
     start: int = 0,
     cycle: bool = True,
-    compare: Callable[[Chunk | EpochEnd], Any] = lambda item: None,
+    examine: Callable[[Chunk | EpochEnd], Iterable[Any]] = lambda item: (item,),
 ) -> Generator[Any]:
-    """Read a source epoch after epoch, and refuse values that *dtype* cannot hold.
+    """Yield the chunks and the ends of epochs, and refuse values that *dtype* cannot hold.
 
-    Parameters
-    ----------
-    compare : callable
-        Function that is shown each item before it is yielded. What it returns comes first, unless
-        it is None.
-
-    Yields
-    ------
-    Chunk, EpochEnd, or what *compare* returned
+    Each item goes through *examine*, which returns it after whatever it finds in it.
     """
     while True:
         offset = start
         for rows in source.blocks(epoch, start):
             require_shape(rows, sample_shape)
             require_exact(rows, dtype, source, offset)
-            chunk = Chunk(epoch, offset, rows)
-            if (found := compare(chunk)) is not None:
-                yield found
-            yield chunk
+            yield from examine(Chunk(epoch, offset, rows))
             offset += len(rows)
-            del chunk, rows  # while the next ones are read
+            del rows  # while the next ones are read
         if offset == 0:
             raise StreamError(f"source gave no rows in epoch {epoch}")
-        end = EpochEnd(epoch, offset)
-        if (found := compare(end)) is not None:
-            yield found
-        yield end
+        yield from examine(EpochEnd(epoch, offset))
         if not cycle:
             return
         epoch, start = epoch + 1, 0
@@ -101,22 +87,9 @@ class Prefetcher:
     """
 
     def __init__(self, items: Generator[Any]):
-        self._queue: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-        self._permits: SimpleQueue[None] = SimpleQueue()  # a semaphore, but each call is one in C
-        stop, ended = threading.Event(), threading.Event()
-        self._use = _Use()
-        # The thread must not refer to self, or self would never be collected.
-        self.thread = threading.Thread(
-            target=_run,
-            args=(items, self._queue, self._permits, stop, ended, self._use),
-            name="pymc-streaming-prefetch",
-            daemon=True,
-        )
-        self._pid = os.getpid()
-        self._finalizer = weakref.finalize(
-            self, _close, self.thread, self._permits, stop, ended, self._pid
-        )
-        _switch_interval.shorten(self.thread)
+        self.thread = _Reader(items)
+        self._finalizer = weakref.finalize(self, self.thread.end)
+        self.touch()
         try:
             self.thread.start()
         except BaseException:  # an interrupt, or no more threads
@@ -129,36 +102,22 @@ class Prefetcher:
     def __next__(self) -> Any:
         if not self._finalizer.alive:
             raise StopIteration
-        if os.getpid() != self._pid:
+        if os.getpid() != self.thread.pid:
             raise StreamError(
                 "the stream was opened before this process was forked, and its thread is not "
                 "in this process; the dataset is closed here now: open it anew with "
                 "fit_callback() or advance(), or spawn processes instead"
             )
-        item, err = self._wait()
+        item, err = self.thread.next()
         if item is not None:
-            if _has_rows(item):
-                self._permits.put(None)
             return item
         self.close()
-        if err is None:
-            raise StopIteration
-        raise err
-
-    def _wait(self) -> tuple[Any, BaseException | None]:
-        """Return the next item; an interrupt that just misses the wait ends it a little later."""
-        while True:
-            try:
-                return self._queue.get(timeout=_WAIT)
-            except Empty:
-                continue
+        raise err or StopIteration
 
     def touch(self) -> None:
         """Tell that the items are used: a thread whose items nobody uses rests."""
-        self._use.last = time.monotonic()
-        if self._use.rests:
-            self._use.rests = False
-            _switch_interval.shorten(self.thread)
+        self.thread.last_use = time.monotonic()
+        _switch_interval.shorten(self.thread)
 
     def close(self) -> None:
         """End the thread, which closes *items*.
@@ -169,22 +128,68 @@ class Prefetcher:
         self._finalizer()
 
 
-class _Use:
-    """When the items of a prefetcher were used last, and whether its thread rests."""
+class _Reader(threading.Thread):
+    """The thread of a prefetcher, to which it does not refer, or that would never be collected."""
 
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-        self.rests = False
+    def __init__(self, items: Generator[Any]):
+        super().__init__(name="pymc-streaming-prefetch", daemon=True)
+        self.pid = os.getpid()
+        self.last_use = 0.0
+        self._items = items
+        self._queue: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._permits: SimpleQueue[None] = SimpleQueue()  # a semaphore, but each call is one in C
+        self._stopping, self._ended = threading.Event(), threading.Event()
 
-    def wait(self, permits: SimpleQueue) -> None:
-        """Wait for a permit, and restore the usual interval if that takes long."""
+    def next(self) -> tuple[Any, BaseException | None]:
+        """Return the next item; an interrupt that just misses the wait ends it a little later."""
         while True:
             try:
-                return permits.get(timeout=_REST)
+                item, err = self._queue.get(timeout=_WAIT)
             except Empty:
-                if not self.rests and time.monotonic() - self.last > _REST:
-                    self.rests = True
-                    _switch_interval.restore(threading.current_thread())
+                continue
+            if _has_rows(item):
+                self._permits.put(None)
+            return item, err
+
+    def run(self) -> None:
+        err: BaseException | None = None
+        try:
+            for item in self._items:
+                self._queue.put((item, None))
+                # One chunk ahead: what follows a chunk may overwrite the one before, which the
+                # consumer has done with when it takes this one.  Items without rows need no permit.
+                if _has_rows(item):
+                    del item  # or its memory would stay while the next one is read
+                    self._wait_for_permit()
+                if self._stopping.is_set():
+                    break
+        except BaseException as raised:
+            err = raised
+        finally:
+            self._items.close()
+            _switch_interval.restore(self)
+            self._queue.put((None, err))
+            self._ended.set()
+
+    def _wait_for_permit(self) -> None:
+        """Wait for a permit, and restore the usual interval if nobody uses the items meanwhile."""
+        while True:
+            try:
+                return self._permits.get(timeout=_REST)
+            except Empty:
+                if time.monotonic() - self.last_use > _REST:
+                    _switch_interval.restore(self)
+
+    def end(self) -> None:
+        """Stop reading, and wait for the end of the thread unless a read takes long."""
+        if os.getpid() != self.pid:
+            return  # the thread may have held these locks when the process was forked
+        self._stopping.set()
+        self._permits.put(None)
+        _switch_interval.restore(self)
+        # The garbage collector can run this in the thread itself.
+        if threading.current_thread() is not self and self._ended.wait(_CLOSING):
+            self.join()
 
 
 class _SwitchInterval:
@@ -200,6 +205,8 @@ class _SwitchInterval:
         self._usual = 0.0
 
     def shorten(self, thread: threading.Thread) -> None:
+        if thread in self._using:
+            return
         self._using.add(thread)
         interval = sys.getswitchinterval()
         if interval > _SWITCH_INTERVAL:
@@ -217,48 +224,3 @@ _switch_interval = _SwitchInterval()
 
 def _has_rows(item: Any) -> bool:
     return isinstance(item, Chunk) and len(item.rows) > 0
-
-
-def _run(
-    items: Generator[Any],
-    queue: SimpleQueue,
-    permits: SimpleQueue,
-    stop: threading.Event,
-    ended: threading.Event,
-    use: _Use,
-) -> None:
-    err: BaseException | None = None
-    try:
-        for item in items:
-            queue.put((item, None))
-            # One chunk ahead: what follows a chunk may overwrite the one before, which the
-            # consumer has done with when it takes this one.  Items without rows need no permit.
-            if _has_rows(item):
-                del item  # or its memory would stay while the next one is read
-                use.wait(permits)
-            if stop.is_set():
-                break
-    except BaseException as raised:
-        err = raised
-    finally:
-        items.close()
-        _switch_interval.restore(threading.current_thread())
-        queue.put((None, err))
-        ended.set()
-
-
-def _close(
-    thread: threading.Thread,
-    permits: SimpleQueue,
-    stop: threading.Event,
-    ended: threading.Event,
-    pid: int,
-) -> None:
-    if os.getpid() != pid:
-        return  # the thread may have held these locks when the process was forked
-    stop.set()
-    permits.put(None)
-    _switch_interval.restore(thread)
-    # The garbage collector can run this in the thread itself.
-    if threading.current_thread() is not thread and ended.wait(_CLOSING):
-        thread.join()

@@ -64,10 +64,6 @@ def rebatch(items: Iterable[Any], batch_size: int) -> Iterator[Any]:
 
     An item that is no chunk is passed on where it comes.  When the items end, so does this, with a
     batch of the rows that are left.
-
-    Yields
-    ------
-    Batch, or an item that is no Chunk
     """
     parts: list[Chunk] = []
     missing = batch_size

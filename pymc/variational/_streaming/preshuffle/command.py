@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,19 +41,20 @@ from pymc.variational._streaming.preshuffle.plan import (
     make_plan,
     parse_bytes,
 )
-from pymc.variational._streaming.preshuffle.publish import Workspace, open_workspace, publish
-from pymc.variational._streaming.preshuffle.write import Writer
-from pymc.variational._streaming.sources.ipc import group_columns
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.preshuffle.write import (
+    Workspace,
+    Writer,
+    open_workspace,
+    publish,
+)
+from pymc.variational._streaming.sources.arrow import group_columns
+from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
 from pymc.variational._streaming.sources.parquet.paths import resolve
 from pymc.variational._streaming.sources.rows import piece_rows
 from pymc.variational._streaming.sources.summary import Summary
 from pymc.variational._streaming.sources.tables import Batches, Files, open_table
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
-
-if TYPE_CHECKING:
-    import pyarrow
 
 __all__ = ["PreshuffleReport", "preshuffle"]
 
@@ -229,7 +230,7 @@ def _choose_codec(format: str, compression: str | None) -> str | None:
     if format not in _CODECS:
         raise ValueError(f"format={format!r} is not a choice; pass 'parquet' or 'arrow'")
     codec = _CODECS[format][0] if compression is None else compression
-    if codec not in _CODECS[format] or (codec and not import_pyarrow().Codec.is_available(codec)):
+    if codec not in _CODECS[format] or (codec and not pa.Codec.is_available(codec)):
         raise ValueError(
             f"compression={compression!r} is not available; pass one of {_CODECS[format]}"
         )
@@ -297,10 +298,12 @@ def _scatter(
             done = scatter(
                 plan, work.scratch, 0, table.read(plan.batch_rows, lambda n: advance(n / 2))
             )
-    size = sum(values.nbytes for values in done.dictionaries.values())
+    assert done.summary is not None
+    dictionaries = done.summary.dictionaries()
+    size = sum(values.nbytes for values in dictionaries.values())
     if size > plan.block_bytes:
         raise StreamError(
-            f"dictionary columns {list(done.dictionaries)} have {size} bytes of distinct "
+            f"dictionary columns {list(dictionaries)} have {size} bytes of distinct "
             f"values, memory_limit leaves {plan.block_bytes}; raise it, or decode them"
         )
     return done
@@ -316,7 +319,7 @@ def _make_writer(
 ) -> Writer:
     """Return what writes the files, with a mark for each folder."""
     assert scattered.summary is not None
-    summary, dictionaries = scattered.summary.finish(), scattered.dictionaries
+    summary, dictionaries = scattered.summary.finish(), scattered.summary.dictionaries()
     if format == "arrow":
         dictionaries = _find_levels(summary, plan.plain)
     fingerprint = digest(table.contents, summary)
@@ -336,9 +339,9 @@ def _make_writer(
     return Writer(plan.schema, dictionaries, summary, compression, marks, format, batch_rows)
 
 
-def _find_levels(summary: Summary, plain: "pyarrow.Schema") -> dict[str, "pyarrow.Array"]:
+def _find_levels(summary: Summary, plain: "pa.Schema") -> dict[str, "pa.Array"]:
     """Return the levels of all columns that are no numbers; refuse what has no code or number."""
-    pa, levels = import_pyarrow(), {}
+    levels = {}
     for name, column in summary.items():
         ends = [0 if end is None else end for end in (column.min, column.max)]
         if column.nulls or not np.isfinite(ends).all():

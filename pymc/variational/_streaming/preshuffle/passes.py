@@ -33,21 +33,17 @@ import zlib
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle.plan import MAX_AT_ONCE, MAX_PARTITIONS, Part, Plan
 from pymc.variational._streaming.preshuffle.write import Writer
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.parquet.parquet import read_batches
 from pymc.variational._streaming.sources.summary import Summarizer
 from pymc.variational._streaming.sources.tables import Piece, conform
-
-if TYPE_CHECKING:
-    import pyarrow
-    import pyarrow.fs
 
 __all__ = ["Done", "gather", "scatter", "scatter_pieces"]
 
@@ -73,11 +69,6 @@ class Done:
     """Rows of each partition, after the first pass."""
     summary: Summarizer | None = None
 
-    @property
-    def dictionaries(self) -> dict[str, "pyarrow.Array"]:
-        """Values of the dictionary columns, in the order of their first appearance."""
-        return {} if self.summary is None else self.summary.dictionaries()
-
     def add(self, later: "Done") -> None:
         """Add what the next task left behind."""
         self.rows += later.rows
@@ -91,30 +82,21 @@ class Done:
             self.summary.merge(later.summary)
 
 
-def scatter(plan: Plan, folder: str, index: int, batches: Iterable["pyarrow.RecordBatch"]) -> Done:
+def scatter(plan: Plan, folder: str, index: int, batches: Iterable["pa.RecordBatch"]) -> Done:
     """Write each row to a random partition of a scratch file."""
     path = f"{folder}/{index:06}.rows"
     summary = Summarizer(plan.schema)
-
-    def read() -> Iterator["pyarrow.RecordBatch"]:
-        for batch in batches:
-            summary.add_dictionaries(batch)
-            yield conform(batch, plan.plain)
-
-    def summarise(block: "pyarrow.RecordBatch") -> "pyarrow.RecordBatch":
-        summary.add(block)
-        return block
-
+    plain = (conform(batch, plan.plain) for batch in map(summary.add_dictionaries, batches))
+    blocks = map(summary.add, _join(plain, plan.block_bytes))
     with _memory_for_a_task(plan.at_once):
         rng = _generator(plan.seed, _LABELS, index)
-        blocks = map(summarise, _join(read(), plan.block_bytes))
         counts = _scatter_rows(path, blocks, plan.n_partitions, rng)
         size = os.path.getsize(path)
         return Done(summary.rows, size, _peak_memory(), [path], counts, summary)
 
 
 def scatter_pieces(
-    plan: Plan, folder: str, index: int, fs: "pyarrow.fs.FileSystem", pieces: Sequence[Piece]
+    plan: Plan, folder: str, index: int, fs: "pa.fs.FileSystem", pieces: Sequence[Piece]
 ) -> Done:
     """Scatter row groups of files."""
     names = plan.schema.names
@@ -144,7 +126,7 @@ def _memory_for_a_task(at_once: int) -> Iterator[None]:
         finally:
             if at_once < MAX_AT_ONCE:
                 # Memory is tight, and an allocator keeps what each thread of the executor had.
-                import_pyarrow().default_memory_pool().release_unused()
+                pa.default_memory_pool().release_unused()
 
 
 def _peak_memory() -> int:
@@ -164,17 +146,17 @@ def _generator(seed: int, *key: int) -> np.random.Generator:
 
 def _scatter_rows(
     path: str,
-    blocks: Iterable["pyarrow.RecordBatch"],
+    blocks: Iterable["pa.RecordBatch"],
     n_partitions: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Write a scratch file, holding each block twice; return the rows of each partition."""
     index, total = [], np.zeros(n_partitions, np.int64)
-    with import_pyarrow().OSFile(path, "wb") as sink:
+    with pa.OSFile(path, "wb") as sink:
         for block in blocks:
             labels = rng.integers(0, n_partitions, block.num_rows, dtype=np.uint16)
             counts = np.bincount(labels, minlength=n_partitions)
-            block = block.take(import_pyarrow().array(np.argsort(labels, kind="stable")))
+            block = block.take(pa.array(np.argsort(labels, kind="stable")))
             index.append(_write_block(sink, block, counts))
             del block  # its memory is free while the next one is read
             total += counts
@@ -186,9 +168,7 @@ def _scatter_rows(
     return total
 
 
-def _join(
-    batches: Iterable["pyarrow.RecordBatch"], block_bytes: int
-) -> Iterator["pyarrow.RecordBatch"]:
+def _join(batches: Iterable["pa.RecordBatch"], block_bytes: int) -> Iterator["pa.RecordBatch"]:
     """Join batches to blocks of at least *block_bytes*; the last one may be smaller."""
     held, size = [], 0
     for batch in batches:
@@ -201,7 +181,7 @@ def _join(
         yield _concatenate(held)
 
 
-def _write_block(sink: Any, block: "pyarrow.RecordBatch", counts: np.ndarray) -> np.ndarray:
+def _write_block(sink: Any, block: "pa.RecordBatch", counts: np.ndarray) -> np.ndarray:
     """Write a message for each partition that has some of the sorted rows of *block*."""
     messages = np.zeros(len(counts), _MESSAGE)
     first = 0
@@ -218,7 +198,7 @@ def _find_messages(paths: Sequence[str], partition: int) -> list[tuple[str, np.n
     """Return where the rows of one partition are in each scratch file."""
     found = []
     for path in paths:
-        with import_pyarrow().OSFile(path) as file:
+        with pa.OSFile(path) as file:
             start, n_blocks = np.frombuffer(file.read_at(16, file.size() - 16), "<i8").tolist()
             length = n_blocks * _MESSAGE.itemsize
             index = np.frombuffer(file.read_at(length, start + partition * length), _MESSAGE)
@@ -227,10 +207,9 @@ def _find_messages(paths: Sequence[str], partition: int) -> list[tuple[str, np.n
 
 
 def _read_messages(
-    found: list[tuple[str, np.ndarray]], schema: "pyarrow.Schema"
-) -> Iterator["pyarrow.RecordBatch"]:
+    found: list[tuple[str, np.ndarray]], schema: "pa.Schema"
+) -> Iterator["pa.RecordBatch"]:
     """Yield the rows of messages in the order in which they were scattered."""
-    pa = import_pyarrow()
     for path, messages in found:
         with pa.OSFile(path) as file:
             for offset, size, _, crc in messages.tolist():
@@ -245,7 +224,7 @@ def _read_messages(
 
 def _shuffle(
     plan: Plan, paths: Sequence[str], place: tuple[int, ...]
-) -> Iterator["pyarrow.RecordBatch"]:
+) -> Iterator["pa.RecordBatch"]:
     """Yield the rows of a partition in random order, at most those of a row group at a time.
 
     A partition that memory cannot hold is scattered again, into partitions of its own; *place*
@@ -266,12 +245,12 @@ def _shuffle(
         rows = _concatenate(list(batches))
         order = _generator(plan.seed, _ORDER, *place).permutation(n_rows)
         for chosen in np.array_split(order, math.ceil(len(order) / plan.row_group_rows)):
-            yield rows.take(import_pyarrow().array(chosen))
+            yield rows.take(pa.array(chosen))
 
 
 def _between(
-    batches: Iterable["pyarrow.RecordBatch"], start: int, stop: int
-) -> Iterator["pyarrow.RecordBatch"]:
+    batches: Iterable["pa.RecordBatch"], start: int, stop: int
+) -> Iterator["pa.RecordBatch"]:
     """Yield rows *start* to *stop* of all *batches*."""
     for batch in batches:
         if start < batch.num_rows and stop > 0:
@@ -279,8 +258,8 @@ def _between(
         start, stop = start - batch.num_rows, stop - batch.num_rows
 
 
-def _concatenate(batches: list["pyarrow.RecordBatch"]) -> "pyarrow.RecordBatch":
+def _concatenate(batches: list["pa.RecordBatch"]) -> "pa.RecordBatch":
     """Join batches into one, and release them."""
-    table = import_pyarrow().Table.from_batches(batches).combine_chunks()
+    table = pa.Table.from_batches(batches).combine_chunks()
     batches.clear()
     return table.to_batches()[0]

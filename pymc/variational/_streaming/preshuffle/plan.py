@@ -22,13 +22,10 @@ import re
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.rows import PIECE_ROWS
 from pymc.variational._streaming.sources.tables import Batches, Files, conform, plain_schema
-
-if TYPE_CHECKING:
-    import pyarrow
 
 __all__ = ["MAX_AT_ONCE", "MAX_PARTITIONS", "Part", "Plan", "cut_parts", "make_plan", "parse_bytes"]
 
@@ -65,9 +62,9 @@ _ROW_GROUP_BYTES = 1 << 23
 class Plan:
     """What all tasks of a shuffle share."""
 
-    schema: "pyarrow.Schema"
+    schema: "pa.Schema"
     """Schema of the result."""
-    plain: "pyarrow.Schema"
+    plain: "pa.Schema"
     """The columns in types that can be taken apart by rows."""
     seed: int
     task_rows: int
@@ -112,6 +109,12 @@ def make_plan(table: Files | Batches, *, seed: int, memory_limit: int) -> Plan:
     if table.n_rows == 0:
         raise ValueError(f"source={table.name!r} holds no rows; there is nothing to shuffle")
     plain = plain_schema(table.schema)
+    for field in plain:
+        if re.search("dictionary<|(string|binary)_view", str(field.type)):
+            raise ValueError(
+                f"column {field.name!r} has type {field.type}; write it without dictionaries and "
+                "views inside, or leave it out with columns=[...]"
+            )
     sampled = [conform(batch, plain) for batch in table.sample(_BATCH_BYTES)]
     in_memory = max(1.0, sum(b.nbytes / b.num_rows for b in sampled) / len(sampled))
     widest = max(table.row_bytes, in_memory)

@@ -11,35 +11,56 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""The files of the result."""
+"""The files of the result: written out of sight, and published at once.
 
+A local result is built in a hidden folder beside the destination, and one rename publishes it.
+Other filesystems cannot rename folders.  There the files are uploaded when all are built, and the
+first of each folder last: every file says how many there must be, so that a source refuses the
+others until it is there.
+"""
+
+import contextlib
 import dataclasses
 import os
+import re
+import shutil
+import tempfile
+import uuid
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle.plan import Part
-from pymc.variational._streaming.sources.ipc import checksum, group_columns, to_metadata
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.arrow import checksum, group_columns, to_metadata
+from pymc.variational._streaming.sources.parquet.files import is_local, pa
 from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
 from pymc.variational._streaming.sources.summary import Summary
+from pymc.variational._streaming.utils import digest
 
-if TYPE_CHECKING:
-    import pyarrow
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Writer"]
+__all__ = ["Workspace", "Writer", "open_workspace", "publish"]
+
+_LATER_PART = re.compile(r"part-(?!0+-)\d{5,}-of-\d{5,}\.\w+")
+"""Names of the files that are uploaded before the first of their folder."""
+_REPLACED = "replaced"
+"""Name of the folder that holds a destination's old contents while new ones take their place."""
+_locked_here: dict[str, object] = {}
+"""Folders locked by threads of this process, which file locks do not tell apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
     """Writes the files of the result."""
 
-    schema: "pyarrow.Schema"
-    dictionaries: Mapping[str, "pyarrow.Array"]
+    schema: "pa.Schema"
+    dictionaries: Mapping[str, "pa.Array"]
     """Values of the columns that are written as codes."""
     summary: Summary
     compression: str | None
@@ -55,21 +76,19 @@ class Writer:
         n_files = self.marks[part.folder].n_files
         return os.path.join(part.folder, f"part-{part.index:05}-of-{n_files:05}.{self.format}")
 
-    def write(self, path: str, part: Part, batches: Iterable["pyarrow.RecordBatch"]) -> int:
+    def write(self, path: str, part: Part, batches: Iterable["pa.RecordBatch"]) -> int:
         """Write a file of the result, flush it to the disk, and return its number of rows."""
         write = self._write_parquet if self.format == "parquet" else self._write_rows
         rows = write(path, part, batches)
-        flush(path)
+        _flush(path)
         return rows
 
-    def _write_parquet(
-        self, path: str, part: Part, batches: Iterable["pyarrow.RecordBatch"]
-    ) -> int:
+    def _write_parquet(self, path: str, part: Part, batches: Iterable["pa.RecordBatch"]) -> int:
         """Write a row group for each batch."""
         rows = 0
         with (
-            import_pyarrow().OSFile(path, "wb") as sink,
-            import_pyarrow().parquet.ParquetWriter(
+            pa.OSFile(path, "wb") as sink,
+            pa.parquet.ParquetWriter(
                 sink,
                 self.schema,
                 compression=self.compression,
@@ -87,9 +106,9 @@ class Writer:
             writer.add_key_value_metadata(mark.to_metadata() | self.summary.to_metadata())
         return rows
 
-    def _write_rows(self, path: str, part: Part, batches: Iterable["pyarrow.RecordBatch"]) -> int:
+    def _write_rows(self, path: str, part: Part, batches: Iterable["pa.RecordBatch"]) -> int:
         """Write record batches of one size, with the columns of each dtype side by side."""
-        pa, groups = import_pyarrow(), group_columns(self.schema)
+        groups = group_columns(self.schema)
         mark = dataclasses.replace(self.marks[part.folder], index=part.index)
         schema = pa.schema(
             [
@@ -114,7 +133,7 @@ class Writer:
         return rows
 
     def _interleave(
-        self, groups: Mapping[str, list[str]], batches: Iterable["pyarrow.RecordBatch"]
+        self, groups: Mapping[str, list[str]], batches: Iterable["pa.RecordBatch"]
     ) -> Iterator[list[np.ndarray]]:
         """Yield the rows of each dtype, ``batch_rows`` at a time, in memory that is used again."""
         held = [np.empty((self.batch_rows, len(names)), dtype) for dtype, names in groups.items()]
@@ -135,27 +154,184 @@ class Writer:
         if filled:
             yield [rows[:filled] for rows in held]
 
-    def _encode(self, batch: "pyarrow.RecordBatch") -> "pyarrow.RecordBatch":
+    def _encode(self, batch: "pa.RecordBatch") -> "pa.RecordBatch":
         """Make dictionaries of the columns that are written as codes."""
-        pa, columns = import_pyarrow(), []
+        columns = []
         for column, field in zip(batch.columns, self.schema):
             if field.name in self.dictionaries:
                 column = pa.DictionaryArray.from_arrays(
-                    self._codes(field.name, column),
-                    self.dictionaries[field.name],
-                    ordered=field.type.ordered,
+                    self._codes(field.name, column), self.dictionaries[field.name]
                 )
             columns.append(column)
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
-    def _codes(self, name: str, column: "pyarrow.Array") -> "pyarrow.Array":
+    def _codes(self, name: str, column: "pa.Array") -> "pa.Array":
         """Return the codes of the values of a column, or the column where it has none."""
         if name not in self.dictionaries:
             return column
-        return import_pyarrow().compute.index_in(column, value_set=self.dictionaries[name])
+        return pa.compute.index_in(column, value_set=self.dictionaries[name])
 
 
-def flush(path: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A destination, and the local folders of the run that builds it."""
+
+    fs: "pa.fs.FileSystem"
+    destination: str
+    overwrite: bool
+    parts: str
+    """Folder for the files of the result."""
+    scratch: str
+    """Folder for rows between the passes."""
+
+
+@contextlib.contextmanager
+def open_workspace(
+    fs: "pa.fs.FileSystem",
+    destination: str,
+    *,
+    scratch: str | os.PathLike | None,
+    overwrite: bool,
+) -> Iterator[Workspace]:
+    """Make the folders of a run; delete them at its end, and those that a killed run left."""
+    if scratch and "://" in os.fspath(scratch):
+        raise ValueError("scratch is a URI; pass a directory, which all workers reach")
+    if is_local(fs):
+        destination = os.path.realpath(destination)
+        _require_replaceable(destination)
+    elsewhere = os.path.abspath(scratch or tempfile.gettempdir())
+    folders = [f"{elsewhere}/preshuffle-{digest(destination)}"]
+    if is_local(fs):
+        beside = "/.".join(os.path.split(destination)) + ".partial"
+        folders = [beside, *folders] if scratch else [beside]
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(_own(folder, destination))
+        # Workers may still run tasks of a run that was killed, which must not meet these.
+        run = uuid.uuid4().hex
+        work = Workspace(
+            fs, destination, overwrite, f"{folders[0]}/{run}", f"{folders[-1]}/{run}.scratch"
+        )
+        _refuse_to_replace(work)
+        os.mkdir(work.parts)
+        os.mkdir(work.scratch)
+        yield work
+
+
+def publish(work: Workspace, files: Mapping[str, str]) -> None:
+    """Make the contents of the destination these files, whose names may begin with a folder."""
+    _refuse_to_replace(work)
+    (_rename if is_local(work.fs) else _upload)(work, files)
+
+
+def _rename(work: Workspace, files: Mapping[str, str]) -> None:
+    finished = f"{work.parts}.finished"
+    for name, path in files.items():
+        os.makedirs(os.path.dirname(f"{finished}/{name}"), exist_ok=True)
+        os.rename(path, f"{finished}/{name}")
+    for folder in {os.path.dirname(f"{finished}/{name}") for name in files} | {finished}:
+        _flush(folder)
+    if os.path.lexists(work.destination):
+        os.rename(work.destination, f"{os.path.dirname(work.parts)}/{_REPLACED}")
+    os.rename(finished, work.destination)
+    _flush(os.path.dirname(work.destination))
+
+
+def _upload(work: Workspace, files: Mapping[str, str]) -> None:
+    pafs = pa.fs
+    work.fs.create_dir(work.destination, recursive=True)
+    work.fs.delete_dir_contents(work.destination)
+    try:
+        for name in sorted(files, key=lambda name: not _LATER_PART.search(name)):
+            target = f"{work.destination}/{name}"
+            work.fs.create_dir(os.path.dirname(target), recursive=True)
+            pafs.copy_files(
+                files[name],
+                target,
+                source_filesystem=pafs.LocalFileSystem(),
+                destination_filesystem=work.fs,
+                use_threads=False,
+            )
+    except BaseException:
+        with contextlib.suppress(Exception):
+            work.fs.delete_dir_contents(work.destination)
+        raise
+
+
+def _refuse_to_replace(work: Workspace) -> None:
+    """Refuse a destination with contents other than those of an upload that was killed."""
+    pafs, local = pa.fs, is_local(work.fs)
+    selector = pafs.FileSelector(work.destination, allow_not_found=True, recursive=not local)
+    infos = [
+        info
+        for info in work.fs.get_file_info(selector)
+        if local or (info.type == pafs.FileType.File and info.base_name)
+    ]
+    unfinished = not local and all(_LATER_PART.fullmatch(info.base_name) for info in infos)
+    if infos and not unfinished and not work.overwrite:
+        raise FileExistsError(
+            f"destination={work.destination!r} exists and is not empty; "
+            "pass overwrite=True to replace it, or choose another"
+        )
+
+
+def _require_replaceable(destination: str) -> None:
+    """Refuse what no rename can put a folder in the place of."""
+    if os.path.lexists(destination) and not os.path.isdir(destination):
+        raise NotADirectoryError(f"destination={destination!r} is a file; pass a directory")
+    if os.path.ismount(destination) or destination == os.path.realpath(os.getcwd()):
+        raise ValueError(
+            f"destination={destination!r} is a mount point or the current directory, which cannot "
+            "be replaced as a whole; pass a directory inside it"
+        )
+
+
+@contextlib.contextmanager
+def _own(folder: str, destination: str) -> Iterator[None]:
+    """Make and lock a folder; empty it, also of what a killed run left, and delete it at the end."""
+    os.makedirs(folder, exist_ok=True)
+    with _locked(folder, destination):
+        try:
+            _clear(folder, destination)
+            yield
+        finally:
+            _clear(folder, destination)
+            shutil.rmtree(folder)
+
+
+def _clear(folder: str, destination: str) -> None:
+    """Delete all but the lock, and put back what was to be replaced, but was not."""
+    if os.path.lexists(f"{folder}/{_REPLACED}") and not os.path.lexists(destination):
+        os.rename(f"{folder}/{_REPLACED}", destination)
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry)
+
+
+@contextlib.contextmanager
+def _locked(folder: str, destination: str) -> Iterator[None]:
+    """Lock a folder until the end, or until the process dies."""
+    busy = StreamError(
+        f"destination={destination!r}: another preshuffle is writing it; "
+        "wait until it is done, or choose another destination"
+    )
+    ours = object()
+    if _locked_here.setdefault(folder, ours) is not ours:
+        raise busy
+    try:
+        with open(f"{folder}/lock", "w") as handle:
+            try:
+                if fcntl is not None:
+                    # Unlike flock, this lock is not inherited by workers, which may live on.
+                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise busy from None
+            yield
+    finally:
+        del _locked_here[folder]
+
+
+def _flush(path: str) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     if os.path.isdir(path) and os.name != "posix":
         return  # Windows cannot open folders.

@@ -27,11 +27,10 @@ from pymc.variational._streaming.sources.base import (
     as_batch,
     is_arrow,
     require_finite,
-    skip_rows,
 )
-from pymc.variational._streaming.sources.categories import find_levels
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
-from pymc.variational._streaming.sources.rows import RowFormat
+from pymc.variational._streaming.sources.parquet.files import pa
+from pymc.variational._streaming.sources.rows import RowFormat, skip_rows
+from pymc.variational._streaming.sources.summary import find_levels
 from pymc.variational._streaming.utils import digest
 
 __all__ = ["IterableSource", "as_source", "is_table"]
@@ -170,16 +169,13 @@ class IterableSource(Source):
         """Yield batches whose columns hold what levels can be found of."""
         self._probed = self._open()
         for block in _arrow_batches(self._probed):
-            batch = import_pyarrow().record_batch(block)
-            RowFormat.from_schema(batch.schema, self._names, "block 0", self._levels)
-            yield batch
+            self._require_names(block, "block 0")
+            RowFormat.from_schema(block.schema, self._names, "block 0", self._levels)
+            yield block
 
     def batches(self) -> Iterator[Any]:
         for block in _arrow_batches(self._open()):
-            if not is_arrow(block):
-                yield as_batch(_as_rows(block), None)
-                continue
-            batch = import_pyarrow().record_batch(block)
+            batch = block if is_arrow(block) else as_batch(_as_rows(block), None)
             yield batch if self._names is None else batch.select(list(self._names))
 
     def _counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -200,15 +196,10 @@ class IterableSource(Source):
         n_rows = 0
         for number, block in enumerate(blocks):
             where = f"block {number}"
-            arrow = is_arrow(block)
-            if self._names is not None and not arrow:
-                raise TypeError(
-                    f"columns={list(self._names)} selects from Arrow blocks by name, and {where} "
-                    f"is {type(block).__name__}; leave columns out, and select by place "
-                    "in the function, or yield Arrow record batches"
-                )
+            self._require_names(block, where)
             # An iterable may write its next block to the memory of this one.
-            for rows in self._arrow_rows(block, where) if arrow else [_as_rows(block).copy()]:
+            own = self._arrow_rows(block, where) if is_arrow(block) else [_as_rows(block).copy()]
+            for rows in own:
                 self._kind = self._kind or _kind(rows)
                 self.sample_shape = self._kind[0]
                 _require_kind(rows, self._kind, where)
@@ -216,12 +207,20 @@ class IterableSource(Source):
                 n_rows += len(rows)
                 yield rows
 
+    def _require_names(self, block: Any, where: str) -> None:
+        """Refuse to choose columns by name from what has none."""
+        names = list(self._names or self._levels)
+        if names and not is_arrow(block):
+            raise TypeError(
+                f"columns={names} are chosen from Arrow blocks by name, and {where} is "
+                f"{type(block).__name__}; leave columns and categories out, and choose by place "
+                "in the function, or yield Arrow record batches"
+            )
+
     def _arrow_rows(self, batch: Any, where: str) -> Iterator[np.ndarray]:
-        batch = import_pyarrow().record_batch(batch)
         if self._format is None:
             self._format = RowFormat.from_schema(batch.schema, self._names, where, self._levels)
-            self.columns, self.integral = self._format.columns, self._format.integral
-            self.levels, self.times = self._format.listed_levels(), self._format.times
+            self._format.describe(self)
         self._format.require(batch.schema, where, whole=self._names is None)
         return self._format.pieces(batch, where)
 
@@ -255,16 +254,13 @@ class _OneShotSource(IterableSource):
 
 
 def _arrow_batches(data: Any) -> Iterator[Any]:
-    """Yield blocks of *data*; tables and Arrow streams are taken apart into batches."""
-    if isinstance(data, np.ndarray):
-        data = [data]
-    if hasattr(data, "__arrow_c_stream__"):
-        data = import_pyarrow().RecordBatchReader.from_stream(data)
-    for block in data:
+    """Yield the record batches of all that speaks Arrow in *data*, and other blocks as they are."""
+    is_one = isinstance(data, np.ndarray) or hasattr(data, "__arrow_c_stream__")
+    for block in [data] if is_one else data:
         if hasattr(block, "__arrow_c_stream__"):
-            yield from import_pyarrow().RecordBatchReader.from_stream(block)
+            yield from pa.RecordBatchReader.from_stream(block)
         else:
-            yield block
+            yield pa.record_batch(block) if is_arrow(block) else block
 
 
 def _as_rows(block: Any) -> np.ndarray:

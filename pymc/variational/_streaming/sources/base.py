@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
+from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.utils import positive_int, progress_bar
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "match_shape",
     "require_finite",
     "shorten",
-    "skip_rows",
 ]
 
 
@@ -72,20 +71,11 @@ class Source(ABC):
     def blocks(
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
-        """Yield the rows of an epoch from row *start* on.
+        """Yield the rows of an epoch from row *start* on, in arrays of shape (n, *sample_shape).
 
-        Parameters
-        ----------
-        epoch, start : int
-        block_rows : int, optional
-            Rows to decode at a time, for a reader who needs few of them.  Default: as many as are
-            read fastest.  Sources that decode nothing ignore it.
-
-        Yields
-        ------
-        ndarray, shape (n, *sample_shape)
-            Its values are finite, and stay until the next block but one is asked for.  A block
-            without rows only tells that reading takes a while.
+        Their values are finite, and stay until the next block but one is asked for.  A block
+        without rows only tells that reading takes a while.  A reader who needs few rows says how
+        many to decode at a time, *block_rows*, which sources that decode nothing ignore.
         """
 
     def probe(self) -> None:
@@ -132,7 +122,7 @@ def as_batch(
     """Return rows as a record batch; without names, columns are called "0", "1" and so on."""
     if rows.ndim > 2:
         raise ValueError(f"rows have shape {rows.shape[1:]}; reshape them to one dimension")
-    pa, arrays = import_pyarrow(), list(np.ascontiguousarray(rows.reshape(len(rows), -1).T))
+    arrays = list(np.ascontiguousarray(rows.reshape(len(rows), -1).T))
     names = list(columns or map(str, range(len(arrays))))
     for j, name in enumerate(names):
         if name in levels:
@@ -175,16 +165,6 @@ def describe_value(
     row, *column = (int(i) for i in place)
     name = repr(columns[column[0]]) if columns else tuple(column)
     return f"row {offset + row} of the stream holds {rows[tuple(place)]} in column {name}"
-
-
-def skip_rows(blocks: Iterator[np.ndarray], n: int) -> Generator[np.ndarray]:
-    """Yield what follows the first *n* rows, without empty blocks."""
-    for block in blocks:
-        size = len(block)
-        if size > n:
-            yield block[n:] if n else block
-        del block  # while the next one is read
-        n = max(0, n - size)
 
 
 def match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -11,33 +11,40 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Arrow columns to rows of numbers, exactly or not at all."""
+"""Arrow columns to rows of numbers, exactly or not at all, and sources of such rows in files."""
 
 import re
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain, groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.base import is_finite
-from pymc.variational._streaming.sources.categories import describe_levels, encode
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
-from pymc.variational._streaming.sources.summary import PER_SECOND, is_dictionary, is_text
-
-if TYPE_CHECKING:
-    import pyarrow
+from pymc.variational._streaming.sources.base import Source, is_finite
+from pymc.variational._streaming.sources.parquet.files import pa
+from pymc.variational._streaming.sources.summary import (
+    PER_SECOND,
+    describe_levels,
+    encode,
+    is_dictionary,
+    is_text,
+)
 
 __all__ = [
     "PIECE_ROWS",
+    "FileSource",
     "RowFormat",
+    "by_file",
     "choose_columns",
     "exact_limit",
     "is_pandas_index",
     "piece_rows",
+    "skip_rows",
 ]
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
@@ -109,7 +116,7 @@ class RowFormat:
     @classmethod
     def from_schema(
         cls,
-        schema: "pyarrow.Schema",
+        schema: "pa.Schema",
         columns: Sequence[str] | None,
         where: str,
         levels: Mapping[str, Any] | None = None,
@@ -126,7 +133,7 @@ class RowFormat:
             raise ValueError(f"{where}: categories names {name!r}, which is not in {list(names)}")
         return cls(names, _types(schema, names, where, levels), levels)
 
-    def widen(self, schema: "pyarrow.Schema", where: str, *, whole: bool) -> "RowFormat":
+    def widen(self, schema: "pa.Schema", where: str, *, whole: bool) -> "RowFormat":
         """Return the format that also holds these columns of *schema*, all of it if *whole*."""
         if whole and sorted(schema.names) != sorted(self.columns):
             raise ValueError(
@@ -143,7 +150,7 @@ class RowFormat:
                 )
         return replace(self, types=tuple(map(_Type.join, self.types, types)))
 
-    def require(self, schema: "pyarrow.Schema", where: str, *, whole: bool) -> None:
+    def require(self, schema: "pa.Schema", where: str, *, whole: bool) -> None:
         """Raise ValueError unless rows of *schema* keep their names and fit ``dtype``."""
         if self.widen(schema, where, whole=whole).dtype != self.dtype:
             raise ValueError(
@@ -159,11 +166,13 @@ class RowFormat:
         )
         return replace(self, types=tuple(types), levels=levels)
 
-    def listed_levels(self) -> dict[str, tuple[Any, ...]]:
-        """Return the levels of each category column, by name."""
-        return {name: tuple(levels.to_pylist()) for name, levels in self.levels.items()}
+    def describe(self, source: Source) -> None:
+        """Tell what the columns of a source are, once the levels are known."""
+        source.columns, source.sample_shape = self.columns, (len(self.columns),)
+        source.integral, source.times = self.integral, self.times
+        source.levels = {n: tuple(levels.to_pylist()) for n, levels in self.levels.items()}
 
-    def pieces(self, batch: "pyarrow.RecordBatch", where: str) -> Iterator[np.ndarray]:
+    def pieces(self, batch: "pa.RecordBatch", where: str) -> Iterator[np.ndarray]:
         """Yield the rows of *batch* in bounded pieces; an invalid value is a StreamError."""
         size = piece_rows(len(self.columns))
         for first in range(0, batch.num_rows, size):
@@ -177,7 +186,7 @@ class RowFormat:
                 )
             yield rows
 
-    def to_rows(self, batch: "pyarrow.RecordBatch") -> tuple[np.ndarray, np.ndarray | None]:
+    def to_rows(self, batch: "pa.RecordBatch") -> tuple[np.ndarray, np.ndarray | None]:
         """Interleave the columns of *batch*, and mark values that are not finite or exact, if any."""
         arrays = [self._numbers(name, batch.column(name)) for name in self.columns]
         values = [_to_numpy(array) for array in arrays]
@@ -190,23 +199,24 @@ class RowFormat:
             bad[:, j] |= mask
         return rows, bad if bad.any() else None
 
-    def fault(self, batch: "pyarrow.RecordBatch", bad: np.ndarray) -> tuple[int, str]:
+    def fault(self, batch: "pa.RecordBatch", bad: np.ndarray) -> tuple[int, str]:
         """Return the row of the first bad value of *batch*, and what is wrong with it."""
         row, j = (int(i) for i in np.argwhere(bad)[0])
         name = self.columns[j]
         scalar, is_time = batch.column(name)[row], self.types[j].is_time
-        value = scalar.cast(import_pyarrow().string()).as_py() if is_time else scalar.as_py()
+        value = scalar.cast(pa.string()).as_py() if is_time else scalar.as_py()
         problem = ""
         if value is None:
             value = "null"
         elif name in self.levels:
             value = repr(value)
-            problem = f", which is none of its levels {describe_levels(self.levels[name])}"
+            levels = self.levels[name].to_pylist()
+            problem = f", which is none of its {describe_levels(levels)}"
         elif is_time or np.isfinite(float(value)):
             problem = f", which {self.dtype} cannot hold exactly"
         return row, f"column {name!r} is {value}{problem}"
 
-    def _invalid(self, j: int, array: "pyarrow.Array", values: np.ndarray) -> np.ndarray | np.bool:
+    def _invalid(self, j: int, array: "pa.Array", values: np.ndarray) -> np.ndarray | np.bool:
         """Mark the nulls of a column, and the integers that ``dtype`` may not hold.
 
         One that arrives as a float, as decimals do, was rounded already at the limit or beyond.
@@ -218,9 +228,8 @@ class RowFormat:
             mask = mask | (values > limit) | (values < -limit)
         return mask
 
-    def _numbers(self, name: str, array: "pyarrow.Array") -> "pyarrow.Array":
+    def _numbers(self, name: str, array: "pa.Array") -> "pa.Array":
         """Return numbers, and null for what is no number or none of the levels."""
-        pa = import_pyarrow()
         if name in self.levels:
             return encode(name, array, self.levels[name])
         if is_dictionary(array.type):
@@ -232,8 +241,74 @@ class RowFormat:
         return array.cast(pa.int8()) if pa.types.is_null(array.type) else array
 
 
+class FileSource(Source):
+    """Rows of files in parts, row groups or record batches, which are read from their start on."""
+
+    def _set_files(self, files: Sequence[Any]) -> None:
+        """Take files, which know their ``path`` and their ``part_rows``."""
+        self._files = files
+        self._parts = [(file, part) for file in files for part in range(len(file.part_rows))]
+        self._set_rows([file.part_rows[part] for file, part in self._parts])
+
+    def _set_rows(self, part_rows: Sequence[int]) -> None:
+        self._part_rows = np.array(part_rows, np.int64)
+        self.n_rows = int(self._part_rows.sum())
+        if not self.n_rows:
+            raise ValueError(
+                f"{self._files[0].path}: no rows to stream in {len(self._files)} file(s)"
+            )
+
+    @abstractmethod
+    def _read(
+        self, file: Any, parts: Sequence[int], block_rows: int | None
+    ) -> Iterator[np.ndarray]:
+        """Read parts of a file, one after the other."""
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the parts of all files in the order of an epoch."""
+        if self.seed is None:
+            return np.arange(len(self._parts))
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
+        return np.random.default_rng(sequence).permutation(len(self._parts))
+
+    def _starts(self, order: np.ndarray) -> np.ndarray:
+        """Return the first row of each part that is read in *order*, and the number of all rows."""
+        return np.cumsum(np.append(0, self._part_rows[order]))
+
+    def read_starts(self, rows: np.ndarray) -> np.ndarray:
+        starts = self._starts(self._order(0))
+        return starts[np.searchsorted(starts[1:], rows, side="right")]
+
+    def blocks(
+        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
+    ) -> Generator[np.ndarray]:
+        order = self._order(epoch)
+        starts = self._starts(order)
+        first = int(np.searchsorted(starts[1:], start, side="right"))
+        places = (self._parts[part] for part in order[first:])
+        blocks = (self._read(file, parts, block_rows) for file, parts in by_file(places))
+        return skip_rows(chain.from_iterable(blocks), start - int(starts[first]))
+
+
+def by_file(places: Iterable[tuple[Any, int]]) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    """Join parts that follow each other in one file, which are read in one go."""
+    for _, some in groupby(places, key=lambda place: place[0].path):
+        files, parts = zip(*some)
+        yield files[0], parts
+
+
+def skip_rows(blocks: Iterator[np.ndarray], n: int) -> Generator[np.ndarray]:
+    """Yield what follows the first *n* rows, without empty blocks."""
+    for block in blocks:
+        size = len(block)
+        if size > n:
+            yield block[n:] if n else block
+        del block  # while the next one is read
+        n = max(0, n - size)
+
+
 def choose_columns(
-    schema: "pyarrow.Schema", columns: Sequence[str] | None, where: str
+    schema: "pa.Schema", columns: Sequence[str] | None, where: str
 ) -> tuple[str, ...]:
     """Return *columns*, by default all, each of which must be there once."""
     names = tuple(schema.names if columns is None else columns)
@@ -249,13 +324,13 @@ def choose_columns(
 
 
 def _types(
-    schema: "pyarrow.Schema", names: Sequence[str], where: str, levels: Mapping[str, Any]
+    schema: "pa.Schema", names: Sequence[str], where: str, levels: Mapping[str, Any]
 ) -> tuple[_Type, ...]:
     """Return the types of these columns, or name all that cannot be used."""
     kinds = {name: _value_type(schema.field(name).type) for name in names}
     types = {name: _number_type(kind) for name, kind in kinds.items() if name not in levels}
     unusable = [name for name, kind in types.items() if kind is None]
-    unusable += [name for name in levels if import_pyarrow().types.is_nested(kinds[name])]
+    unusable += [name for name in levels if pa.types.is_nested(kinds[name])]
     if unusable:
         found = ", ".join(f"{name!r} ({kinds[name]})" for name in unusable)
         usable = [name for name in names if name not in unusable]
@@ -268,7 +343,7 @@ def _types(
     return tuple(types.get(name) or _level_type(levels[name]) for name in names)
 
 
-def _value_type(kind: "pyarrow.DataType") -> "pyarrow.DataType":
+def _value_type(kind: "pa.DataType") -> "pa.DataType":
     return kind.value_type if is_dictionary(kind) else kind
 
 
@@ -276,9 +351,9 @@ def _level_type(levels: Any) -> _Type:
     return _Type(np.min_scalar_type(0 if levels is None else len(levels) - 1), True)
 
 
-def _number_type(kind: "pyarrow.DataType") -> _Type | None:
+def _number_type(kind: "pa.DataType") -> _Type | None:
     """Return what the values of an Arrow type become, None if they are no numbers."""
-    is_ = import_pyarrow().types
+    is_ = pa.types
     if is_.is_null(kind):
         return _Type(np.dtype(bool), True, None)
     if is_.is_timestamp(kind) or is_.is_date(kind):
@@ -290,9 +365,8 @@ def _number_type(kind: "pyarrow.DataType") -> _Type | None:
     return None
 
 
-def _seconds(array: "pyarrow.Array") -> "pyarrow.Array":
+def _seconds(array: "pa.Array") -> "pa.Array":
     """Return times as seconds since 1970, and null for those that cannot be got back exactly."""
-    pa = import_pyarrow()
     if pa.types.is_date(array.type):
         array = array.cast(pa.timestamp("s"))
     unit = PER_SECOND[array.type.unit]
@@ -306,9 +380,8 @@ def _seconds(array: "pyarrow.Array") -> "pyarrow.Array":
     return pa.array(seconds, mask=lost | is_null)
 
 
-def _to_numpy(array: "pyarrow.Array") -> np.ndarray:
+def _to_numpy(array: "pa.Array") -> np.ndarray:
     """Return the values of an array, and zeros for its nulls."""
-    pa: Any = import_pyarrow()
     if array.null_count:
         array = array.fill_null(pa.scalar(0).cast(array.type))
     if pa.types.is_boolean(array.type):

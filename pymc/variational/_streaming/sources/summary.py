@@ -11,36 +11,42 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Summaries of the columns of a table: made in one pass, kept in the metadata of its files."""
+"""What the columns of a table hold: levels, and summaries that the metadata of its files keep."""
 
 import dataclasses
 import json
 import math
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow
-
-if TYPE_CHECKING:
-    import pyarrow
+from pymc.variational._streaming.sources.base import shorten
+from pymc.variational._streaming.sources.parquet.files import pa
+from pymc.variational._streaming.utils import progress_bar
 
 __all__ = [
     "PER_SECOND",
     "SUMMARY_KEY",
+    "Categories",
     "ColumnSummary",
     "Summarizer",
     "Summary",
-    "append_new",
+    "describe_levels",
     "dictionary_of",
+    "encode",
+    "find_levels",
+    "given_levels",
     "is_dictionary",
     "is_text",
+    "levels_of",
 ]
+
+Categories = Sequence[str] | Mapping[str, Sequence[Any]]
 
 SUMMARY_KEY = b"pymc.summary"
 MAX_LEVELS = 4096
@@ -134,23 +140,25 @@ class Summary(Mapping[str, ColumnSummary]):
 class Summarizer:
     """A summary in the making; those of the parts of a table can be merged in their order."""
 
-    def __init__(self, schema: "pyarrow.Schema"):
+    def __init__(self, schema: "pa.Schema"):
         self.rows = 0
         self._columns = [_Column(field.name, field.type) for field in schema]
         self._encoded = [column for column in self._columns if is_dictionary(column.kind)]
 
-    def add(self, batch: "pyarrow.RecordBatch") -> None:
-        """Add rows, whose dictionaries were decoded and go to :meth:`add_dictionaries`."""
+    def add(self, batch: "pa.RecordBatch") -> "pa.RecordBatch":
+        """Add and return rows, whose dictionaries were decoded after :meth:`add_dictionaries`."""
         self.rows += batch.num_rows
         for column, values in zip(self._columns, batch.columns):
             column.add(values)
+        return batch
 
-    def add_dictionaries(self, batch: "pyarrow.RecordBatch") -> None:
-        """Add the dictionaries of a batch, without its rows."""
+    def add_dictionaries(self, batch: "pa.RecordBatch") -> "pa.RecordBatch":
+        """Add the dictionaries of a batch, which is returned, without its rows."""
         for column in self._encoded:
             values = batch.column(column.name)
             if is_dictionary(values.type):
                 column.add_levels(dictionary_of(values))
+        return batch
 
     def merge(self, later: "Summarizer") -> None:
         """Add the rows that follow."""
@@ -158,7 +166,7 @@ class Summarizer:
         for column, other in zip(self._columns, later._columns):
             column.merge(other)
 
-    def dictionaries(self) -> dict[str, "pyarrow.Array"]:
+    def dictionaries(self) -> dict[str, "pa.Array"]:
         """Return the values of each dictionary column, in the order of their first appearance."""
         return {column.name: column.levels for column in self._encoded}
 
@@ -171,7 +179,7 @@ class _Column:
     """Moments and levels of a part of a column (Chan, Golub and LeVeque 1983)."""
 
     name: str
-    kind: "pyarrow.DataType"
+    kind: "pa.DataType"
     n: int = 0
     nulls: int = 0
     low: Any = math.inf
@@ -184,9 +192,9 @@ class _Column:
     is_text: bool = False
     """Whether a column of strings has too many distinct values to be kept."""
 
-    def add(self, array: "pyarrow.Array") -> None:
+    def add(self, array: "pa.Array") -> None:
         """Add the values of a batch."""
-        pc = import_pyarrow().compute
+        pc = pa.compute
         n_rows = len(array)
         array = array.drop_null() if array.null_count else array
         numbers = _as_numbers(array)
@@ -219,9 +227,9 @@ class _Column:
         if other.levels is not None:
             self.add_levels(other.levels)
 
-    def add_levels(self, values: "pyarrow.Array") -> None:
+    def add_levels(self, values: "pa.Array") -> None:
         """Append the values that are new; strings are forgotten when they are too many."""
-        self.levels = append_new(self.levels, values)
+        self.levels = _append_new(self.levels, values)
         if is_text(self.kind) and (self.is_text or len(self.levels) > MAX_LEVELS):
             self.levels, self.is_text = None, True
 
@@ -233,7 +241,7 @@ class _Column:
         return dataclasses.replace(summary, min=self.low, max=self.high, mean=self.mean, sd=sd)
 
     def _kept_levels(self) -> tuple[Any, ...] | None:
-        if import_pyarrow().types.is_boolean(self.kind):
+        if pa.types.is_boolean(self.kind):
             return False, True
         if self.levels is None or len(self.levels) > MAX_LEVELS:
             return None
@@ -262,9 +270,8 @@ def _format(value: float | None, unit: str | None = None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
-def _as_numbers(array: "pyarrow.Array") -> Any:
+def _as_numbers(array: "pa.Array") -> Any:
     """Return values without nulls as numbers, times in seconds; None for values of other kinds."""
-    pa = import_pyarrow()
     is_, kind = pa.types, array.type
     if is_.is_date(kind):
         array = array.cast(pa.timestamp("s"))
@@ -278,25 +285,131 @@ def _as_numbers(array: "pyarrow.Array") -> Any:
     return array if is_.is_integer(kind) or is_.is_floating(kind) else None
 
 
-def append_new(known: Any, values: "pyarrow.Array") -> "pyarrow.Array":
+def given_levels(categories: Categories | None) -> dict[str, Any]:
+    """Return the levels of each category column as an Arrow array, None where none are given."""
+    if isinstance(categories, str):
+        raise TypeError(f"categories={categories!r} is a string; pass a list of names")
+    if not isinstance(categories, Mapping):
+        return dict.fromkeys(categories or ())
+    for name, levels in categories.items():
+        if isinstance(levels, str):
+            raise TypeError(f"categories[{name!r}]={levels!r} is a string; pass a list of levels")
+    return {name: _as_levels(name, list(levels)) for name, levels in categories.items()}
+
+
+def find_levels(
+    levels: Mapping[str, Any],
+    read: Callable[[list[str]], Iterable["pa.RecordBatch"]],
+    n_rows: int | None,
+) -> dict[str, Any]:
+    """Return the levels that are known, and those of other columns from one pass over *n_rows*.
+
+    They are sorted, or in the order that a dictionary declares, as of a pandas Categorical or a
+    Polars Enum, with the levels that no row has.
+    """
+    missing = [name for name, known in levels.items() if known is None]
+    if not missing:
+        return dict(levels)
+    found: dict[str, Any] = dict.fromkeys(missing)
+    ordered = set()
+    with progress_bar(f"Finding levels of {', '.join(missing)}", n_rows) as add:
+        for batch in read(missing):
+            for name in missing:
+                array = batch.column(name)
+                found[name] = _add_levels(name, found[name], array)
+                if is_dictionary(array.type):
+                    ordered.add(name)
+            add(batch.num_rows)
+    for name, values in found.items():
+        if values is None:
+            raise ValueError(f"column {name!r} holds nulls only, so it has no levels")
+        if name not in ordered:
+            found[name] = values.take(pa.compute.sort_indices(values))
+    return {**levels, **found}
+
+
+def _add_levels(name: str, known: Any, array: "pa.Array") -> Any:
+    """Return the levels that are known, if any, and those that *array* or its dictionary adds."""
+    values = array.dictionary if is_dictionary(array.type) else array.unique()
+    values = _unify(values).drop_null()
+    if pa.types.is_floating(values.type):
+        values = values.filter(pa.compute.is_finite(values))
+    if known is None:
+        return values if len(values) else None
+    return _append_new(known, _cast(name, values, known.type))
+
+
+def levels_of(summary: Summary) -> dict[str, Any]:
+    """Return the levels of the columns that :func:`preshuffle` kept in the summary of a table."""
+    kept = {name: column.levels for name, column in summary.items()}
+    return {name: _as_levels(name, list(levels)) for name, levels in kept.items() if levels}
+
+
+def encode(name: str, array: "pa.Array", levels: "pa.Array") -> "pa.Array":
+    """Return the positions of values among *levels*, and null for values that are none of them.
+
+    Null is a value like any other.
+    """
+    if not is_dictionary(array.type):
+        return pa.compute.index_in(_cast(name, _unify(array), levels.type), value_set=levels)
+    codes = encode(name, array.dictionary, levels).take(array.indices)
+    of_null = pa.compute.index_in(pa.nulls(1, levels.type), value_set=levels)[0]
+    return pa.compute.if_else(array.indices.is_null(), of_null, codes)
+
+
+def describe_levels(levels: Sequence[Any] | None) -> str:
+    """Say which levels there are."""
+    shown = ", ".join(shorten([repr(level) for level in levels or ()], 4))
+    return f"levels {shown}" if levels else "no levels"
+
+
+def _as_levels(name: str, levels: list[Any]) -> "pa.Array":
+    try:
+        array = _unify(pa.array(levels))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as err:
+        raise ValueError(f"categories[{name!r}] mixes levels of several types ({err})") from None
+    if not levels or len(array.unique()) < len(levels):
+        problem = "holds a level twice" if levels else "has no levels"
+        raise ValueError(f"categories[{name!r}] {problem}; pass each level once")
+    return array
+
+
+def _unify(array: "pa.Array") -> "pa.Array":
+    """Return values with one type for all strings, and one for all integers but the largest."""
+    is_, kind = pa.types, array.type
+    if is_text(kind):
+        return array.cast(pa.large_string())
+    return array.cast(pa.int64()) if is_.is_integer(kind) and not is_.is_uint64(kind) else array
+
+
+def _cast(name: str, values: "pa.Array", kind: "pa.DataType") -> "pa.Array":
+    try:
+        return values if values.type == kind else values.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
+        raise StreamError(
+            f"column {name!r} holds {values.type} where its levels are {kind} ({err}); "
+            "write it with one type"
+        ) from None
+
+
+def _append_new(known: Any, values: "pa.Array") -> "pa.Array":
     """Return the values that are known, if any, and after them the others."""
-    pa = import_pyarrow()
     if known is None or values.equals(known):
         return values
     new = values.filter(pa.compute.invert(pa.compute.is_in(values, value_set=known)))
     return pa.concat_arrays([known, new])
 
 
-def dictionary_of(array: "pyarrow.DictionaryArray") -> "pyarrow.Array":
+def dictionary_of(array: "pa.DictionaryArray") -> "pa.Array":
     """Return the values of a dictionary, which Arrow could not take if they were views."""
-    pa, values = import_pyarrow(), array.dictionary
+    values = array.dictionary
     return values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values
 
 
-def is_dictionary(kind: "pyarrow.DataType") -> bool:
-    return import_pyarrow().types.is_dictionary(kind)
+def is_dictionary(kind: "pa.DataType") -> bool:
+    return pa.types.is_dictionary(kind)
 
 
-def is_text(kind: "pyarrow.DataType") -> bool:
-    is_ = import_pyarrow().types
+def is_text(kind: "pa.DataType") -> bool:
+    is_ = pa.types
     return is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind)

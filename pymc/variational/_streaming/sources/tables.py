@@ -22,7 +22,7 @@ import os
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,27 +31,27 @@ from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.sources.parquet.files import (
     ParquetInput,
-    by_file,
-    import_pyarrow,
     inspect_all,
     is_local,
     is_unchanged,
+    pa,
 )
-from pymc.variational._streaming.sources.parquet.mark import MARK_KEY, read_mark
+from pymc.variational._streaming.sources.parquet.mark import MARK_KEY
 from pymc.variational._streaming.sources.parquet.parquet import read_batches
 from pymc.variational._streaming.sources.parquet.paths import list_parquet, resolve, stands_for
-from pymc.variational._streaming.sources.rows import choose_columns, is_pandas_index
+from pymc.variational._streaming.sources.rows import (
+    by_file,
+    choose_columns,
+    is_pandas_index,
+)
 from pymc.variational._streaming.sources.summary import (
     SUMMARY_KEY,
     Summarizer,
     Summary,
     dictionary_of,
+    is_dictionary,
 )
 from pymc.variational._streaming.utils import progress_bar
-
-if TYPE_CHECKING:
-    import pyarrow
-    import pyarrow.fs
 
 __all__ = ["Batches", "Files", "Piece", "conform", "open_table", "plain_schema", "summarize"]
 
@@ -111,8 +111,7 @@ def summarize(source: Any, *, progressbar: bool = True) -> Summary:
     plain, summarizer = plain_schema(table.schema), Summarizer(table.schema)
     with progress_bar("Summarizing", table.n_rows, show=progressbar) as advance:
         for batch in table.read(_SUMMARIZED_ROWS, advance):
-            summarizer.add_dictionaries(batch)
-            summarizer.add(conform(batch, plain))
+            summarizer.add(conform(summarizer.add_dictionaries(batch), plain))
     return summarizer.finish()
 
 
@@ -137,42 +136,39 @@ class Files:
         more = f" and {len(source) - 1} more" if source[1:] else ""
         self.name = os.fspath(source[0]) + more
         self.row_bytes, self.page_bytes = 1.0, 0
-        self.files, schemas, marks = [], [], []
+        self.files, schemas = [], []
         found: Summary | None = None
         for file, schema, metadata in inspect_all(self.fs, paths):
             schemas.append(_choose(schema, columns, file.path))
             _refuse_int96(metadata, schemas[-1].names, file.path)
             self._measure(metadata, set(schemas[-1].names))
             self.files.append(file)
-            marks.append(read_mark(file.path, metadata))
             found = found or Summary.from_metadata(metadata.metadata, file.path)
         if columns is None:
             _refuse_partitions(paths, schemas[0].names)
         self.schema = _unify(schemas, paths)
         self.n_rows = sum(file.n_rows for file in self.files)
-        self._groups = [(f, group) for f in self.files for group in range(len(f.group_rows))]
-        is_whole = marks[0] and all(mark and mark.shuffle == marks[0].shuffle for mark in marks)
-        self.summary = found if is_whole else None
+        self._groups = [(f, group) for f in self.files for group in range(len(f.part_rows))]
+        shuffles = {file.mark and file.mark.shuffle for file in self.files}
+        self.summary = found if len(shuffles) == 1 and None not in shuffles else None
         self.n_bytes = sum(file.size for file in self.files)
         self.contents = [(file.size, file.digest) for file in self.files]
 
-    def sample(self, n_bytes: int) -> list["pyarrow.RecordBatch"]:
+    def sample(self, n_bytes: int) -> list["pa.RecordBatch"]:
         """Return the first rows of some row groups."""
         n_rows = max(1, min(_SAMPLED_ROWS, int(n_bytes / self.row_bytes)))
-        filled = [(file, group) for file, group in self._groups if file.group_rows[group]]
+        filled = [(file, group) for file, group in self._groups if file.part_rows[group]]
         chosen = filled[:: math.ceil(len(filled) / _SAMPLED_GROUPS) or 1]
         return [next(self._read(file, n_rows, (group,))) for file, group in chosen]
 
     def cut(self, task_rows: int) -> Iterator[tuple[Piece, ...]]:
         """Cut the row groups of all files into runs of about *task_rows*, one for each task."""
-        starts = np.cumsum([0, *(file.group_rows[group] for file, group in self._groups)])
+        starts = np.cumsum([0, *(file.part_rows[group] for file, group in self._groups)])
         tasks = zip((starts // task_rows).tolist(), self._groups)
         for _, run in groupby(tasks, key=lambda task: task[0]):
             yield tuple(by_file(place for _, place in run))
 
-    def read(
-        self, batch_rows: int, advance: Callable[[float], None]
-    ) -> Iterator["pyarrow.RecordBatch"]:
+    def read(self, batch_rows: int, advance: Callable[[float], None]) -> Iterator["pa.RecordBatch"]:
         """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
         for file in self.files:
             for batch in self._read(file, batch_rows):
@@ -181,7 +177,7 @@ class Files:
 
     def _read(
         self, file: ParquetInput, batch_rows: int, groups: Sequence[int] | None = None
-    ) -> Iterator["pyarrow.RecordBatch"]:
+    ) -> Iterator["pa.RecordBatch"]:
         return read_batches(self.fs, file, self.schema.names, batch_rows, groups)
 
     def require_unchanged(self) -> None:
@@ -194,7 +190,7 @@ class Files:
                 "nothing was published; run preshuffle again when it is at rest"
             )
 
-    def refuse_overlap(self, fs: "pyarrow.fs.FileSystem", destination: str) -> None:
+    def refuse_overlap(self, fs: "pa.fs.FileSystem", destination: str) -> None:
         """Refuse to write where the source is read, or where a glob would look for it next time."""
         if is_local(self.fs) != is_local(fs):
             return
@@ -247,13 +243,11 @@ class Batches:
         self.schema = result_schema([chosen])
         self._sample = first.slice(0, _SAMPLED_ROWS)
 
-    def sample(self, n_bytes: int) -> list["pyarrow.RecordBatch"]:
+    def sample(self, n_bytes: int) -> list["pa.RecordBatch"]:
         """Return the first rows."""
         return [self._sample]
 
-    def read(
-        self, batch_rows: int, advance: Callable[[float], None]
-    ) -> Iterator["pyarrow.RecordBatch"]:
+    def read(self, batch_rows: int, advance: Callable[[float], None]) -> Iterator["pa.RecordBatch"]:
         """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
         for number, batch in enumerate(self._batches):
             if not set(self.schema.names).issubset(batch.schema.names):
@@ -266,18 +260,15 @@ class Batches:
             advance(batch.num_rows)
 
 
-def _choose(
-    schema: "pyarrow.Schema", columns: Sequence[str] | None, where: str
-) -> "pyarrow.Schema":
+def _choose(schema: "pa.Schema", columns: Sequence[str] | None, where: str) -> "pa.Schema":
     """Return the chosen columns of a schema, without the metadata of another shuffle."""
     names = choose_columns(schema, columns, where)
     kept = {k: v for k, v in (schema.metadata or {}).items() if k not in (MARK_KEY, SUMMARY_KEY)}
-    return import_pyarrow().schema([schema.field(name) for name in names], kept)
+    return pa.schema([schema.field(name) for name in names], kept)
 
 
-def _unify(schemas: Sequence["pyarrow.Schema"], paths: Sequence[str]) -> "pyarrow.Schema":
+def _unify(schemas: Sequence["pa.Schema"], paths: Sequence[str]) -> "pa.Schema":
     """Return one schema for all files, or name the first that differs."""
-    pa = import_pyarrow()
     names, merged = set(schemas[0].names), result_schema(schemas[:1])
     for schema, path in zip(schemas, paths):
         if schema.equals(schemas[0]):
@@ -328,12 +319,11 @@ def _refuse_partitions(paths: Sequence[str], columns: Sequence[str]) -> None:
         )
 
 
-def result_schema(schemas: Sequence["pyarrow.Schema"]) -> "pyarrow.Schema":
+def result_schema(schemas: Sequence["pa.Schema"]) -> "pa.Schema":
     """Return types that hold the values of all *schemas*, in the order of the first.
 
     Views become plain types, and dictionaries have int32 indices, to count the values of all.
     """
-    pa = import_pyarrow()
     merged = pa.unify_schemas([plain_schema(s) for s in schemas], promote_options="permissive")
     fields = []
     for field in schemas[0]:
@@ -345,15 +335,15 @@ def result_schema(schemas: Sequence["pyarrow.Schema"]) -> "pyarrow.Schema":
     return pa.schema(fields, schemas[0].metadata)
 
 
-def plain_schema(schema: "pyarrow.Schema") -> "pyarrow.Schema":
+def plain_schema(schema: "pa.Schema") -> "pa.Schema":
     """Return the plain types of all columns, without metadata."""
     fields = [_plain_field(field).remove_metadata() for field in schema]
-    return import_pyarrow().schema(fields)
+    return pa.schema(fields)
 
 
-def conform(batch: "pyarrow.RecordBatch", plain: "pyarrow.Schema") -> "pyarrow.RecordBatch":
+def conform(batch: "pa.RecordBatch", plain: "pa.Schema") -> "pa.RecordBatch":
     """Return the columns of *plain*, found by name and converted to its types without loss."""
-    pa, columns = import_pyarrow(), []
+    columns = []
     for field in plain:
         column = batch.column(field.name)
         if pa.types.is_dictionary(column.type):
@@ -368,27 +358,11 @@ def conform(batch: "pyarrow.RecordBatch", plain: "pyarrow.Schema") -> "pyarrow.R
     return pa.RecordBatch.from_arrays(columns, schema=plain)
 
 
-def _plain(kind: "pyarrow.DataType") -> "pyarrow.DataType":
-    pa = import_pyarrow()
-    is_: Any = pa.types
-    if is_.is_dictionary(kind):
-        return _plain(kind.value_type)
-    if is_.is_string_view(kind):
-        return pa.large_string()
-    if is_.is_binary_view(kind):
-        return pa.large_binary()
-    if is_.is_map(kind):
-        return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field))
-    if is_.is_struct(kind):
-        return pa.struct([_plain_field(field) for field in kind])
-    if is_.is_list(kind):
-        return pa.list_(_plain_field(kind.value_field))
-    if is_.is_large_list(kind):
-        return pa.large_list(_plain_field(kind.value_field))
-    if is_.is_fixed_size_list(kind):
-        return pa.list_(_plain_field(kind.value_field), kind.list_size)
-    return kind
-
-
-def _plain_field(field: "pyarrow.Field") -> "pyarrow.Field":
-    return field.with_type(_plain(field.type))
+def _plain_field(field: "pa.Field") -> "pa.Field":
+    """Return a field of the values themselves: of no dictionary, and no view."""
+    kind = field.type.value_type if is_dictionary(field.type) else field.type
+    if pa.types.is_string_view(kind):
+        kind = pa.large_string()
+    if pa.types.is_binary_view(kind):
+        kind = pa.large_binary()
+    return field.with_type(kind)

@@ -37,7 +37,7 @@ from pymc.variational.streaming import StreamError, parquet_source, preshuffle
 from tests.variational.streaming.preshuffle.preshuffled import cut_small, digests
 
 N_ROWS = 2000
-TRACED = "preshuffle/command.py", "preshuffle/publish.py"
+TRACED = "preshuffle/command.py", "preshuffle/write.py"
 
 
 def main(folder: str, kind: str, every: str) -> None:

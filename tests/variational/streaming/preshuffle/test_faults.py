@@ -27,7 +27,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from pymc.variational._streaming.preshuffle import publish
+from pymc.variational._streaming.preshuffle import write
 from pymc.variational.streaming import StreamError, parquet_source, preshuffle
 from tests.variational.streaming.preshuffle.preshuffled import (
     Inline,
@@ -91,7 +91,7 @@ def require_whole(root, names=("in", "out")):
 @pytest.mark.parametrize("kind", ["remote", "overwrite"])
 def test_a_kill_at_any_moment_leaves_all_or_nothing_and_the_next_run_finishes(tmp_path, kind):
     module = "tests.variational.streaming.preshuffle.killed"
-    command = [sys.executable, "-m", module, str(tmp_path), kind, "11"]
+    command = [sys.executable, "-m", module, str(tmp_path), kind, "13"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 20
@@ -163,7 +163,7 @@ def test_old_rows_are_put_back_if_new_ones_cannot_take_their_place(source, tmp_p
     shuffle(source)
     before = digests(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(publish.os, "rename", fail_after(os.rename, len(before) + 1))
+        patch.setattr(write.os, "rename", fail_after(os.rename, len(before) + 1))
         with pytest.raises(OSError, match="gone"):
             shuffle(source, seed=1, overwrite=True)
     assert digests(tmp_path / "out") == before

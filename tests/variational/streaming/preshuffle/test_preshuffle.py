@@ -313,6 +313,14 @@ def test_extension_types_inside_of_others(tmp_path):
     assert found.to_pydict() == pq.read_table(tmp_path / "in").to_pydict()
 
 
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
+def test_dictionaries_and_views_inside_of_others_are_refused_by_name(tmp_path, kind):
+    table = pa.table({"row": [0, 1], "words": pa.array([["a"], ["b"]], pa.list_(kind))})
+    with pytest.raises(ValueError, match=r"column 'words' has type list<.*leave it out with"):
+        shuffle(table, tmp_path / "out")
+    assert shuffle(table, tmp_path / "out", columns=["row"]).rows == 2
+
+
 @pytest.mark.parametrize("inside", ["in", "in/below", "."])
 def test_a_destination_that_overlaps_the_source_is_refused(tmp_path, inside):
     source = numbered(tmp_path / "in", 100)
@@ -347,10 +355,12 @@ def test_destinations_that_cannot_be_replaced_are_refused(tmp_path, monkeypatch)
         shuffle(source, tmp_path / "file", overwrite=True)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(ValueError, match=r"here' is the current directory"):
+    message = r"here' is a mount point or the current directory.*; pass a directory inside it"
+    with pytest.raises(ValueError, match=message):
         shuffle(source, ".")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("here"))
-    with pytest.raises(ValueError, match=r"here' is a mount point.*; pass a directory inside it"):
+    with pytest.raises(ValueError, match=message):
         shuffle(source, tmp_path / "here")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "here", "in"]
 

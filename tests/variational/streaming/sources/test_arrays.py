@@ -72,7 +72,7 @@ class TestOtherSources:
         with ds:
             for _ in range(3):
                 ds.advance()
-                assert ds["twice"].eval().tolist() == list(range(0, 14, 2))
+                assert ds.as_tensor().get_value()[:, 0].tolist() == list(range(0, 14, 2))
 
     @pytest.mark.parametrize(
         "make",
@@ -222,9 +222,10 @@ class TestOtherSources:
             list(ds)
 
     def test_columns_are_not_chosen_from_arrays(self):
-        source = arrow_source(lambda: [numbered(4)], columns=["twice"])
-        with pytest.raises(TypeError, match=r"columns=\['twice'\] .* by name, and block 0 is"):
-            StreamingDataset(source, batch_size=2, total_size=4)
+        for option in ({"columns": ["twice"]}, {"categories": {"twice": [0, 2, 4, 6]}}):
+            source = arrow_source(lambda: [numbered(4)], **option)
+            with pytest.raises(TypeError, match=r"columns=\['twice'\] .* by name, and block 0 is"):
+                StreamingDataset(source, batch_size=2, total_size=4)
 
     def test_masked_values_are_refused(self):
         rows = np.ma.masked_array(numbered(4).astype(float), mask=numbered(4) == 2)

@@ -23,7 +23,7 @@ import pytest
 
 import pymc as pm
 
-from pymc.variational._streaming.sources import categories
+from pymc.variational._streaming.sources import summary
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
@@ -304,6 +304,13 @@ class TestCategories:
         assert ds.coords == {"carrier": ("AA", "B6", "UA"), "late": (False, True)}
         with ds:
             ds.advance()
+            rows = ds.as_tensor().get_value().tolist()
+            assert rows == [[2, 1, 5], [0, 0, 6], [1, 1, 5], [0, 1, 7]]
+
+    def test_they_are_taken_by_name(self, flights):
+        ds = StreamingDataset(arrow_source(flights, categories=["carrier", "late"]), batch_size=4)
+        with ds:
+            ds.advance()
             assert ds.index("carrier").eval().tolist() == [2, 0, 1, 0]
             assert ds.index("carrier").dtype == "int64"
             assert ds["late"].eval().tolist() == [1, 0, 1, 1]
@@ -369,7 +376,7 @@ class TestCategories:
         pq.write_table(flights, tmp_path / "raw.parquet")
         preshuffle(tmp_path / "raw.parquet", tmp_path / "out", seed=0, progressbar=False)
         found = parquet_source(tmp_path / "raw.parquet", categories=["carrier", "late"]).levels
-        monkeypatch.setattr(categories, "_add_levels", None)
+        monkeypatch.setattr(summary, "_add_levels", None)
         assert parquet_source(tmp_path / "out", categories=["carrier", "late"]).levels == found
 
     @pytest.mark.parametrize(

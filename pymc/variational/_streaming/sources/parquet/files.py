@@ -14,32 +14,33 @@
 """Parquet files on any filesystem, and whether they are still the same."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import batched, groupby
+from itertools import batched
 from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.errors import StreamError, warn
+from pymc.variational._streaming.sources.parquet.mark import (
+    PreshuffleMark,
+    chunk_extent,
+    read_mark,
+)
 from pymc.variational._streaming.sources.parquet.remote import RemoteFile, fsspec_of, retried
 from pymc.variational._streaming.utils import digest
-
-if TYPE_CHECKING:
-    import pyarrow.fs
-    import pyarrow.parquet
 
 __all__ = [
     "Inspected",
     "ParquetInput",
-    "by_file",
-    "chunk_extent",
+    "as_stream_error",
     "import_pyarrow",
     "inspect_all",
     "is_local",
     "is_unchanged",
     "open_parquet",
+    "pa",
     "warn_of_copies",
     "watch",
 ]
@@ -55,7 +56,35 @@ _MAX_REQUESTS = 32
 """Files of an object store that are opened at once."""
 _UNREADABLE = "not a readable Parquet file"
 
-Inspected = tuple["ParquetInput", "pyarrow.Schema", "pyarrow.parquet.FileMetaData"]
+
+def import_pyarrow() -> Any:
+    """Import pyarrow on first use, and say how to get it where it is missing."""
+    try:
+        import pyarrow
+        import pyarrow.fs
+        import pyarrow.parquet
+    except ImportError as err:
+        raise ImportError(
+            "streaming from Parquet and Arrow needs pyarrow; "
+            "install it with `pip install pyarrow` or `conda install -c conda-forge pyarrow`"
+        ) from err
+    return pyarrow
+
+
+class _Pyarrow:
+    """The package, imported when it is used: arrays are streamed without it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_pyarrow(), name)
+
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+else:
+    pa = _Pyarrow()
+
+
+Inspected = tuple["ParquetInput", "pa.Schema", "pa.parquet.FileMetaData"]
 """A file, and what its footer says."""
 _Identity = tuple[int, int | None, str]
 """Size of a file, time of its last modification, and digest of its footer."""
@@ -73,68 +102,46 @@ class ParquetInput:
     """Time of the last modification, where the filesystem knows it."""
     digest: str
     """Digest of the footer, which holds the schema, row counts and page offsets."""
-    group_rows: tuple[int, ...]
+    part_rows: tuple[int, ...]
     """Number of rows of each row group."""
+    mark: PreshuffleMark | None = None
+    """The mark in the footer, where the file is still the one that it was written to."""
     checked: bool = field(default=False, compare=False)
     """Whether the footer is known not to contradict itself, which is checked on first use."""
 
     @property
     def n_rows(self) -> int:
-        return sum(self.group_rows)
+        return sum(self.part_rows)
 
     def place(self, groups: Sequence[int], row: int) -> tuple[int, int]:
         """Return the row group of a row of *groups*, read one after the other, and its row there."""
         for group in groups:
-            if row < self.group_rows[group]:
+            if row < self.part_rows[group]:
                 break
-            row -= self.group_rows[group]
+            row -= self.part_rows[group]
         return group, row
 
 
-def by_file(
-    places: Iterable[tuple[ParquetInput, int]],
-) -> Iterator[tuple[ParquetInput, tuple[int, ...]]]:
-    """Join row groups that follow each other in one file, which are read in one go."""
-    for _, some in groupby(places, key=lambda place: place[0].path):
-        files, groups = zip(*some)
-        yield files[0], groups
+def is_local(fs: "pa.fs.FileSystem") -> bool:
+    return isinstance(fs, pa.fs.LocalFileSystem)
 
 
-def import_pyarrow() -> Any:
-    """Import pyarrow on first use, and say how to get it where it is missing."""
-    try:
-        import pyarrow
-        import pyarrow.fs
-        import pyarrow.parquet
-    except ImportError as err:
-        raise ImportError(
-            "streaming from Parquet and Arrow needs pyarrow; "
-            "install it with `pip install pyarrow` or `conda install -c conda-forge pyarrow`"
-        ) from err
-    return pyarrow
-
-
-def is_local(fs: "pyarrow.fs.FileSystem") -> bool:
-    return isinstance(fs, import_pyarrow().fs.LocalFileSystem)
-
-
-def _inspect(fs: "pyarrow.fs.FileSystem", path: str) -> Inspected:
+def _inspect(fs: "pa.fs.FileSystem", path: str) -> Inspected:
     """Read the footer of *path*; one that cannot be read is a StreamError."""
-    with _open(fs, path) as (_, footer, identity), _as_stream_error(path, _UNREADABLE):
+    with _open(fs, path) as (_, footer, identity), as_stream_error(path, _UNREADABLE):
         metadata = _parse(footer)
         rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
         if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
             raise OSError("its footer and its row groups hold different numbers of rows; corrupt")
-        file = ParquetInput(path, *identity, rows)
+        file = ParquetInput(path, *identity, rows, read_mark(path, metadata))
         return file, metadata.schema.to_arrow_schema(), metadata
 
 
-def _parse(footer: bytes) -> "pyarrow.parquet.FileMetaData":
-    pa = import_pyarrow()
+def _parse(footer: bytes) -> "pa.parquet.FileMetaData":
     return pa.parquet.read_metadata(pa.BufferReader(_MAGIC + footer))
 
 
-def inspect_all(fs: "pyarrow.fs.FileSystem", paths: Sequence[str]) -> Iterator[Inspected]:
+def inspect_all(fs: "pa.fs.FileSystem", paths: Sequence[str]) -> Iterator[Inspected]:
     """Inspect files in their order, several at a time where each takes the time of some requests."""
     fsspec = fsspec_of(fs)
     if is_local(fs) or not (fsspec is None or getattr(fsspec, "async_impl", False)):
@@ -145,14 +152,14 @@ def inspect_all(fs: "pyarrow.fs.FileSystem", paths: Sequence[str]) -> Iterator[I
             yield from pool.map(partial(_inspect, fs), some)
 
 
-def _check_footer(file: ParquetInput, metadata: "pyarrow.parquet.FileMetaData") -> None:
+def _check_footer(file: ParquetInput, metadata: "pa.parquet.FileMetaData") -> None:
     """Raise StreamError if types, counts or offsets in a footer contradict each other.
 
     A footer has no checksum, and Arrow trusts it: a flipped bit there could give other rows.
     """
     leaves = [metadata.schema.column(j) for j in range(metadata.num_columns)]
     extents = []
-    with _as_stream_error(file.path, _UNREADABLE):
+    with as_stream_error(file.path, _UNREADABLE):
         for number, group in enumerate(map(metadata.row_group, range(metadata.num_row_groups))):
             chunks = [group.column(j) for j in range(group.num_columns)]
             agree = (_agree(chunk, leaf, group.num_rows) for chunk, leaf in zip(chunks, leaves))
@@ -169,7 +176,7 @@ def _check_footer(file: ParquetInput, metadata: "pyarrow.parquet.FileMetaData") 
             free = end
 
 
-def warn_of_copies(fs: "pyarrow.fs.FileSystem", files: Sequence[ParquetInput]) -> None:
+def warn_of_copies(fs: "pa.fs.FileSystem", files: Sequence[ParquetInput]) -> None:
     """Warn of the first file with the size, the footer and the sampled bytes of another one."""
     alike = defaultdict(list)
     for file in files:
@@ -187,30 +194,20 @@ def warn_of_copies(fs: "pyarrow.fs.FileSystem", files: Sequence[ParquetInput]) -
                 return
 
 
-def chunk_extent(chunk: Any) -> tuple[int, int]:
-    """Return first and last byte of a column chunk, by the rule that Arrow reads it with."""
-    start = chunk.data_page_offset
-    if 0 < (chunk.dictionary_page_offset or 0) < start:
-        start = chunk.dictionary_page_offset
-    return start, start + chunk.total_compressed_size
-
-
 @contextmanager
-def open_parquet(
-    fs: "pyarrow.fs.FileSystem", known: ParquetInput
-) -> Iterator["pyarrow.parquet.ParquetFile"]:
+def open_parquet(fs: "pa.fs.FileSystem", known: ParquetInput) -> Iterator["pa.parquet.ParquetFile"]:
     """Open a file that must not change from when *known* was taken until it is closed.
 
     Reads are buffered and never ahead, so memory does not depend on the size of the file or of its
     row groups.
     """
     path = known.path
-    with _open(fs, path) as (handle, footer, found), _as_stream_error(path, "reading failed"):
+    with _open(fs, path) as (handle, footer, found), as_stream_error(path, "reading failed"):
         if not _is_same(fs, known, found):
             raise StreamError(f"{path}: changed since the source was made; make the source anew")
         with (
             watch(path, lambda: is_unchanged(fs, known)),
-            import_pyarrow().parquet.ParquetFile(
+            pa.parquet.ParquetFile(
                 handle,
                 # On a disk, Arrow's own reading of the footer costs less than parsing these bytes.
                 metadata=None if is_local(fs) else _parse(footer),
@@ -225,9 +222,9 @@ def open_parquet(
             yield file
 
 
-def is_unchanged(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> bool:
+def is_unchanged(fs: "pa.fs.FileSystem", known: ParquetInput) -> bool:
     """Whether a file is the known one still, which its footer tells where its time does not."""
-    with _as_stream_error(known.path, _UNREADABLE):
+    with as_stream_error(known.path, _UNREADABLE):
         if _size_and_mtime(fs, known.path) == (known.size, known.mtime_ns or -1):
             return True
     try:
@@ -239,7 +236,7 @@ def is_unchanged(fs: "pyarrow.fs.FileSystem", known: ParquetInput) -> bool:
         raise  # a store may be away for a while
 
 
-def _is_same(fs: "pyarrow.fs.FileSystem", known: ParquetInput, found: _Identity) -> bool:
+def _is_same(fs: "pa.fs.FileSystem", known: ParquetInput, found: _Identity) -> bool:
     """Compare a file with the known one: on a disk, another time alone is no change.
 
     An object store gives another time only to another object.
@@ -268,16 +265,16 @@ def watch(path: str, is_same: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextmanager
-def _open(fs: "pyarrow.fs.FileSystem", path: str) -> Iterator[tuple[Any, bytes, _Identity]]:
+def _open(fs: "pa.fs.FileSystem", path: str) -> Iterator[tuple[Any, bytes, _Identity]]:
     """Open a file to read, and read its footer, with the length and the magic bytes that end it."""
-    with _as_stream_error(path, _UNREADABLE):
+    with as_stream_error(path, _UNREADABLE):
         size, mtime_ns = _size_and_mtime(fs, path)
         if is_local(fs):
             handle = fs.open_input_file(path)
         else:
-            handle = import_pyarrow().PythonFile(RemoteFile(fs, path, size), mode="r")
+            handle = pa.PythonFile(RemoteFile(fs, path, size), mode="r")
     with handle:
-        with _as_stream_error(path, _UNREADABLE):
+        with as_stream_error(path, _UNREADABLE):
             footer = _read_footer(handle, size)
         yield handle, footer, (size, mtime_ns, digest(footer))
 
@@ -292,9 +289,9 @@ def _read_footer(handle: Any, size: int) -> bytes:
     return tail[-length:] if length <= len(tail) else handle.read_at(length, size - length)
 
 
-def _sample(fs: "pyarrow.fs.FileSystem", path: str) -> str:
+def _sample(fs: "pa.fs.FileSystem", path: str) -> str:
     """Return a digest of bytes from the start and the middle: equal footers can have other rows."""
-    with _open(fs, path) as (handle, _, (size, *_)), _as_stream_error(path, _UNREADABLE):
+    with _open(fs, path) as (handle, _, (size, *_)), as_stream_error(path, _UNREADABLE):
         return digest(*(handle.read_at(min(size - at, _TAIL), at) for at in (0, size // 2)))
 
 
@@ -305,9 +302,9 @@ def _agree(chunk: Any, leaf: Any, n_rows: int) -> bool:
 
 
 @contextmanager
-def _as_stream_error(path: str, problem: str) -> Iterator[None]:
+def as_stream_error(path: str, problem: str) -> Iterator[None]:
     """Turn an error of Arrow or of the filesystem into a StreamError that names the file."""
-    kinds = OSError, UnicodeDecodeError, import_pyarrow().ArrowException
+    kinds = OSError, UnicodeDecodeError, pa.ArrowException
     try:
         yield
     except kinds as err:
@@ -315,7 +312,7 @@ def _as_stream_error(path: str, problem: str) -> Iterator[None]:
         raise StreamError(f"{path}: {problem} ({first_line})") from err
 
 
-def _size_and_mtime(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[int, int | None]:
+def _size_and_mtime(fs: "pa.fs.FileSystem", path: str) -> tuple[int, int | None]:
     """Ask the filesystem for the size of a file and the time of its last modification."""
     if is_local(fs):
         info = fs.get_file_info(path)
@@ -324,7 +321,7 @@ def _size_and_mtime(fs: "pyarrow.fs.FileSystem", path: str) -> tuple[int, int | 
     if fsspec is not None:
         fsspec.invalidate_cache(path)
     info = retried(lambda: fs.get_file_info(path))
-    if info.type != import_pyarrow().fs.FileType.File:
+    if info.type != pa.fs.FileType.File:
         raise FileNotFoundError(f"no such file: {path}")
     if fsspec is None or info.mtime_ns is not None:
         return info.size, info.mtime_ns

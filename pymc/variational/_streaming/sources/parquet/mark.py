@@ -16,17 +16,16 @@
 import dataclasses
 import json
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.parquet.files import chunk_extent
 
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-__all__ = ["MARK_KEY", "PreshuffleMark", "check_marks", "parse_mark", "read_mark"]
+__all__ = ["MARK_KEY", "PreshuffleMark", "check_marks", "chunk_extent", "parse_mark", "read_mark"]
 
 MARK_KEY = b"pymc.preshuffle"
 _VERSION = 2
@@ -82,14 +81,13 @@ def parse_mark(path: str, metadata: Mapping[bytes, bytes] | None) -> PreshuffleM
         raise StreamError(f"{path}: its pre-shuffle mark cannot be read ({err})") from err
 
 
-def check_marks(
-    marks: Mapping[str, PreshuffleMark | None], *, partial: bool = False
-) -> PreshuffleMark | None:
-    """Return the first mark of the files at these paths; None if no file is marked.
+def check_marks(files: Iterable[Any], *, partial: bool = False) -> PreshuffleMark | None:
+    """Return the first mark of *files*, which know ``path`` and ``mark``; None if none is marked.
 
     Files of two shuffles, a file that is missing (unless *partial*) or there twice, and an unmarked
     one among the others are a StreamError.
     """
+    marks = {file.path: file.mark for file in files}
     marked = [(path, mark) for path, mark in marks.items() if mark is not None]
     if not marked:
         return None
@@ -125,3 +123,11 @@ def _data_end(metadata: "pyarrow.parquet.FileMetaData") -> int:
         return 4
     group = metadata.row_group(metadata.num_row_groups - 1)
     return chunk_extent(group.column(group.num_columns - 1))[1] if group.num_columns else 4
+
+
+def chunk_extent(chunk: Any) -> tuple[int, int]:
+    """Return first and last byte of a column chunk, by the rule that Arrow reads it with."""
+    start = chunk.data_page_offset
+    if 0 < (chunk.dictionary_page_offset or 0) < start:
+        start = chunk.dictionary_page_offset
+    return start, start + chunk.total_compressed_size

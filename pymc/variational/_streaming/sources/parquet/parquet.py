@@ -16,36 +16,32 @@
 import math
 import os
 
-from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.base import Source
-from pymc.variational._streaming.sources.categories import (
+from pymc.variational._streaming.sources.parquet.files import (
+    ParquetInput,
+    inspect_all,
+    open_parquet,
+    pa,
+    warn_of_copies,
+)
+from pymc.variational._streaming.sources.parquet.mark import check_marks
+from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
+from pymc.variational._streaming.sources.parquet.remote import fsspec_of
+from pymc.variational._streaming.sources.rows import FileSource, RowFormat, piece_rows
+from pymc.variational._streaming.sources.summary import (
     Categories,
+    Summary,
     find_levels,
     given_levels,
     levels_of,
 )
-from pymc.variational._streaming.sources.parquet.files import (
-    ParquetInput,
-    by_file,
-    import_pyarrow,
-    inspect_all,
-    open_parquet,
-    warn_of_copies,
-)
-from pymc.variational._streaming.sources.parquet.mark import check_marks, read_mark
-from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
-from pymc.variational._streaming.sources.parquet.remote import fsspec_of
-from pymc.variational._streaming.sources.rows import RowFormat, piece_rows
-from pymc.variational._streaming.sources.summary import Summary
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
-
-if TYPE_CHECKING:
-    import pyarrow
 
 __all__ = ["parquet_source", "read_batches"]
 
@@ -152,7 +148,7 @@ def parquet_source(
     return source
 
 
-class _ParquetSource(Source):
+class _ParquetSource(FileSource):
     def __init__(
         self,
         fs: Any,
@@ -164,111 +160,71 @@ class _ParquetSource(Source):
         """Read the footer of each file once, and keep what is needed of it."""
         self._fs = fs
         self.concurrent = fsspec_of(fs) is None  # fsspec's own need not be safe to share
+        self._drop, self.n_dropped = False, 0
         frozen: RowFormat | None = None
-        marks, summary = {}, None
-        self._files: list[ParquetInput] = []
+        summary = None
+        files: list[ParquetInput] = []
         for file, schema, metadata in inspect_all(fs, paths):
             path = file.path
             frozen = frozen or RowFormat.from_schema(schema, columns, path, levels)
             frozen = frozen.widen(schema, path, whole=columns is None)
-            marks[path] = read_mark(path, metadata)
             summary = summary or Summary.from_metadata(metadata.metadata, path)
-            self._files.append(file)
+            files.append(file)
         assert frozen is not None
-        self.mark = check_marks(marks, partial=partial)
-        warn_of_copies(fs, self._files)
+        self.mark = check_marks(files, partial=partial)
+        warn_of_copies(fs, files)
+        self._set_files(files)
         self.shuffled = self.mark is not None
         if self.shuffled and summary is not None:  # others need not be of these rows
             self.summary = summary.select(frozen.columns)
             kept = levels_of(self.summary)
             levels = {n: kept.get(n) if own is None else own for n, own in levels.items()}
-        self.columns, self.sample_shape = frozen.columns, (len(frozen.columns),)
-        self._parts = [(f, group) for f in self._files for group in range(len(f.group_rows))]
-        self._part_rows = np.array([f.group_rows[group] for f, group in self._parts], np.int64)
-        n_rows = int(self._part_rows.sum())
-        self._format = frozen.with_levels(find_levels(levels, self._read_columns, n_rows))
-        self.integral, self.times = self._format.integral, self._format.times
-        self.levels = self._format.listed_levels()
-        self._piece_rows = piece_rows(len(self.columns))
-        self._drop, self.n_dropped = False, 0
-        self._count_rows()
+        self._format = frozen.with_levels(find_levels(levels, self._read_columns, self.n_rows))
+        self._format.describe(self)
+        self._piece_rows = piece_rows(len(frozen.columns))
 
     def drop_invalid_rows(self) -> None:
         """Leave invalid rows out, and read the table once to count the others."""
         self._drop, n_rows = True, int(self._part_rows.sum())
+        counts = []
         with progress_bar("Counting valid rows", n_rows) as add:
-            for part, (file, group) in enumerate(self._parts):
-                blocks = self._read(file, [group], self._piece_rows)
-                self._part_rows[part] = sum(len(block) for block in blocks)
-                add(file.group_rows[group])
-        self.n_dropped = n_rows - int(self._part_rows.sum())
-        self._count_rows()
-
-    def _count_rows(self) -> None:
-        self.n_rows = int(self._part_rows.sum())
-        if not self.n_rows:
-            raise ValueError(
-                f"{self._files[0].path}: no rows to stream in {len(self._files)} file(s)"
-            )
+            for file, group in self._parts:
+                counts.append(sum(len(block) for block in self._read(file, [group], None)))
+                add(file.part_rows[group])
+        self.n_dropped = n_rows - sum(counts)
+        self._set_rows(counts)
 
     @property
     def fingerprint(self) -> str:  # type: ignore[override]
         contents = [(file.size, file.digest) for file in self._files]
         return digest(self.columns, self.levels, self.seed, self._drop, contents)
 
-    def _read_columns(self, columns: Sequence[str]) -> Iterator["pyarrow.RecordBatch"]:
+    def _read_columns(self, columns: Sequence[str]) -> Iterator["pa.RecordBatch"]:
         for file in self._files:
             yield from read_batches(self._fs, file, columns, piece_rows(len(columns)))
 
-    def read_starts(self, rows: np.ndarray) -> np.ndarray:
-        starts, stops = self._part_bounds(self._order(0))
-        return starts[np.searchsorted(stops, rows, side="right")]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """Return the row groups of all files in the order of an epoch."""
-        if self.seed is None:
-            return np.arange(len(self._parts))
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
-        return np.random.default_rng(sequence).permutation(len(self._parts))
-
-    def _part_bounds(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where each row group starts and stops, in rows, when they are read in *order*."""
-        rows = self._part_rows[order]
-        stops = np.cumsum(rows)
-        return stops - rows, stops
-
-    def blocks(
-        self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
-    ) -> Generator[np.ndarray]:
-        order = self._order(epoch)
-        first = int(np.searchsorted(self._part_bounds(order)[1], start, side="right"))
-        skipped = start - int(self._part_rows[order[:first]].sum())
-        try:
-            for file, groups in by_file(self._parts[part] for part in order[first:]):
-                for rows in self._read(file, groups, block_rows or self._piece_rows):
-                    if skipped < len(rows):
-                        yield rows[skipped:]
-                    skipped = max(0, skipped - len(rows))
-                    del rows  # its memory is free while the next ones are read
-        finally:
-            if block_rows is not None:  # Arrow keeps memory for a thread that may read no more
-                import_pyarrow().default_memory_pool().release_unused()
-
-    def batches(self) -> Iterator["pyarrow.RecordBatch"]:
+    def batches(self) -> Iterator["pa.RecordBatch"]:
         for batch in self._read_columns(self.columns or ()):
             bad = self._format.to_rows(batch)[1] if self._drop else None
-            yield batch if bad is None else batch.filter(import_pyarrow().array(~bad.any(axis=1)))
+            yield batch if bad is None else batch.filter(pa.array(~bad.any(axis=1)))
 
-    def _read(self, file: ParquetInput, groups: Sequence[int], size: int) -> Iterator[np.ndarray]:
-        size = _divide(max(file.group_rows[group] for group in groups), size)
+    def _read(
+        self, file: ParquetInput, groups: Sequence[int], block_rows: int | None
+    ) -> Iterator[np.ndarray]:
+        most = max(file.part_rows[group] for group in groups)
+        size = _divide(most, block_rows or self._piece_rows)
         first = 0
-        for batch in read_batches(self._fs, file, self.columns or (), size, groups):
-            yield self._convert(batch, file, groups, first)
-            first += batch.num_rows
-            del batch  # its memory is free while the next one is read
+        try:
+            for batch in read_batches(self._fs, file, self.columns or (), size, groups):
+                yield self._convert(batch, file, groups, first)
+                first += batch.num_rows
+                del batch  # its memory is free while the next one is read
+        finally:
+            if block_rows is not None:  # Arrow keeps memory for a thread that may read no more
+                pa.default_memory_pool().release_unused()
 
     def _convert(
-        self, batch: "pyarrow.RecordBatch", file: ParquetInput, groups: Sequence[int], first: int
+        self, batch: "pa.RecordBatch", file: ParquetInput, groups: Sequence[int], first: int
     ) -> np.ndarray:
         """Return the rows of a batch that starts at row *first* of these row groups."""
         rows, bad = self._format.to_rows(batch)
@@ -290,9 +246,9 @@ def read_batches(
     columns: Sequence[str],
     batch_rows: int,
     groups: Sequence[int] | None = None,
-) -> Iterator["pyarrow.RecordBatch"]:
+) -> Iterator["pa.RecordBatch"]:
     """Yield the rows of some row groups of an unchanged file, by default all, and these columns."""
-    chosen = list(range(len(file.group_rows)) if groups is None else groups)
+    chosen = list(range(len(file.part_rows)) if groups is None else groups)
     n_rows = 0
     with open_parquet(fs, file) as opened:
         for batch in opened.iter_batches(
@@ -301,7 +257,7 @@ def read_batches(
             n_rows += batch.num_rows
             yield batch.select(list(columns))
             del batch  # its memory is free while the next one is read
-        promised = sum(file.group_rows[group] for group in chosen)
+        promised = sum(file.part_rows[group] for group in chosen)
         if n_rows != promised:
             raise StreamError(
                 f"{file.path}: {len(chosen)} row groups gave {n_rows} rows, "

@@ -20,15 +20,12 @@ import re
 
 from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pymc.variational._streaming.errors import warn
 from pymc.variational._streaming.sources.base import shorten
-from pymc.variational._streaming.sources.parquet.files import import_pyarrow, is_local
+from pymc.variational._streaming.sources.parquet.files import is_local, pa
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
-
-if TYPE_CHECKING:
-    import pyarrow.fs
 
 __all__ = ["Paths", "list_ipc", "list_parquet", "resolve", "stands_for"]
 
@@ -68,19 +65,19 @@ _PARQUET = _Format("Parquet", (".parquet",), "parquet|parq|pq", b"PAR1")
 _IPC = _Format("Arrow IPC", (".arrow", ".feather", ".ipc"), "arrow|feather|ipc", b"ARROW1")
 
 
-def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", str]:
+def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pa.fs.FileSystem", str]:
     """Return the filesystem of *path*, and the path inside it, as the filesystem spells it.
 
     Without *filesystem* (pyarrow's or fsspec's), the path is local or a URI (``s3://bucket/key``).
     """
-    fs = import_pyarrow().fs
+    fs = pa.fs
     inner = os.fspath(path)
     if filesystem is None:
         if not _URI.match(inner):
             return fs.LocalFileSystem(), local_path(inner)
         try:
             return fs.FileSystem.from_uri(inner)
-        except import_pyarrow().ArrowInvalid:  # pyarrow does not know the scheme
+        except pa.ArrowInvalid:  # pyarrow does not know the scheme
             from fsspec.core import url_to_fs
 
             filesystem, inner = url_to_fs(inner)
@@ -103,7 +100,7 @@ def local_path(path: str, module: ModuleType = os.path) -> str:
     return absolute.replace(module.sep, "/")
 
 
-def list_parquet(path: Paths, filesystem: Any = None) -> tuple["pyarrow.fs.FileSystem", list[str]]:
+def list_parquet(path: Paths, filesystem: Any = None) -> tuple["pa.fs.FileSystem", list[str]]:
     """List the Parquet files that a *path* of :func:`parquet_source` stands for."""
     return _list(_PARQUET, path, filesystem)
 
@@ -120,13 +117,13 @@ def list_ipc(path: Paths) -> list[str]:
     return _list(_IPC, path, None)[1]
 
 
-def stands_for(fs: "pyarrow.fs.FileSystem", path: str, file: str) -> bool:
+def stands_for(fs: "pa.fs.FileSystem", path: str, file: str) -> bool:
     """Whether a Parquet file, were it there, would be one of those that *path* stands for."""
     found = fs.get_file_info(path).type
     return _selects(_pattern(path, found), file, _PARQUET.suffixes)
 
 
-def _list(kind: _Format, path: Paths, filesystem: Any) -> tuple["pyarrow.fs.FileSystem", list[str]]:
+def _list(kind: _Format, path: Paths, filesystem: Any) -> tuple["pa.fs.FileSystem", list[str]]:
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     if not paths:
         raise ValueError("path=[] names no file; pass at least one")
@@ -147,9 +144,9 @@ def _list(kind: _Format, path: Paths, filesystem: Any) -> tuple["pyarrow.fs.File
     return fs, files
 
 
-def _find(kind: _Format, fs: "pyarrow.fs.FileSystem", path: str) -> list[str]:
+def _find(kind: _Format, fs: "pa.fs.FileSystem", path: str) -> list[str]:
     """Return the files of one path, sorted."""
-    types = import_pyarrow().fs.FileType
+    types = pa.fs.FileType
     found = fs.get_file_info(path).type
     if found == types.File:
         return [path]
@@ -203,7 +200,7 @@ def _refuse_tables(selected: Iterable[str], files: Iterable[str], *, is_local: b
             )
 
 
-def _resembles(fs: "pyarrow.fs.FileSystem", file: str, kind: _Format) -> bool:
+def _resembles(fs: "pa.fs.FileSystem", file: str, kind: _Format) -> bool:
     """Whether a file looks like one of a format, by its name or, on a disk, its first bytes."""
     if re.search(rf"\.({kind.endings})(\.(gz|bz2|zst|xz|lz4|zip))?$", file, re.IGNORECASE):
         return True
@@ -213,16 +210,16 @@ def _resembles(fs: "pyarrow.fs.FileSystem", file: str, kind: _Format) -> bool:
         return opened.read(len(kind.magic)) == kind.magic
 
 
-def _pattern(path: str, found: "pyarrow.fs.FileType") -> list[str]:
+def _pattern(path: str, found: "pa.fs.FileType") -> list[str]:
     """Return the parts of a path; a path that exists is no pattern, whatever its name."""
-    return _parts(path if found == import_pyarrow().fs.FileType.NotFound else glob.escape(path))
+    return _parts(path if found == pa.fs.FileType.NotFound else glob.escape(path))
 
 
 def _parts(path: str) -> list[str]:
     return path.strip("/").split("/")
 
 
-def _walk_local(fs: "pyarrow.fs.FileSystem", folder: str, pattern: list[str]) -> Iterator[str]:
+def _walk_local(fs: "pa.fs.FileSystem", folder: str, pattern: list[str]) -> Iterator[str]:
     """Yield all files, and links to nowhere: a link that the path selects is missing data."""
 
     def raise_unless_gone(err: OSError) -> None:
@@ -235,8 +232,8 @@ def _walk_local(fs: "pyarrow.fs.FileSystem", folder: str, pattern: list[str]) ->
         yield from (f"{root}/{name}" for name in files)
 
 
-def _walk_remote(fs: "pyarrow.fs.FileSystem", folder: str, pattern: list[str]) -> Iterator[str]:
-    pafs = import_pyarrow().fs
+def _walk_remote(fs: "pa.fs.FileSystem", folder: str, pattern: list[str]) -> Iterator[str]:
+    pafs = pa.fs
     selector = pafs.FileSelector(folder.rstrip("/") or "/", recursive=True, allow_not_found=True)
     return (info.path for info in fs.get_file_info(selector) if info.type == pafs.FileType.File)
 
