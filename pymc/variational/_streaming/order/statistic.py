@@ -139,8 +139,8 @@ class ModelScore:
             for place in np.ndindex(np.shape(point[v.name]))
         ]
         rows, weights = buffer.type("rows"), (pt.scalar("likelihood"), pt.scalar("prior"))
-        priors: Any = model.logp(model.free_RVs, sum=False)
-        total = weights[0] * _likelihood(model, buffer) + weights[1] * sum(map(pt.sum, priors))
+        likelihood, prior = _likelihood_and_prior(model, buffer)
+        total = weights[0] * likelihood + weights[1] * prior
         [total], flat = join_nonshared_inputs(point, [total], model.value_vars)
         total = clone_replace(total, {v: rows for v in ancestors([total]) if is_of(v, buffer)})
         self.columns = columns_read([total], rows)
@@ -165,18 +165,19 @@ class ModelScore:
         return None
 
 
-def _likelihood(model: Model, buffer: SharedVariable) -> Any:
-    """Return the log-likelihood of the rows in *buffer*, not scaled to all."""
+def _likelihood_and_prior(model: Model, buffer: SharedVariable) -> tuple[Any, Any]:
+    """Return the log-likelihood of the rows in *buffer*, not scaled to all, and the log prior."""
     observed = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     if not observed:
         raise ValueError(f"no observed variable depends on {buffer.name!r}")
-    terms: Any = model.logp(observed, sum=False)
-    return sum(
+    terms: Any = model.logp([*observed, *model.free_RVs], sum=False)
+    sums = [
         pt.sum(term / get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape))
         if total_size_of(rv)
         else pt.sum(term)
         for rv, term in zip(observed, terms)
-    )
+    ]
+    return sum(sums), sum(map(pt.sum, terms[len(observed) :]))
 
 
 class Score(Statistic):

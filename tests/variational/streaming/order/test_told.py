@@ -129,6 +129,13 @@ class TestStreaming:
         assert len(found) == bool(told)
         assert all(told in text for text in found)
 
+    def test_a_short_fit_to_rows_that_are_known_to_be_shuffled_is_silent(self, tmp_path, caplog):
+        source = parquet_source(write(tmp_path, draw("normal", 4_000), 1_000))
+        source.shuffled = True
+        with caplog.at_level("INFO", logger="pymc"):
+            fit(StreamingDataset(source, batch_size=1_000, prefetch=False), 2)
+        assert not [text for text in caplog.messages if "less than one epoch" in text]
+
     def test_an_order_that_shows_after_the_last_step_is_told_when_the_fit_ends(self):
         """The fit ends in the 19th window, and those before were compared up to the 14th."""
         rows = np.random.default_rng(11).normal(size=(20_000, 1))
