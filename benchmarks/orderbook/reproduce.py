@@ -47,11 +47,13 @@ from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, fit_mod
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
 from benchmarks.orderbook.rows import write_rows
+from benchmarks.pages import about
 from pymc.variational.streaming import preshuffle
 from tests.variational.streaming.memory import peak_mb
 
 __all__ = ["main", "run"]
 
+PACKAGES = "pymc", "pytensor", "numba", "numpy", "pyarrow"
 SIZES = (1_000_000, 5_000_000, 20_000_000, 26_000_000, 121_800_000)
 """Rows of the tables; each is the beginning of the table through which the markets drift."""
 TABLE = 121_800_000
@@ -225,14 +227,15 @@ def main(argv: list[str] | None = None) -> None:
     option("--numbers", type=Path, help="reproduce.json of a run to publish instead")
     args = parser.parse_args(argv)
     if args.numbers is not None:
-        records = json.loads(args.numbers.read_text())["records"]
+        found = json.loads(args.numbers.read_text())
     else:
         if args.captures is not None and not holds_messages(args.captures):
             raise SystemExit(f"captures={args.captures} holds no messages")
         if not 1 <= min(args.sizes) <= max(args.sizes) <= TABLE:
             raise SystemExit(f"sizes must lie between 1 and {TABLE}, got {args.sizes}")
         records = run(args.work, sizes=args.sizes, captures=args.captures, billion=args.billion)
-    tables.publish(records, args.results, args.page)
+        found = {"about": about(*PACKAGES), "records": records}
+    tables.publish(found, args.results, args.page)
     sys.stderr.write(f"The numbers are in {args.results / 'reproduce.json'}\n")
 
 

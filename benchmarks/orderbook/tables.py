@@ -58,10 +58,11 @@ def case_name(n_rows: float) -> str:
     return f"{n_rows / 1e9:g}B" if n_rows >= 1e9 else f"{n_rows / 1e6:g}M"
 
 
-def publish(records: Records, results: Path, page: Path | None) -> None:
+def publish(found: dict[str, Any], results: Path, page: Path | None) -> None:
     """Write the numbers as JSON, the tables into *page*, and draw the figures."""
+    records: Records = found["records"]
     results.mkdir(parents=True, exist_ok=True)
-    (results / "reproduce.json").write_text(json.dumps({"records": records}, indent=1) + "\n")
+    (results / "reproduce.json").write_text(json.dumps(found, indent=1) + "\n")
     if page is not None:
         for name, table in make_tables(records).items():
             page.write_text(filled(page.read_text(), name, COMMAND, table))

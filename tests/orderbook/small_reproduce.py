@@ -35,7 +35,7 @@ def run(work: Path, steps: int) -> None:
 
     with patch.multiple(reproduce, **SMALL, STEPS=steps, in_process=in_process):
         records = reproduce.run(work, sizes=())
-    publish(records, work / "results", None)
+    publish({"records": records}, work / "results", None)
 
 
 if __name__ == "__main__":

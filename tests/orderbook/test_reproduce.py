@@ -196,6 +196,19 @@ def test_the_numbers_of_a_run_are_published_without_running(tmp_path):
         assert (tmp_path / f"reproduce_{figure}.png").stat().st_size > 10_000
 
 
+def test_fits_that_are_corrected_end_at_the_exact_posterior_in_the_published_run():
+    worst = []
+    for case in json.loads(NUMBERS.read_text())["records"].values():
+        exact = case["exact"]["result"] if "exact" in case else {}
+        for record in case.values():
+            examined = record["result"].get("examination") if exact else None
+            if examined:
+                off = np.subtract(examined["corrected"]["mean"], exact["mean"]) / exact["sd"]
+                worst.append(np.abs(off).max())
+    assert len(worst) == 13
+    assert max(worst) < 0.002
+
+
 def test_what_cannot_work_is_refused_at_once(tmp_path):
     options = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
     with pytest.raises(SystemExit, match="holds no Parquet files and no messages"):

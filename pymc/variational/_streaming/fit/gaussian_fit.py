@@ -41,7 +41,7 @@ _KEPT = 0.8
 _STANDARD_ERRORS = 2.0
 """Standard errors up to which a correction of a moment is taken for noise."""
 
-_MAX_STEPS = 12
+_MAX_STEPS = 100
 """Steps to the nearest Gaussian, beyond which there is none near."""
 
 _TOLERANCE = 0.02

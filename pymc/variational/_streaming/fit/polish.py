@@ -219,8 +219,18 @@ def _find(run: Search) -> None:
         run.notes.append(f"the log density is not concave where it ends, along {run.names[worst]}")
     elif fit_moments(run, mode):
         return
-    run.best = None
     run.note_not_gaussian("it has no best Gaussian", run.remedy())
+    _fit_few_rows(run, MeanField(mode.x, mode.curvature.scale, np.inf))
+
+
+def _fit_few_rows(run: Search, q: MeanField) -> None:
+    """Fit a mean-field Gaussian by samples, where there is nothing better."""
+    draws = sign_draws(len(q.mean), 32, run.rng)
+    prior = partial(expected, run.prior, sign_draws(len(q.mean), 64, run.rng))
+    for n_rows in SIZES[:2]:
+        parts: list[Any] = [partial(run.sample.first(n_rows).expected, draws), prior]
+        q = best_mean_field(parts, q, tolerance=run.tolerance, show=run.show)
+    run.best = q.mean, np.diag(q.scales) if run.before[1].ndim == 2 else q.scales
 
 
 def _fit_mean_field(run: Search, x: np.ndarray) -> None:
