@@ -164,29 +164,17 @@ def polish(
     started = time.perf_counter()
     streams, group = as_streams(ds), gaussian_group(approx)
     refuse_endless(streams, "polish", "save some of its rows, and fit a StreamingDataset of these")
-    most = positive_int("max_passes", max_passes)
     with progress_bar("Polishing", show=progressbar) as advance:
         run = Search(
             group,
             streams,
             tolerance=tolerance,
-            max_passes=most,
+            max_passes=positive_int("max_passes", max_passes),
             rng=np.random.default_rng(seed),
             executor=executor,
             advance=advance,
         )
-        remedy = run.remedy()
-        try:
-            _find(run)
-        except PassesSpent:
-            run.notes.append(f"the search was ended by max_passes={most}")
-            remedy = POLISH_AGAIN
-        except KeyboardInterrupt:
-            if run.best is not None:
-                after, before = run.sample.values([run.best[0], run.before[0]])
-                _place(group, run.before if after < before else run.best)
-            raise
-        run.max_passes = math.inf
+        remedy = _search(run, group)
         note_flat(run)
         if run.best is not None and run.is_better(run.best):
             _place(group, run.best)
@@ -203,6 +191,23 @@ def polish(
         notes=tuple(run.notes),
         remedy=remedy,
     )
+
+
+def _search(run: Search, group: Group) -> str:
+    """Find the best fit within the passes that are allowed, and return what to do if it is off."""
+    most, remedy = run.max_passes, run.remedy()
+    try:
+        _find(run)
+    except PassesSpent:
+        run.notes.append(f"the search was ended by max_passes={most}")
+        remedy = POLISH_AGAIN
+    except KeyboardInterrupt:
+        if run.best is not None:
+            after, before = run.sample.values([run.best[0], run.before[0]])
+            _place(group, run.before if after < before else run.best)
+        raise
+    run.max_passes = math.inf
+    return remedy
 
 
 def _find(run: Search) -> None:

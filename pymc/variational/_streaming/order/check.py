@@ -221,10 +221,10 @@ class OrderCheck:
             if not self._told:
                 self._told = True
                 warn(f"{self._finding}; found when the last step had been made", OrderWarning)
-        elif self._stream.source.shuffled or watched:
-            return
-        elif rows_used and (monitor is None or monitor.epoch == 0):
+        elif rows_used and not watched and (monitor is None or monitor.epoch == 0):
             self._watched = True
+            if self._stream.source.shuffled:
+                return
             level, known = logging.WARNING, "was not compared"
             if self._sample is not None:
                 level = logging.INFO

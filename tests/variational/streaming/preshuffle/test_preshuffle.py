@@ -313,14 +313,6 @@ def test_extension_types_inside_of_others(tmp_path):
     assert found.to_pydict() == pq.read_table(tmp_path / "in").to_pydict()
 
 
-@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
-def test_dictionaries_and_views_inside_of_others_are_refused_by_name(tmp_path, kind):
-    table = pa.table({"row": [0, 1], "words": pa.array([["a"], ["b"]], pa.list_(kind))})
-    with pytest.raises(ValueError, match=r"column 'words' has type list<.*leave it out with"):
-        shuffle(table, tmp_path / "out")
-    assert shuffle(table, tmp_path / "out", columns=["row"]).rows == 2
-
-
 @pytest.mark.parametrize("inside", ["in", "in/below", "."])
 def test_a_destination_that_overlaps_the_source_is_refused(tmp_path, inside):
     source = numbered(tmp_path / "in", 100)

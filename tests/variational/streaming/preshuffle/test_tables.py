@@ -311,6 +311,14 @@ class TestSummary:
         assert " 2026-01-02 " in repr(summarize(source))
 
 
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
+def test_dictionaries_and_views_inside_of_others_are_refused_by_name(tmp_path, kind):
+    table = pa.table({"row": [0, 1], "words": pa.array([["a"], ["b"]], pa.list_(kind))})
+    with pytest.raises(ValueError, match=r"column 'words' has type list<.*leave it out with"):
+        shuffle(table, tmp_path / "out")
+    assert shuffle(table, tmp_path / "out", columns=["row"]).rows == 2
+
+
 def test_each_pass_is_told_of_in_one_line(tmp_path, frame, caplog):
     with caplog.at_level(logging.INFO, logger="pymc"):
         shuffle(frame, tmp_path / "out")
