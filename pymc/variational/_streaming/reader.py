@@ -173,7 +173,7 @@ class _Examiner:
 
     def __call__(self, item: Chunk | EpochEnd) -> tuple[Any, ...]:
         contract = self.contract
-        if contract is not None and isinstance(item, Chunk):
+        if contract is not None and isinstance(item, Chunk) and len(item.rows):
             contract.check(item.rows, item.offset)
             if self._met[0] is not contract:
                 self._met = contract, (item.epoch, item.offset)

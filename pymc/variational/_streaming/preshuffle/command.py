@@ -51,7 +51,7 @@ from pymc.variational._streaming.sources.arrow import group_columns
 from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
 from pymc.variational._streaming.sources.parquet.paths import resolve
-from pymc.variational._streaming.sources.rows import piece_rows
+from pymc.variational._streaming.sources.rows import PIECE_ROWS
 from pymc.variational._streaming.sources.summary import Summary
 from pymc.variational._streaming.sources.tables import Batches, Files, open_table
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
@@ -335,7 +335,8 @@ def _make_writer(
         )
         for folder in {part.folder: None for part in parts}
     }
-    batch_rows = min(plan.row_group_rows, piece_rows(len(plan.plain)))
+    # Whoever reads a record batch waits for the interpreter lock a few times, whatever its size.
+    batch_rows = min(2 * plan.row_group_rows, PIECE_ROWS)
     return Writer(plan.schema, dictionaries, summary, compression, marks, format, batch_rows)
 
 

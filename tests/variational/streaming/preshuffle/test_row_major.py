@@ -49,7 +49,7 @@ def frame():
 @pytest.fixture
 def small_tasks(monkeypatch):
     cut_small(monkeypatch.setattr, files=4)
-    monkeypatch.setattr("pymc.variational._streaming.preshuffle.command.piece_rows", lambda _: 70)
+    monkeypatch.setattr("pymc.variational._streaming.preshuffle.command.PIECE_ROWS", 70)
 
 
 def shuffle(source, destination, **options):
