@@ -23,13 +23,12 @@ import numpy as np
 from pymc.variational._streaming.batches.rebatch import Chunk, rebatch, require_shape
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational._streaming.sources.base import Source
-from pymc.variational._streaming.sources.rows import piece_rows
 from pymc.variational._streaming.utils import digest, draw_seed, positive_int
 
 __all__ = ["ShuffleBuffer", "shuffle_buffer"]
 
 _MOST_ROWS = 2**32 - 1
-"""Rows of a window up to which ``draw_places`` draws each place with the same probability."""
+"""Rows of a window up to which ``insert_shuffled`` draws each place with the same probability."""
 
 
 def shuffle_buffer(
@@ -70,11 +69,11 @@ def shuffle_buffer(
         example, each window is a slice of that order, the gradients are biased, and the
         posterior is wrong. Shuffle such a table once with :func:`preshuffle`.
 
-    At most two windows and one block of the source are in memory, in the source's own dtype, and
-    four bytes for each row of a window.
+    At most two windows and one block of the source are in memory, in the source's own dtype.
 
     The order of a window depends on ``SeedSequence(seed, spawn_key=(epoch, window))`` alone, and is
-    drawn by a loop that is compiled with numba (and kept on disk) on first use.
+    drawn while the window fills, by a loop that is compiled with numba (and kept on disk) on first
+    use.
 
     Examples
     --------
@@ -101,7 +100,7 @@ class ShuffleBuffer(Source):
             raise ValueError(f"buffer_size={buffer_size} must be at most {_MOST_ROWS}")
         self.seed = draw_seed(seed)
         # numba takes most of a second to start: not when a fit waits for its first batch.
-        _put(np.zeros((1, 1)), self._places(1, 0, 0), np.zeros((1, 1)))
+        _insert_shuffled(np.zeros((1, 1)), 0, np.zeros((1, 1)), np.uint64(0))
 
     levels = property(lambda self: self.source.levels)  # type: ignore[assignment]
     times = property(lambda self: self.source.times)  # type: ignore[assignment]
@@ -147,48 +146,37 @@ class ShuffleBuffer(Source):
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
         number, skip = divmod(start, self.buffer_size)
-        most = min(self.buffer_size, self.n_rows or self.buffer_size)
+        size = min(self.buffer_size, self.n_rows or self.buffer_size)
         # While the rows of one buffer are used, the other fills with those of the next window.
         buffers: list[np.ndarray] = []
         n = 0
         for rest in self.source.blocks(epoch, number * self.buffer_size):
             while len(rest):
                 if not n:
-                    left = (self.n_rows or 0) - number * self.buffer_size
-                    places = self._places(min(most, left) if left > 0 else most, epoch, number)
+                    sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch, number))
+                    key = sequence.generate_state(1, np.uint64)[0]
                 if not buffers:
-                    buffers = [np.empty((most, *rest.shape[1:]), rest.dtype) for _ in range(2)]
-                new = rest[: len(places) - n]
-                _put(buffers[0], places[n : n + len(new)], new)
+                    buffers = [np.empty((size, *rest.shape[1:]), rest.dtype) for _ in range(2)]
+                new = rest[: size - n]
+                _insert_shuffled(buffers[0], n, new, key)
                 n, rest = n + len(new), rest[len(new) :]
-                if n == len(places):
-                    yield buffers[0][skip:n]
+                if n == size:
+                    yield buffers[0][skip:]
                     buffers.reverse()
                     number, skip, n = number + 1, 0, 0
             rest = rest.copy()  # or its base, the block, would stay while the next one is read
             yield rest  # no rows, so that whoever reads ahead can stop before the window is full
-        if n:  # there are fewer rows than places
-            order = np.empty(n, np.uint32)
-            order[self._places(n, epoch, number)] = places[:n]
-            size = piece_rows(math.prod(buffers[0].shape[1:]))
-            for first in range(skip, n, size):
-                yield buffers[0][order[first : first + size]]
-
-    def _places(self, n: int, epoch: int, number: int) -> np.ndarray:
-        """Draw the places of the rows of a window, in the order in which they come."""
-        from pymc.variational._streaming.batches.compiled import draw_places
-
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch, number))
-        return draw_places(n, sequence.generate_state(1, np.uint64)[0])
+        if n:
+            yield buffers[0][skip:n]
 
 
-def _put(window: np.ndarray, places: np.ndarray, rows: np.ndarray) -> None:
-    """Put rows at their places in a window."""
-    from pymc.variational._streaming.batches.compiled import scatter
+def _insert_shuffled(window: np.ndarray, n: int, rows: np.ndarray, key: np.uint64) -> None:
+    """Put rows at random places among the first *n* of a window."""
+    from pymc.variational._streaming.batches.compiled import insert_shuffled
 
     require_shape(rows, window.shape[1:])
     rows = rows.astype(window.dtype, "C", casting="equiv", copy=False)
-    scatter(_as_words(window), places, _as_words(rows))
+    insert_shuffled(_as_words(window), n, _as_words(rows), key)
 
 
 def _as_words(rows: np.ndarray) -> np.ndarray:
