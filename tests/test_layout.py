@@ -112,34 +112,6 @@ class TestModules:
     def test_imports_run_from_later_parts_to_earlier_ones_without_a_circle(self):
         assert broken_rules(SOURCES) == []
 
-    @pytest.mark.parametrize(
-        ["name", "line", "broken"],
-        [
-            ("sources.arrays", f"from {PACKAGE}.batches import window", "which comes later"),
-            ("reader", f"def f():\n    from {PACKAGE} import dataset", "which comes later"),
-            (
-                "order.check",
-                f"if TYPE_CHECKING:\n    from {PACKAGE}.fit.report import FitReport",
-                "which comes later",
-            ),
-            ("fit.check", "from pymc.variational import streaming", "imports the façade"),
-            ("preshuffle.plan", f"from {PACKAGE}.reader import BatchReader", "not for preshuffle"),
-            ("order.report", f"from {PACKAGE}.order.check import OrderCheck", "a circle"),
-        ],
-    )
-    def test_an_import_against_the_rules_is_found(self, name, line, broken):
-        sources = {
-            f"{PACKAGE}.{module}": ""
-            for module in (
-                *("sources.arrays", "batches.window", "order.report", "reader", "dataset"),
-                *("fit.report", "fit.check", "preshuffle.plan"),
-            )
-        }
-        sources |= {FACADE: "", f"{PACKAGE}.order.check": f"import {PACKAGE}.order.report"}
-        assert broken_rules(sources) == []
-        sources[f"{PACKAGE}.{name}"] = line
-        assert [line for line in broken_rules(sources) if broken in line]
-
 
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_a_row_passes_few_modules_between_its_file_and_the_buffer(tmp_path, prefetch):

@@ -136,10 +136,9 @@ class TestNoRows:
             pm.Poisson("y", pm.HalfNormal("m"), observed=counts.as_tensor()[:, 0], total_size=9)
             assert np.isnan(first_loss("NUMBA"))
 
-    @pytest.mark.parametrize("dtype", ["float64", "int64"])
-    def test_nuts_and_map_name_the_variable_that_has_no_rows(self, dtype):
+    def test_nuts_and_map_name_the_variable_that_has_no_rows(self):
         """With a batch in the buffer they would take it for all rows, which limits.md says."""
-        counts = StreamingDataset(np.ones((9, 1)), batch_size=3, dtype=dtype)
+        counts = StreamingDataset(np.ones((9, 1)), batch_size=3)
         quick = {"progressbar": False, "compile_kwargs": {"mode": REWRITTEN}}
         with pm.Model():
             pm.Poisson("y", pm.HalfNormal("m"), observed=counts.as_tensor()[:, 0], total_size=9)
@@ -149,7 +148,7 @@ class TestNoRows:
                 pytest.raises(SamplingError, match=r"'y': .*nan"),
                 pytest.warns(FutureWarning),
             ):
-                pm.find_MAP(progressbar=False)
+                pm.find_MAP(**quick)
 
     def test_a_step_that_needs_two_streams_has_no_loss_without_one(self):
         ds = StreamingDataset(tell_tale(3), batch_size=4)
@@ -215,18 +214,6 @@ class TestExactValues:
         rows = np.full((3, 1), value, row_dtype)
         (batch,) = StreamingDataset(rows, batch_size=3, dtype=dtype)
         np.testing.assert_array_equal(batch, rows.astype(dtype))
-
-    @pytest.mark.parametrize("kind, dtype", [("int64", "float64"), ("int32", "float32")])
-    def test_a_file_of_integers_is_checked_against_the_buffer(self, tmp_path, kind, dtype):
-        """The file's own type holds them, and NumPy calls the cast of int64 to float64 safe."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        beyond = {"float64": 2**53, "float32": 2**24}[dtype] + 1
-        pq.write_table(pa.table({"n": np.array([1, beyond], kind)}), tmp_path / "a.parquet")
-        ds = StreamingDataset(parquet_source(tmp_path), batch_size=2, dtype=dtype)
-        with pytest.raises(StreamError, match=rf"holds {beyond} in column 'n', which {dtype}"):
-            list(ds)
 
     def test_integers_beside_floats_survive_a_narrower_buffer_or_are_refused(self, tmp_path):
         """The rows are float64 already; that the column held integers is still known."""

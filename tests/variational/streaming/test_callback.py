@@ -213,14 +213,6 @@ class TestCallback:
         with normal_model(ds), pytest.raises(StreamError, match="one-shot iterator"):
             pm.fit(20, callbacks=[ds.fit_callback()], **QUICK)
 
-    def test_a_dataset_that_is_dropped_ends_its_thread(self):
-        ds = StreamingDataset(tell_tale(500), batch_size=4, order_check="off")
-        ds.advance()
-        assert prefetch_threads()
-        del ds
-        gc.collect()
-        assert not prefetch_threads()
-
     def test_the_interpreter_switches_threads_faster_while_streams_are_open(self):
         """A compiled step holds the interpreter, and the thread that reads waits for it."""
         gc.collect()  # or a stream that another test left in a traceback would be open still

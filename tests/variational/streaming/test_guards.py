@@ -313,16 +313,6 @@ def test_an_unscaled_stream_wants_an_unscaled_likelihood():
             ds.fit_callback()
 
 
-def test_another_model_is_checked_when_it_is_met(ds):
-    with pm.Model():
-        pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 0], total_size=60)
-        callback = ds.fit_callback()
-    with pm.Model():
-        pm.Normal("y", pm.Normal("b"), observed=np.zeros(3))
-        with pytest.raises(StreamError, match="no observed variable of the model"):
-            pm.fit(1, callbacks=[callback], **QUICK)
-
-
 def test_what_is_added_after_the_callback_is_checked_at_its_first_call(ds):
     with pm.Model():
         b = pm.Normal("b")

@@ -48,7 +48,7 @@ def place(approx, mean, sd) -> None:
 def position(approx) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and covariance of an approximation."""
     group = approx.groups[0]
-    return group.mean.eval(), group.cov.eval()
+    return tuple(x.eval(mode="FAST_COMPILE") for x in (group.mean, group.cov))
 
 
 class Regression:

@@ -147,6 +147,7 @@ def hierarchical(y, group, **kwargs) -> pm.Model:
     return model
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_hierarchical_models_agree_with_thousands_of_draws():
     """Of independent draws; either side is off by 0.07 or less at the variance of the funnel."""
     rng = np.random.default_rng(5)
@@ -381,6 +382,7 @@ class TestSamples:
             approx = pm.MeanField()
         return ds, approx
 
+    @pytest.mark.usefixtures("quick_compilation")
     def test_a_level_that_the_sample_has_few_rows_of(self, rare):
         rows, mode, precision = rare
         sd = np.diag(np.linalg.inv(precision)) ** 0.5
@@ -391,6 +393,7 @@ class TestSamples:
         np.testing.assert_allclose(report.s, 0, atol=0.12)
         np.testing.assert_allclose(report.sd, sd, rtol=0.06)
 
+    @pytest.mark.usefixtures("quick_compilation")
     def test_a_quick_look_has_an_error_that_covers_it(self, rare):
         """Of a tenth of the rows, by which the means are known to 3 posterior sd."""
         rows, mode, precision = rare

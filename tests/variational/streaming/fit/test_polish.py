@@ -18,6 +18,7 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytensor
 import pytest
 
 import pymc as pm
@@ -29,6 +30,7 @@ from pymc.variational.streaming import (
     check_fit,
     polish,
 )
+from tests.variational.streaming.fit.exact import position
 
 N_ROWS = 300_000
 """More than a sample, so that the last steps are on all rows."""
@@ -75,7 +77,7 @@ def test_new_approximation_ends_at_the_posterior_of_ordered_rows(logistic, polis
     report, approx, _ = polished
     sd = np.sqrt(np.diag(covariance))
     # The mode of 60 rows is some 0.1 sd from their mean.
-    np.testing.assert_allclose((approx.mean.eval() - mode) / sd, 0, atol=0.15)
+    np.testing.assert_allclose((position(approx)[0] - mode) / sd, 0, atol=0.15)
     np.testing.assert_allclose(report.sd, sd, rtol=0.05)
     assert report.verdict == "fine"
     assert report.passes < 12
@@ -85,37 +87,34 @@ def test_new_approximation_ends_at_the_posterior_of_ordered_rows(logistic, polis
 def test_full_rank_approximation_has_the_covariance_of_the_posterior(logistic, polished):
     report, approx, _ = polished
     full = report.full_rank()
-    np.testing.assert_allclose(full.mean.eval(), approx.mean.eval())
-    np.testing.assert_allclose(full.cov.eval(), report.covariance())
+    mean, covariance = position(full)
+    np.testing.assert_allclose(mean, position(approx)[0])
+    np.testing.assert_allclose(covariance, report.covariance())
     sd = np.sqrt(np.diag(logistic[2]))
     np.testing.assert_allclose(
-        full.cov.eval() / np.outer(sd, sd), logistic[2] / np.outer(sd, sd), atol=0.05
+        covariance / np.outer(sd, sd), logistic[2] / np.outer(sd, sd), atol=0.05
     )
 
 
-def test_polishing_again_by_workers_changes_little(polished):
-    report, approx, ds = polished
-    before = approx.mean.eval()
-    with ThreadPoolExecutor(2) as executor:
-        assert polish(approx, ds, executor=executor, progressbar=False).verdict == "fine"
-    np.testing.assert_allclose((approx.mean.eval() - before) / report.sd, 0, atol=0.1)
-
-
 def test_a_limit_on_passes_is_reported_and_a_higher_one_ends_at_the_posterior(logistic):
-    ds, model = logistic_model(logistic[0])
+    """Workers go on where the limit ended it."""
+    rows, mode, covariance = logistic
+    ds, model = logistic_model(rows)
     approx = pm.MeanField(model=model)
+    before = position(approx)[0]
     report = polish(approx, ds, max_passes=2, progressbar=False)
     assert "ended by max_passes=2" in str(report)
     assert "Call polish(approx, ds) with a higher max_passes" in str(report)
-    before = pm.MeanField(model=model).mean.eval()
-    sd = np.sqrt(np.diag(logistic[2]))
-    offs = [np.abs(x - logistic[1]) / sd for x in (approx.mean.eval(), before)]
+    sd = np.sqrt(np.diag(covariance))
+    offs = [np.abs(x - mode) / sd for x in (position(approx)[0], before)]
     assert offs[0].max() <= offs[1].max()
-    assert polish(approx, ds, progressbar=False).verdict == "fine"
+    with ThreadPoolExecutor(2) as executor:
+        assert polish(approx, ds, executor=executor, progressbar=False).verdict == "fine"
+    np.testing.assert_allclose((position(approx)[0] - mode) / sd, 0, atol=0.15)
 
 
 def test_separated_outcomes_without_a_prior_are_told_of(logistic):
-    rows = logistic[0][:20_000].copy()
+    rows = logistic[0][:2_000].copy()
     rows[:, 2] = rows[:, 0] > 0.1
     ds, model = logistic_model(rows, prior="flat")
     report = polish(pm.MeanField(model=model), ds, progressbar=False)
@@ -180,20 +179,10 @@ def test_a_skewed_posterior_is_told_of():
         pm.Poisson("y", rate, observed=counts, total_size=ds.total_size)
     approx = pm.MeanField(model=model)
     report = polish(approx, ds, progressbar=False)
-    assert approx.mean.eval()[0] == pytest.approx(-np.euler_gamma - np.log(1_001), abs=0.15)
+    assert position(approx)[0][0] == pytest.approx(-np.euler_gamma - np.log(1_001), abs=0.15)
     assert report.verdict == "not Gaussian"
     assert "rate_log__ has skewness -" in str(report)
     assert "Compare with pm.sample on a part of the rows" in str(report)
-
-
-@pytest.mark.parametrize("prior_sd, verdict", [(100, "not Gaussian"), (1, "fine")])
-def test_a_parameter_that_no_event_bounds_is_told_of_until_its_prior_does(prior_sd, verdict):
-    """It is far from its mode, and there is no other one that could be integrated out."""
-    ds = StreamingDataset(np.zeros((20, 1)), batch_size=10)
-    with pm.Model() as model:
-        logit, event = pm.Normal("logit", 0, prior_sd), ds.as_tensor()[:, 0]
-        pm.Bernoulli("y", logit_p=logit, observed=event, total_size=ds.total_size)
-    assert polish(pm.MeanField(model=model), ds, progressbar=False).verdict == verdict
 
 
 def test_a_multivariate_likelihood_needs_no_fit_before():
@@ -206,7 +195,7 @@ def test_a_multivariate_likelihood_needs_no_fit_before():
     approx = pm.MeanField(model=model)
     report = polish(approx, ds, progressbar=False)
     assert report.verdict == "fine"
-    np.testing.assert_allclose(approx.mean.eval(), rows.mean(axis=0), atol=0.1 * report.sd[0])
+    np.testing.assert_allclose(position(approx)[0], rows.mean(axis=0), atol=0.1 * report.sd[0])
     np.testing.assert_allclose(report.sd, 1 / np.sqrt(1_000), rtol=0.01)
 
 
@@ -296,12 +285,13 @@ def test_a_hierarchy_ends_at_the_posterior(n_groups, n_rows, centred):
     approx = pm.MeanField(model=model)
     report = polish(approx, ds, progressbar=False)
     assert report.names[:2] == ("mu", "spread_log__")
-    np.testing.assert_allclose((approx.mean.eval() - mean) / sd, 0, atol=0.1)
+    np.testing.assert_allclose((position(approx)[0] - mean) / sd, 0, atol=0.1)
     np.testing.assert_allclose(report.sd, sd, rtol=0.1)
     assert report.verdict == "fine"
     full = report.full_rank(["mu"])
     assert {group.ddim for group in full.groups} == {1, n_groups + 1}
-    draws = full.sample(4_000, random_seed=0)["posterior"]
+    with pytensor.config.change_flags(mode="FAST_COMPILE"):
+        draws = full.sample(4_000, random_seed=0)["posterior"]
     assert float(draws["mu"].std()) == pytest.approx(sd[0], rel=0.1)
     effects = draws["a" if centred else "z"].std(("chain", "draw"))
     np.testing.assert_allclose(effects, sd[2:], rtol=0.15)
@@ -321,15 +311,16 @@ def test_an_interrupt_keeps_the_fit(logistic):
         mu = pm.Normal("mu", 0, 10)
         pm.Normal("y", mu, 1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
     approx = pm.MeanField(model=model)
-    before = approx.mean.eval()
+    before = position(approx)[0]
     with pytest.raises(KeyboardInterrupt):
         polish(approx, ds, progressbar=False)
-    assert np.isfinite(approx.mean.eval()).all()
-    assert before.shape == approx.mean.eval().shape
+    assert np.isfinite(position(approx)[0]).all()
+    assert before.shape == position(approx)[0].shape
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_fit_ends_at_the_noise_floor_of_its_means():
-    """The scale, which polish finds in closed form, is still on its way."""
+    """The scale, which polish finds in closed form, is still on its way; polishing again is idle."""
     rows = np.random.default_rng(0).normal(1.0, 2.0, size=(100_000, 1))
     ds = StreamingDataset(rows, batch_size=1_000)
     with pm.Model():
@@ -344,11 +335,14 @@ def test_a_fit_ends_at_the_noise_floor_of_its_means():
         )
     sd = 2 / np.sqrt(len(rows))
     assert 200 <= len(approx.hist) <= 1_000
-    assert abs(approx.mean.eval()[0] - rows.mean()) < 10 * sd
-    assert approx.std.eval()[0] > 2 * sd
+    assert abs(position(approx)[0][0] - rows.mean()) < 10 * sd
+    assert position(approx)[1][0, 0] ** 0.5 > 2 * sd
     report = polish(approx, ds, progressbar=False)
-    assert abs(approx.mean.eval()[0] - rows.mean()) < 0.1 * report.sd[0]
+    assert abs(position(approx)[0][0] - rows.mean()) < 0.1 * report.sd[0]
     np.testing.assert_allclose(report.sd, sd, rtol=0.01)
+    polished = position(approx)[0]
+    assert polish(approx, ds, progressbar=False).verdict == "fine"
+    np.testing.assert_allclose(position(approx)[0], polished, atol=0.1 * sd)
 
 
 def test_a_noise_floor_is_of_gaussian_approximations():

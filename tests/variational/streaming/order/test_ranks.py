@@ -21,11 +21,9 @@ from scipy import stats
 from pymc.variational._streaming.order.ranks import compare_groups
 
 MARGINALS = {
-    "normal": lambda rng, shape: rng.normal(size=shape),
     "Cauchy": lambda rng, shape: rng.standard_cauchy(shape),
     "log-normal": lambda rng, shape: rng.lognormal(0, 9, shape),
     "one in 1,000": lambda rng, shape: rng.random(shape) < 1e-3,
-    "constant": lambda rng, shape: np.ones(shape),
 }
 LEVELS = 0.3, 0.1, 0.03, 0.01
 REPEATS = 1_500

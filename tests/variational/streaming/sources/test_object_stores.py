@@ -15,6 +15,7 @@
 
 import re
 import sys
+import time
 
 from collections import Counter
 from functools import partial
@@ -260,6 +261,7 @@ def test_an_object_that_changed_is_noticed(proxy, bucket, rows, client, when):
     if when == "while it is read":
         next(blocks)
     while fs.get_file_info(f"bucket/{folder}/0.parquet").mtime == first:
+        time.sleep(0.2)
         write(fs, f"bucket/{folder}/0.parquet", rows[::-1], write_statistics=False)
     with pytest.raises(StreamError, match=r"0\.parquet: changed"):
         list(blocks)
