@@ -15,15 +15,12 @@
 
 import contextlib
 import gc
-import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import threading
 import time
-
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -54,7 +51,6 @@ def next_batch(ds: StreamingDataset) -> list:
 
 
 def unpickled_batches(pickled: bytes) -> list:
-    """Run in a spawned process."""
     buffer, ds = pickle.loads(pickled)
     assert buffer is ds.as_tensor()
     assert buffer.get_value().shape == (0, 2)
@@ -88,7 +84,7 @@ def fitted():
     gc.unfreeze()
 
 
-class TestSpawn:
+class TestCopy:
     @pytest.mark.parametrize("streaming", [False, True])
     def test_a_copy_goes_on_from_the_batch_that_was_current(self, folder, streaming):
         """The thread and the files stay behind, and the copy's buffer has no rows at first."""
@@ -104,15 +100,6 @@ class TestSpawn:
                 assert found[1:] == [next_batch(ds) for _ in range(9)]
             else:
                 assert found == [next_batch(ds) for _ in range(10)]
-
-    def test_a_dataset_crosses_to_a_spawned_process(self, folder):
-        with dataset(folder) as ds:
-            ds.advance()
-            pickled = pickle.dumps((ds.as_tensor(), ds))
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                found = pool.submit(unpickled_batches, pickled).result(TIMEOUT)
-        assert found == unpickled_batches(pickled)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

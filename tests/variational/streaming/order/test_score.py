@@ -27,7 +27,6 @@ import pymc as pm
 
 from pymc.variational.streaming import (
     OrderError,
-    OrderWarning,
     StreamingDataset,
     check_order,
     shuffle_buffer,
@@ -196,33 +195,6 @@ class TestScore:
             pm.Normal("y", observed=np.zeros(3))
         with pytest.raises(ValueError, match="the model observes 0 streams"):
             check_order(np.zeros((9, 1)), model=model)
-
-
-def test_the_order_book_is_told_before_the_first_step_and_silent_when_shuffled():
-    """The model of the user's guide: a logistic regression on the columns of the buffer."""
-    rng = np.random.default_rng(6)
-    x = rng.normal(size=(60_000, 3))
-    x[:, 0] += np.linspace(0, 1, 60_000)
-    up = rng.random(60_000) < 1 / (1 + np.exp(-x @ [0.5, -0.3, 0.2]))
-    rows = np.column_stack([x, up])
-
-    def callback_of(rows):
-        ds = StreamingDataset(
-            shuffle_buffer(rows, buffer_size=6_000, batch_size=500, seed=0), batch_size=500
-        )
-        with pm.Model():
-            b = pm.Normal("b", 0.0, 3.0, shape=4)
-            buf = ds.as_tensor()
-            logit = b[0] + b[1] * buf[:, 0] + b[2] * buf[:, 1] + b[3] * buf[:, 2]
-            pm.Bernoulli("up", logit_p=logit, observed=buf[:, 3], total_size=ds.total_size)
-            return ds, ds.fit_callback()
-
-    with pytest.warns(OrderWarning, match=r"'gradient of b\[\d\].*' differs between 10 windows"):
-        callback_of(rows)
-    ds, callback = callback_of(rng.permutation(rows))
-    while ds.epoch < 1:
-        ds.advance()
-    del callback
 
 
 def test_a_dataset_with_a_model_can_be_pickled():

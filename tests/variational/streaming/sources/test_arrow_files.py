@@ -22,9 +22,7 @@ import pytest
 
 from pymc.variational.streaming import (
     StreamError,
-    StreamingDataset,
     arrow_source,
-    shuffle_buffer,
 )
 from tests.variational.streaming.held import open_files
 from tests.variational.streaming.strategies import numbered, rows_of, table
@@ -147,21 +145,6 @@ class TestArrowFiles:
         assert any(str(folder) in file for file in open_files())
         blocks.close()
         assert not any(str(folder) in file for file in open_files())
-
-    def test_a_stream_goes_on_after_files_are_opened_anew(self, folder):
-        def dataset():
-            buffer = shuffle_buffer(arrow_source(folder), buffer_size=8, batch_size=3, seed=0)
-            return StreamingDataset(buffer, batch_size=3, order_check="off")
-
-        with dataset() as ds, dataset() as resumed:
-            for _ in range(9):
-                ds.advance()
-            resumed.load_state_dict(ds.state_dict())
-            resumed.advance()
-            for _ in range(9):
-                expected = ds.as_tensor().get_value()
-                np.testing.assert_array_equal(resumed.as_tensor().get_value(), expected)
-                assert ds.advance() and resumed.advance()
 
     def test_flipped_bytes_give_rows_or_a_named_error(self, tmp_path):
         """IPC has no checksums, so a flip in the data itself cannot be seen."""

@@ -234,14 +234,6 @@ class TestReading:
         parquet_source("/once", filesystem=memory)
         assert [os.path.basename(path) for path in reads] == [f"00{i}.parquet" for i in range(3)]
 
-    def test_an_abandoned_iteration_leaves_no_open_file(self, tmp_path):
-        write_layout(tmp_path, [[5, 5], [5]])
-        blocks = iter(parquet_source(tmp_path))
-        next(blocks)
-        assert any(str(tmp_path) in file for file in open_files())
-        blocks.close()
-        assert not any(str(tmp_path) in file for file in open_files())
-
     @pytest.mark.parametrize("prefetch", [True, False])
     def test_an_abandoned_dataset_leaves_no_open_file(self, tmp_path, prefetch):
         write_layout(tmp_path, [[400] * 50, [5]])

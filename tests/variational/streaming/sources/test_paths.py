@@ -219,17 +219,6 @@ class TestTables:
         source = eval(advice, {"arrow_source": source_of, "name": "ticks", **libraries})
         assert np.concatenate(list(source.blocks())).ravel().tolist() == [1.0, 2.0]
 
-    def test_a_delta_table_is_read_as_advised(self, tmp_path):
-        deltalake = pytest.importorskip("deltalake")
-        for mode, n_rows in (("append", 5), ("overwrite", 3)):
-            table = pa.table({"x": np.arange(float(n_rows))})
-            deltalake.write_deltalake(tmp_path / "ticks", table, mode=mode)
-        with pytest.raises(ValueError) as caught:
-            parquet_source(tmp_path / "ticks")
-        advice = str(caught.value).partition("read it with ")[2]
-        source = eval(advice, {"arrow_source": arrow_source, "deltalake": deltalake})
-        assert sum(map(len, source.blocks())) == 3
-
     def test_they_are_found_on_object_stores_and_from_above(self, root):
         with pytest.raises(ValueError, match=r"ticks: is .*arrow_source"):
             parquet_source(root.parent)
