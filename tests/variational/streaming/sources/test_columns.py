@@ -321,6 +321,17 @@ class TestCategories:
         monkeypatch.setattr(summary, "_add_levels", None)
         assert parquet_source(tmp_path / "out", categories=["carrier", "late"]).levels == found
 
+    def test_levels_of_one_type_do_not_merge_values_of_another(self, tmp_path):
+        """Arrow casts 2 to True, and "01" to 1, without a word."""
+        for name, values in (("a", [True, False]), ("b", [2, 1])):
+            pq.write_table(pa.table({"x": values}), tmp_path / f"{name}.parquet")
+        with pytest.raises(StreamError, match=r"column 'x' is bool and int64 .2 would become True"):
+            parquet_source(tmp_path, categories=["x"])
+        codes = pa.table({"x": ["1", "01"]})
+        with pytest.raises(StreamError, match=r"column 'x' is int64 .* .01 would become 1"):
+            rows_of(arrow_source(codes, categories={"x": [1]}))
+        assert rows_of(arrow_source(codes, categories={"x": None})).tolist() == [[1], [0]]
+
     @pytest.mark.parametrize(
         "categories, error, message",
         [
@@ -329,7 +340,7 @@ class TestCategories:
             ({"carrier": ["AA", "AA"]}, ValueError, "holds a level twice"),
             ({"carrier": []}, ValueError, "has no levels"),
             ({"carrier": ["AA", 1]}, ValueError, "mixes levels of several types"),
-            ({"carrier": [1, 2]}, StreamError, "column 'carrier' holds .*string where its levels"),
+            ({"carrier": [1, 2]}, StreamError, "column 'carrier' is .* and .*string"),
         ],
     )
     def test_levels_that_cannot_be_are_refused(self, source, categories, error, message):

@@ -20,6 +20,7 @@ import shutil
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
@@ -167,6 +168,9 @@ class TestPaths:
             parquet_source(folder / "empty")
         with pytest.raises(ValueError, match=r"path='.*\*\.csv' holds no file"):
             parquet_source(folder / "*.csv")
+        for wrong in (None, b"a.parquet", pd.DataFrame({0: [1]}), [3]):
+            with pytest.raises(TypeError, match=f"path={type(wrong).__name__} is no path; pass"):
+                parquet_source(wrong)
         with pytest.raises(ValueError, match=r"path=\[\] names no file"):
             parquet_source([])
 

@@ -33,7 +33,12 @@ from pymc.variational._streaming.sources.parquet.files import (
 from pymc.variational._streaming.sources.parquet.mark import check_marks
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
-from pymc.variational._streaming.sources.rows import FileSource, RowFormat, piece_rows
+from pymc.variational._streaming.sources.rows import (
+    FileSource,
+    RowFormat,
+    given_columns,
+    piece_rows,
+)
 from pymc.variational._streaming.sources.summary import (
     Categories,
     Summary,
@@ -136,11 +141,9 @@ def parquet_source(
     """
     if invalid not in ("raise", "drop"):
         raise ValueError(f"invalid={invalid!r} is not a choice; pass 'raise' or 'drop'")
-    if isinstance(columns, str):
-        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     fs, paths = list_parquet(path, filesystem)
     levels = given_levels(categories)
-    source = _ParquetSource(fs, paths, columns, levels, partial)
+    source = _ParquetSource(fs, paths, given_columns(columns), levels, partial)
     source.seed = draw_seed(seed) if shuffle_row_groups else None
     if invalid == "drop":
         source.drop_invalid_rows()
