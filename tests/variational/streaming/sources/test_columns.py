@@ -13,6 +13,8 @@
 #   limitations under the License.
 """What columns become: numbers, and positions among the levels of a category."""
 
+import ast
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -119,7 +121,12 @@ class TestColumns:
         self.write(tmp_path / "a.parquet", x=[1.0], y=[2.0])
         self.write(tmp_path / "b.parquet", **{name: [1.0] for name in names})
         message = r"b.parquet: columns \[.*\] where \['x', 'y'\] came before; pass columns="
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as error:
+            parquet_source(tmp_path)
+        columns = ast.literal_eval(str(error.value).partition("columns=")[2])
+        assert parquet_source(tmp_path, columns=columns).n_rows == 2
+        self.write(tmp_path / "b.parquet", Z=[1.0])
+        with pytest.raises(ValueError, match="came before; write all with the same names"):
             parquet_source(tmp_path)
 
     def test_columns_are_matched_by_name_in_any_order(self, tmp_path):

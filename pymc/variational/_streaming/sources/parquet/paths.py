@@ -59,10 +59,18 @@ class _Format(NamedTuple):
     """Ends of other names that a file could have, as part of a regular expression."""
     magic: bytes
     """First bytes of a file."""
+    reader: str
+    """Name of the function that reads such files."""
 
 
-_PARQUET = _Format("Parquet", (".parquet",), "parquet|parq|pq", b"PAR1")
-_IPC = _Format("Arrow IPC", (".arrow", ".feather", ".ipc"), "arrow|feather|ipc", b"ARROW1")
+_PARQUET = _Format("Parquet", (".parquet",), "parquet|parq|pq", b"PAR1", "parquet_source")
+_IPC = _Format(
+    "Arrow IPC",
+    (".arrow", ".feather", ".ipc"),
+    "arrow|feather|ipc",
+    b"ARROW1",
+    "arrow_source",
+)
 
 
 def is_path(data: Any) -> bool:
@@ -176,6 +184,9 @@ def _find(kind: _Format, fs: "pa.fs.FileSystem", path: str) -> list[str]:
     names = ", ".join(shorten(missed, 3))
     if not selected:
         others = f", but {names}; pass a list of the files to read" if missed else ""
+        for other in (_PARQUET, _IPC):
+            if not missed and any(file.endswith(other.suffixes) for file in rest):
+                others = f", but {other.name} files; pass it to {other.reader}"
         raise ValueError(
             f"path={path!r} holds no file whose name ends in {' or '.join(kind.suffixes)}{others}"
         )
