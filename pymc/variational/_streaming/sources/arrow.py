@@ -44,17 +44,13 @@ from pymc.variational._streaming.sources.parquet.mark import (
     parse_mark,
 )
 from pymc.variational._streaming.sources.parquet.paths import is_path, list_ipc
-from pymc.variational._streaming.sources.rows import (
-    FileSource,
-    RowFormat,
-    exact_limit,
-    given_columns,
-)
+from pymc.variational._streaming.sources.rows import FileSource, RowFormat, exact_limit
 from pymc.variational._streaming.sources.summary import (
     Categories,
     Summary,
     describe_levels,
     find_levels,
+    given_columns,
     given_levels,
     is_dictionary,
     is_text,

@@ -42,7 +42,6 @@ __all__ = [
     "by_file",
     "choose_columns",
     "exact_limit",
-    "given_columns",
     "is_pandas_index",
     "piece_rows",
     "skip_rows",
@@ -307,13 +306,6 @@ def skip_rows(blocks: Iterator[np.ndarray], n: int) -> Generator[np.ndarray]:
             yield block[n:] if n else block
         del block  # while the next one is read
         n = max(0, n - size)
-
-
-def given_columns(columns: Sequence[str] | None) -> list[str] | None:
-    """Return the names that are asked for, None for all."""
-    if isinstance(columns, str):
-        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
-    return None if columns is None else list(columns)
 
 
 def choose_columns(

@@ -41,6 +41,7 @@ __all__ = [
     "dictionary_of",
     "encode",
     "find_levels",
+    "given_columns",
     "given_levels",
     "is_dictionary",
     "is_text",
@@ -284,6 +285,13 @@ def _as_numbers(array: "pa.Array") -> Any:
     if is_.is_decimal(kind) or is_.is_float16(kind):
         return array.cast(pa.float64())
     return array if is_.is_integer(kind) or is_.is_floating(kind) else None
+
+
+def given_columns(columns: Sequence[str] | None) -> list[str] | None:
+    """Return the names that are asked for, None for all."""
+    if isinstance(columns, str):
+        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
+    return None if columns is None else list(columns)
 
 
 def given_levels(categories: Categories | None) -> dict[str, Any]:

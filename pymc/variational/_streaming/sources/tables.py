@@ -47,7 +47,6 @@ from pymc.variational._streaming.sources.parquet.paths import (
 from pymc.variational._streaming.sources.rows import (
     by_file,
     choose_columns,
-    given_columns,
     is_pandas_index,
 )
 from pymc.variational._streaming.sources.summary import (
@@ -56,6 +55,7 @@ from pymc.variational._streaming.sources.summary import (
     Summary,
     cast_exactly,
     dictionary_of,
+    given_columns,
     is_dictionary,
 )
 from pymc.variational._streaming.utils import progress_bar

@@ -33,16 +33,12 @@ from pymc.variational._streaming.sources.parquet.files import (
 from pymc.variational._streaming.sources.parquet.mark import check_marks
 from pymc.variational._streaming.sources.parquet.paths import Paths, list_parquet
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
-from pymc.variational._streaming.sources.rows import (
-    FileSource,
-    RowFormat,
-    given_columns,
-    piece_rows,
-)
+from pymc.variational._streaming.sources.rows import FileSource, RowFormat, piece_rows
 from pymc.variational._streaming.sources.summary import (
     Categories,
     Summary,
     find_levels,
+    given_columns,
     given_levels,
     levels_of,
 )
