@@ -108,7 +108,7 @@ def check_order(
     report = preflight(stream, check.make_statistic, seed)
     if report is not None:
         return report
-    monitor = Monitor(stream, check.make_statistic)
+    monitor = Monitor(stream, check.make_statistic, whole=True)
     for block in ShuffleBuffer(rows, window, 1, seed).blocks():
         monitor.add(monitor.stop, block)
     return monitor.compare(last=True) or report_one_window(stream._replace(n_rows=monitor.stop))

@@ -32,6 +32,8 @@ _LARGE_WINDOW = 1 << 16
 _MAX_GROUPS = 40
 _MIN_ROWS = 16
 """Number of rows of a unit that are used, if it has as many."""
+_MAX_ROWS = 1 << 12
+"""Number of rows of a unit that are used at most, if all rows are compared."""
 _FIRST_COMPARISON = 4
 """Number of windows that are compared first."""
 _GROWTH = 1.5
@@ -56,6 +58,9 @@ class Monitor:
     epoch : int
     sampled : bool
         Whether the order is known from a sample, so that the first windows need no fine units.
+    whole : bool
+        Whether all rows are compared, or 4,096 of each unit, not only the share that a fit
+        waits for.
     """
 
     def __init__(
@@ -66,19 +71,21 @@ class Monitor:
         *,
         epoch: int = 0,
         sampled: bool = False,
+        whole: bool = False,
     ):
         self.start = self.stop = start
         """Range of the rows of the epoch that were added."""
         self.epoch = epoch
         self._stream = stream
         self._make_statistic = make_statistic
+        self._whole = whole
         self._statistic: Any = None
         """What is compared, once there is a pilot sample."""
         self._waiting: list[np.ndarray] = []
         """Rows that are too few for a pilot sample."""
         fine = stream.window // (_PER_WINDOW if stream.window < _LARGE_WINDOW else _PER_WINDOW // 2)
-        whole = -(-(stream.n_rows or 0) // _MAX_UNITS)
-        self._span = max(1, fine, whole if sampled else min(whole, stream.window // 32))
+        coarse = -(-(stream.n_rows or 0) // _MAX_UNITS)
+        self._span = max(1, fine, coarse if sampled else min(coarse, stream.window // 32))
         """Number of rows of the table in a unit."""
         self._units: list[np.ndarray] = []
         """Sums over each unit, first of any rows and then of those with rare values."""
@@ -150,7 +157,7 @@ class Monitor:
         origin = first = self.stop - len(rows)
         if self._statistic is None:
             self._statistic = self._make_statistic(rows[:: -(-len(rows) // PILOT_ROWS)])
-            self._used = min(self._span, max(_MIN_ROWS, int(self._span * self._statistic.share)))
+            self._used = min(self._span, max(_MIN_ROWS, self._enough_rows()))
             self._find_rare(rows[:PILOT_ROWS])
             self._units = [self._no_sums()] * (first // self._span)
         rare = self._rare_among(rows)
@@ -180,11 +187,17 @@ class Monitor:
     def _no_sums(self) -> np.ndarray:
         return np.zeros((2, len(self._statistic.names)))
 
+    def _enough_rows(self) -> int:
+        """Return how many rows of a unit are worth their time, and their memory."""
+        if self._whole:
+            return min(self._span, _MAX_ROWS)
+        return int(self._span * self._statistic.share)
+
     def _join_units(self) -> None:
         units = np.array(self._units).reshape(-1, 2, *self._units[0].shape)
         joined = units.sum(axis=1)
         self._span *= 2
-        if self._used < _MIN_ROWS or 2 * self._used <= self._span * self._statistic.share:
+        if self._used < _MIN_ROWS or 2 * self._used <= self._enough_rows():
             self._used *= 2
         else:  # the least number of rows is still more than the share
             joined[:, 0] = units[:, 0, 0]

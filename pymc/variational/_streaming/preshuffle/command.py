@@ -169,9 +169,9 @@ def preshuffle(
     permutes each partition in memory. All permutations are equally likely. The parts of a split
     are runs of the permutation, and so random samples, of exactly the sizes asked for.
 
-    All columns keep their types, except that dictionary columns have int32 indices, views become
-    plain types, and types that differ between files are widened. The files also hold the summary of
-    all rows that :func:`summarize` returns.
+    All columns keep their types, except that dictionary columns have int32 indices, views and
+    dictionaries inside of other types become plain, and types that differ between files are
+    widened. The files also hold the summary of all rows that :func:`summarize` returns.
 
     References
     ----------

@@ -109,12 +109,6 @@ def make_plan(table: Files | Batches, *, seed: int, memory_limit: int) -> Plan:
     if table.n_rows == 0:
         raise ValueError(f"source={table.name!r} holds no rows; there is nothing to shuffle")
     plain = plain_schema(table.schema)
-    for field in plain:
-        if re.search("dictionary<|(string|binary)_view", str(field.type)):
-            raise ValueError(
-                f"column {field.name!r} has type {field.type}; write it without dictionaries and "
-                "views inside, or leave it out with columns=[...]"
-            )
     sampled = [conform(batch, plain) for batch in table.sample(_BATCH_BYTES)]
     in_memory = max(1.0, sum(b.nbytes / b.num_rows for b in sampled) / len(sampled))
     widest = max(table.row_bytes, in_memory)

@@ -29,6 +29,7 @@ from pymc.variational._streaming.sources.base import (
     require_finite,
 )
 from pymc.variational._streaming.sources.parquet.files import pa
+from pymc.variational._streaming.sources.parquet.paths import is_path
 from pymc.variational._streaming.sources.rows import RowFormat, skip_rows
 from pymc.variational._streaming.sources.summary import find_levels
 from pymc.variational._streaming.utils import digest
@@ -48,9 +49,14 @@ def as_source(data: Any) -> Source:
     """Make a source of an array, a factory, a re-iterable or a one-shot iterator of blocks."""
     if isinstance(data, Source):
         return data
-    if isinstance(data, str | os.PathLike):
-        path = os.fspath(data)
+    if is_path(data):
+        path = data if isinstance(data, list | tuple) else os.fspath(data)
         raise TypeError(f"source={path!r} is a path; pass parquet_source({path!r})")
+    if hasattr(data, "toarray"):
+        raise TypeError(
+            f"source={type(data).__name__} is sparse; pass a function that yields blocks of its "
+            "rows as arrays, such as data[i : i + 65_536].toarray()"
+        )
     if hasattr(data, "as_tensor"):
         raise TypeError("source is a StreamingDataset; pass the source that it was made of")
     if is_table(data):
@@ -256,6 +262,11 @@ class _OneShotSource(IterableSource):
 def _arrow_batches(data: Any) -> Iterator[Any]:
     """Yield the record batches of all that speaks Arrow in *data*, and other blocks as they are."""
     is_one = isinstance(data, np.ndarray) or hasattr(data, "__arrow_c_stream__")
+    if not is_one and not isinstance(data, Iterable):
+        raise TypeError(
+            f"source gave {type(data).__name__}; return a RecordBatchReader, a table, or an "
+            "iterable of record batches or arrays"
+        )
     for block in [data] if is_one else data:
         if hasattr(block, "__arrow_c_stream__"):
             yield from pa.RecordBatchReader.from_stream(block)

@@ -43,13 +43,14 @@ from pymc.variational._streaming.sources.parquet.mark import (
     check_marks,
     parse_mark,
 )
-from pymc.variational._streaming.sources.parquet.paths import list_ipc
+from pymc.variational._streaming.sources.parquet.paths import is_path, list_ipc
 from pymc.variational._streaming.sources.rows import FileSource, RowFormat, exact_limit
 from pymc.variational._streaming.sources.summary import (
     Categories,
     Summary,
     describe_levels,
     find_levels,
+    given_columns,
     given_levels,
     is_dictionary,
     is_text,
@@ -130,11 +131,9 @@ def arrow_source(
     >>> [block.shape for block in source]
     [(2, 2), (1, 2)]
     """
-    if isinstance(columns, str):
-        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
-    levels = given_levels(categories)
+    columns, levels = given_columns(columns), given_levels(categories)
     size = None if n_rows is None else positive_int("n_rows", n_rows)
-    if isinstance(make_reader, str | os.PathLike | list | tuple):
+    if is_path(make_reader):
         paths = list_ipc(make_reader)
         with _reading(paths[0]) as reader:
             is_row_major = _ROWS_KEY in (reader.schema.metadata or {})

@@ -136,9 +136,10 @@ class RowFormat:
     def widen(self, schema: "pa.Schema", where: str, *, whole: bool) -> "RowFormat":
         """Return the format that also holds these columns of *schema*, all of it if *whole*."""
         if whole and sorted(schema.names) != sorted(self.columns):
+            shared = [name for name in self.columns if name in schema.names]
+            remedy = f"pass columns={shared}" if shared else "write all with the same names"
             raise ValueError(
-                f"{where}: columns {schema.names} where {list(self.columns)} came before; "
-                "pass columns=[...] to stream columns by name"
+                f"{where}: columns {schema.names} where {list(self.columns)} came before; {remedy}"
             )
         names = choose_columns(schema, self.columns, where)
         types = _types(schema, names, where, self.levels)

@@ -36,10 +36,12 @@ __all__ = [
     "ColumnSummary",
     "Summarizer",
     "Summary",
+    "cast_exactly",
     "describe_levels",
     "dictionary_of",
     "encode",
     "find_levels",
+    "given_columns",
     "given_levels",
     "is_dictionary",
     "is_text",
@@ -210,7 +212,7 @@ class _Column:
         part = _Column(self.name, self.kind, len(values), n_rows - len(values))
         if len(values):
             part.low, part.high = values.min().item(), values.max().item()
-            with np.errstate(invalid="ignore"):  # infinities
+            with np.errstate(all="ignore"):  # infinities, and sums that are beyond float64
                 part.mean = float(values.mean(dtype=np.float64))
             part.m2 = pc.variance(numbers).as_py() * len(values)
         self.merge(part)
@@ -221,7 +223,7 @@ class _Column:
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         if other.n:
             n, step = self.n + other.n, other.mean - self.mean
-            self.m2 += other.m2 + step**2 * self.n * other.n / n
+            self.m2 += other.m2 + step * (step * self.n * other.n / n)
             self.mean, self.n = self.mean + step * other.n / n, n
         self.is_text |= other.is_text
         if other.levels is not None:
@@ -285,6 +287,13 @@ def _as_numbers(array: "pa.Array") -> Any:
     return array if is_.is_integer(kind) or is_.is_floating(kind) else None
 
 
+def given_columns(columns: Sequence[str] | None) -> list[str] | None:
+    """Return the names that are asked for, None for all."""
+    if isinstance(columns, str):
+        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
+    return None if columns is None else list(columns)
+
+
 def given_levels(categories: Categories | None) -> dict[str, Any]:
     """Return the levels of each category column as an Arrow array, None where none are given."""
     if isinstance(categories, str):
@@ -294,7 +303,10 @@ def given_levels(categories: Categories | None) -> dict[str, Any]:
     for name, levels in categories.items():
         if isinstance(levels, str):
             raise TypeError(f"categories[{name!r}]={levels!r} is a string; pass a list of levels")
-    return {name: _as_levels(name, list(levels)) for name, levels in categories.items()}
+    return {
+        name: None if levels is None else _as_levels(name, list(levels))
+        for name, levels in categories.items()
+    }
 
 
 def find_levels(
@@ -336,7 +348,7 @@ def _add_levels(name: str, known: Any, array: "pa.Array") -> Any:
         values = values.filter(pa.compute.is_finite(values))
     if known is None:
         return values if len(values) else None
-    return _append_new(known, _cast(name, values, known.type))
+    return _append_new(known, cast_exactly(name, values, known.type))
 
 
 def levels_of(summary: Summary) -> dict[str, Any]:
@@ -351,7 +363,8 @@ def encode(name: str, array: "pa.Array", levels: "pa.Array") -> "pa.Array":
     Null is a value like any other.
     """
     if not is_dictionary(array.type):
-        return pa.compute.index_in(_cast(name, _unify(array), levels.type), value_set=levels)
+        values = cast_exactly(name, _unify(array), levels.type)
+        return pa.compute.index_in(values, value_set=levels)
     codes = encode(name, array.dictionary, levels).take(array.indices)
     of_null = pa.compute.index_in(pa.nulls(1, levels.type), value_set=levels)[0]
     return pa.compute.if_else(array.indices.is_null(), of_null, codes)
@@ -382,14 +395,34 @@ def _unify(array: "pa.Array") -> "pa.Array":
     return array.cast(pa.int64()) if is_.is_integer(kind) and not is_.is_uint64(kind) else array
 
 
-def _cast(name: str, values: "pa.Array", kind: "pa.DataType") -> "pa.Array":
+def cast_exactly(name: str, values: "pa.Array", kind: "pa.DataType") -> "pa.Array":
+    """Return the values of a column in another type, from which all of them can be got back.
+
+    Arrow casts 2 to True, "01" to 1, times to dates, and float64 to float32 without a word.
+    """
+    if values.type.equals(kind):
+        return values
+    is_primitive = pa.types.is_primitive
     try:
-        return values if values.type == kind else values.cast(kind)
+        found = values.cast(kind)
+        if (is_primitive(kind) or is_primitive(values.type)) and values.null_count < len(values):
+            changed = np.flatnonzero(~_equal(found.cast(values.type), values))
+            if len(changed):
+                raise pa.ArrowInvalid(f"{values[changed[0]]} would become {found[changed[0]]}")
+        return found
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
         raise StreamError(
-            f"column {name!r} holds {values.type} where its levels are {kind} ({err}); "
-            "write it with one type"
+            f"column {name!r} is {kind} and {values.type} ({err}); "
+            "write it with one type that holds all values"
         ) from None
+
+
+def _equal(one: "pa.Array", other: "pa.Array") -> np.ndarray:
+    """Tell where two arrays of one type hold the same, be it NaN or null."""
+    if not pa.types.is_floating(one.type):
+        return pa.compute.equal(one, other).fill_null(True).to_numpy(zero_copy_only=False)
+    one, other = (a.cast(pa.float64()).to_numpy(zero_copy_only=False) for a in (one, other))
+    return (one == other) | np.isnan(other)
 
 
 def _append_new(known: Any, values: "pa.Array") -> "pa.Array":

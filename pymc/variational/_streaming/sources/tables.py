@@ -38,7 +38,12 @@ from pymc.variational._streaming.sources.parquet.files import (
 )
 from pymc.variational._streaming.sources.parquet.mark import MARK_KEY
 from pymc.variational._streaming.sources.parquet.parquet import read_batches
-from pymc.variational._streaming.sources.parquet.paths import list_parquet, resolve, stands_for
+from pymc.variational._streaming.sources.parquet.paths import (
+    is_path,
+    list_parquet,
+    resolve,
+    stands_for,
+)
 from pymc.variational._streaming.sources.rows import (
     by_file,
     choose_columns,
@@ -48,7 +53,9 @@ from pymc.variational._streaming.sources.summary import (
     SUMMARY_KEY,
     Summarizer,
     Summary,
+    cast_exactly,
     dictionary_of,
+    given_columns,
     is_dictionary,
 )
 from pymc.variational._streaming.utils import progress_bar
@@ -119,10 +126,9 @@ def open_table(
     source: Any, columns: Sequence[str] | None = None, filesystem: Any = None
 ) -> "Files | Batches":
     """Open the paths of Parquet files, or anything else that can be streamed."""
-    if isinstance(columns, str):
-        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
-    paths = source if isinstance(source, list | tuple) else [source]
-    if paths and all(isinstance(path, str | os.PathLike) for path in paths):
+    columns = given_columns(columns)
+    if is_path(source):
+        paths = source if isinstance(source, list | tuple) else [source]
         return Files(paths, columns, filesystem)
     return Batches(source, columns)
 
@@ -250,11 +256,9 @@ class Batches:
     def read(self, batch_rows: int, advance: Callable[[float], None]) -> Iterator["pa.RecordBatch"]:
         """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
         for number, batch in enumerate(self._batches):
-            if not set(self.schema.names).issubset(batch.schema.names):
-                raise StreamError(
-                    f"source={self.name}: batch {number} has columns {batch.schema.names} where "
-                    f"{self.schema.names} came before; give all batches the same columns"
-                )
+            where = f"{self.name}: batch {number}"
+            schema = _choose(batch.schema, self.schema.names, where)
+            _unify([self.schema, schema], [self.name, where])
             for first in range(0, batch.num_rows, batch_rows):
                 yield batch.slice(first, batch_rows)
             advance(batch.num_rows)
@@ -324,7 +328,11 @@ def result_schema(schemas: Sequence["pa.Schema"]) -> "pa.Schema":
 
     Views become plain types, and dictionaries have int32 indices, to count the values of all.
     """
-    merged = pa.unify_schemas([plain_schema(s) for s in schemas], promote_options="permissive")
+    merged, *others = map(plain_schema, schemas)
+    for other in others:
+        other = _joinable(other, merged)
+        both = [_joinable(merged, other), other]
+        merged = pa.unify_schemas(both, promote_options="permissive")
     fields = []
     for field in schemas[0]:
         plain, kinds = merged.field(field.name), [s.field(field.name).type for s in schemas]
@@ -348,21 +356,50 @@ def conform(batch: "pa.RecordBatch", plain: "pa.Schema") -> "pa.RecordBatch":
         column = batch.column(field.name)
         if pa.types.is_dictionary(column.type):
             column = dictionary_of(column).take(column.indices)
-        try:
-            columns.append(column if column.type.equals(field.type) else column.cast(field.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
-            raise StreamError(
-                f"column {field.name!r} is {field.type} and {column.type} ({err}); "
-                "write it with one type that holds all values"
-            ) from None
+        columns.append(cast_exactly(field.name, column, field.type))
     return pa.RecordBatch.from_arrays(columns, schema=plain)
 
 
 def _plain_field(field: "pa.Field") -> "pa.Field":
-    """Return a field of the values themselves: of no dictionary, and no view."""
-    kind = field.type.value_type if is_dictionary(field.type) else field.type
-    if pa.types.is_string_view(kind):
-        kind = pa.large_string()
-    if pa.types.is_binary_view(kind):
-        kind = pa.large_binary()
-    return field.with_type(kind)
+    return field.with_type(_plain_type(field.type))
+
+
+def _plain_type(kind: "pa.DataType") -> "pa.DataType":
+    """Return the type of the values themselves: of no dictionary and no view, nor with any inside."""
+    is_: Any = pa.types
+    if is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if is_.is_string_view(kind):
+        return pa.large_string()
+    if is_.is_binary_view(kind):
+        return pa.large_binary()
+    if is_.is_struct(kind):
+        return pa.struct(list(map(_plain_field, kind)))
+    if is_.is_map(kind):
+        return pa.map_(*map(_plain_field, (kind.key_field, kind.item_field)), kind.keys_sorted)
+    if is_.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+    lists = {
+        pa.ListType: pa.list_,
+        pa.LargeListType: pa.large_list,
+        pa.ListViewType: pa.list_view,
+        pa.LargeListViewType: pa.large_list_view,
+    }
+    make = lists.get(type(kind))
+    return kind if make is None else make(_plain_field(kind.value_field))
+
+
+def _joinable(schema: "pa.Schema", other: "pa.Schema") -> "pa.Schema":
+    """Return the types of *schema*, or types with the same values that Arrow joins with *other*."""
+    is_ = pa.types
+    fields = []
+    for field in schema:
+        kind, target = field.type, other.field(field.name).type
+        if is_.is_boolean(kind) and (is_.is_integer(target) or is_.is_floating(target)):
+            kind = target
+        elif is_.is_date(kind) and is_.is_timestamp(target):
+            kind = pa.timestamp("s")
+        elif is_.is_timestamp(kind) and is_.is_timestamp(target) and kind.tz and target.tz:
+            kind = pa.timestamp(kind.unit, target.tz)
+        fields.append(field.with_type(kind))
+    return pa.schema(fields)

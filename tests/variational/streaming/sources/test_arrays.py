@@ -22,6 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
 import pytest
+import scipy.sparse
 
 from pymc.variational._streaming.sources import arrays as sources
 from pymc.variational._streaming.sources.arrays import as_source
@@ -154,6 +155,35 @@ class TestOtherSources:
     def test_a_reader_is_no_factory(self):
         with pytest.raises(TypeError, match="make_reader=RecordBatchReader is not callable"):
             arrow_source(table(3).to_reader())
+
+    @pytest.mark.parametrize("made", [None, 3, object()])
+    def test_a_function_that_returns_no_rows_is_named(self, made):
+        for source in (lambda: made, arrow_source(lambda: made)):
+            with pytest.raises(TypeError, match=f"source gave {type(made).__name__}; return a"):
+                StreamingDataset(source, batch_size=2)
+
+    def test_a_list_of_batches_is_no_list_of_paths(self):
+        batches = table(4).to_batches()
+        with pytest.raises(TypeError, match="make_reader=list is not callable; pass a function"):
+            arrow_source(batches)
+        assert len(rows_of(arrow_source(lambda: batches))) == 4
+        with pytest.raises(TypeError, match=r"source=\['a'\] is a path; pass parquet_source"):
+            StreamingDataset(["a"], batch_size=2)
+
+    def test_sparse_rows_are_made_dense_in_blocks(self):
+        data = scipy.sparse.csr_array(np.eye(4))
+        with pytest.raises(TypeError, match=r"csr_array is sparse; pass a function .* data\[i : i"):
+            StreamingDataset(data, batch_size=2)
+        ds = StreamingDataset(
+            lambda: (data[i : i + 3].toarray() for i in range(0, data.shape[0], 3)), batch_size=4
+        )
+        np.testing.assert_array_equal(next(iter(ds)), np.eye(4))
+
+    @pytest.mark.parametrize("make", [np.array, pd.Index, iter], ids=["array", "index", "iterator"])
+    def test_names_of_columns_come_in_any_sequence(self, make):
+        source = arrow_source(table(3), columns=make(["twice"]))
+        for _ in range(2):
+            assert rows_of(source).tolist() == [[0], [2], [4]]
 
     @pytest.mark.parametrize("promised", [6, 8])
     @pytest.mark.parametrize("total_size", ["auto", "as promised"])

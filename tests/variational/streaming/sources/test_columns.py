@@ -13,6 +13,8 @@
 #   limitations under the License.
 """What columns become: numbers, and positions among the levels of a category."""
 
+import ast
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -119,7 +121,12 @@ class TestColumns:
         self.write(tmp_path / "a.parquet", x=[1.0], y=[2.0])
         self.write(tmp_path / "b.parquet", **{name: [1.0] for name in names})
         message = r"b.parquet: columns \[.*\] where \['x', 'y'\] came before; pass columns="
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as error:
+            parquet_source(tmp_path)
+        columns = ast.literal_eval(str(error.value).partition("columns=")[2])
+        assert parquet_source(tmp_path, columns=columns).n_rows == 2
+        self.write(tmp_path / "b.parquet", Z=[1.0])
+        with pytest.raises(ValueError, match="came before; write all with the same names"):
             parquet_source(tmp_path)
 
     def test_columns_are_matched_by_name_in_any_order(self, tmp_path):
@@ -321,6 +328,17 @@ class TestCategories:
         monkeypatch.setattr(summary, "_add_levels", None)
         assert parquet_source(tmp_path / "out", categories=["carrier", "late"]).levels == found
 
+    def test_levels_of_one_type_do_not_merge_values_of_another(self, tmp_path):
+        """Arrow casts 2 to True, and "01" to 1, without a word."""
+        for name, values in (("a", [True, False]), ("b", [2, 1])):
+            pq.write_table(pa.table({"x": values}), tmp_path / f"{name}.parquet")
+        with pytest.raises(StreamError, match=r"column 'x' is bool and int64 .2 would become True"):
+            parquet_source(tmp_path, categories=["x"])
+        codes = pa.table({"x": ["1", "01"]})
+        with pytest.raises(StreamError, match=r"column 'x' is int64 .* .01 would become 1"):
+            rows_of(arrow_source(codes, categories={"x": [1]}))
+        assert rows_of(arrow_source(codes, categories={"x": None})).tolist() == [[1], [0]]
+
     @pytest.mark.parametrize(
         "categories, error, message",
         [
@@ -329,7 +347,7 @@ class TestCategories:
             ({"carrier": ["AA", "AA"]}, ValueError, "holds a level twice"),
             ({"carrier": []}, ValueError, "has no levels"),
             ({"carrier": ["AA", 1]}, ValueError, "mixes levels of several types"),
-            ({"carrier": [1, 2]}, StreamError, "column 'carrier' holds .*string where its levels"),
+            ({"carrier": [1, 2]}, StreamError, "column 'carrier' is .* and .*string"),
         ],
     )
     def test_levels_that_cannot_be_are_refused(self, source, categories, error, message):

@@ -13,6 +13,7 @@
 #   limitations under the License.
 """What Parquet files a source accepts, and how it names the place of what it refuses."""
 
+import base64
 import gc
 import json
 import os
@@ -25,6 +26,7 @@ import pytest
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
+    arrow_source,
     parquet_source,
     preshuffle,
     shuffle_buffer,
@@ -189,6 +191,40 @@ class TestFilesThatChange:
         (tmp_path / "a.parquet").write_text("mid,spread\n0.5,0.01\n" * 9)
         with pytest.raises(StreamError, match=r"a.parquet: .* does not end like a Parquet file"):
             parquet_source(tmp_path)
+
+    @pytest.mark.parametrize("plaintext_footer", [False, True])
+    def test_encrypted_files_are_named_and_read_as_the_message_says(
+        self, tmp_path, plaintext_footer
+    ):
+        """Where only columns are encrypted, Arrow ends the process when it looks at one."""
+        encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+        class Client(encryption.KmsClient):
+            def __init__(self, config):
+                super().__init__()
+
+            def wrap_key(self, key, name):
+                return base64.b64encode(key)
+
+            def unwrap_key(self, wrapped, name):
+                return base64.b64decode(wrapped)
+
+        factory, config = encryption.CryptoFactory(Client), encryption.KmsConnectionConfig()
+        keys = encryption.EncryptionConfiguration(
+            "footer", column_keys={"one": ["x"]}, plaintext_footer=plaintext_footer
+        )
+        path, expected = tmp_path / "a.parquet", pa.table({"x": [1.0, 2.0], "y": [3.0, 4.0]})
+        properties = factory.file_encryption_properties(config, keys)
+        with pq.ParquetWriter(path, expected.schema, encryption_properties=properties) as writer:
+            writer.write_table(expected)
+        for read in (parquet_source, lambda path: preshuffle(path, tmp_path / "out", seed=0)):
+            with pytest.raises(StreamError, match=r"a.parquet: .*is encrypted; pass arrow_source"):
+                read(path)
+        decryption = factory.file_decryption_properties(config)
+        source = arrow_source(
+            lambda: pq.ParquetFile(path, decryption_properties=decryption).iter_batches()
+        )
+        assert rows_of(source).tolist() == [[1, 3], [2, 4]]
 
     def test_a_table_without_rows_is_refused(self, tmp_path):
         write_layout(tmp_path, [[0], []])

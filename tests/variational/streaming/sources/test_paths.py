@@ -20,6 +20,7 @@ import shutil
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
@@ -159,6 +160,15 @@ class TestPaths:
         with pytest.raises(PermissionError, match="day=2"):
             parquet_source(folder)
 
+    def test_a_folder_of_another_format_names_its_reader(self, folder):
+        parquet, arrow = folder / "day=1", folder / "rows"
+        preshuffle(parquet, arrow, seed=0, format="arrow", progressbar=False)
+        with pytest.raises(ValueError, match="but Arrow IPC files; pass it to arrow_source"):
+            parquet_source(arrow)
+        with pytest.raises(ValueError, match="but Parquet files; pass it to parquet_source"):
+            arrow_source(parquet)
+        assert arrow_source(arrow).n_rows == parquet_source(parquet).n_rows
+
     def test_missing_paths_and_empty_directories_are_named(self, folder):
         with pytest.raises(FileNotFoundError, match=r"path='.*nowhere' does not exist"):
             parquet_source(folder / "nowhere")
@@ -167,6 +177,9 @@ class TestPaths:
             parquet_source(folder / "empty")
         with pytest.raises(ValueError, match=r"path='.*\*\.csv' holds no file"):
             parquet_source(folder / "*.csv")
+        for wrong in (None, b"a.parquet", pd.DataFrame({0: [1]}), [3]):
+            with pytest.raises(TypeError, match=f"path={type(wrong).__name__} is no path; pass"):
+                parquet_source(wrong)
         with pytest.raises(ValueError, match=r"path=\[\] names no file"):
             parquet_source([])
 

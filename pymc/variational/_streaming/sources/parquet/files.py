@@ -46,6 +46,9 @@ __all__ = [
 ]
 
 _MAGIC = b"PAR1"
+_ENCRYPTED_MAGIC = b"PARE"
+_SIGNATURE = 28
+"""Bytes that sign a footer which can be read, of a file whose columns cannot."""
 _TAIL = 1 << 16
 """Bytes read at once; most footers are smaller, and each read of an object store takes long."""
 _READ_BUFFER = 1 << 16
@@ -55,6 +58,10 @@ _REMOTE_READ_BUFFER = 1 << 20
 _MAX_REQUESTS = 32
 """Files of an object store that are opened at once."""
 _UNREADABLE = "not a readable Parquet file"
+_ENCRYPTED = (
+    "it is encrypted; pass arrow_source a function that returns "
+    "ParquetFile(path, decryption_properties=...).iter_batches()"
+)
 
 
 def import_pyarrow() -> Any:
@@ -130,6 +137,8 @@ def _inspect(fs: "pa.fs.FileSystem", path: str) -> Inspected:
     """Read the footer of *path*; one that cannot be read is a StreamError."""
     with _open(fs, path) as (_, footer, identity), as_stream_error(path, _UNREADABLE):
         metadata = _parse(footer)
+        if len(footer) == metadata.serialized_size + 8 + _SIGNATURE:  # Arrow would abort later
+            raise OSError(_ENCRYPTED)
         rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
         if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
             raise OSError("its footer and its row groups hold different numbers of rows; corrupt")
@@ -281,6 +290,8 @@ def _open(fs: "pa.fs.FileSystem", path: str) -> Iterator[tuple[Any, bytes, _Iden
 
 def _read_footer(handle: Any, size: int) -> bytes:
     tail = handle.read_at(min(size, _TAIL), max(0, size - _TAIL))
+    if tail[-4:] == _ENCRYPTED_MAGIC:
+        raise OSError(_ENCRYPTED)
     if size < 12 or tail[-4:] != _MAGIC:
         raise OSError("it does not end like a Parquet file; truncated, or another format")
     length = int.from_bytes(tail[-8:-4], "little") + 8

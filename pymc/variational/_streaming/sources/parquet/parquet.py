@@ -38,6 +38,7 @@ from pymc.variational._streaming.sources.summary import (
     Categories,
     Summary,
     find_levels,
+    given_columns,
     given_levels,
     levels_of,
 )
@@ -136,11 +137,9 @@ def parquet_source(
     """
     if invalid not in ("raise", "drop"):
         raise ValueError(f"invalid={invalid!r} is not a choice; pass 'raise' or 'drop'")
-    if isinstance(columns, str):
-        raise TypeError(f"columns={columns!r} is a string; pass a list of names")
     fs, paths = list_parquet(path, filesystem)
     levels = given_levels(categories)
-    source = _ParquetSource(fs, paths, columns, levels, partial)
+    source = _ParquetSource(fs, paths, given_columns(columns), levels, partial)
     source.seed = draw_seed(seed) if shuffle_row_groups else None
     if invalid == "drop":
         source.drop_invalid_rows()

@@ -27,7 +27,7 @@ from pymc.variational._streaming.sources.base import shorten
 from pymc.variational._streaming.sources.parquet.files import is_local, pa
 from pymc.variational._streaming.sources.parquet.remote import fsspec_of
 
-__all__ = ["Paths", "list_ipc", "list_parquet", "resolve", "stands_for"]
+__all__ = ["Paths", "is_path", "list_ipc", "list_parquet", "resolve", "stands_for"]
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -59,10 +59,24 @@ class _Format(NamedTuple):
     """Ends of other names that a file could have, as part of a regular expression."""
     magic: bytes
     """First bytes of a file."""
+    reader: str
+    """Name of the function that reads such files."""
 
 
-_PARQUET = _Format("Parquet", (".parquet",), "parquet|parq|pq", b"PAR1")
-_IPC = _Format("Arrow IPC", (".arrow", ".feather", ".ipc"), "arrow|feather|ipc", b"ARROW1")
+_PARQUET = _Format("Parquet", (".parquet",), "parquet|parq|pq", b"PAR1", "parquet_source")
+_IPC = _Format(
+    "Arrow IPC",
+    (".arrow", ".feather", ".ipc"),
+    "arrow|feather|ipc",
+    b"ARROW1",
+    "arrow_source",
+)
+
+
+def is_path(data: Any) -> bool:
+    """Whether *data* is a path, or a list of paths or of nothing."""
+    paths = data if isinstance(data, list | tuple) else [data]
+    return all(isinstance(path, str | os.PathLike) for path in paths)
 
 
 def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pa.fs.FileSystem", str]:
@@ -93,7 +107,7 @@ def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pa.fs.Fil
 
 def local_path(path: str, module: ModuleType = os.path) -> str:
     """Return the absolute path with slashes, by the rules of *module* (``ntpath`` for Windows)."""
-    absolute = module.abspath(path)
+    absolute = module.abspath(module.expanduser(path))
     for prefix, short in (("\\\\?\\UNC\\", "\\\\"), ("\\\\?\\", "")):
         if module.sep == "\\" and absolute.startswith(prefix):  # its ? is no wildcard
             absolute = short + absolute.removeprefix(prefix)
@@ -123,10 +137,16 @@ def stands_for(fs: "pa.fs.FileSystem", path: str, file: str) -> bool:
     return _selects(_pattern(path, found), file, _PARQUET.suffixes)
 
 
-def _list(kind: _Format, path: Paths, filesystem: Any) -> tuple["pa.fs.FileSystem", list[str]]:
-    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+def _list(kind: _Format, path: Any, filesystem: Any) -> tuple["pa.fs.FileSystem", list[str]]:
+    is_several = isinstance(path, Iterable) and not isinstance(path, str | os.PathLike)
+    paths = list(path) if is_several else [path]
     if not paths:
         raise ValueError("path=[] names no file; pass at least one")
+    if not is_path(paths):
+        raise TypeError(
+            f"path={type(path).__name__} is no path; pass the path of a file or a folder, or a "
+            "list of paths"
+        )
     resolved = [resolve(each, filesystem) for each in paths]
     fs = resolved[0][0]
     if not all(fs.equals(other) for other, _ in resolved):
@@ -164,6 +184,9 @@ def _find(kind: _Format, fs: "pa.fs.FileSystem", path: str) -> list[str]:
     names = ", ".join(shorten(missed, 3))
     if not selected:
         others = f", but {names}; pass a list of the files to read" if missed else ""
+        for other in (_PARQUET, _IPC):
+            if not missed and any(file.endswith(other.suffixes) for file in rest):
+                others = f", but {other.name} files; pass it to {other.reader}"
         raise ValueError(
             f"path={path!r} holds no file whose name ends in {' or '.join(kind.suffixes)}{others}"
         )
