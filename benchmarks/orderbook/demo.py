@@ -61,7 +61,8 @@ Fits = dict[str, dict[str, Any]]
 
 def run(exact: "Posterior", rows: Path, columns: tuple[str, ...], work: Path, n_steps: int) -> Fits:
     """Fit the model to the *columns* of *rows* in three ways, with what is made on the way in *work*."""
-    from benchmarks.orderbook.experiment import BATCH_SIZE, fit_model, in_process
+    from benchmarks.harness import in_process
+    from benchmarks.orderbook.experiment import BATCH_SIZE, fit_model
     from pymc.variational.streaming import preshuffle
 
     buffer_size = max(exact.n_rows // WINDOW_SHARE, BATCH_SIZE)
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     (args.results / "demo.md").write_text(table)
     plot(exact, fits, args.results / "demo.png")
     if args.readme is not None:
-        from benchmarks.pages import filled
+        from benchmarks.harness import filled
 
         args.readme.write_text(filled(args.readme.read_text(), "demo", "make results", table))
     sys.stdout.write(f"\n{table}\n{LEGEND_OF_TABLE}\n")

@@ -41,13 +41,13 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from benchmarks.harness import about, in_process
 from benchmarks.orderbook import tables
 from benchmarks.orderbook.columns import holds_messages, parquet_files
-from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, fit_model, in_process
+from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, fit_model
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
 from benchmarks.orderbook.rows import write_rows
-from benchmarks.pages import about
 from pymc.variational.streaming import preshuffle
 from tests.variational.streaming.memory import peak_mb
 

@@ -26,8 +26,9 @@ import numpy as np
 import psutil
 import pytest
 
+from benchmarks.harness import in_process
 from benchmarks.orderbook import reproduce
-from benchmarks.orderbook.experiment import PRIOR_SD, exact_posterior, in_process
+from benchmarks.orderbook.experiment import PRIOR_SD, exact_posterior
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate
 from benchmarks.orderbook.reproduce import main
