@@ -114,7 +114,7 @@ class Data:
 
 def _write_book(n_rows: int, folder: Path) -> None:
     # The simulator takes seconds to import, and every benchmark is a process of its own.
-    from benchmarks.orderbook.rows import write_rows
+    from benchmarks.orderbook.generate import write_rows
 
     write_rows(folder, rows=n_rows, seed=0)
 

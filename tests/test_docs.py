@@ -316,13 +316,14 @@ def prose(page: Path) -> str:
 def accepted(spec) -> set[str]:
     """Return the options in the code of a module, and in that which defines them for several.
 
-    Programs that measure pass them as arguments to ``measure``.
+    Programs that measure pass them as arguments to ``measure``; others call a function with them.
     """
     shared = Path(streaming.main.__code__.co_filename), ROOT / "benchmarks" / "harness.py"
     files = [Path(spec.origin), *shared]
     nodes = [n for file in files for n in ast.walk(ast.parse(file.read_text()))]
     literals = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return literals | {f"--{n.arg}" for n in nodes if isinstance(n, ast.keyword)}
+    names = {n.arg for n in nodes if isinstance(n, ast.keyword | ast.arg) and n.arg}
+    return literals | {f"--{name.replace('_', '-')}" for name in names}
 
 
 def slug(heading: str) -> str:

@@ -157,10 +157,7 @@ def fit_model(
         ds = build_model(rows, buffer_size, seed, columns)
         order = _order(_buffer(rows, buffer_size, seed, columns)) if examine else {}
         average = EpochAverage(ds) if examine else None
-        callbacks = [
-            tail,
-            *([average] if examine else []),
-        ]
+        callbacks = [tail, *([average] if average else [])]
         callbacks += [ds.fit_callback()] if ds is not None else []
         ready = time.perf_counter()
         approx = pm.fit(
