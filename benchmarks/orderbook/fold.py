@@ -46,7 +46,16 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.orderbook.book import COUNTERS, DELTA, ROW, Book, Events, MessageError, close_ms
+from benchmarks.orderbook.book import (
+    COUNTERS,
+    DELTA,
+    FEATURES,
+    ROW,
+    Book,
+    Events,
+    MessageError,
+    close_ms,
+)
 from benchmarks.orderbook.publish import followed, published, run_command, write_files
 from benchmarks.orderbook.reading import DamageError, Gap, Part, find_files, first_ms, read_parts
 
@@ -344,7 +353,7 @@ def merged(markets: list[Sorted]) -> Iterator[pa.Table]:
             rows = rows[np.argsort(rows["key"], kind="stable")]
             cut = int(np.searchsorted(rows["key"], next_key))
             yield pa.table(
-                {name: np.ascontiguousarray(rows[name][:cut]) for name in KEYED.names[1:]}
+                {name: np.ascontiguousarray(rows[name][:cut]) for name in (*FEATURES, "up")}
             )
             pool, n_pooled, n_kept = [rows[cut:]], len(rows) - cut, len(rows) - cut
 
@@ -360,7 +369,7 @@ def _read(market: Sorted, order: int, start: int, n: int) -> np.ndarray:
     rows = np.fromfile(market.rows, ROW, len(up), offset=start * ROW.itemsize)
     keyed = np.empty(len(up), KEYED)
     keyed["key"], keyed["up"] = rows["recv_ms"] << ORDER_BITS | order, up
-    for name in ROW.names[1:]:
+    for name in FEATURES:
         keyed[name] = rows[name]
     return keyed[up >= 0]
 

@@ -48,6 +48,7 @@ from benchmarks.orderbook.book import (
     DELTA,
     EVENT_SCHEMA,
     EXCHANGE_ZONE,
+    FEATURES,
     LEVEL,
     NO,
     SNAPSHOT,
@@ -72,7 +73,6 @@ RESUBSCRIBED_EVERY = 3
 N_LOST = 200
 SEQ_AFTER_RESTART = 22
 SIDES = "yes", "no"
-FEATURES = "mid", "spread", "imbalance"
 AHEAD = 4
 
 CENT = 100
