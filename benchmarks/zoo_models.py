@@ -181,21 +181,18 @@ def dummies(x: Any, y: Any, n: int | None) -> None:
     pm.Bernoulli("y", logit_p=b[0] + carrier + x[:, 1:] @ b[1:], observed=y, total_size=n)
 
 
-def _levels(group: Any, n_groups: int) -> Any:
+def _levels(group: Any, n_groups: int, centred: bool = True) -> Any:
     """Return the level of each row's group."""
     mean, spread = pm.Normal("mean", 0, 3), pm.HalfNormal("spread", 1)
-    return pm.Normal("level", mean, spread, shape=n_groups)[group.astype("int64")]
+    if centred:
+        level = pm.Normal("level", mean, spread, shape=n_groups)
+    else:
+        level = mean + spread * pm.Normal("z", 0, 1, shape=n_groups)
+    return level[group.astype("int64")]
 
 
-def hierarchical(x: Any, y: Any, n: int | None) -> None:
-    logit = _levels(x[:, 0], N_DEST) + pm.Normal("slope", 0, 3) * x[:, 1]
-    pm.Bernoulli("y", logit_p=logit, observed=y, total_size=n)
-
-
-def non_centred(x: Any, y: Any, n: int | None) -> None:
-    mean, spread = pm.Normal("mean", 0, 3), pm.HalfNormal("spread", 1)
-    level = mean + spread * pm.Normal("z", 0, 1, shape=N_DEST)
-    logit = level[x[:, 0].astype("int64")] + pm.Normal("slope", 0, 3) * x[:, 1]
+def hierarchical(x: Any, y: Any, n: int | None, centred: bool = True) -> None:
+    logit = _levels(x[:, 0], N_DEST, centred) + pm.Normal("slope", 0, 3) * x[:, 1]
     pm.Bernoulli("y", logit_p=logit, observed=y, total_size=n)
 
 
@@ -298,7 +295,13 @@ MODELS = {
         hierarchical, LATE_BY_DEST, FLIGHTS, 320_000, 0.1, draws=1_200, levels="centred"
     ),
     "hierarchical, non-centred": Entry(
-        non_centred, LATE_BY_DEST, FLIGHTS, 320_000, 0.1, draws=1_200, levels="non-centred"
+        partial(hierarchical, centred=False),
+        LATE_BY_DEST,
+        FLIGHTS,
+        320_000,
+        0.1,
+        draws=1_200,
+        levels="non-centred",
     ),
     "Poisson with exposure": Entry(
         exposure, _late_counts, FLIGHTS, 78_000, 0.1, draws=1_200, levels="centred"

@@ -16,6 +16,7 @@
 They share no code with what is measured but the density of PyMC's model, in JAX.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,7 +43,9 @@ MOST_OFF = 10.0
 jax.config.update("jax_enable_x64", True)
 
 
-def log_density(entry: Entry, n_rows: int, *, weighted: bool = False) -> tuple[Any, np.ndarray]:
+def log_density(
+    build: Callable[..., object], n_rows: int, *, weighted: bool = False
+) -> tuple[Any, np.ndarray]:
     """Return PyMC's log density of all unconstrained values, as a function of JAX, and a start.
 
     The function takes one vector, the two parts of a batch or of all rows, and, if weighted, how
@@ -51,7 +54,7 @@ def log_density(entry: Entry, n_rows: int, *, weighted: bool = False) -> tuple[A
     x, y, weight = pt.matrix("x"), pt.vector("y"), pt.vector("weight")
     rows = pytensor.shared(np.zeros((1, 1))), pytensor.shared(np.zeros(1))
     with pm.Model() as model:
-        entry.model(*rows, n_rows)
+        build(*rows, n_rows)
     start = model.initial_point(0)
     prior = model.logp([*model.free_RVs, *model.potentials])
     (likelihood,) = model.logp(model.observed_RVs, sum=False)
@@ -67,7 +70,7 @@ def log_density(entry: Entry, n_rows: int, *, weighted: bool = False) -> tuple[A
 
 def hmc(entry: Entry, rows: np.ndarray) -> Moments:
     """Sample the posterior, levels of groups in coordinates in which they are round."""
-    of_rows, start = log_density(entry, len(rows), weighted=True)
+    of_rows, start = log_density(entry.model, len(rows), weighted=True)
     n = N_DEST if entry.levels else 0
     distinct = _fewer(rows) if entry.is_gaussian else _distinct(rows)
 

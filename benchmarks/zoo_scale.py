@@ -31,11 +31,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import zoo
-from benchmarks.data import Data, write_columns
-from benchmarks.orderbook.experiment import in_process
-from benchmarks.pages import about, load, markdown, measure, save
+from benchmarks.cases import Case, Data
+from benchmarks.harness import about, in_process, load, markdown, measure, save
 from benchmarks.zoo_exact import Moments, many_groups, mixture
-from benchmarks.zoo_fits import Case
 from benchmarks.zoo_models import N_PLANE_MONTHS
 from pymc.variational.streaming import parquet_source, preshuffle
 from tests.variational.streaming.memory import peak_mb
@@ -77,8 +75,7 @@ def scale(data: Data, results: Path) -> str:
 
 def run(model: str, data: Data) -> dict[str, Any]:
     columns, exact = SCALED[model]
-    write = partial(write_columns, data.n_rows, partial(columns, data.n_rows))
-    ordered = data.table(f"{model} {data.n_rows}", write)
+    ordered = data.of(f"{model} {data.n_rows}", data.n_rows, partial(columns, data.n_rows))
     shuffled = data.folder / f"{model} {data.n_rows} shuffled"
     shuffling = in_process(shuffle, ordered, shuffled)
     reference, seconds = in_process(refer, exact, ordered)
@@ -106,7 +103,8 @@ def refer(exact: Callable[..., Moments], ordered: Path) -> tuple[dict[str, Any],
 
 
 def polished(model: str, shuffled: Path, reference: dict[str, Any]) -> dict[str, Any]:
-    return zoo.measure(Case(model, zoo.MODELS[model], shuffled), "polish", reference, math.inf)
+    case = Case(shuffled, zoo.MODELS[model].model)
+    return zoo.measure(model, case, "polish", reference, math.inf)
 
 
 def table(found: dict[str, Any]) -> str:

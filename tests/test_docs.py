@@ -330,13 +330,14 @@ def prose(page: Path) -> str:
 def accepted(spec) -> set[str]:
     """Return the options in the code of a module, and in that which defines them for several.
 
-    Programs that measure pass them as arguments to ``measure``.
+    Programs that measure pass them as arguments to ``measure``; others call a function with them.
     """
-    shared = Path(streaming.main.__code__.co_filename), ROOT / "benchmarks" / "pages.py"
+    shared = Path(streaming.main.__code__.co_filename), ROOT / "benchmarks" / "harness.py"
     files = [Path(spec.origin), *shared]
     nodes = [n for file in files for n in ast.walk(ast.parse(file.read_text()))]
     literals = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return literals | {f"--{n.arg}" for n in nodes if isinstance(n, ast.keyword)}
+    names = {n.arg for n in nodes if isinstance(n, ast.keyword | ast.arg) and n.arg}
+    return literals | {f"--{name.replace('_', '-')}" for name in names}
 
 
 def slug(heading: str) -> str:
@@ -359,14 +360,29 @@ class TestReference:
 
 
 class TestNumbers:
-    @pytest.mark.parametrize("name", ["power", "alarms"])
-    def test_the_tables_of_the_order_check_are_those_of_the_results(self, name):
-        from benchmarks import order_power, pages
+    @pytest.mark.parametrize(
+        ["page", "names"],
+        [("reliability.md", ["power", "alarms", "soak"]), ("streaming/order.md", ["orders"])],
+    )
+    def test_the_tables_of_reliability_are_those_of_the_results(self, page, names):
+        from benchmarks import harness, reliability
 
-        make = getattr(order_power, f"{name}_table")
-        table = make(None, 0, 0, results=SOURCE / "results" / "order_power.json")
-        page = (SOURCE / "reliability.md").read_text()
-        assert pages.filled(page, name, order_power.COMMAND, table) == page
+        text = filled = (SOURCE / page).read_text()
+        options = {"datasets": 0, "repeats": 0, "minutes": 0, "results": SOURCE / "results"}
+        for name in names:
+            table = reliability.TABLES[name](None, **options)
+            filled = harness.filled(filled, name, reliability.COMMAND, table)
+        assert filled == text
+
+    def test_the_tables_of_the_zoo_are_those_of_the_results(self):
+        from benchmarks import harness, zoo, zoo_scale
+
+        text = filled = (SOURCE / "zoo.md").read_text()
+        found = harness.load(SOURCE / "results" / "zoo.json")
+        for name, table in zoo.TABLES.items():
+            filled = harness.filled(filled, name, zoo.COMMAND, table(found))
+        table = zoo_scale.table(harness.load(SOURCE / "results" / "scale.json"))
+        assert harness.filled(filled, "scale", zoo_scale.COMMAND, table) == text
 
 
 def test_the_figures_of_why_order_matters_show_what_it_says():

@@ -51,7 +51,8 @@ HOLE_MS = 300_000
 
 # A mid is a multiple of 5e-5 dollars and a spread one of 1e-4, while float32 numbers below 1 lie
 # at most 6e-8 apart: float32 keeps them all apart, and round(20_000 * mid) gives the integer back.
-ROW = np.dtype([("recv_ms", "i8"), ("mid", "f4"), ("spread", "f4"), ("imbalance", "f4")])
+FEATURES = "mid", "spread", "imbalance"
+ROW = np.dtype([("recv_ms", "i8"), *((name, "f4") for name in FEATURES)])
 
 COUNTERS = (
     *("messages", "deltas", "snapshots", "trades", "clock_set_back", "rows", "labelled"),

@@ -54,7 +54,7 @@ def holds_messages(data: Path) -> bool:
     return _first_rows(data).schema.names[:2] == ["kind", "side"]
 
 
-def choose(rows: Path, *, features: Sequence[str] | None, label: str | None) -> tuple[str, ...]:
+def choose(rows: Path, *, features: Sequence[str] | None, label: str) -> tuple[str, ...]:
     """Return the columns of *rows* to fit, the label last; exit if the model cannot be fitted to them.
 
     By default the last column is the label, and all others are features.

@@ -21,23 +21,24 @@ Kalshi's order books, or Parquet files of your own with a column of 0 and 1.
 The table and the figure are saved in ``build/demo``.
 """
 
-import argparse
 import shutil
 import sys
 import time
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.orderbook.columns import choose, holds_messages
+from benchmarks.orderbook.publish import run_command
 
 # All else is imported when the data are known to be such that can be fitted, which is at once.
 if TYPE_CHECKING:
     from benchmarks.orderbook.experiment import Posterior
 
-__all__ = ["main"]
+__all__ = ["demo"]
 
 MESSAGES = 2_500_000
 SEED = 0
@@ -61,7 +62,8 @@ Fits = dict[str, dict[str, Any]]
 
 def run(exact: "Posterior", rows: Path, columns: tuple[str, ...], work: Path, n_steps: int) -> Fits:
     """Fit the model to the *columns* of *rows* in three ways, with what is made on the way in *work*."""
-    from benchmarks.orderbook.experiment import BATCH_SIZE, fit_model, in_process
+    from benchmarks.harness import in_process
+    from benchmarks.orderbook.experiment import BATCH_SIZE, fit_model
     from pymc.variational.streaming import preshuffle
 
     buffer_size = max(exact.n_rows // WINDOW_SHARE, BATCH_SIZE)
@@ -139,68 +141,65 @@ def plot(exact: "Posterior", fits: Fits, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _prepare(args: argparse.Namespace, work: Path) -> tuple["Posterior", Path, tuple[str, ...]]:
+def _prepare(
+    data: str, features: Sequence[str] | None, label: str, work: Path
+) -> tuple["Posterior", Path, tuple[str, ...]]:
     """Return the exact posterior, the directory of the rows, and the columns to fit."""
-    features = args.features
-    if features is not None:
-        features = [name.strip() for name in features.split("," if "," in features else None)]
-    messages = args.data is None or holds_messages(args.data)
-    rows = args.data
-    columns = () if messages else choose(rows, features=features, label=args.label)
+    rows, messages = Path(data), not data or holds_messages(Path(data))
+    columns = () if messages else choose(rows, features=features, label=label)
 
     from benchmarks.orderbook.experiment import exact_posterior
     from benchmarks.orderbook.fold import fold
     from benchmarks.orderbook.generate import generate
 
     work.mkdir(parents=True, exist_ok=True)
-    if args.data is None:
+    if not data:
         say("Making synthetic order-book messages")
-        args.data = work / "messages"
-        generate(args.data, messages=MESSAGES, seed=SEED, file_format="parquet", overwrite=True)
+        rows = work / "messages"
+        generate(rows, messages=MESSAGES, seed=SEED, format="parquet", overwrite=True)
     if messages:
         say("Folding messages into rows")
+        say(str(fold(rows, work / "rows", overwrite=True)))
         rows = work / "rows"
-        say(str(fold(args.data, rows, overwrite=True)))
-        columns = choose(rows, features=features, label=args.label)
+        columns = choose(rows, features=features, label=label)
     told = f"features: {', '.join(columns[:-1])}; label: {columns[-1]}"
     say(f'{told} (others: FEATURES="..." LABEL=...)')
     return exact_posterior(rows, columns), rows, columns
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the demonstration."""
-    parser = argparse.ArgumentParser(description="Ordered rows go wrong, shuffled ones right.")
-    parser.add_argument("--data", type=Path, help="captures, or Parquet with a column of 0 and 1")
-    parser.add_argument("--features", help="columns, as a,b,c; default: all but the label")
-    parser.add_argument("--label", help="column of 0 and 1; default: the last one")
-    parser.add_argument("--results", type=Path, default=Path("build/demo"))
-    parser.add_argument("--steps", type=int, default=8_000, help="of each fit")
-    parser.add_argument("--readme", type=Path, help="file to put the table into")
-    args = parser.parse_args(argv)
-    if args.steps <= 1_000:
-        raise SystemExit(f"--steps must be more than 1000, got {args.steps}")
-    if args.data is not None and not args.data.is_dir():
-        raise SystemExit(f"DATA={args.data} is not a directory")
+def demo(
+    data: str = "",
+    features: str = "",
+    label: str = "",
+    results: Path = Path("build/demo"),
+    steps: int = 8_000,
+    readme: str = "",
+) -> str:
+    """Fit ordered rows, which go wrong, and shuffled ones, which go right."""
+    if steps <= 1_000:
+        raise ValueError(f"--steps must be more than 1000, got {steps}")
+    if data and not Path(data).is_dir():
+        raise ValueError(f"DATA={data} is not a directory")
+    chosen = [name.strip() for name in features.split("," if "," in features else None)] or None
     started = time.perf_counter()
     work = Path("build/demo/tables")
     try:
-        exact, rows, columns = _prepare(args, work)
-        fits = run(exact, rows, columns, work, args.steps)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from None
+        exact, rows, columns = _prepare(data, chosen, label, work)
+        fits = run(exact, rows, columns, work, steps)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    args.results.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     table = markdown_table(exact, fits)
-    (args.results / "demo.md").write_text(table)
-    plot(exact, fits, args.results / "demo.png")
-    if args.readme is not None:
-        from benchmarks.pages import filled
+    (results / "demo.md").write_text(table)
+    plot(exact, fits, results / "demo.png")
+    if readme:
+        from benchmarks.harness import filled
 
-        args.readme.write_text(filled(args.readme.read_text(), "demo", "make results", table))
-    sys.stdout.write(f"\n{table}\n{LEGEND_OF_TABLE}\n")
-    say(f"{time.perf_counter() - started:.0f} s; the figure is {args.results / 'demo.png'}")
+        page = Path(readme)
+        page.write_text(filled(page.read_text(), "demo", "make results", table))
+    say(f"{time.perf_counter() - started:.0f} s; the figure is {results / 'demo.png'}")
+    return f"\n{table}\n{LEGEND_OF_TABLE}"
 
 
 if __name__ == "__main__":
-    main()
+    run_command(demo)

@@ -25,18 +25,15 @@ posterior standard deviations. Without ``buffer_size`` the rows are held in memo
 """
 
 import logging
-import os
-import threading
 import time
 import warnings
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -46,7 +43,7 @@ from scipy.special import expit
 import pymc as pm
 
 from benchmarks.orderbook.columns import LARGEST, parquet_files
-from tests.variational.streaming.memory import forget_peak, peak_mb
+from tests.variational.streaming.memory import peak_mb
 
 # isort: split
 # The tests have put the checkout before an installed copy, unless that is to be used.
@@ -62,15 +59,13 @@ from pymc.variational.streaming import (
     shuffle_buffer,
 )
 
-__all__ = ["Posterior", "build_model", "exact_posterior", "fit_model", "in_process", "peak_growth"]
+__all__ = ["Posterior", "build_model", "exact_posterior", "fit_model"]
 
 PRIOR_SD = 3.0
 BATCH_SIZE = 4096
 LEARNING_RATE = 0.02
 WARM_UP_STEPS = 500
 TRACED_EVERY = 20
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,25 +124,6 @@ def exact_posterior(rows: Path, columns: Sequence[str] | None = None) -> Posteri
     )
 
 
-def in_process(function: Callable[..., T], /, *args: Any, **options: Any) -> T:
-    """Call *function* in a fresh process, so that its memory can be told from that of others."""
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent) as pool:
-        return pool.submit(function, *args, **options).result()
-
-
-def peak_growth(function: Callable[..., object], *args: Any) -> float:
-    """Return by how many MB the peak memory of a fresh process grows in a call."""
-    return in_process(_growth, function, args)
-
-
-def _growth(function: Callable[..., object], args: tuple) -> float:
-    forget_peak()
-    before = peak_mb()
-    function(*args)
-    return peak_mb() - before
-
-
 def fit_model(
     rows: Path,
     *,
@@ -181,10 +157,7 @@ def fit_model(
         ds = build_model(rows, buffer_size, seed, columns)
         order = _order(_buffer(rows, buffer_size, seed, columns)) if examine else {}
         average = EpochAverage(ds) if examine else None
-        callbacks = [
-            tail,
-            *([average] if examine else []),
-        ]
+        callbacks = [tail, *([average] if average else [])]
         callbacks += [ds.fit_callback()] if ds is not None else []
         ready = time.perf_counter()
         approx = pm.fit(
@@ -235,18 +208,6 @@ def logistic(columns: list, total_size: int | None) -> None:
     b = pm.Normal("b", 0.0, PRIOR_SD, shape=len(columns))
     logit = b[0] + sum(b[j + 1] * x for j, x in enumerate(columns[:-1]))
     pm.Bernoulli("up", logit_p=logit, observed=columns[-1], total_size=total_size)
-
-
-def _end_with_parent() -> None:
-    """Leave nothing running when the parent is killed: it would meet itself in the next run."""
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _examine(

@@ -31,65 +31,57 @@ Rows go to scratch files (21 bytes a row, beside the destination) until all of t
 After a kill, the same call goes on with the file that was being read.
 """
 
-import argparse
 import contextlib
 import pickle
-import sys
 import time
 import zlib
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from benchmarks.orderbook.book import COUNTERS, DELTA, ROW, Book, Events, MessageError, close_ms
-from benchmarks.orderbook.merge import Sorted, merged
+from benchmarks.orderbook.book import (
+    COUNTERS,
+    DELTA,
+    FEATURES,
+    ROW,
+    Book,
+    Events,
+    MessageError,
+    close_ms,
+)
 from benchmarks.orderbook.publish import followed, published, run_command, write_files
 from benchmarks.orderbook.reading import DamageError, Gap, Part, find_files, first_ms, read_parts
 
-__all__ = ["FoldReport", "fold", "main"]
+__all__ = ["FoldReport", "Sorted", "fold", "merged"]
 
 NAMED = 10
+KEYED = np.dtype([("key", "i8"), *ROW.descr[1:], ("up", "i1")])
+MERGED_ROWS = 1 << 18
+FEWEST_ROWS = 1 << 10
+ORDER_BITS = 20
+NEVER = np.iinfo(np.int64).max
 
 
-@dataclass(frozen=True, slots=True)
-class FoldReport:
-    """What a fold read, wrote and dropped.
+class FoldReport(SimpleNamespace):
+    """What a fold read, wrote and dropped, as numbers by name.
 
-    Every delta and snapshot leaves one state of a book: it is a row, or it is dropped because no
-    known change of the mid follows, a side of the book was empty, the market had closed, or
-    messages are missing since its last snapshot (``left_out``).
+    Every delta and snapshot leaves one state of a book: it is one of the ``rows``, or it is dropped
+    because no known change of the mid follows (``no_later_change``), a side of the book was empty
+    (``one_sided``), the market had closed (``after_close``), or messages are missing since its last
+    snapshot (``left_out``). A lost message showed in a bid that was not below the ask
+    (``crossed``), in a size ``below_zero``, in ``gaps`` of ``seq`` or at the end of a damaged file;
+    ``holes`` are silences of more than five minutes. Where ``clock_set_back`` counts a message that
+    was received earlier than the one before it, its row takes the later time. ``others`` are
+    messages that were passed over, by type, and ``findings`` files that were damaged and the first
+    files in which a lost message showed.
     """
-
-    markets: int
-    messages: int
-    deltas: int
-    snapshots: int
-    trades: int
-    rows: int
-    no_later_change: int
-    one_sided: int
-    after_close: int
-    left_out: int
-    crossed: int
-    """How often a lost message showed in a bid that was not below the ask."""
-    below_zero: int
-    """How often a lost message showed in a size below zero."""
-    gaps: int
-    """How often messages were missing in ``seq``, or at the end of a damaged file."""
-    holes: int
-    """How often a market was silent for more than five minutes."""
-    clock_set_back: int
-    """Messages received earlier than the one before them; their row takes the later time."""
-    others: dict[str, int]
-    """Messages that were passed over, by type."""
-    findings: tuple[str, ...]
-    """Files that were damaged, and the first files in which a lost message showed."""
-    seconds: float
 
     def __str__(self) -> str:
         def told(*names: str) -> str:
@@ -138,13 +130,24 @@ def fold(
         n_done = folder.resume(files)
         for file in followed(files[n_done:], "Folding messages", len(files) - n_done, progressbar):
             folder.fold(file, workers)
-        report = folder.report(time.perf_counter() - began)
+        report = folder.report()
+        report.seconds = time.perf_counter() - began
         if not report.rows:
             raise ValueError(
                 f"the messages in {source} make no row: no mid changes in them\n{report}"
             )
         write_files(merged(folder.rows()), content)
-    return replace(report, seconds=time.perf_counter() - began)
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+class Sorted(NamedTuple):
+    """Files of the rows of a market in order of time."""
+
+    rows: Path
+    """Rows of type `ROW`."""
+    up: Path
+    """Labels, int8, of the first of these rows, at least of one; those of -1 are left out."""
 
 
 class _Folder:
@@ -199,7 +202,7 @@ class _Folder:
                 self._findings.append(f"{file}: messages of {name} are missing")
         self._save(file)
 
-    def report(self, seconds: float) -> FoldReport:
+    def report(self) -> FoldReport:
         if self._errors:
             raise MessageError("\n".join(self._errors))
         counts = Counter(dict.fromkeys(COUNTERS, 0))
@@ -213,7 +216,6 @@ class _Folder:
             no_later_change=made - rows,
             others=dict(self._others.most_common()),
             findings=(*self._findings[:NAMED], *[f"and {more:,} more files"] * (more > 0)),
-            seconds=seconds,
             **counts,
         )
 
@@ -325,20 +327,52 @@ def _ahead(parts: Iterator, workers: int) -> Iterator:
             yield part
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.orderbook.fold",
-        description="Fold order-book messages into rows.",
+def merged(markets: list[Sorted]) -> Iterator[pa.Table]:
+    """Yield all rows by time; rows of the same time go by market, then as they came.
+
+    The files are read in blocks, in the order of the blocks' first rows, so that rows before the
+    first of the next block are complete.
+    """
+    n_rows = [market.up.stat().st_size for market in markets]
+    first = np.sort([_key(market, order, 0) for order, market in enumerate(markets)])
+    last = np.sort([_key(market, order, n_rows[order] - 1) for order, market in enumerate(markets)])
+    n_open = np.arange(1, len(markets) + 1) - np.searchsorted(last, first)
+    n = max(FEWEST_ROWS, MERGED_ROWS // int(n_open.max()))
+    blocks = sorted(
+        (_key(market, order, start), order, start)
+        for order, market in enumerate(markets)
+        for start in range(0, n_rows[order], n)
     )
-    parser.add_argument("source", type=Path, help="directory of messages")
-    parser.add_argument("destination", type=Path, help="directory of Parquet files to make")
-    parser.add_argument("--workers", type=int, default=2, help="1: read in the thread that folds")
-    parser.add_argument(
-        "--keep-going", action="store_true", help="read damaged files to their last whole line"
-    )
-    sys.stdout.write(f"{run_command(parser, fold, arguments)}\n")
+    pool, n_pooled, n_kept = [np.empty(0, KEYED)], 0, 0
+    for (_, order, start), next_key in zip(blocks, [*(key for key, *_ in blocks[1:]), NEVER]):
+        pool.append(_read(markets[order], order, start, n))
+        n_pooled += len(pool[-1])
+        # Sorting so many at a time takes a time that does not grow with the number of markets.
+        if n_pooled > 2 * max(n_kept, MERGED_ROWS) or next_key == NEVER:
+            rows = np.concatenate(pool)
+            rows = rows[np.argsort(rows["key"], kind="stable")]
+            cut = int(np.searchsorted(rows["key"], next_key))
+            yield pa.table(
+                {name: np.ascontiguousarray(rows[name][:cut]) for name in (*FEATURES, "up")}
+            )
+            pool, n_pooled, n_kept = [rows[cut:]], len(rows) - cut, len(rows) - cut
+
+
+def _key(market: Sorted, order: int, at: int) -> int:
+    """Return the time of one row, then the order of its market, as one number."""
+    (row,) = np.fromfile(market.rows, ROW, 1, offset=at * ROW.itemsize)
+    return int(row["recv_ms"]) << ORDER_BITS | order
+
+
+def _read(market: Sorted, order: int, start: int, n: int) -> np.ndarray:
+    up = np.fromfile(market.up, np.int8, n, offset=start)
+    rows = np.fromfile(market.rows, ROW, len(up), offset=start * ROW.itemsize)
+    keyed = np.empty(len(up), KEYED)
+    keyed["key"], keyed["up"] = rows["recv_ms"] << ORDER_BITS | order, up
+    for name in FEATURES:
+        keyed[name] = rows[name]
+    return keyed[up >= 0]
 
 
 if __name__ == "__main__":
-    main()
+    run_command(fold)

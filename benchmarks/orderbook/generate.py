@@ -29,16 +29,15 @@ kind. Where rises are single cents and falls are several, most rows lie before a
 stays in place. No conclusion about a real market can be drawn from them.
 """
 
-import argparse
 import gzip
 import json
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -49,16 +48,19 @@ from benchmarks.orderbook.book import (
     DELTA,
     EVENT_SCHEMA,
     EXCHANGE_ZONE,
+    FEATURES,
     LEVEL,
     NO,
     SNAPSHOT,
     TRADE,
     YES,
+    Book,
     Events,
+    close_ms,
 )
-from benchmarks.orderbook.publish import followed, published, run_command
+from benchmarks.orderbook.publish import followed, published, run_command, write_files
 
-__all__ = ["SERIES", "Market", "generate", "main", "plan", "simulate"]
+__all__ = ["SERIES", "Market", "generate", "plan", "simulate", "write_rows"]
 
 SERIES = ("KXSYNA15M", "KXSYNB15M", "KXSYNC15M", "KXSYND15M")
 FIRST_OPEN_MS = 1_786_406_400_000  # 2026-08-11 00:00 UTC
@@ -71,6 +73,7 @@ RESUBSCRIBED_EVERY = 3
 N_LOST = 200
 SEQ_AFTER_RESTART = 22
 SIDES = "yes", "no"
+AHEAD = 4
 
 CENT = 100
 DEPTH = 15
@@ -109,20 +112,22 @@ class Market(NamedTuple):
 def generate(
     destination: str | Path,
     *,
-    messages: int,
-    seed: int,
-    file_format: Literal["json", "parquet"] = "json",
+    messages: int = 2_500_000,
+    seed: int = 0,
+    format: str = "json",
     overwrite: bool = False,
     progressbar: bool = True,
 ) -> None:
     """Write so many synthetic messages: snapshots, deltas and trades.
 
-    They are Kalshi's JSON lines in ``<market>/<date>.ndjson.gz``, or the same content in columns in
-    ``<market>/<date>.parquet``. The destination appears when all of its files are complete, and is
+    They are Kalshi's JSON lines in ``<market>/<date>.ndjson.gz``, or with *format* "parquet" the
+    same content in columns in ``<market>/<date>.parquet``. The destination appears when all of its files are complete, and is
     replaced only with *overwrite*. The same seed and number give the same messages, in memory that
     does not depend on their number.
     """
-    suffix, write_messages = WRITERS[file_format]
+    if format not in WRITERS:
+        raise ValueError(f"format must be one of {', '.join(WRITERS)}, got {format}")
+    suffix, write_messages = WRITERS[format]
     markets = plan(messages, seed)
     with published(destination, overwrite=overwrite) as (content, _):
 
@@ -147,6 +152,61 @@ def plan(messages: int, seed: int) -> list[Market]:
     sizes = np.diff(np.linspace(0, messages, n_markets + 1).astype(int)).tolist()
     seeds = np.random.SeedSequence(seed).spawn(n_markets)
     return [Market(i, n_windows, sizes[i], seeds[i]) for i in range(n_markets)]
+
+
+def write_rows(
+    destination: str | Path, *, rows: int, seed: int, planned: int | None = None
+) -> None:
+    """Write the first *rows* rows of synthetic markets, sorted by time, as Parquet files.
+
+    The markets drift through the whole table of *planned* rows, by default as many. The same seed
+    and numbers give the same rows, those that `generate` and ``fold`` make of the same messages,
+    without these on the disk, for tables of up to a billion rows. The destination appears when all
+    of its files are complete. Memory is bounded: by a few windows of four markets each.
+    """
+    planned = rows if planned is None else planned
+    if not 1 <= rows <= planned:
+        raise ValueError(f"rows must lie between 1 and planned={planned}, got {rows}")
+    with published(destination, overwrite=False) as (content, _):
+        write_files(_first(rows, plan(_messages_for(planned), seed)), content)
+
+
+def _messages_for(rows: int) -> int:
+    """Give enough messages: of a hundred, 98 make rows."""
+    return 1_000 + rows * 103 // 100
+
+
+def _first(n_rows: int, markets: list[Market]) -> Iterator[pa.Table]:
+    """Yield rows of the markets, those that are open at the same time together."""
+    windows = [markets[at : at + len(SERIES)] for at in range(0, len(markets), len(SERIES))]
+    with ThreadPoolExecutor(2) as pool:
+        for at in range(0, len(windows), AHEAD):
+            for table in pool.map(_window, windows[at : at + AHEAD]):
+                yield table[:n_rows]
+                n_rows -= min(n_rows, len(table))
+            if n_rows == 0:
+                return
+
+
+def _window(markets: list[Market]) -> pa.Table:
+    """Merge the rows of *markets* by time; those of the same time go by market."""
+    in_order = sorted(markets, key=lambda market: market.ticker)
+    rows, up = (np.concatenate(parts) for parts in zip(*map(_market, in_order)))
+    order = np.argsort(rows["recv_ms"], kind="stable")
+    columns = (*(rows[name][order] for name in FEATURES), up[order])
+    return pa.table([*columns], [*FEATURES, "up"])
+
+
+def _market(market: Market) -> tuple[np.ndarray, np.ndarray]:
+    """Give the rows of one market that have a label, and their labels."""
+    book = Book(close_ms=close_ms(market.ticker))
+    rows, labels = [], []
+    for events in simulate(market):
+        made, known = book.fold(events, np.arange(len(events.kind)))
+        rows.append(made)
+        labels.append(known)
+    up = np.concatenate(labels)
+    return np.concatenate(rows)[: len(up)], up
 
 
 def _write_json(path: Path, market: str, blocks: Iterable[Events]) -> None:
@@ -361,18 +421,5 @@ def _set_size(side, cents, size, sizes, best):
         best[side] -= 1
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.orderbook.generate",
-        description="Write synthetic order-book messages whose regime drifts.",
-    )
-    parser.add_argument("destination", type=Path, help="directory to make")
-    parser.add_argument("--messages", type=int, default=2_500_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--format", dest="file_format", choices=("json", "parquet"), default="json")
-    run_command(parser, generate, arguments)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(generate)

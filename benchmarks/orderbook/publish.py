@@ -15,11 +15,12 @@
 
 import argparse
 import contextlib
+import inspect
 import shutil
+import sys
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,19 +84,29 @@ def _write_file(rows: pa.Table, directory: Path, number: int) -> None:
     )
 
 
-def followed(items: Sequence | Iterable, description: str, total: int, show: bool) -> Iterable:
+def followed(items: Iterable, description: str, total: int, show: bool) -> Iterable:
     """Show on standard error how many of *items* are done."""
     return track(items, description, total, console=Console(stderr=True), disable=not show)
 
 
-def run_command(
-    parser: argparse.ArgumentParser, function: Callable, arguments: Sequence[str] | None
-) -> Any:
-    """Call a function that publishes a directory with the options of a command line."""
-    parser.add_argument("--overwrite", action="store_true", help="replace the destination")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    options = vars(parser.parse_args(arguments))
+def run_command(function: Callable, arguments: Sequence[str] | None = None) -> None:
+    """Call a function with the options of a command line, and print what it returns.
+
+    Parameters without a default are paths; the others are options of the same name.
+    """
+    about = (function.__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(
+        f"python -m benchmarks.orderbook.{function.__name__}", description=about
+    )
+    for name, parameter in inspect.signature(function).parameters.items():
+        option, default = f"--{name.replace('_', '-')}", parameter.default
+        if default is parameter.empty:
+            parser.add_argument(name, type=Path)
+        elif isinstance(default, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
+        else:
+            parser.add_argument(option, type=type(default), default=default)
     try:
-        return function(progressbar=not options.pop("quiet"), **options)
+        sys.stdout.write(f"{function(**vars(parser.parse_args(arguments))) or ''}\n")
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")

@@ -26,8 +26,6 @@ only what the others need is made again. Delete that file to start anew.
 The numbers, tables and figures go into the results folder.
 """
 
-import argparse
-import json
 import math
 import shutil
 import sys
@@ -41,22 +39,21 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from benchmarks.harness import about, in_process, load, save
 from benchmarks.orderbook import tables
 from benchmarks.orderbook.columns import holds_messages, parquet_files
-from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, fit_model, in_process
+from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, fit_model
 from benchmarks.orderbook.fold import fold
-from benchmarks.orderbook.generate import generate
-from benchmarks.orderbook.rows import write_rows
-from benchmarks.pages import about
+from benchmarks.orderbook.generate import generate, write_rows
+from benchmarks.orderbook.publish import run_command
 from pymc.variational.streaming import preshuffle
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["main", "run"]
+__all__ = ["reproduce", "run"]
 
 PACKAGES = "pymc", "pytensor", "numba", "numpy", "pyarrow"
-SIZES = (1_000_000, 5_000_000, 20_000_000, 26_000_000, 121_800_000)
-"""Rows of the tables; each is the beginning of the table through which the markets drift."""
 TABLE = 121_800_000
+"""Rows of the table through which the markets drift, and of which the others are the beginning."""
 BILLION = 1_000_000_000
 """Rows of a table of its own that is only streamed."""
 MESSAGES = 100_000_000
@@ -81,21 +78,17 @@ class Stage(NamedTuple):
 
 
 def run(
-    work: Path, *, sizes: Sequence[int] = SIZES, captures: Path | None = None, billion: bool = True
+    work: Path, *, sizes: Sequence[int], captures: Path | None = None, billion: bool = True
 ) -> tables.Records:
     """Run all stages that have no record in *work*, and return the records of all."""
     file, folder = work / "records.json", work / "tables"
     work.mkdir(parents=True, exist_ok=True)
-    kept: tables.Records = json.loads(file.read_text()) if file.exists() else {}
+    kept: tables.Records = load(file)
     records: tables.Records = {}
     for case, stages in _cases(folder, sizes, captures, billion):
         shutil.rmtree(folder, ignore_errors=True)
         done = kept.setdefault(case, {})
-        missing = [
-            kind
-            for kind, parameters, *_ in stages
-            if done.get(kind, {}).get("parameters") != parameters
-        ]
+        missing = {s.kind for s in stages if done.get(s.kind, {}).get("parameters") != s.parameters}
         for kind, parameters, take, is_read in stages if missing else []:
             if kind not in missing and not is_read:
                 continue
@@ -105,8 +98,7 @@ def run(
             sys.stderr.write(f"{case} {kind}: {seconds:.1f} s\n")
             if kind in missing:
                 done[kind] = {"parameters": parameters, "seconds": seconds, "result": result}
-                file.with_suffix(".unfinished").write_text(json.dumps(kept, indent=1))
-                file.with_suffix(".unfinished").replace(file)
+                save(kept, file)
         records[case] = {stage.kind: done[stage.kind] for stage in stages}
     shutil.rmtree(folder, ignore_errors=True)
     return records
@@ -194,7 +186,7 @@ def _preshuffle(rows: Path, shuffled: Path) -> dict[str, Any]:
 
 
 def _generate(messages: Path) -> dict[str, Any]:
-    generate(messages, messages=MESSAGES, seed=SEED, file_format="parquet", progressbar=False)
+    generate(messages, messages=MESSAGES, seed=SEED, format="parquet", progressbar=False)
     return {"messages": MESSAGES, "bytes": _bytes(messages)}
 
 
@@ -203,7 +195,7 @@ def _measured_fold(messages: Path, rows: Path, *, repeats: int = 1) -> dict[str,
     for _ in range(repeats):
         report = fold(messages, rows, overwrite=True, progressbar=False)
     # What was found names files of this machine.
-    return {**asdict(report), "findings": None, "bytes": _bytes(messages), "peak_mb": peak_mb()}
+    return {**vars(report), "findings": None, "bytes": _bytes(messages), "peak_mb": peak_mb()}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -214,34 +206,30 @@ def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in _files(folder))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the experiment, or what is left of it, and publish the results."""
-    parser = argparse.ArgumentParser(description="Repeat the experiment at its scale.")
-    option = parser.add_argument
-    option("--sizes", type=_numbers, default=SIZES, help="rows, such as 1e6,5e6")
-    option("--no-billion", dest="billion", action="store_false", help="leave out a billion rows")
-    option("--captures", type=Path, help="directory of captured messages")
-    option("--work", type=Path, default=Path("build/reproduce"))
-    option("--results", type=Path, default=Path("build/reproduce/results"))
-    option("--page", type=Path, help="file to put the tables into")
-    option("--numbers", type=Path, help="reproduce.json of a run to publish instead")
-    args = parser.parse_args(argv)
-    if args.numbers is not None:
-        found = json.loads(args.numbers.read_text())
+def reproduce(
+    sizes: str = "1e6,5e6,20e6,26e6,121.8e6",
+    billion: bool = True,
+    captures: str = "",
+    work: Path = Path("build/reproduce"),
+    results: Path = Path("build/reproduce/results"),
+    page: str = "",
+    numbers: str = "",
+) -> str:
+    """Run the experiment, or what is left of it, and publish the numbers, or those of a run."""
+    if numbers:
+        found = load(Path(numbers))
     else:
-        if args.captures is not None and not holds_messages(args.captures):
-            raise SystemExit(f"captures={args.captures} holds no messages")
-        if not 1 <= min(args.sizes) <= max(args.sizes) <= TABLE:
-            raise SystemExit(f"sizes must lie between 1 and {TABLE}, got {args.sizes}")
-        records = run(args.work, sizes=args.sizes, captures=args.captures, billion=args.billion)
+        if captures and not holds_messages(Path(captures)):
+            raise ValueError(f"captures={captures} holds no messages")
+        rows = [int(float(size)) for size in sizes.split(",")]
+        if not 1 <= min(rows) <= max(rows) <= TABLE:
+            raise ValueError(f"sizes must lie between 1 and {TABLE}, got {sizes}")
+        messages = Path(captures) if captures else None
+        records = run(work, sizes=rows, captures=messages, billion=billion)
         found = {"about": about(*PACKAGES), "records": records}
-    tables.publish(found, args.results, args.page)
-    sys.stderr.write(f"The numbers are in {args.results / 'reproduce.json'}\n")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(float(part)) for part in text.split(","))
+    tables.publish(found, results, Path(page) if page else None)
+    return f"The numbers are in {results / 'reproduce.json'}"
 
 
 if __name__ == "__main__":
-    main()
+    run_command(reproduce)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pages import filled
+from benchmarks.harness import filled
 
 __all__ = ["Records", "case_name", "make_tables", "publish"]
 

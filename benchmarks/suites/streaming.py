@@ -11,24 +11,33 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""One pass over a table, to read, shuffle, check or preshuffle it, and steps of fits."""
+"""Benchmarks that Airspeed Velocity runs: ``make bench``.
+
+One pass over a table, to read, shuffle, check or preshuffle it, and steps of fits; beside each
+number are its baselines.  Peaks of memory are tracked in processes of their own: those that
+``peakmem_`` would tell include what the parent process once held.
+"""
 
 import shutil
 
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data import Data
-from benchmarks.fits import in_memory_columns, on_one_batch, on_stream
-from benchmarks.orderbook.experiment import peak_growth
-from benchmarks.preshuffle_speed import copy_plain, shuffle_ours
-from benchmarks.suites import N_STEPS, case_of, epoch, exhaust, fit, raw_scan
-from benchmarks.turns import Runner
+import pyarrow.parquet as pq
+
+from benchmarks import cases
+from benchmarks.cases import Case, Data, epoch
+from benchmarks.costs import copy_plain, shuffle_ours
+from benchmarks.harness import Runner, peak_growth
 from pymc.variational.streaming import check_order, parquet_source
 
+N_STEPS = 500
 WINDOWS = 20
 MEMORY_LIMIT = "128MB"
+exhaust: Callable[..., object] = partial(deque, maxlen=0)
 
 
 class TableSuite:
@@ -48,52 +57,64 @@ class TableSuite:
             data.shuffled(data.order_book(n_rows))
         return data
 
+    def setup(self, data: Data, n_rows: int) -> None:
+        self.ordered = data.order_book(n_rows)
+        self.shuffled = data.shuffled(self.ordered)
+
 
 class ReadingSuite(TableSuite):
     def time_preshuffled(self, data: Data, n_rows: int) -> None:
-        exhaust(parquet_source(data.shuffled(data.order_book(n_rows))))
+        exhaust(parquet_source(self.shuffled))
 
     def time_preshuffled_raw_scan(self, data: Data, n_rows: int) -> None:
-        raw_scan(data.shuffled(data.order_book(n_rows)))
+        raw_scan(self.shuffled)
 
     def time_as_it_comes(self, data: Data, n_rows: int) -> None:
-        exhaust(parquet_source(data.order_book(n_rows)))
+        exhaust(parquet_source(self.ordered))
 
     def time_raw_scan(self, data: Data, n_rows: int) -> None:
-        raw_scan(data.order_book(n_rows))
+        raw_scan(self.ordered)
+
+
+def raw_scan(rows: Path) -> None:
+    """Decode a table with pyarrow alone."""
+    for file in sorted(rows.glob("*.parquet")):
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as parquet:
+            exhaust(parquet.iter_batches(use_threads=False))
 
 
 class EpochSuite(TableSuite):
     def time_shuffle_buffer(self, data: Data, n_rows: int) -> None:
-        epoch(case_of(data, n_rows), order_check="off")
+        epoch(partial(parquet_source, self.shuffled), order_check="off")
 
     def time_watched(self, data: Data, n_rows: int) -> None:
-        epoch(case_of(data, n_rows))
+        epoch(partial(parquet_source, self.shuffled))
 
     def time_check_order(self, data: Data, n_rows: int) -> None:
-        check_order(parquet_source(data.order_book(n_rows)), buffer_size=n_rows // WINDOWS)
+        check_order(parquet_source(self.ordered), buffer_size=n_rows // WINDOWS)
 
     def track_peak(self, data: Data, n_rows: int) -> float:
-        return peak_growth(epoch, case_of(data, n_rows))
+        return peak_growth(epoch, partial(parquet_source, self.shuffled))
 
     track_peak.unit = "MB"  # type: ignore[attr-defined]
 
 
 class PreshuffleSuite(TableSuite):
     def setup(self, data: Data, n_rows: int) -> None:
-        self.target = data.folder / "target"
+        super().setup(data, n_rows)
+        self.arguments = self.ordered, data.folder / "target", MEMORY_LIMIT
 
     def teardown(self, data: Data, n_rows: int) -> None:
-        shutil.rmtree(self.target, ignore_errors=True)
+        shutil.rmtree(data.folder / "target", ignore_errors=True)
 
     def time_preshuffle(self, data: Data, n_rows: int) -> None:
-        shuffle_ours(data.order_book(n_rows), self.target, MEMORY_LIMIT)
+        shuffle_ours(*self.arguments)
 
     def time_plain_copy(self, data: Data, n_rows: int) -> None:
-        copy_plain(data.order_book(n_rows), self.target, MEMORY_LIMIT)
+        copy_plain(*self.arguments)
 
     def track_peak(self, data: Data, n_rows: int) -> float:
-        return peak_growth(shuffle_ours, data.order_book(n_rows), self.target, MEMORY_LIMIT)
+        return peak_growth(shuffle_ours, *self.arguments)
 
     track_peak.unit = "MB"  # type: ignore[attr-defined]
 
@@ -101,24 +122,26 @@ class PreshuffleSuite(TableSuite):
 class StreamSuite(TableSuite):
     """Steps of a fit; each way of fitting is a suite, so that ``setup`` compiles no others."""
 
-    make: Callable[..., Runner] = staticmethod(on_stream)
+    make: Callable[..., Runner] = staticmethod(cases.on_stream)
 
     def setup(self, data: Data, n_rows: int) -> None:
-        self.runner = self.make(case_of(data, n_rows))
+        super().setup(data, n_rows)
+        self.case = Case(self.shuffled, buffer_size=cases.SMALL_BUFFER)
+        self.run, _ = self.make(self.case)
 
     def time_steps(self, data: Data, n_rows: int) -> None:
-        self.runner.run(N_STEPS)
+        self.run(N_STEPS)
 
     def track_memory(self, data: Data, n_rows: int) -> float:
         """Return the growth of the peak memory from before the model is built to the end."""
-        return peak_growth(fit, self.make, case_of(data, n_rows))
+        return peak_growth(cases.run_steps, self.make, self.case, N_STEPS)
 
     track_memory.unit = "MB"  # type: ignore[attr-defined]
 
 
 class OneBatchSuite(StreamSuite):
-    make = staticmethod(on_one_batch)
+    make = staticmethod(cases.on_one_batch)
 
 
 class MinibatchSuite(StreamSuite):
-    make = staticmethod(in_memory_columns)
+    make = staticmethod(cases.in_memory_columns)

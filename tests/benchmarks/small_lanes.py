@@ -16,16 +16,14 @@
 import os
 import time
 
-from benchmarks.turns import Runner
-
 __all__ = ["sleeper", "spinner"]
 
 
-def sleeper(seconds: float) -> Runner:
-    return Runner(lambda n_steps: time.sleep(n_steps * seconds), 10)
+def sleeper(seconds: float):
+    return lambda n_steps: time.sleep(n_steps * seconds), 10
 
 
-def spinner() -> Runner:
+def spinner():
     assert "floatX=float32" in os.environ["PYTENSOR_FLAGS"].split(",")
 
     def spin(n_steps: int) -> None:
@@ -33,4 +31,4 @@ def spinner() -> Runner:
         while time.process_time() < end:
             pass
 
-    return Runner(spin, 10)
+    return spin, 10

@@ -58,6 +58,6 @@ def test_a_suite_runs_on_a_small_table(tmp_path, monkeypatch):
     for benchmark in suite.time_preshuffle, suite.time_plain_copy:
         suite.setup(data, 20_000)
         benchmark(data, 20_000)
-        assert [*suite.target.glob("*.parquet")]
+        assert [*data.folder.glob("target/*.parquet")]
         suite.teardown(data, 20_000)
-        assert not suite.target.exists()
+        assert not (data.folder / "target").exists()

@@ -1,7 +1,6 @@
 """The zoo compares what is fitted with its references, and keeps what it measured."""
 
 import importlib.util
-import json
 import sys
 import types
 
@@ -16,7 +15,8 @@ import benchmarks
 import pymc as pm
 
 from benchmarks import zoo, zoo_scale
-from benchmarks.data import Data
+from benchmarks.cases import Data
+from benchmarks.harness import load, save
 from benchmarks.zoo_exact import mixture
 from benchmarks.zoo_models import Entry, matched_units, rows_of
 from benchmarks.zoo_scale import TRUTH, parts_in_turn
@@ -37,10 +37,13 @@ def poisson(x, y, n):
     pm.Poisson("y", pm.math.exp(pm.Normal("b", 0, 1, shape=2)[0] + 0 * x[:, 1]), observed=y)
 
 
+SMALL = Entry(poisson, table, "made", n_rows=120)
+
+
 @pytest.fixture
 def case(tmp_path, monkeypatch):
-    monkeypatch.setitem(zoo.MODELS, "small", Entry(poisson, table, "made", n_rows=120))
-    return zoo.case_of("small", tmp_path)
+    monkeypatch.setitem(zoo.MODELS, "small", SMALL)
+    return zoo.case_of("small", Data(tmp_path, 0))
 
 
 def result(**changed):
@@ -54,7 +57,7 @@ def reference(**changed):
 
 
 def test_a_table_is_repeated_with_jitter_in_its_fractions(case):
-    rows = np.column_stack(case.in_memory())
+    rows = case.in_memory()
     assert rows.shape == (120, 3)
     first, second = rows[:50], rows[50:100]
     np.testing.assert_array_equal(np.sort(first[:, [0, 2]], 0), np.sort(second[:, [0, 2]], 0))
@@ -63,34 +66,34 @@ def test_a_table_is_repeated_with_jitter_in_its_fractions(case):
 
 
 def test_rows_are_the_same_each_time_and_written_once(case, tmp_path):
-    file = case.rows / "rows.parquet"
+    (file,) = case.rows.iterdir()
     written = file.stat().st_mtime_ns
-    assert zoo.case_of("small", tmp_path) == case
+    assert zoo.case_of("small", Data(tmp_path, 0)) == case
     assert file.stat().st_mtime_ns == written
-    np.testing.assert_array_equal(rows_of(case.entry, 120), pq.read_table(file).to_pandas())
+    np.testing.assert_array_equal(rows_of(SMALL, 120), pq.read_table(file).to_pandas())
 
 
-def test_errors_count_beyond_three_standard_errors_of_the_reference(case):
+def test_errors_count_beyond_three_standard_errors_of_the_reference():
     close = reference(sd=[2.0, 1.0], mean_error=0.05, sd_error=0.01)
-    found = zoo.compare(case, zoo.Moments([0.7, 0.15], [2.2, 1.0]), close)
+    found = zoo.compare(SMALL, zoo.Moments([0.7, 0.15], [2.2, 1.0]), close)
     assert found["mean_error"] == pytest.approx(0.2)
     assert found["sd_error"] == pytest.approx(0.07)
     assert found["median_sd"] == pytest.approx(1.05)
-    found = zoo.compare(case, zoo.Moments([0.2, 0.0], [2.04, 1.0]), close)
+    found = zoo.compare(SMALL, zoo.Moments([0.2, 0.0], [2.04, 1.0]), close)
     assert found["right"] and found["mean_error"] == found["sd_error"] == 0
 
 
 @pytest.mark.parametrize("error", [0.01, 0.04])
-def test_a_reference_that_is_too_uncertain_is_none(case, monkeypatch, error):
+def test_a_reference_that_is_too_uncertain_is_none(monkeypatch, error):
     ones = np.ones(2)
     made = {"mean": ones, "sd": ones, "mean_se": error * ones, "sd_se": 0 * ones}
     fake = types.SimpleNamespace(hmc=lambda entry, rows: made)
     monkeypatch.setitem(sys.modules, "benchmarks.zoo_references", fake)
     monkeypatch.setattr(benchmarks, "zoo_references", fake, raising=False)
-    assert ("failed" in zoo.summary(case)) == (error > 0.1 / 3)
+    assert ("failed" in zoo.summary(SMALL, np.zeros((9, 3)))) == (error > 0.1 / 3)
 
 
-def test_of_many_parameters_the_first_the_last_and_others_between_are_compared(case):
+def test_of_many_parameters_the_first_the_last_and_others_between_are_compared():
     size = 1_000
     moments = zoo.Moments(np.arange(size), np.ones(size))
     kept = zoo.compared(size)
@@ -98,7 +101,7 @@ def test_of_many_parameters_the_first_the_last_and_others_between_are_compared(c
         there = np.arange(size, dtype=float)
         there[place] += 0.5
         many = reference(mean=there[kept], sd=np.ones(len(kept)))
-        assert zoo.compare(case, moments, many)["mean_error"] == 0.5
+        assert zoo.compare(SMALL, moments, many)["mean_error"] == 0.5
     np.testing.assert_array_equal(zoo.compared(5), range(5))
 
 
@@ -115,7 +118,7 @@ def test_hidden_units_are_compared_in_their_best_order_and_signs():
 def test_a_fit_that_is_not_a_number_is_not_right(case, monkeypatch):
     nan = np.full(2, np.nan)
     monkeypatch.setitem(zoo.CONTESTANTS, "nan", lambda case: iter([lambda: zoo.Moments(nan, nan)]))
-    assert not zoo.measure(case, "nan", reference(), limit=1)["right"]
+    assert not zoo.measure("small", case, "nan", reference(), limit=1)["right"]
 
 
 def test_a_fit_is_stopped_when_it_is_right(case, monkeypatch):
@@ -127,7 +130,7 @@ def test_a_fit_is_stopped_when_it_is_right(case, monkeypatch):
         pytest.fail("went on")
 
     monkeypatch.setitem(zoo.CONTESTANTS, "counting", contestant)
-    found = zoo.measure(case, "counting", reference(), limit=100)
+    found = zoo.measure("small", case, "counting", reference(), limit=100)
     assert found["right"] and found["sd_error"] == pytest.approx(0.04)
 
 
@@ -145,7 +148,7 @@ def test_time_that_comparing_takes_does_not_count(case, monkeypatch):
 
     monkeypatch.setattr(zoo, "clock", clock.copy)
     monkeypatch.setitem(zoo.CONTESTANTS, "slow to compare", contestant)
-    found = zoo.measure(case, "slow to compare", reference(), limit=100)
+    found = zoo.measure("small", case, "slow to compare", reference(), limit=100)
     assert (found["seconds"], found["processor_seconds"], found["right"]) == (3, 3, False)
 
 
@@ -170,7 +173,7 @@ def test_tables_say_seconds_or_errors_or_why_there_are_none():
     assert "stopped after 120 processor seconds" in limit
     assert "- logistic: PyMC, Adam: ValueError: no" in zoo.failures(found)
     assert "| 300 |" in zoo.memory(found)
-    polished = zoo.ours(found, "ADVI, then polish")
+    polished = zoo.TABLES["ADVI, then polish"](found)
     assert "| logistic | no | 12 sd | 61 % | 1.000 | 7 | not Gaussian |" in polished
 
 
@@ -189,25 +192,27 @@ def test_a_figure_is_drawn_of_any_results(tmp_path):
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     asked = []
     file = tmp_path / "zoo.json"
-    options = ["--folder", str(tmp_path), "--results", str(file), "--only", "logistic", "mixture"]
 
-    def child(model, name, _):
+    def child(model, name, *_):
         asked.append((model, name))
         if name != zoo.REFERENCE:
             return result()
         return reference() if model == "logistic" else {"failed": "not converged"}
 
-    def asked_by(*more):
+    def asked_by(limit=60):
         asked.clear()
-        zoo.main([*options, "--contestants", "polish", *more])
+        zoo.run(Data(tmp_path, 0), "logistic|mixture", "polish", limit, file)
         return asked
 
     monkeypatch.setattr(zoo, "_child", child)
     everything = [("logistic", "reference"), ("logistic", "polish"), ("mixture", "reference")]
+    assert asked_by(limit=0) == []
     assert asked_by() == everything
     assert asked_by() == []
-    assert asked_by("--again", "polish") == [("logistic", "polish")]
-    assert json.loads(file.read_text())["logistic: polish"] == result()
+    kept = load(file)
+    assert kept.pop("logistic: polish") == result()
+    save(kept, file)
+    assert asked_by() == [("logistic", "polish")]
 
 
 def test_the_reference_of_the_mixture_is_where_the_likelihood_of_all_rows_is_highest():
@@ -242,11 +247,8 @@ def test_what_was_measured_at_scale_is_not_measured_again(tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_a_run_on_small_tables_finds_statsmodels_right(tmp_path):
     """Four thousand rows, and tools that compile little."""
-    results = tmp_path / "zoo.json"
-    options = ["--rows", "4000", "--limit", "2", "--folder", str(tmp_path), "--only", "logistic"]
-    options += ["--results", str(results)]
-    zoo.main([*options, "--contestants", "statsmodels", "NumPyro, AutoLaplace"])
-    found = json.loads(results.read_text())
+    tools = "statsmodels|NumPyro, AutoLaplace"
+    found = zoo.run(Data(tmp_path, 4_000), "logistic", tools, 2, tmp_path / "zoo.json")
     assert found["logistic: statsmodels"]["mean_error"] < 0.2
     assert found["logistic: NumPyro, AutoLaplace"]["seconds"] > 0
     assert found["logistic: reference"]["mean_error"] < 0.02

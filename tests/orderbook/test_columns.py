@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.orderbook.columns import choose, holds_messages
-from benchmarks.orderbook.demo import main
+from benchmarks.orderbook.demo import demo
 from benchmarks.orderbook.experiment import PRIOR_SD, exact_posterior
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_chosen_columns_are_taken_in_their_order(rows):
 
 def test_the_last_column_is_the_label_if_none_is_chosen(tmp_path):
     pq.write_table(pa.table({"x": [0.5, 1.5], "up": [0, 1]}), tmp_path / "a.parquet")
-    assert choose(tmp_path, features=None, label=None) == ("x", "up")
+    assert choose(tmp_path, features=None, label="") == ("x", "up")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_columns_that_cannot_be_fitted_are_refused(rows, features, label, messag
 
 def test_the_remedies_lead_to_columns_that_can_be_fitted(rows):
     with pytest.raises(SystemExit, match="LABEL=won"):
-        choose(rows, features=["x"], label=None)
+        choose(rows, features=["x"], label="")
     with pytest.raises(SystemExit, match='FEATURES="x,count"'):
         choose(rows, features=None, label="won")
     columns = choose(rows, features=["x", "count"], label="won")
@@ -85,29 +85,29 @@ def test_the_remedies_lead_to_columns_that_can_be_fitted(rows):
 
 def test_a_directory_with_nothing_to_read_is_refused_and_says_what_it_holds(tmp_path):
     with pytest.raises(SystemExit, match="it holds no files"):
-        main(["--data", str(tmp_path)])
+        demo(data=str(tmp_path))
     (tmp_path / "a.csv").touch()
     with pytest.raises(SystemExit, match=r"it holds files of type \.csv"):
-        main(["--data", str(tmp_path)])
-    with pytest.raises(SystemExit, match="is not a directory"):
-        main(["--data", str(tmp_path / "nothing")])
+        demo(data=str(tmp_path))
+    with pytest.raises(ValueError, match="is not a directory"):
+        demo(data=str(tmp_path / "nothing"))
     (tmp_path / "a.parquet").touch()
     with pytest.raises(SystemExit, match=r"a\.parquet is not a Parquet file that can be read"):
-        main(["--data", str(tmp_path)])
+        demo(data=str(tmp_path))
     pq.write_table(pa.table({"x": [0.5][:0], "up": [0][:0]}), tmp_path / "a.parquet")
     with pytest.raises(SystemExit, match="holds no rows"):
-        main(["--data", str(tmp_path)])
+        demo(data=str(tmp_path))
 
 
 def test_files_of_other_columns_are_refused_and_permuted_ones_are_not(tmp_path):
     pq.write_table(pa.table({"x": [0.5, 1.5], "up": [0, 1]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"up": [0, 1], "x": [0.5, 1.5]}), tmp_path / "b.parquet")
-    assert choose(tmp_path, features=None, label=None) == ("x", "up")
+    assert choose(tmp_path, features=None, label="") == ("x", "up")
     pq.write_table(pa.table({"up": [0, 1]}), tmp_path / "c.parquet")
     with pytest.raises(
         SystemExit, match=r"c\.parquet must have the columns of .*a\.parquet, x, up"
     ):
-        choose(tmp_path, features=None, label=None)
+        choose(tmp_path, features=None, label="")
 
 
 def test_a_number_that_is_not_finite_is_refused_in_the_first_pass(tmp_path):
@@ -117,7 +117,7 @@ def test_a_number_that_is_not_finite_is_refused_in_the_first_pass(tmp_path):
 
 
 def test_a_refusal_imports_neither_pymc_nor_numba(rows):
-    code = "import sys; from benchmarks.orderbook.demo import main\n"
-    code += f"try: main(['--data', {str(rows)!r}, '--label', 'won'])\n"
+    code = "import sys; from benchmarks.orderbook.demo import demo\n"
+    code += f"try: demo({str(rows)!r}, label='won')\n"
     code += "except SystemExit: sys.exit(len({'pymc', 'numba', 'duckdb'} & {*sys.modules}))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

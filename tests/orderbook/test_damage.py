@@ -18,7 +18,6 @@ import shutil
 import pytest
 
 from benchmarks.orderbook import fold as fold_module
-from benchmarks.orderbook import merge as merge_module
 from benchmarks.orderbook import reading as reading_module
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.reading import read_parts
@@ -93,8 +92,8 @@ class TestDamage:
         whole = folded(tmp_path, keep_going=True)[1]
         monkeypatch.setattr(reading_module, "BLOCK_BYTES", 777)
         monkeypatch.setattr(reading_module, "GZIP", gzip)
-        monkeypatch.setattr(merge_module, "MERGED_ROWS", 7)
-        monkeypatch.setattr(merge_module, "FEWEST_ROWS", 3)
+        monkeypatch.setattr(fold_module, "MERGED_ROWS", 7)
+        monkeypatch.setattr(fold_module, "FEWEST_ROWS", 3)
         assert folded(tmp_path, keep_going=True, workers=1)[1].equals(whole)
 
     def test_a_killed_fold_goes_on_with_the_file_it_was_reading(self, tmp_path, monkeypatch):

@@ -40,7 +40,8 @@ from benchmarks.orderbook.book import (
     Events,
     close_ms,
 )
-from benchmarks.orderbook.fold import fold, main
+from benchmarks.orderbook.fold import fold
+from benchmarks.orderbook.publish import run_command
 from benchmarks.orderbook.reading import find_files, read_parts
 from tests.orderbook.naive import anova_f, as_float32, naive_rows, read_lines
 from tests.orderbook.wire import (
@@ -368,10 +369,10 @@ def test_a_directory_without_messages_or_changes_is_refused_and_says_what_it_hol
 
 def test_command_line_prints_the_report(tmp_path, capsys):
     write_lines(tmp_path / "in", GOOD)
-    main([str(tmp_path / "in"), str(tmp_path / "out"), "--keep-going"])
+    run_command(fold, [str(tmp_path / "in"), str(tmp_path / "out"), "--keep-going"])
     assert "4 messages of 1 markets" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="1"):
-        main([str(tmp_path / "in"), str(tmp_path / "out")])
+        run_command(fold, [str(tmp_path / "in"), str(tmp_path / "out")])
     assert "exists" in capsys.readouterr().err
 
 

@@ -17,12 +17,13 @@ import filecmp
 import numpy as np
 import pytest
 
+from benchmarks.orderbook import fold as fold_module
 from benchmarks.orderbook import generate as generate_module
-from benchmarks.orderbook import merge as merge_module
 from benchmarks.orderbook import reading as reading_module
 from benchmarks.orderbook.book import LEVEL, SNAPSHOT, close_ms
 from benchmarks.orderbook.fold import fold
-from benchmarks.orderbook.generate import generate, main, plan, simulate
+from benchmarks.orderbook.generate import generate, plan, simulate
+from benchmarks.orderbook.publish import run_command
 from benchmarks.orderbook.reading import find_files, read_parts
 from tests.orderbook.naive import NaiveBook, anova_f, as_float32, naive_rows, read_lines
 from tests.orderbook.wire import assert_equal_rows, read_rows
@@ -34,8 +35,16 @@ def small(tmp_path_factory):
     directory = tmp_path_factory.mktemp("small")
     for file_format in ("json", "parquet"):
         messages, rows = directory / file_format, directory / f"{file_format}-rows"
-        options = ["--messages", "8_000", "--seed", "3", "--format", file_format, "--quiet"]
-        main([str(messages), *options])
+        options = [
+            "--messages",
+            "8_000",
+            "--seed",
+            "3",
+            "--format",
+            file_format,
+            "--no-progressbar",
+        ]
+        run_command(generate, [str(messages), *options])
         assert fold(messages, rows, progressbar=False).clock_set_back == 0
     return directory
 
@@ -45,7 +54,7 @@ def large(tmp_path_factory):
     """Rows of half a million messages as an array of four columns."""
     directory = tmp_path_factory.mktemp("large")
     messages = directory / "messages"
-    generate(messages, messages=500_000, seed=0, file_format="parquet", progressbar=False)
+    generate(messages, messages=500_000, seed=0, format="parquet", progressbar=False)
     fold(messages, directory / "rows", progressbar=False)
     table = read_rows(directory / "rows")
     return np.column_stack([column.to_numpy().astype(float) for column in table.columns])
@@ -105,8 +114,8 @@ def test_rows_are_those_of_the_dictionary_merged_by_time(small):
 def test_rows_do_not_depend_on_block_sizes(small, tmp_path, monkeypatch):
     monkeypatch.setattr(reading_module, "BLOCK_BYTES", 12_345)
     monkeypatch.setattr(reading_module, "BLOCK_EVENTS", 77)
-    monkeypatch.setattr(merge_module, "MERGED_ROWS", 50)
-    monkeypatch.setattr(merge_module, "FEWEST_ROWS", 5)
+    monkeypatch.setattr(fold_module, "MERGED_ROWS", 50)
+    monkeypatch.setattr(fold_module, "FEWEST_ROWS", 5)
     for file_format in ("json", "parquet"):
         rows = tmp_path / file_format
         fold(small / file_format, rows, workers=1, progressbar=False)
@@ -127,7 +136,7 @@ def test_blocks_are_bounded_whatever_the_number_of_messages(tmp_path):
     assert max(len(events.kind) for events in blocks) == generate_module.BLOCK
     assert sum((events.kind != LEVEL).sum() for events in blocks) == market.n_messages
     assert all(events.kind[0] == SNAPSHOT for events in blocks if SNAPSHOT in events.kind)
-    generate(tmp_path / "p", messages=600_000, seed=0, file_format="parquet", progressbar=False)
+    generate(tmp_path / "p", messages=600_000, seed=0, format="parquet", progressbar=False)
     (file,) = (tmp_path / "p" / market.ticker).iterdir()
     read = [len(part.events.kind) for part in read_parts(file)]
     assert max(read) <= reading_module.BLOCK_EVENTS < sum(read)
@@ -168,5 +177,5 @@ def test_bad_arguments_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="messages must be at least 128, got 127"):
         generate(tmp_path / "out", messages=127, seed=0, progressbar=False)
     with pytest.raises(SystemExit, match="1"):
-        main([str(tmp_path), "--messages", "1_000", "--quiet"])
+        run_command(generate, [str(tmp_path), "--messages", "1_000"])
     assert "exists; choose another name" in capsys.readouterr().err

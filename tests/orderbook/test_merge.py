@@ -22,10 +22,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.orderbook import merge as merge_module
+from benchmarks.orderbook import fold as fold_module
 from benchmarks.orderbook import publish
 from benchmarks.orderbook.book import ROW
-from benchmarks.orderbook.merge import Sorted, merged
+from benchmarks.orderbook.fold import Sorted, merged
 
 markets_of_rows = st.lists(
     st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 1)), min_size=1, max_size=30).map(
@@ -54,8 +54,8 @@ def test_merge_is_a_stable_sort_by_time(tmp_path_factory, markets, block):
         np.array([up for _, up in values], np.int8).tofile(files[-1].up)
         expected += [(t, order, i, up) for i, (t, up) in enumerate(values) if up >= 0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge_module, "MERGED_ROWS", block)
-        patch.setattr(merge_module, "FEWEST_ROWS", block)
+        patch.setattr(fold_module, "MERGED_ROWS", block)
+        patch.setattr(fold_module, "FEWEST_ROWS", block)
         table = pa.concat_tables(merged(files))
     assert list(zip(*(table[name].to_pylist() for name in ("mid", "spread", "up")))) == [
         row[1:] for row in sorted(expected)

@@ -26,12 +26,12 @@ import numpy as np
 import psutil
 import pytest
 
+from benchmarks.harness import in_process
 from benchmarks.orderbook import reproduce
-from benchmarks.orderbook.experiment import PRIOR_SD, exact_posterior, in_process
+from benchmarks.orderbook.experiment import PRIOR_SD, exact_posterior
 from benchmarks.orderbook.fold import fold
-from benchmarks.orderbook.generate import generate
-from benchmarks.orderbook.reproduce import main
-from benchmarks.orderbook.rows import _messages_for, write_rows
+from benchmarks.orderbook.generate import _messages_for, generate, write_rows
+from benchmarks.orderbook.publish import run_command
 from benchmarks.orderbook.tables import COMMAND
 from tests.orderbook.wire import read_rows
 
@@ -116,7 +116,7 @@ def test_changed_parameters_run_those_stages_and_make_what_they_read(experiment)
 def test_rows_made_in_memory_are_those_of_generate_and_fold(tmp_path, n_rows):
     messages = tmp_path / "messages"
     n = _messages_for(n_rows)
-    generate(messages, messages=n, seed=2, file_format="parquet", progressbar=False)
+    generate(messages, messages=n, seed=2, format="parquet", progressbar=False)
     fold(messages, tmp_path / "folded", progressbar=False)
     write_rows(tmp_path / "rows", rows=n_rows, seed=2)
     assert read_rows(tmp_path / "rows").equals(read_rows(tmp_path / "folded").slice(0, n_rows))
@@ -190,7 +190,8 @@ def test_the_numbers_of_a_run_are_published_without_running(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text().replace("| 121.8M |", "| stale |"))
     assert len(re.findall(f"written by `{COMMAND}`", page.read_text())) == 7
-    main(["--numbers", str(NUMBERS), "--results", str(tmp_path), "--page", str(page)])
+    arguments = ["--numbers", str(NUMBERS), "--results", str(tmp_path), "--page", str(page)]
+    run_command(reproduce.reproduce, arguments)
     assert page.read_text() == PAGE.read_text()
     for figure in ("means", "memory"):
         assert (tmp_path / f"reproduce_{figure}.png").stat().st_size > 10_000
@@ -210,11 +211,11 @@ def test_fits_that_are_corrected_end_at_the_exact_posterior_in_the_published_run
 
 
 def test_what_cannot_work_is_refused_at_once(tmp_path):
-    options = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    options = {"work": tmp_path / "work", "results": tmp_path / "results"}
     with pytest.raises(SystemExit, match="holds no Parquet files and no messages"):
-        main([*options, "--captures", str(tmp_path)])
-    with pytest.raises(SystemExit, match="sizes must lie between 1 and 121800000"):
-        main([*options, "--sizes", "2e8"])
+        reproduce.reproduce(captures=str(tmp_path), **options)
+    with pytest.raises(ValueError, match="sizes must lie between 1 and 121800000"):
+        reproduce.reproduce("2e8", **options)
     assert not (tmp_path / "results").exists()
 
 

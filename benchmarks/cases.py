@@ -11,72 +11,141 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Fits of one model to one table, on rows that come in different ways.
+"""Tables that benchmarks read, and fits of models to them on rows that come in different ways.
 
->>> case = Case(Path("shuffled"), order_book)
->>> on_stream(case).run(2_000)
+>>> data = Data(folder, 20_000_000)
+>>> case = Case(data.shuffled(data.order_book()), order_book)
+>>> run, n_steps = on_stream(case)
+>>> run(n_steps)
 
-Each is compiled and has filled its windows when it is returned.
+A table is written when it is first asked for.  A fit is compiled and has filled its windows when
+it is returned.
 """
 
 import logging
 import subprocess
 import sys
-import zipimport
+import warnings
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import module_from_spec
+from importlib import import_module
 from itertools import count, cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytensor
 
 import pymc as pm
+import tests  # noqa: F401  # puts the checkout before an installed wheel
 
-from benchmarks.data import N_GROUPS, WIDE
+from benchmarks.harness import Runner
 from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, build_model, logistic
-from benchmarks.turns import Runner
+from benchmarks.orderbook.publish import published
 from pymc.variational.streaming import (
     StreamingDataset,
     arrow_source,
     parquet_source,
+    preshuffle,
     shuffle_buffer,
 )
 
-__all__ = [
-    "LEARNING_RATE",
-    "LIMIT",
-    "MEMORY",
-    "PEER",
-    "STREAM",
-    "Case",
-    "hierarchical",
-    "in_memory",
-    "in_memory_columns",
-    "on_changed_pytensor",
-    "on_dataloader",
-    "on_one_batch",
-    "on_ready_batches",
-    "on_stream",
-    "on_stream_of_array",
-    "order_book",
-    "stream",
-    "wide",
-]
-
-LIMIT = "one batch, again and again"
-STREAM = "stream, preshuffled"
-MEMORY = "`pm.Minibatch`, in memory"
-PEER = "pymc-extras DataLoader, as it comes"
+WIDE = 64
+N_GROUPS = 500
+ROWS_PER_FILE = 500_000
 PEER_WHEEL = "pymc-extras==0.15.1"
-
 LEARNING_RATE = 1e-3
 FEWEST_STEPS = 2_000
+SMALL_BUFFER = 100_000
+
+
+class Data:
+    """Tables in one folder.
+
+    Parameters
+    ----------
+    folder : Path
+        What it holds already is not written again.
+    n_rows : int
+        Of a table, unless another number is asked for.
+    """
+
+    def __init__(self, folder: Path, n_rows: int):
+        self.folder = folder
+        self.n_rows = n_rows
+
+    def order_book(self, n_rows: int | None = None) -> Path:
+        """Four columns in order of time."""
+        n_rows = n_rows or self.n_rows
+        return self._table(f"book-{n_rows}", partial(_write_book, n_rows))
+
+    def wide(self, width: int = WIDE) -> Path:
+        """Columns of float32, the last one 0 or 1; as many numbers as 64 of a tenth of the rows."""
+        n_rows = self.n_rows // 10 * WIDE // width
+        return self.of(f"wide-{width}-{n_rows}", n_rows, partial(_wide_columns, width=width))
+
+    def groups(self) -> Path:
+        """Number of a group, x and y."""
+        return self.of(f"groups-{self.n_rows}", self.n_rows, _group_columns)
+
+    def of(self, name: str, n_rows: int, columns: Callable[..., dict]) -> Path:
+        """Columns that a function makes of a random generator and the numbers of a file's rows."""
+        return self._table(name, partial(_write_columns, n_rows, columns))
+
+    def shuffled(self, table: Path, format: Literal["parquet", "arrow"] = "parquet") -> Path:
+        """Give what ``preshuffle`` makes of a table."""
+        # A page of each of 256 columns alone takes more than the default limit.
+        options: dict[str, Any] = {"format": format, "memory_limit": "1GB", "progressbar": False}
+        suffix = "" if format == "parquet" else f"-{format}"
+        return self._table(
+            f"{table.name}-shuffled{suffix}", partial(preshuffle, table, seed=0, **options)
+        )
+
+    def _table(self, name: str, write: Callable[[Path], object]) -> Path:
+        if not (self.folder / name).exists():
+            write(self.folder / name)
+        return self.folder / name
+
+
+def _write_book(n_rows: int, folder: Path) -> None:
+    # The simulator takes seconds to import, and every benchmark is a process of its own.
+    from benchmarks.orderbook.generate import write_rows
+
+    write_rows(folder, rows=n_rows, seed=0)
+
+
+def _write_columns(n_rows: int, columns: Callable[..., dict], folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    with published(folder, overwrite=False) as (content, _):
+        for first in range(0, n_rows, ROWS_PER_FILE):
+            table = pa.table(columns(rng, np.arange(first, min(first + ROWS_PER_FILE, n_rows))))
+            pq.write_table(table, content / f"part-{first:010}.parquet")
+
+
+def _wide_columns(
+    rng: np.random.Generator, numbers: np.ndarray, width: int
+) -> dict[str, np.ndarray]:
+    n = len(numbers)
+    # The logit of a fit's first step has the same size for any width; else its density overflows.
+    x = rng.normal(scale=(WIDE / width) ** 0.5, size=(width - 1, n)).astype("float32")
+    up = rng.random(n) < 1 / (1 + np.exp(-x[:5].sum(axis=0)))
+    return {**{f"x{j}": column for j, column in enumerate(x)}, "up": up.astype("float32")}
+
+
+def _group_columns(rng: np.random.Generator, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    n = len(numbers)
+    group, x = rng.integers(N_GROUPS, size=n, dtype="int16"), rng.normal(size=n)
+    y = group / N_GROUPS + 0.5 * x + rng.normal(size=n)
+    return {"group": group, "x": x.astype("float32"), "y": y.astype("float32")}
+
+
+def order_book(x: Any, up: Any, n_rows: int | None) -> None:
+    logistic([*(x[:, j] for j in range(3)), up], n_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +154,7 @@ class Case:
 
     rows: Path
     """Directory of Parquet files, or of row-major Arrow files."""
-    model: Callable[[Any, Any, int | None], object]
+    model: Callable[[Any, Any, int | None], object] = order_book
     """Build the model in context, given a batch's first columns, its last one, and the number of
     rows."""
     batch_size: int = BATCH_SIZE
@@ -106,12 +175,11 @@ class Case:
         """Whole windows, since work that comes once in a window must not miss a turn."""
         return -(-FEWEST_STEPS // self.window_steps) * self.window_steps
 
+    def in_memory(self) -> np.ndarray:
+        return np.concatenate(list(self.source))
+
     def observe(self, batch: Any, n_rows: int | None) -> None:
         self.model(batch[:, :-1], batch[:, -1], n_rows)
-
-
-def order_book(x: Any, up: Any, n_rows: int | None) -> None:
-    logistic([*(x[:, j] for j in range(3)), up], n_rows)
 
 
 def wide(x: Any, up: Any, n_rows: int | None, width: int = WIDE) -> None:
@@ -130,13 +198,13 @@ def hierarchical(x: Any, y: Any, n_rows: int | None) -> None:
 def on_one_batch(case: Case) -> Runner:
     """Fit to a batch that never changes, the limit: nothing is read."""
     with pm.Model():
-        case.observe(_shared(_first_rows(case)[: case.batch_size]), case.source.n_rows)
+        case.observe(_shared(next(iter(case.source))[: case.batch_size]), case.source.n_rows)
         return _fitted(case)
 
 
 def on_ready_batches(case: Case, most: int | None = None) -> Runner:
     """Fit to at most so many batches that are in memory, in turn: nothing is read."""
-    rows = _first_rows(case).astype(pytensor.config.floatX)
+    rows = next(iter(case.source)).astype(pytensor.config.floatX)
     n_batches = len(rows) // case.batch_size
     batches = cycle(np.split(rows[: n_batches * case.batch_size], n_batches)[:most])
     return _on_batches(case, lambda: next(batches), case.source.n_rows)
@@ -189,7 +257,7 @@ def on_changed_pytensor(make: Callable[[Case], Runner], case: Case, *, nogil: bo
 def in_memory(case: Case) -> Runner:
     """Fit with ``pm.Minibatch`` to one matrix and the last column."""
     with pm.Model():
-        rows = np.concatenate(list(case.source))
+        rows = case.in_memory()
         # Compiling takes long with large constants.
         x = pytensor.shared(rows[:, :-1].copy(), borrow=True)
         y = pytensor.shared(rows[:, -1].astype(pytensor.config.floatX), borrow=True)
@@ -209,9 +277,15 @@ def on_dataloader(case: Case) -> Runner:
     """Fit with the DataLoader of pymc-extras, a window a turn, since it is filled all at once.
 
     Its window is as many row groups as make up the buffer, so give it a table of which a whole
-    number of row groups does.
+    number of row groups does.  The wheel is downloaded beside the table, unless it is there.
     """
-    peer = _load_dataloader(case.rows.parent)
+    folder = case.rows.parent
+    if not any(folder.glob("pymc_extras-*.whl")):
+        command = "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"
+        subprocess.run([sys.executable, *command, "--dest", folder, PEER_WHEEL], check=True)
+    # The package would import its dependencies, which are not there.
+    sys.path.insert(0, f"{next(folder.glob('pymc_extras-*.whl'))}/pymc_extras/variational")
+    peer = import_module("dataloader")
     loader = peer.DataLoader(
         peer.parquet_source(str(case.rows)),
         batch_size=case.batch_size,
@@ -220,28 +294,27 @@ def on_dataloader(case: Case) -> Runner:
         seed=0,
     )
     batches = (batch for _ in count() for batch in loader)
-    fit = _on_batches(case, lambda: next(batches), loader.total_size)
-    return Runner(fit.run, case.window_steps)
-
-
-def _load_dataloader(folder: Path) -> Any:
-    """Import the one module from the wheel, since the package would import its dependencies.
-
-    The wheel is downloaded without these, unless *folder* holds it.
-    """
-    if not [*folder.glob("pymc_extras-*.whl")]:
-        command = "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"
-        subprocess.run([sys.executable, *command, "--dest", folder, PEER_WHEEL], check=True)
-    wheel = next(folder.glob("pymc_extras-*.whl"))
-    spec = zipimport.zipimporter(f"{wheel}/pymc_extras/variational").find_spec("dataloader")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    run, _ = _on_batches(case, lambda: next(batches), loader.total_size)
+    return run, case.window_steps
 
 
 def stream(case: Case, **options: Any) -> StreamingDataset:
     return StreamingDataset(_buffer(case), batch_size=case.batch_size, **options)
+
+
+def epoch(source: Callable[[], Any], **options: Any) -> None:
+    """Stream all rows of a source once through a small buffer, without a model."""
+    buffer = shuffle_buffer(source(), buffer_size=SMALL_BUFFER, batch_size=BATCH_SIZE, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the epoch ends with rows left over
+        with StreamingDataset(buffer, batch_size=BATCH_SIZE, cycle=False, **options) as ds:
+            while ds.advance():
+                pass
+
+
+def run_steps(make: Callable[[Case], Runner], case: Case, n_steps: int) -> None:
+    run, _ = make(case)
+    run(n_steps)
 
 
 def _buffer(case: Case) -> Any:
@@ -260,11 +333,7 @@ def _fitted(case: Case, *callbacks: Callable) -> Runner:
         backend=case.backend,
         obj_optimizer=pm.adam(learning_rate=LEARNING_RATE),
     )
-    return Runner(partial(inference.refine, progressbar=False), case.turn_steps)
-
-
-def _first_rows(case: Case) -> np.ndarray:
-    return next(iter(case.source))
+    return partial(inference.refine, progressbar=False), case.turn_steps
 
 
 def _shared(batch: np.ndarray) -> Any:

@@ -11,17 +11,28 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""How often the order check is wrong: false alarms on shuffled rows, power, and kinds of order.
+"""How often the order check is wrong, and whether a fit of an hour grows.
 
-Feeds both checks, the sample before streaming and the stream itself, by columns and by the score
-of a model, with orders that bias a model, with data sets whose means drift by a known design
-effect, and with shuffled data sets of many marginals; and follows the last iterate of Adam::
+    python -m benchmarks.reliability --only power alarms soak --page docs/source/reliability.md
+    python -m benchmarks.reliability --only orders --page docs/source/streaming/order.md
 
-    python -m benchmarks.order_power --only power alarms --page docs/source/reliability.md
-    python -m benchmarks.order_power --only orders --page docs/source/streaming/order.md
+The first three tables feed both checks, the sample before streaming and the stream itself, by
+columns and by the score of a model: with orders that bias a model, with data sets whose means drift
+by a known design effect, beside the last iterate of Adam, and with shuffled data sets of many
+marginals.
 
-With ``--datasets 0 --repeats 0`` the tables are those of ``order_power.json``.
+The last is a fit at full speed, by :func:`resumable_fit` with checkpoints, so what it does besides
+stepping is measured too.  Growth is from the second quarter of the readings, by which time every
+buffer is full, to the last: of the median for memory, of the most for files (one is opened and
+closed every epoch) and threads.  The program exits with 1 if something grew.
+
+With ``--datasets 0 --repeats 0 --minutes 0`` the tables are those of the results.
 """
+
+import os
+import sys
+import threading
+import time
 
 from collections.abc import Callable
 from functools import cache
@@ -35,22 +46,22 @@ from rich.progress import track
 
 import pymc as pm
 
-from benchmarks.data import Data
-from benchmarks.pages import about, load, markdown, measure, save
+from benchmarks.cases import Case, Data, stream
+from benchmarks.harness import about, load, markdown, measure, save
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
 from pymc.variational._streaming.order.ranks import ALPHA
 from pymc.variational._streaming.order.report import OrderReport, Stream
 from pymc.variational._streaming.order.statistic import Features, ModelScore
 from pymc.variational._streaming.sources.arrays import as_source
-from pymc.variational.streaming import StreamingDataset, check_order
+from pymc.variational.streaming import StreamingDataset, check_order, resumable_fit
 from tests.variational.streaming.order.test_score import CASES, model_of
 from tests.variational.streaming.order.test_score import WINDOW as CASE_WINDOW
 
-__all__ = ["check_shuffled", "power", "summary"]
+__all__ = ["COMMAND", "TABLES"]
 
-COMMAND = "python -m benchmarks.order_power"
-RESULTS = Path("docs/source/results/order_power.json")
+COMMAND = "python -m benchmarks.reliability"
+RESULTS = Path("docs/source/results")
 MARGINALS = {
     "normal": lambda rng, n: rng.normal(size=n),
     "Student-t(2)": lambda rng, n: rng.standard_t(2, n),
@@ -77,10 +88,17 @@ EFFECTS = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 25.0, 50.0, 100.0]
 N_ROWS, WINDOW, BATCH = 400_000, 20_000, 1_000
 EPOCHS = 5
 
+ALLOWED_MB = 20.0
+"""Between the medians of two quarters; the allocator alone moves single readings by ten."""
+MOST_STEPS_PER_SECOND = 4_000
+"""Of the model of the soak, which ends when the time is up; PyMC keeps room for all losses."""
+READINGS = 720
+READ = {"rss_mb": "resident MB", "files": "open files", "threads": "threads"}
 
-def orders_table(data: Data, datasets: int, repeats: int, results: Path) -> str:
-    """Check orders that bias a model, by columns and by its score."""
-    found = _kept(results, "cases", repeats, cases)
+
+def orders(data: Data, repeats: int, results: Path, **_: Any) -> str:
+    """Check orders that bias a model, by columns and by its score, and the same rows shuffled."""
+    found = _kept(results, "cases", repeats, lambda: [_case(name) for name in CASES])
     checks = [f"{stage}, {by}" for by in ("columns", "score") for stage in ("sample", "stream")]
     text = markdown(
         "order | by columns: sample | stream | by the model's score: sample | stream",
@@ -90,8 +108,25 @@ def orders_table(data: Data, datasets: int, repeats: int, results: Path) -> str:
     return f"{text}\nThe same rows, shuffled, raised {alarms or 'no'} alarm in any of them.\n"
 
 
-def power_table(data: Data, datasets: int, repeats: int, results: Path) -> str:
-    found = _kept(results, "power", repeats, lambda: [power(e, repeats) for e in track(EFFECTS)])
+def _case(name: str) -> dict[str, Any]:
+    make, observe = CASES[name]
+    rows = make(np.random.default_rng(0))
+    model, _ = model_of(observe, rows.shape[1])
+    both = rows, np.random.default_rng(1).permutation(rows)
+    case: dict[str, Any] = {"case": name}
+    for by, chosen in {"columns": None, "score": model}.items():
+        for stage in ("sample", "stream"):
+            sources = (
+                x if stage == "sample" else (lambda x=x: iter(np.array_split(x, 17))) for x in both
+            )
+            reports = (check_order(x, model=chosen, buffer_size=CASE_WINDOW) for x in sources)
+            case[f"{stage}, {by}"] = [report.ordered for report in reports]
+    return case
+
+
+def power(data: Data, repeats: int, results: Path, **_: Any) -> str:
+    """Check data sets whose window means have a known variance, and fit their mean."""
+    found = _kept(results, "power", repeats, lambda: [_power(e, repeats) for e in track(EFFECTS)])
     lines = []
     for point in found:
         low, middle, high = point["last_iterate"]
@@ -102,11 +137,9 @@ def power_table(data: Data, datasets: int, repeats: int, results: Path) -> str:
     return markdown(f"{heads} | found by the sample | found by the stream", lines)
 
 
-def alarms_table(data: Data, datasets: int, repeats: int, results: Path) -> str:
-    def shuffled() -> dict:
-        return summary([check_shuffled(i) for i in track(range(datasets))])
-
-    found = _kept(results, "false_alarms", datasets, shuffled)
+def alarms(data: Data, datasets: int, results: Path, **_: Any) -> str:
+    """Check shuffled data sets, and count those that alarm at each level."""
+    found = _kept(results, "false_alarms", datasets, lambda: _alarms(datasets))
     shares = found["share_below_level"]
     lines = [
         [f"{level:g}", *(f"{share:.2g}" for share in row)]
@@ -118,13 +151,28 @@ def alarms_table(data: Data, datasets: int, repeats: int, results: Path) -> str:
 
 def _kept(results: Path, name: str, number: int, find: Callable[[], Any]) -> Any:
     """Return what is found now, which is kept, or with a number of zero what was found before."""
-    found = load(results)
+    file = results / "order_power.json"
     if number:
-        save(found | {name: find(), "about": about("pymc", "pytensor", "scipy")}, results)
-    return load(results)[name]
+        found = load(file) | {name: find(), "about": about("pymc", "pytensor", "scipy")}
+        save(found, file)
+    return load(file)[name]
 
 
-def check_shuffled(i: int, seed: int = 0) -> dict[str, tuple[float, bool]]:
+def _alarms(datasets: int) -> dict[str, Any]:
+    found = [_check_shuffled(i) for i in track(range(datasets))]
+    p = {stage: np.array([check[stage][0] for check in found]) for stage in found[0]}
+    return {
+        "datasets": datasets,
+        "nominal": ALPHA,
+        "alarms": {stage: sum(check[stage][1] for check in found) for stage in p},
+        "levels": LEVELS,
+        "share_below_level": {
+            stage: [float(np.mean(some < level)) for level in LEVELS] for stage, some in p.items()
+        },
+    }
+
+
+def _check_shuffled(i: int) -> dict[str, tuple[float, bool]]:
     """Check two to four random marginals, by columns and by a model.
 
     Returns
@@ -133,7 +181,7 @@ def check_shuffled(i: int, seed: int = 0) -> dict[str, tuple[float, bool]]:
         For each check the least p-value, as a share of the nominal level, and whether it alarms.
     """
     model = _regression()
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i,)))
+    rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(i,)))
     names = rng.choice(list(MARGINALS), rng.integers(2, 5), replace=False)
     rows = np.column_stack([MARGINALS[name](rng, SHUFFLED_ROWS) for name in names])
     rows = rng.permutation(rows.astype(float))
@@ -154,20 +202,6 @@ def check_shuffled(i: int, seed: int = 0) -> dict[str, tuple[float, bool]]:
     }
 
 
-def summary(checks: list[dict[str, tuple[float, bool]]]) -> dict:
-    """Return how many data sets alarm, and how their p-values lie."""
-    p = {stage: np.array([check[stage][0] for check in checks]) for stage in checks[0]}
-    return {
-        "datasets": len(checks),
-        "nominal": ALPHA,
-        "alarms": {stage: sum(check[stage][1] for check in checks) for stage in p},
-        "levels": LEVELS,
-        "share_below_level": {
-            stage: [float(np.mean(some < level)) for level in LEVELS] for stage, some in p.items()
-        },
-    }
-
-
 @cache
 def _regression() -> ModelScore:
     """Return a linear regression with an unknown scale, whose score has even heavier tails."""
@@ -179,33 +213,11 @@ def _regression() -> ModelScore:
     return ModelScore(model, ds.as_tensor())
 
 
-def cases() -> list[dict]:
-    """Return for each check whether it finds an order, and whether it alarms on shuffled rows."""
-    found = []
-    for name, (make, observe) in CASES.items():
-        rows = make(np.random.default_rng(0))
-        model, _ = model_of(observe, rows.shape[1])
-        both = rows, np.random.default_rng(1).permutation(rows)
-        case: dict = {"case": name}
-        for by, chosen in {"columns": None, "score": model}.items():
-            case[f"sample, {by}"] = [_is_ordered(x, chosen) for x in both]
-            case[f"stream, {by}"] = [
-                _is_ordered(lambda x=x: iter(np.array_split(x, 17)), chosen) for x in both
-            ]
-        found.append(case)
-    return found
-
-
-def _is_ordered(source: Any, model: pm.Model | None) -> bool:
-    return check_order(source, model=model, buffer_size=CASE_WINDOW).ordered
-
-
-def power(effect: float, n_repeats: int, seed: int = 1) -> dict:
-    """Check data sets whose window means have a known variance, and fit their mean."""
+def _power(effect: float, n_repeats: int) -> dict[str, Any]:
     seen = {"sample": 0, "stream": 0}
     drifts = []
     for i in range(n_repeats):
-        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(int(10 * effect), i)))
+        rng = np.random.default_rng(np.random.SeedSequence(1, spawn_key=(int(10 * effect), i)))
         rows = _drifting(effect, rng)
         seen["sample"] += any(r.ordered for r in _sample(rows, WINDOW))
         seen["stream"] += any(r.ordered for r in _stream(rows, WINDOW))
@@ -266,6 +278,99 @@ def _last_iterate(y: np.ndarray, rng: np.random.Generator) -> float:
     return abs(mu - float(y.mean())) / sd
 
 
+def soak(data: Data, minutes: float, results: Path, **_: Any) -> str:
+    """Fit for so many minutes, or with zero tell of the fit before."""
+    file = results / "soak.json"
+    if minutes:
+        readings = _readings(data, 60 * minutes)
+        report = {"about": about("pymc", "pytensor"), "minutes": minutes, "rows": data.n_rows}
+        save({**report, **_growth(readings), "readings": readings}, file)
+        _plot(readings, file.with_suffix(".png"))
+    found = load(file)
+    grown = found["growth"]
+    return (
+        f"{'flat' if found['flat'] else 'GREW'}: {found['steps']:,} steps in "
+        f"{found['minutes']:g} minutes, {grown['mb']:+.1f} MB, "
+        f"{grown['files']:+} files, {grown['threads']:+} threads\n"
+    )
+
+
+def _readings(data: Data, seconds: float) -> list[dict[str, float]]:
+    """Fit until the time is up, and return what was read of the process meanwhile."""
+    readings: list[dict[str, float]] = []
+    start = time.monotonic()
+
+    def read(approx, losses, i: int) -> None:
+        nonlocal start
+        if i == 1:
+            start = time.monotonic()
+        passed = time.monotonic() - start
+        if passed * READINGS >= len(readings) * seconds:
+            readings.append({"seconds": round(passed, 1), "steps": i, **_resources()})
+        if passed >= seconds:
+            raise StopIteration("the time is up")
+
+    case = Case(data.shuffled(data.order_book()), buffer_size=500_000)
+    ds = stream(case)
+    with pm.Model():
+        case.observe(ds.as_tensor(), ds.total_size)
+        resumable_fit(
+            pm.ADVI(random_seed=0),
+            int(MOST_STEPS_PER_SECOND * seconds),
+            path=data.folder / "soak.fit",
+            datasets=[ds],
+            callbacks=[read],
+            progressbar=False,
+            obj_optimizer=pm.adam(learning_rate=0.01),
+        )
+    return readings
+
+
+def _resources() -> dict[str, float]:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "rss_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 2),
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+    }
+
+
+def _growth(readings: list[dict[str, float]]) -> dict[str, Any]:
+    """Return what the readings come to."""
+    early, late = (
+        {name: [reading[name] for reading in quarter] for name in READ}
+        for quarter in np.array_split(np.array(readings), 4)[1::2]
+    )
+    megabytes = float(np.median(late["rss_mb"]) - np.median(early["rss_mb"]))
+    counts = {name: max(late[name]) - max(early[name]) for name in ("files", "threads")}
+    return {
+        "steps": readings[-1]["steps"],
+        "growth": {"mb": round(megabytes, 1), **counts},
+        "flat": megabytes < ALLOWED_MB and max(counts.values()) <= 0,
+    }
+
+
+def _plot(readings: list[dict[str, float]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    minutes = [reading["seconds"] / 60 for reading in readings]
+    for axes, (key, label) in zip(figure.subplots(3, sharex=True), READ.items()):
+        axes.plot(minutes, [reading[key] for reading in readings])
+        axes.set(ylabel=label, ylim=(0, None))
+    axes.set_xlabel("minutes")
+    figure.savefig(path, dpi=100)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "orders": orders,
+    "power": power,
+    "alarms": alarms,
+    "soak": soak,
+}
+
 if __name__ == "__main__":
-    tables = {"orders": orders_table, "power": power_table, "alarms": alarms_table}
-    measure(COMMAND, tables, rows=N_ROWS, datasets=10_000, repeats=60, results=RESULTS)
+    text = measure(
+        COMMAND, TABLES, rows=5e6, datasets=10_000, repeats=60, minutes=60.0, results=RESULTS
+    )
+    sys.exit(text.startswith("GREW"))
