@@ -130,7 +130,8 @@ def best_mean_field(
         )
         new, new_gradient = _bound(parts, x + unit * step)
         ratio = (new - value) / predicted if np.isfinite(new) else -1.0
-        if ratio > 1e-3 or 0 <= predicted < 1e-11 * abs(value):
+        is_rounding = 0 <= predicted < 1e-11 * abs(value)
+        if ratio > 1e-3 or is_rounding:
             distance = float(np.abs(step[:size]).max())
             x, value, gradient = x + unit * step, new, new_gradient
             show(MeanField(x[:size], np.exp(x[size:]), distance))
@@ -138,7 +139,7 @@ def best_mean_field(
                 break
         if ratio < 0.25:
             radius = np.linalg.norm(step) / 4
-            if radius < 1e-6:
+            if is_rounding or radius < 1e-6:
                 break
         elif ratio > 0.75 and not is_inside:
             radius *= 3
