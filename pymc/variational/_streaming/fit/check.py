@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from scipy.sparse import csr_array, diags_array
 from scipy.stats import f as f_distribution
 
 from pymc.variational._streaming.dataset import StreamingDataset
@@ -38,7 +39,7 @@ from pymc.variational._streaming.fit.gaussian import (
 from pymc.variational._streaming.fit.newton import Optimum, Rows, find_optimum, is_dense
 from pymc.variational._streaming.fit.report import FitReport, StreamRows
 from pymc.variational._streaming.fit.ridge import Target
-from pymc.variational._streaming.fit.sample import Corrected, Sample
+from pymc.variational._streaming.fit.sample import Corrected, Sample, rescaling
 from pymc.variational._streaming.fit.trust_region import Function
 from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.opvi import Approximation, Group
@@ -48,8 +49,8 @@ __all__ = ["check_fit", "measure"]
 _SAMPLE_VALUES = 2**23
 """Values of rows up to which a sample is held in memory."""
 
-_MAX_FACTOR = 4.0
-"""Ratio of a second derivative of all rows to that of the sample up to which it is rescaled."""
+_MIN_BLOCKS = 256
+"""Blocks into which few rows are cut, so that the variance among blocks is known."""
 
 _FALSE_ALARM = 1e-6
 """Probability at which rows in random order are taken for ordered ones."""
@@ -187,12 +188,15 @@ def measure(
     with progress_bar("Checking", int(n_known) or None, show=progressbar) as advance:
         read = partial(_read_all, density, rows=rows, executor=executor, advance=advance)
         n_kept = 0 if target else _sample_size(density.streams, scales)
-        passes = read(partial(_score, x=at), keep=n_kept)
+        passes = read(partial(_score, x=at), keep=n_kept, min_blocks=_MIN_BLOCKS)
         sample = target.density.sample if target else _sample(density, passes)
-        error, factors, difference = 0.0, np.ones(len(at)), np.zeros(len(at))
+        error, factors = 0.0, np.ones(len(at))
+        difference: Any = np.zeros(len(at))
         if target is None:
             error = sample.relative_error
-            factors, difference = _correction(sample, passes, at, marginal_sd(scales), read, rng)
+            factors, difference = _correction(
+                sample, passes, at, marginal_sd(scales), shared, read, rng
+            )
         else:
             difference = target.density.difference
     value = sum(part.weight * part.sums[0] for part in passes)
@@ -344,29 +348,42 @@ def _correction(
     passes: Sequence[_Pass],
     x: np.ndarray,
     sd: np.ndarray,
+    shared: Sequence[int],
     read: Callable[..., list[_Pass]],
     rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, Any]:
     """Return factors and addends that make second derivatives those of all rows.
 
-    Those of parameters of which the sample has few rows are corrected. Only if there are such, all
-    rows are read again.
+    Those of parameters of which the sample has few rows are corrected, and those of the *shared*
+    ones with all others: the noise of a sample in them adds up over many parameters. Only if there
+    are such, all rows are read again.
     """
     few = [rare & (part.sums[3] > 0) for rare, part in zip(sample.is_rare(x), passes)]
     rare = np.any(few, axis=0)
-    if not rare.any():
+    columns = list(shared) if sample.relative_error else []
+    if not (rare.any() or columns):
         return np.ones(len(x)), np.zeros(len(x))
     offset = np.where(rare, rng.choice([-1.0, 1.0], len(x)) * sd, 0)
+    units = csr_array(
+        (np.ones(len(columns)), (columns, range(len(columns)))), (len(x), len(columns))
+    )
+    sides = np.vstack([offset, (units * sd[:, None]).T.toarray()])
 
-    def product(term: Term, rows: np.ndarray) -> tuple[np.ndarray]:
-        """Return the Hessian times *offset*, averaged along it."""
-        up, down = (term.value_and_gradient(x + side, rows)[1] for side in (offset, -offset))
-        return ((up - down) / 2,)
+    def products(term: Term, rows: np.ndarray) -> tuple[np.ndarray]:
+        """Return the Hessian times each of the *sides*, averaged along it."""
 
-    true = sum(part.weight * part.sums[0] for part in read(product))
-    [sampled] = sample.sum(product)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.nan_to_num(true / sampled)
-    scalable = (ratio > 1 / _MAX_FACTOR) & (ratio < _MAX_FACTOR)
-    factors = np.where(rare, np.sqrt(np.where(scalable, ratio, 0)), 1)
-    return factors, np.where(rare & ~scalable, true / np.where(rare, offset, 1), 0)
+        def slope(y: np.ndarray) -> np.ndarray:
+            return term.value_and_gradient(y, rows)[1]
+
+        return (np.array([(slope(x + side) - slope(x - side)) / 2 for side in sides]),)
+
+    true = sum(part.weight * part.sums[0] for part in read(products))
+    [sampled] = sample.sum(products)
+    factors = np.where(rare, rescaling(true[0], sampled[0]), 1)
+    diagonal = np.where(factors == 0, true[0] / np.where(rare, offset, 1), 0)
+    if not columns:
+        return factors, diagonal
+    border = (true[1:] - factors[columns, None] * sampled[1:] * factors).T / sd[columns]
+    border[columns] /= 2  # they are both rows and columns
+    half = csr_array(border) @ units.T
+    return factors, half + half.T + diags_array(diagonal)

@@ -51,8 +51,9 @@ __all__ = ["Density", "Part", "Term", "add_up", "scaling", "sum_over_rows"]
 _BLOCK_VALUES = 2**16
 """Values of the rows that are evaluated at once: calls then cost little, and blocks fit caches."""
 
-_MIN_BLOCKS = 256
-"""Blocks into which few rows are cut, so that the variance among blocks is known."""
+_VALUES_OF_PARAMETER = 8
+"""Values of the rows that are evaluated at once for each of many parameters, whose gradient takes
+its time in every call."""
 
 _PARTS = 32
 """Parts of a stream that are summed by themselves, and can be read by different workers."""
@@ -162,6 +163,7 @@ def sum_over_rows(
     *,
     rows: int | None = None,
     keep: int = 0,
+    min_blocks: int = _PARTS,
     executor: Executor | None = None,
     advance: Callable[[int], None] = lambda n_rows: None,
 ) -> list[Part]:
@@ -169,12 +171,21 @@ def sum_over_rows(
 
     The function returns numbers and arrays, whose sums do not depend on who reads what: the blocks
     and the order of summation are fixed. Reading ends after *rows* of each stream, of which *keep*
-    are returned, in equal shares from all parts. The *executor* reads parts, but not of sources
-    that can only be read from their beginning.
+    are returned, in equal shares from all parts. Few rows are cut into *min_blocks*. The *executor*
+    reads parts, but not of sources that can only be read from their beginning.
     """
     parts = []
     for number, (stream, likelihood) in enumerate(zip(density.streams, density.likelihoods)):
-        job = _Job(stream, number, likelihood, function, rows=rows, keep=keep)
+        job = _Job(
+            stream,
+            number,
+            likelihood,
+            function,
+            rows=rows,
+            keep=keep,
+            block_values=max(_BLOCK_VALUES, _VALUES_OF_PARAMETER * density.size),
+            min_blocks=min_blocks,
+        )
         derive = partial(density.contract, number)
         if executor is None or not job.has_random_access:
             parts += job.read(0, _PARTS, advance, derive)
@@ -204,16 +215,27 @@ def add_up(sums: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
 class _Job:
     """The sum over a stream, cut into parts of whole blocks."""
 
-    def __init__(self, stream: StreamingDataset, number: int, term, function, *, rows, keep):
+    def __init__(
+        self,
+        stream: StreamingDataset,
+        number: int,
+        term: Term,
+        function: Callable[[Term, np.ndarray], tuple[Any, ...]],
+        *,
+        rows: int | None,
+        keep: int,
+        block_values: int,
+        min_blocks: int,
+    ):
         self.number, self.term, self.function = number, term, function
         self.name = str(stream.as_tensor().name)
         self.source: Source = stream._source
         self.shape, self.dtype = stream.sample_shape, stream._dtype
         self.declared = None if stream._endless else stream.total_size
         self.rows, self.keep = rows, math.ceil(keep / _PARTS)
-        known = self.source.n_rows or self.declared or rows or _BLOCK_VALUES
+        known = self.source.n_rows or self.declared or rows or block_values
         n_rows = min(known, rows or known)
-        self.block = int(max(1, min(_BLOCK_VALUES // math.prod(self.shape), n_rows // _MIN_BLOCKS)))
+        self.block = int(max(1, min(block_values // math.prod(self.shape), n_rows // min_blocks)))
         self.blocks = math.ceil(n_rows / self.block / _PARTS)
         """Number of blocks in a part, the last part excepted, which has all that are left."""
 

@@ -15,7 +15,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,9 +27,17 @@ from pymc.variational._streaming.fit.trust_region import (
     hessp,
 )
 
-__all__ = ["MeanField", "best_mean_field", "expected", "response_sd", "sign_draws"]
+__all__ = [
+    "MeanField",
+    "Part",
+    "best_mean_field",
+    "expected",
+    "response_sd",
+    "sign_draws",
+]
 
-Part = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray, np.ndarray]]
+Part = Callable[[np.ndarray, np.ndarray], tuple[Any, ...]]
+"""Function of means and scales that returns an expected value, and its gradients in these."""
 
 _MAX_STEPS = 100
 
@@ -44,6 +52,14 @@ class MeanField(NamedTuple):
     scales: np.ndarray
     distance: float
     """Last step of a mean, in units of the scales."""
+
+    def measured_from(self, other: "MeanField") -> "MeanField":
+        """Return it with the largest distance of a mean or a log scale from another one."""
+        means, log_scales = (
+            (self.mean - other.mean) / other.scales,
+            np.log(self.scales / other.scales),
+        )
+        return self._replace(distance=float(np.abs([means, log_scales]).max()))
 
 
 def sign_draws(
@@ -61,17 +77,29 @@ def sign_draws(
 
 
 def expected(
-    function: Function, draws: np.ndarray, mean: np.ndarray, scales: np.ndarray
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Return the expected value at antithetic draws, and its gradients in mean and log scales."""
+    function: Function,
+    draws: np.ndarray,
+    mean: np.ndarray,
+    scales: np.ndarray,
+    places: Sequence[int] = (),
+) -> tuple[Any, ...]:
+    """Return the expected value at antithetic draws, and its gradients in mean and log scales.
+
+    The columns of the expected Hessian at some *places* follow, if their draws are orthogonal to
+    those of all others.
+    """
     value, by_mean, by_scale = 0.0, np.zeros(len(mean)), np.zeros(len(mean))
+    columns = [np.zeros(len(mean)) for _ in places]
     for draw in draws:
         offset = scales * draw
         (up, gradient), (down, opposite) = function(mean + offset), function(mean - offset)
         value += (up + down) / 2 / len(draws)
         by_mean += (gradient + opposite) / 2 / len(draws)
-        by_scale += offset * (gradient - opposite) / 2 / len(draws)
-    return value, by_mean, by_scale
+        change = (gradient - opposite) / 2 / len(draws)
+        by_scale += offset * change
+        for place, column in zip(places, columns):
+            column += change / offset[place]
+    return value, by_mean, by_scale, *columns
 
 
 def best_mean_field(
@@ -80,24 +108,30 @@ def best_mean_field(
     *,
     tolerance: float,
     show: Callable[[MeanField], None],
+    held: Sequence[int] = (),
 ) -> MeanField:
     """Maximize the evidence lower bound at fixed draws over means and log scales.
 
     That is deterministic ADVI (Giordano, Ingram and Broderick 2024), by a trust-region Newton
     method with conjugate gradients (Steihaug 1983), in units of the scales. The *parts* of the log
     density return what :func:`expected` returns; *show* is told where each step has led, and one
-    below *tolerance* ends the search.
+    below *tolerance* ends the search. Some parameters can be *held*.
     """
     size, distance = len(q.mean), np.inf
+    free = np.ones(2 * size)
+    free[[*held, *(size + place for place in held)]] = 0
     x, radius = _coordinates(q)[0], np.sqrt(size)
     value, gradient = _bound(parts, x)
     for _ in range(_MAX_STEPS):
         unit = _coordinates(MeanField(x[:size], np.exp(x[size:]), distance))[1]
         product = partial(_precision_product, parts, x, unit)
-        step, predicted, is_inside = _steihaug(product, unit * gradient, radius)
+        step, predicted, is_inside = _steihaug(
+            lambda v: free * product(v), free * unit * gradient, radius
+        )
         new, new_gradient = _bound(parts, x + unit * step)
         ratio = (new - value) / predicted if np.isfinite(new) else -1.0
-        if ratio > 1e-3 or 0 <= predicted < 1e-11 * abs(value):
+        is_rounding = 0 <= predicted < 1e-11 * abs(value)
+        if ratio > 1e-3 or is_rounding:
             distance = float(np.abs(step[:size]).max())
             x, value, gradient = x + unit * step, new, new_gradient
             show(MeanField(x[:size], np.exp(x[size:]), distance))
@@ -105,7 +139,7 @@ def best_mean_field(
                 break
         if ratio < 0.25:
             radius = np.linalg.norm(step) / 4
-            if radius < 1e-6:
+            if is_rounding or radius < 1e-6:
                 break
         elif ratio > 0.75 and not is_inside:
             radius *= 3

@@ -258,10 +258,11 @@ class Products:
         self.product = product
         values, vectors, errors = _eigenpairs(product, rng.normal(size=size))
         known = errors < 0.01 * np.abs(values)
-        values, vectors = values[known], vectors[:, known]
+        # A multiple of the identity has no noise; vectors that do not stand out would add some.
+        excess, vectors = (values - np.median(values))[known], vectors[:, known]
         signs = rng.choice([-1.0, 1.0], (_SIGNS, size))
-        rests = [v * (product(v) - vectors @ (values * (vectors.T @ v))) for v in signs]
-        self.diagonal = vectors**2 @ values + np.mean(rests, axis=0)
+        rests = [v * (product(v) - vectors @ (excess * (vectors.T @ v))) for v in signs]
+        self.diagonal = vectors**2 @ excess + np.mean(rests, axis=0)
         self.diagonal_error = np.std(rests, axis=0, ddof=1) / np.sqrt(_SIGNS)
         self._root = np.sqrt(np.where(self.diagonal > 0, self.diagonal, 1))
         self.values, self.vectors, self._errors = _eigenpairs(self._scaled, rng.normal(size=size))

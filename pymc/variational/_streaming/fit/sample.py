@@ -26,13 +26,16 @@ from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.fit.density import Density, Term, add_up
 from pymc.variational._streaming.fit.gaussian import times
-from pymc.variational._streaming.fit.mean_field import expected
+from pymc.variational._streaming.fit.mean_field import MeanField, Part, expected
 from pymc.variational._streaming.fit.trust_region import differences
 
-__all__ = ["Corrected", "LogDensity", "Sample"]
+__all__ = ["Corrected", "LogDensity", "Sample", "rescaling"]
 
 _MAX_VALUES = 2**22
 """Values of a sample that are held in memory, 32 MB of float64."""
+
+_MAX_FACTOR = 4.0
+"""Ratio of a second derivative of all rows to that of the sample up to which it is rescaled."""
 
 _BLOCKS = 1024
 """Blocks in which parameters are looked for that few rows depend on."""
@@ -61,11 +64,18 @@ class LogDensity:
         [columns] = self.sum(of_rows)
         return pattern.assemble(columns, steps)
 
-    def expected(self, draws: np.ndarray, mean: np.ndarray, scales: np.ndarray) -> Any:
+    def expected(
+        self,
+        draws: np.ndarray,
+        mean: np.ndarray,
+        scales: np.ndarray,
+        places: Sequence[int] = (),
+    ) -> Any:
         """Return the likelihood's expected value and gradients, as :func:`expected` does."""
 
-        def of_rows(term: Term, rows: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-            return expected(partial(term.value_and_gradient, rows=rows), draws, mean, scales)
+        def of_rows(term: Term, rows: np.ndarray) -> tuple[Any, ...]:
+            function = partial(term.value_and_gradient, rows=rows)
+            return expected(function, draws, mean, scales, places)
 
         return self.sum(of_rows)
 
@@ -129,6 +139,45 @@ class Sample(LogDensity):
         terms = zip(self.density.likelihoods, self._rows, self._weights)
         return add_up([w * value for value in function(term, rows)] for term, rows, w in terms)
 
+    def corrected(
+        self, draws: np.ndarray, q: MeanField, places: list[int], rows: Sequence[Any]
+    ) -> Part:
+        """Return expected values of this sample with the gradients of all *rows* at *q*.
+
+        The second derivatives of single parameters, and those of some *places* with all others, are
+        those of all rows, too; the sample has the rest of the curvature (Shamir, Srebro and Zhang
+        2014). The *rows* are what :meth:`expected` returns of them.
+        """
+        shape = len(places), len(q.mean)
+        _, by_mean, by_scale, *columns = rows
+        _, _, sampled, *others = self.expected(draws, q.mean, q.scales, places)
+        factors = rescaling(by_scale, sampled)
+        rest = np.where(factors == 0, np.maximum(-by_scale, 0) / q.scales**2, 0)
+        border = np.reshape(columns, shape)
+        border -= factors[places, None] * np.reshape(others, shape) * factors
+        border[:, places] /= 2  # they are both rows and columns
+        border[range(len(places)), places] = 0
+
+        def rescaled(mean: np.ndarray, scales: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+            step = mean - q.mean
+            value, slope, slope_of_scale = self.expected(
+                draws, q.mean + factors * step, factors * scales
+            )
+            value += step[places] @ border @ step - rest @ (step**2 + scales**2) / 2
+            slope = factors * slope + step[places] @ border - rest * step
+            slope[places] += border @ step
+            return value, slope, slope_of_scale - rest * scales**2
+
+        _, at_mean, at_scale = rescaled(q.mean, q.scales)
+        tilt, tilt_of_scale = by_mean - at_mean, by_scale - at_scale
+
+        def part(mean: np.ndarray, scales: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+            value, slope, slope_of_scale = rescaled(mean, scales)
+            value += tilt @ (mean - q.mean) + tilt_of_scale @ np.log(scales / q.scales)
+            return value, slope + tilt, slope_of_scale + tilt_of_scale
+
+        return part
+
     def is_rare(self, x: np.ndarray) -> list[np.ndarray]:
         """Return on which parameters few rows of each stream depend, each of shape (d,)."""
         rare = []
@@ -145,8 +194,8 @@ class Corrected(LogDensity):
     """The log density of a sample, with the likelihood of all rows and its gradient at a point.
 
     What is left to the sample is small near the optimum (Quiroz et al. 2019). Rows and columns of
-    its Hessian are multiplied by *factors*, and the *difference* to the Hessian of all rows, or its
-    diagonal, is added.
+    its Hessian are multiplied by *factors*, and the *difference* to the Hessian of all rows, which
+    may be sparse, or its diagonal, is added.
     """
 
     def __init__(
@@ -155,7 +204,7 @@ class Corrected(LogDensity):
         x: np.ndarray,
         value: float,
         gradient: np.ndarray,
-        difference: np.ndarray,
+        difference: Any,
         factors: np.ndarray | float = 1.0,
     ):
         super().__init__(sample.density)
@@ -173,6 +222,16 @@ class Corrected(LogDensity):
 
     def likelihood_hessian(self, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
         return self.sample.likelihood_hessian(x, steps) + self.difference
+
+
+def rescaling(true: np.ndarray, sampled: np.ndarray) -> np.ndarray:
+    """Return factors that make second derivatives of a sample those of all rows.
+
+    They are 0 where the sample has so few rows that it cannot be rescaled.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.nan_to_num(true / sampled)
+    return np.sqrt(np.where((ratio > 1 / _MAX_FACTOR) & (ratio < _MAX_FACTOR), ratio, 0))
 
 
 def _random_rows(

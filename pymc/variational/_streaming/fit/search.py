@@ -138,6 +138,11 @@ class Search(LogDensity):
         if mode.curvature.is_concave:
             self.keep(mode.x, mode.curvature.covariance())
 
+    def keep_independent(self, q: MeanField) -> None:
+        """Keep a mean-field Gaussian in the form of the approximation."""
+        self.show(q)
+        self.best = q.mean, np.diag(q.scales) if self.before[1].ndim == 2 else q.scales
+
     def show(self, found: Mode | MeanField) -> None:
         self._advance(0, f"Polishing, {found.distance:.2g} sd to go")
 
