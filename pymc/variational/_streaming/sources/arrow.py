@@ -440,8 +440,12 @@ def to_metadata(schema: "pa.Schema", n_rows: int, batch_rows: int) -> dict[bytes
 def checksum(arrays: Sequence[np.ndarray], number: int) -> dict[bytes, bytes]:
     """Return the metadata of a record batch: a checksum that any flipped bit changes."""
     for array in arrays:
-        data = array.reshape(-1).view(np.uint8)
-        whole = len(data) - len(data) % (8 * _WORDS)
-        sums = data[:whole].view(np.uint64).reshape(-1, _WORDS).sum(axis=1)
-        number = zlib.crc32(data[whole:], zlib.crc32(sums, number))
+        number = crc_of_sums(array.reshape(-1).view(np.uint8), number)
     return {_CHECKSUM_KEY: b"%d" % number}
+
+
+def crc_of_sums(data: np.ndarray, number: int = 0) -> int:
+    """Return a CRC-32 of the sums of runs of words, in a fraction of the time of one of the bytes."""
+    whole = len(data) - len(data) % (8 * _WORDS)
+    sums = data[:whole].view(np.uint64).reshape(-1, _WORDS).sum(axis=1)
+    return zlib.crc32(data[whole:], zlib.crc32(sums, number))
