@@ -152,11 +152,12 @@ def _scatter_rows(
 ) -> np.ndarray:
     """Write a scratch file, holding each block twice; return the rows of each partition."""
     index, total = [], np.zeros(n_partitions, np.int64)
+    narrow = np.uint8 if n_partitions <= 256 else np.uint16  # a radix sort of bytes is faster
     with pa.OSFile(path, "wb") as sink:
         for block in blocks:
             labels = rng.integers(0, n_partitions, block.num_rows, dtype=np.uint16)
             counts = np.bincount(labels, minlength=n_partitions)
-            block = _take(block, np.argsort(labels, kind="stable"))
+            block = _take(block, np.argsort(labels.astype(narrow), kind="stable"))
             index.append(_write_block(sink, block, counts))
             del block  # its memory is free while the next one is read
             total += counts
