@@ -39,11 +39,11 @@ import numpy as np
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.preshuffle.plan import MAX_AT_ONCE, MAX_PARTITIONS, Part, Plan
 from pymc.variational._streaming.preshuffle.write import Writer
-from pymc.variational._streaming.sources.arrow import crc_of_sums
 from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.parquet.parquet import read_batches
 from pymc.variational._streaming.sources.summary import Summarizer
 from pymc.variational._streaming.sources.tables import Piece, conform
+from pymc.variational._streaming.utils import crc_of_sums
 
 __all__ = ["Done", "gather", "scatter", "scatter_pieces"]
 

@@ -21,7 +21,6 @@ record batch hold a checksum, since the format has none.
 
 import json
 import os
-import zlib
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,7 +53,7 @@ from pymc.variational._streaming.sources.summary import (
     is_dictionary,
     is_text,
 )
-from pymc.variational._streaming.utils import digest, positive_int
+from pymc.variational._streaming.utils import crc_of_sums, digest, positive_int
 
 __all__ = ["arrow_source", "checksum", "group_columns", "to_metadata", "with_columns"]
 
@@ -64,8 +63,6 @@ _TAIL = 1 << 16
 _UNREADABLE = (
     "not a readable Arrow IPC file; a stream without footer goes through a function that opens it"
 )
-_WORDS = 512
-"""Words of 8 bytes that are added up before their sums get a CRC, which is ten times as slow."""
 
 
 def arrow_source(
@@ -442,10 +439,3 @@ def checksum(arrays: Sequence[np.ndarray], number: int) -> dict[bytes, bytes]:
     for array in arrays:
         number = crc_of_sums(array.reshape(-1).view(np.uint8), number)
     return {_CHECKSUM_KEY: b"%d" % number}
-
-
-def crc_of_sums(data: np.ndarray, number: int = 0) -> int:
-    """Return a CRC-32 of the sums of runs of words, in a fraction of the time of one of the bytes."""
-    whole = len(data) - len(data) % (8 * _WORDS)
-    sums = data[:whole].view(np.uint64).reshape(-1, _WORDS).sum(axis=1)
-    return zlib.crc32(data[whole:], zlib.crc32(sums, number))
