@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 import time
+import zlib
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,11 +33,32 @@ from rich.text import Text
 
 from pymc.progress_bar import CustomProgress, default_progress_theme
 
-__all__ = ["EpochLog", "digest", "draw_seed", "positive_int", "progress_bar", "replacing"]
+__all__ = [
+    "EpochLog",
+    "crc_of_sums",
+    "digest",
+    "draw_seed",
+    "positive_int",
+    "progress_bar",
+    "replacing",
+]
 
+_WORDS = 512
+"""Words of 8 bytes that are added up before their sums get a CRC, which is ten times as slow."""
+_HELD = 4096
+"""Bytes of which zlib computes a CRC without giving up the interpreter lock, for which it would wait."""
 _MOST_LINES = 10
 _PAUSE = 10.0
 """Lines about single epochs, and seconds between those that follow."""
+
+
+def crc_of_sums(data: np.ndarray, number: int = 0) -> int:
+    """Return a CRC-32 of the sums of runs of words, in a fraction of the time of one of the bytes."""
+    whole = len(data) - len(data) % (8 * _WORDS)
+    sums = data[:whole].view(np.uint64).reshape(-1, _WORDS).sum(axis=1).view(np.uint8)
+    for piece in (*np.split(sums, range(_HELD, len(sums), _HELD)), data[whole:]):
+        number = zlib.crc32(piece, number)
+    return number
 
 
 def digest(*parts: Any) -> str:

@@ -44,6 +44,7 @@ from pymc.variational._streaming.preshuffle.plan import (
 from pymc.variational._streaming.preshuffle.write import (
     Workspace,
     Writer,
+    flush,
     open_workspace,
     publish,
 )
@@ -210,7 +211,8 @@ def preshuffle(
         parts = cut_parts(scattered.partition_rows.tolist(), fractions, row_bytes)
         writer = _make_writer(table, plan, scattered, parts, format, codec)
         tasks = ((plan, work.parts, scattered.paths, part, writer) for part in parts)
-        gathered = _run(gather, pool, tasks, advance)
+        # This thread waits for the disk while the workers write other files.
+        gathered = _run(gather, pool, tasks, advance, finish=flush)
         _log_pass("wrote", gathered.rows, middle)
         _require_all_rows(table, scattered, gathered)
         publish(work, dict(zip(map(writer.name, parts), gathered.paths)))
@@ -365,8 +367,9 @@ def _run(
     pool: Executor,
     tasks: Iterable[tuple],
     advance: Callable[[float], None],
+    finish: Callable[[str], None] = lambda path: None,
 ) -> Done:
-    """Run all tasks of a pass; if one fails, those that have not started never do."""
+    """Run all tasks of a pass, and *finish* each file; after a failure no other task starts."""
     total, futures = Done(), deque[Future]()
     with _as_stream_error():
         try:
@@ -375,6 +378,8 @@ def _run(
             while futures:
                 done = futures[0].result()
                 futures.popleft()
+                for path in done.paths:
+                    finish(path)
                 total.add(done)
                 advance(done.rows / 2)  # every row is in two passes
         finally:

@@ -22,6 +22,7 @@ import re
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.rows import PIECE_ROWS
@@ -47,7 +48,8 @@ _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 1 << 16
 _FEWEST_TASKS = 16
 """Tasks per pass for tables of more than a few megabytes, to keep many workers busy."""
-_FEWEST_FILES = 8
+_FILES = 8
+"""The files of a result are a multiple of these, so that no worker is left without one."""
 _SMALL_TASK = 1 << 22
 _LARGE_TASK = 1 << 26
 """Bytes of rows that a scatter task reads, or a file of the result holds, where there are many;
@@ -147,10 +149,11 @@ def cut_parts(
             raise ValueError(
                 f"split={split} leaves {folder!r} without rows, of {n_rows}; give it a larger part"
             )
-        n_files = max(_FEWEST_FILES, math.ceil((stop - start) * row_bytes / _LARGE_TASK))
-        size = max(1, len(pieces) // n_files)
-        for index, first in enumerate(range(0, len(pieces), size)):
-            parts.append(Part(folder, index, tuple(pieces[first : first + size])))
+        rounds = math.ceil((stop - start) * row_bytes / (_FILES * _LARGE_TASK))
+        n_files = min(_FILES * rounds, len(pieces))
+        ends = [len(pieces) * index // n_files for index in range(n_files + 1)]
+        for index, (first, last) in enumerate(pairwise(ends)):
+            parts.append(Part(folder, index, tuple(pieces[first:last])))
         start = stop
     return parts
 

@@ -45,7 +45,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Workspace", "Writer", "open_workspace", "publish"]
+__all__ = ["Workspace", "Writer", "flush", "open_workspace", "publish"]
 
 _LATER_PART = re.compile(r"part-(?!0+-)\d{5,}-of-\d{5,}\.\w+")
 """Names of the files that are uploaded before the first of their folder."""
@@ -77,11 +77,9 @@ class Writer:
         return os.path.join(part.folder, f"part-{part.index:05}-of-{n_files:05}.{self.format}")
 
     def write(self, path: str, part: Part, batches: Iterable["pa.RecordBatch"]) -> int:
-        """Write a file of the result, flush it to the disk, and return its number of rows."""
+        """Write a file of the result, and return its number of rows."""
         write = self._write_parquet if self.format == "parquet" else self._write_rows
-        rows = write(path, part, batches)
-        _flush(path)
-        return rows
+        return write(path, part, batches)
 
     def _write_parquet(self, path: str, part: Part, batches: Iterable["pa.RecordBatch"]) -> int:
         """Write a row group for each batch."""
@@ -230,11 +228,11 @@ def _rename(work: Workspace, files: Mapping[str, str]) -> None:
         os.makedirs(os.path.dirname(f"{finished}/{name}"), exist_ok=True)
         os.rename(path, f"{finished}/{name}")
     for folder in {os.path.dirname(f"{finished}/{name}") for name in files} | {finished}:
-        _flush(folder)
+        flush(folder)
     if os.path.lexists(work.destination):
         os.rename(work.destination, f"{os.path.dirname(work.parts)}/{_REPLACED}")
     os.rename(finished, work.destination)
-    _flush(os.path.dirname(work.destination))
+    flush(os.path.dirname(work.destination))
 
 
 def _upload(work: Workspace, files: Mapping[str, str]) -> None:
@@ -331,7 +329,7 @@ def _locked(folder: str, destination: str) -> Iterator[None]:
         del _locked_here[folder]
 
 
-def _flush(path: str) -> None:
+def flush(path: str) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     if os.path.isdir(path) and os.name != "posix":
         return  # Windows cannot open folders.

@@ -21,7 +21,6 @@ record batch hold a checksum, since the format has none.
 
 import json
 import os
-import zlib
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,7 +54,7 @@ from pymc.variational._streaming.sources.summary import (
     is_dictionary,
     is_text,
 )
-from pymc.variational._streaming.utils import digest, positive_int
+from pymc.variational._streaming.utils import crc_of_sums, digest, positive_int
 
 __all__ = ["arrow_source", "checksum", "group_columns", "to_metadata", "with_columns"]
 
@@ -65,10 +64,6 @@ _TAIL = 1 << 16
 _UNREADABLE = (
     "not a readable Arrow IPC file; a stream without footer goes through a function that opens it"
 )
-_WORDS = 512
-"""Words of 8 bytes that are added up before their sums get a CRC, which is ten times as slow."""
-_HELD = 4096
-"""Bytes of which zlib computes a CRC without giving up the interpreter lock, for which it would wait."""
 
 
 def arrow_source(
@@ -441,9 +436,5 @@ def to_metadata(schema: "pa.Schema", n_rows: int, batch_rows: int) -> dict[bytes
 def checksum(arrays: Sequence[np.ndarray], number: int) -> dict[bytes, bytes]:
     """Return the metadata of a record batch: a checksum that any flipped bit changes."""
     for array in arrays:
-        data = array.reshape(-1).view(np.uint8)
-        whole = len(data) - len(data) % (8 * _WORDS)
-        sums = data[:whole].view(np.uint64).reshape(-1, _WORDS).sum(axis=1).view(np.uint8)
-        for piece in (*np.split(sums, range(_HELD, len(sums), _HELD)), data[whole:]):
-            number = zlib.crc32(piece, number)
+        number = crc_of_sums(array.reshape(-1).view(np.uint8), number)
     return {_CHECKSUM_KEY: b"%d" % number}

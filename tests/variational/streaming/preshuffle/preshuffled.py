@@ -57,7 +57,7 @@ def cut_small(
         "_SMALLEST_BLOCK": 1,
         "_LARGEST_BLOCK": block,
         "_FEWEST_TASKS": tasks,
-        "_FEWEST_FILES": files or tasks,
+        "_FILES": files or tasks,
         "_BATCH_BYTES": block // 4,
     }.items():
         monkeypatch_or_module(plan, name, value)

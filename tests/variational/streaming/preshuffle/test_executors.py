@@ -27,19 +27,19 @@ import pytest
 
 from pymc.variational.streaming import parquet_source, preshuffle
 from tests.variational.streaming.memory import forget_peak, in_clean_process, peak_mb
-from tests.variational.streaming.preshuffle.preshuffled import digests, every_type
+from tests.variational.streaming.preshuffle.preshuffled import cut_small, digests, every_type
 from tests.variational.streaming.sources.object_store import s3_server
 
 ROOT = Path(__file__).parents[4]
 PAGE = ROOT / "docs" / "source" / "streaming" / "preshuffle.md"
-N_ROWS = 200_000
+N_ROWS = 20_000
 LOAD = {"initializer": importlib.import_module, "initargs": ("tests",)}
 """Worker processes look for the code under test where this process does."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Write files that make a dozen tasks: numbers, and columns of every other type."""
+    """Write files that make a dozen tasks: numbers, and columns of words."""
     folder = tmp_path_factory.mktemp("source") / "in"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -47,8 +47,10 @@ def source(tmp_path_factory):
         words = pa.array([f"word-{k}" for k in rng.integers(0, 1000, N_ROWS // 4)])
         columns = {f"x{j}": rng.standard_normal(N_ROWS // 4) for j in range(30)}
         table = pa.table({**columns, "word": words.dictionary_encode(), "text": words})
-        pq.write_table(table, folder / f"{number}.parquet", row_group_size=10_000)
-    return folder
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch.setattr, block=1 << 20)
+        yield folder
 
 
 @pytest.fixture(scope="module")

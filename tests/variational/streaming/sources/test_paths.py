@@ -322,8 +322,6 @@ class TestPathsOfWindows:
             ("C:/data/day=1/", "C:/data/day=1"),
             ("C:\\", "C:/"),
             ("\\\\server\\share\\a\\..\\b", "//server/share/b"),
-            ("\\\\?\\C:\\long\\a?.parquet", "C:/long/a?.parquet"),
-            ("\\\\?\\UNC\\server\\share\\a", "//server/share/a"),
         ],
     )
     def test_they_are_spelled_with_slashes(self, path, expected):

@@ -107,11 +107,7 @@ def resolve(path: str | os.PathLike, filesystem: Any = None) -> tuple["pa.fs.Fil
 
 def local_path(path: str, module: ModuleType = os.path) -> str:
     """Return the absolute path with slashes, by the rules of *module* (``ntpath`` for Windows)."""
-    absolute = module.abspath(module.expanduser(path))
-    for prefix, short in (("\\\\?\\UNC\\", "\\\\"), ("\\\\?\\", "")):
-        if module.sep == "\\" and absolute.startswith(prefix):  # its ? is no wildcard
-            absolute = short + absolute.removeprefix(prefix)
-    return absolute.replace(module.sep, "/")
+    return module.abspath(module.expanduser(path)).replace(module.sep, "/")
 
 
 def list_parquet(path: Paths, filesystem: Any = None) -> tuple["pa.fs.FileSystem", list[str]]:
