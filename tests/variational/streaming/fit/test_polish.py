@@ -186,14 +186,33 @@ def test_a_skewed_posterior_is_told_of():
     assert "Compare with pm.sample on a part of the rows" in str(report)
 
 
-@pytest.mark.parametrize("prior_sd, verdict", [(100, "not Gaussian"), (1, "fine")])
-def test_a_parameter_that_no_event_bounds_is_told_of_until_its_prior_does(prior_sd, verdict):
-    """It is far from its mode, and there is no other one that could be integrated out."""
+def never(prior_sd):
+    """Return a stream of an event that never happened, and its model."""
     ds = StreamingDataset(np.zeros((20, 1)), batch_size=10)
     with pm.Model() as model:
         logit, event = pm.Normal("logit", 0, prior_sd), ds.as_tensor()[:, 0]
         pm.Bernoulli("y", logit_p=logit, observed=event, total_size=ds.total_size)
+    return ds, model
+
+
+@pytest.mark.parametrize("prior_sd, verdict", [(100, "not Gaussian"), (1, "fine")])
+def test_a_parameter_that_no_event_bounds_is_told_of_until_its_prior_does(prior_sd, verdict):
+    """It is far from its mode, and there is no other one that could be integrated out."""
+    ds, model = never(prior_sd)
     assert polish(pm.MeanField(model=model), ds, progressbar=False).verdict == verdict
+
+
+def test_moments_are_those_of_a_skewed_posterior():
+    """Its curvature changes by a third of itself within a step that needs no new one."""
+    ds, model = never(prior_sd=3)
+    approx = pm.MeanField(model=model)
+    report = polish(approx, ds, progressbar=False)
+    x = np.linspace(-30, 15, 10_001)
+    weights = np.exp(-(x**2) / 18 - 20 * np.logaddexp(0, x))
+    mean = np.average(x, weights=weights)
+    sd = np.sqrt(np.average((x - mean) ** 2, weights=weights))
+    assert approx.mean.eval()[0] == pytest.approx(mean, abs=0.02 * sd)
+    assert report.sd[0] == pytest.approx(sd, rel=0.04)
 
 
 def test_a_multivariate_likelihood_needs_no_fit_before():
