@@ -216,6 +216,7 @@ def _check_rows(
             raise _tied(model, rv, err, len(batch)) from None
         except Exception:  # an operation that cannot be tried by itself
             is_known = False
+    _check_length(likelihoods, graph, batch, terms)
     if is_known:
         return
     for first in (0, 1):  # the rows that are replaced are those at even places, then the others
@@ -226,6 +227,27 @@ def _check_rows(
             _check_shape(rv, other, len(batch), " for other values of the rows")
             if not same(other[kept], term[kept], rtol=1e-9, atol=1e-8):
                 raise _tied(model, rv, TiedError("a row's term changes with others"), len(batch))
+
+
+def _check_length(
+    likelihoods: Sequence[Variable],
+    graph: LikelihoodGraph,
+    batch: np.ndarray,
+    terms: Sequence[np.ndarray],
+) -> None:
+    """Check that a term is the same among fewer rows, but for its total_size, if there can be."""
+    few = (len(batch) + 1) // 2
+    try:
+        others = graph.evaluate(batch[:few])
+    except Exception:
+        return
+    for rv, term, other in zip(likelihoods, terms, others):
+        wanted = term[:few] * (len(batch) / few if total_size_of(rv) else 1)
+        if len(other) == few and not np.allclose(other, wanted, rtol=1e-3, equal_nan=True):
+            raise StreamError(
+                f"the log-likelihood of {rv.name!r} depends on the number of rows in the batch; "
+                "leave that number out, since total_size scales a batch to all rows"
+            )
 
 
 def _check_shape(rv: Variable, term: np.ndarray, n_rows: int, when: str = "") -> None:

@@ -121,6 +121,16 @@ REFUSED = {
         ),
         "'y'",
     ),
+    "scaled by the length of a batch": (
+        lambda buf, n: pm.CustomDist(
+            "y",
+            pm.Normal("b"),
+            logp=lambda y, b: pm.logp(pm.Normal.dist(b), y) * (n / y.shape[0]),
+            observed=buf[:, 1],
+            total_size=n,
+        ),
+        "'y' depends on the number of rows in the batch; leave that number out",
+    ),
     "centred, where no probability is within its bounds at first": (
         lambda buf, n: pm.Bernoulli(
             "y",
