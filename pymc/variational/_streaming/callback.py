@@ -21,7 +21,12 @@ import numpy as np
 
 from pymc.model.core import Model
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.guards import WITHOUT_LOSS, check_model, check_other_streams
+from pymc.variational._streaming.guards import (
+    WITHOUT_LOSS,
+    check_model,
+    check_other_streams,
+    tell_infinite,
+)
 from pymc.variational.approximations import Empirical
 from pymc.variational.callbacks import Callback
 
@@ -43,6 +48,8 @@ class FitCallback(Callback):
         self._checked: tuple[Any, ...] = ()
         self._step: tuple[int, Any] = (0, None)
         self._approx: Any = None
+        self._told = False
+        """Whether an infinite loss has been looked into."""
 
     def check(self, model: Model) -> None:
         """Refuse a wrong model; one that has not changed since is not checked again."""
@@ -71,6 +78,9 @@ class FitCallback(Callback):
             self.check(approx.model)
             check_other_streams(approx.model)
             self._approx = approx
+        if losses is not None and np.isinf(losses[-1]) and not self._told:
+            self._told, ds = True, self.dataset
+            tell_infinite(approx.model.root, ds.as_tensor(), ds.columns, ds.rows_seen, i)
         # PyMC shows the part of an array of all steps that has been filled.
         is_last = losses is not None and len(losses) == getattr(losses.base, "size", None)
         if not self.dataset._advance(is_last=is_last) and not is_last:

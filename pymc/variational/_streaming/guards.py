@@ -26,7 +26,13 @@ from pytensor.xtensor.type import XTensorType
 from pymc.model.core import Model
 from pymc.variational._streaming.contract import Contract, derive_contract
 from pymc.variational._streaming.errors import StreamError, warn
-from pymc.variational._streaming.likelihood import LikelihoodGraph, TiedError, is_of, same
+from pymc.variational._streaming.likelihood import (
+    LikelihoodGraph,
+    TiedError,
+    columns_read,
+    is_of,
+    same,
+)
 from pymc.variational.minibatch_rv import MinibatchRandomVariable
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "check_other_streams",
     "contract_for",
     "depends_on",
+    "tell_infinite",
     "total_size_of",
 ]
 
@@ -44,6 +51,9 @@ WITHOUT_LOSS = (
     "and fit with ADVI or FullRankADVI"
 )
 """Why a stream refuses a fit that does not compute its loss."""
+
+_MOST_SHOWN = 8
+"""Values of a row that a message shows."""
 
 _LEAST_ROWS = 8
 """Rows from which a contract is derived, at least."""
@@ -147,6 +157,30 @@ def check_other_streams(model: Model) -> None:
                 f"the model also uses the stream {buffer.name!r}, which has no rows yet; "
                 "pass its fit_callback() to the fit, too"
             )
+
+
+def tell_infinite(
+    model: Model, buffer: SharedVariable, columns: tuple[str, ...] | None, offset: int, step: int
+) -> None:
+    """Warn of a row in the buffer, the first one being at *offset*, that made a loss infinite.
+
+    Nothing is said where a draw of the parameters did.
+    """
+    likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
+    batch = buffer.get_value(borrow=True)
+    graph = LikelihoodGraph(model, likelihoods, buffer, batch)
+    for term in graph.evaluate(batch):
+        bad = ~np.isfinite(term).reshape(len(batch), -1).all(axis=1)
+        if bad.any():
+            row, names = int(np.argmax(bad)), columns or range(batch[0].size)
+            read = columns_read(graph.terms, graph.rows)[:_MOST_SHOWN]
+            values = ", ".join(f"{names[c]}: {batch[row].flat[c]:g}" for c in read)
+            warn(
+                f"row {offset + row} of the stream has no finite log-likelihood, so that the steps "
+                "that meet it are wrong or lost; leave such rows out of the source "
+                f"(the loss of step {step} is infinite, and the row has {values})"
+            )
+            return
 
 
 def depends_on(model: Model, var: Variable, buffer: SharedVariable) -> bool:
