@@ -54,8 +54,9 @@ class FitCallback(Callback):
     def check(self, model: Model) -> None:
         """Refuse a wrong model; one that has not changed since is not checked again."""
         model = model.root  # a nested model lacks the variables of those around it
-        factors = (model, *model.basic_RVs, *model.potentials)
-        if factors != self._checked:
+        data = (var.get_value(borrow=True) for var in model.data_vars)
+        factors = (model, *model.basic_RVs, *model.potentials, *data)
+        if list(map(id, factors)) != list(map(id, self._checked)):
             ds = self.dataset
             contract = check_model(model, ds.as_tensor(), ds.total_size, ds.columns)
             ds._reader.hold_to(contract)

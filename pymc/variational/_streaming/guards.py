@@ -91,6 +91,12 @@ def check_model(
                 f"{buffer.name!r}; only likelihoods can be fitted in minibatches"
             )
     for rv in likelihoods:
+        for other in _streams_of(model, [rv]):
+            if not is_of(other, buffer):
+                raise StreamError(
+                    f"{rv.name!r} depends on the streams {buffer.name!r} and {other.name!r}, whose "
+                    "rows do not belong together; stream their columns from one source"
+                )
         _check_total_size(model, rv, total_size)
     batch = buffer.get_value(borrow=True)
     graph = LikelihoodGraph(model, likelihoods, buffer, batch, potentials)
@@ -149,10 +155,8 @@ def check_other_streams(model: Model) -> None:
 
     PyMC computes a loss without them where no total_size scales them, as in a Potential.
     """
-    roots = [*model.basic_RVs, *model.rvs_to_values.values(), *model.potentials]
-    shared = [a for a in ancestors(roots) if isinstance(a, SharedVariable)]
-    for buffer in shared:
-        if hasattr(buffer.tag, "fit_callback") and not len(buffer.get_value(borrow=True)):
+    for buffer in _streams_of(model, [*model.basic_RVs, *model.potentials]):
+        if not len(buffer.get_value(borrow=True)):
             raise StreamError(
                 f"the model also uses the stream {buffer.name!r}, which has no rows yet; "
                 "pass its fit_callback() to the fit, too"
@@ -181,6 +185,13 @@ def tell_infinite(
                 f"(the loss of step {step} is infinite, and the row has {values})"
             )
             return
+
+
+def _streams_of(model: Model, variables: Sequence[Variable]) -> list[SharedVariable]:
+    """Return the buffers of all streams from which variables or their values are computed."""
+    values = [model.rvs_to_values[v] for v in variables if v in model.rvs_to_values]
+    found = ancestors([*variables, *values])
+    return [a for a in found if isinstance(a, SharedVariable) and hasattr(a.tag, "fit_callback")]
 
 
 def depends_on(model: Model, var: Variable, buffer: SharedVariable) -> bool:
