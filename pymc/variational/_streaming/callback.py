@@ -21,7 +21,12 @@ import numpy as np
 
 from pymc.model.core import Model
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.guards import WITHOUT_LOSS, check_model, check_other_streams
+from pymc.variational._streaming.guards import (
+    WITHOUT_LOSS,
+    check_model,
+    check_other_streams,
+    tell_infinite,
+)
 from pymc.variational.approximations import Empirical
 from pymc.variational.callbacks import Callback
 
@@ -43,12 +48,15 @@ class FitCallback(Callback):
         self._checked: tuple[Any, ...] = ()
         self._step: tuple[int, Any] = (0, None)
         self._approx: Any = None
+        self._told = False
+        """Whether an infinite loss has been looked into."""
 
     def check(self, model: Model) -> None:
         """Refuse a wrong model; one that has not changed since is not checked again."""
         model = model.root  # a nested model lacks the variables of those around it
-        factors = (model, *model.basic_RVs, *model.potentials)
-        if factors != self._checked:
+        data = (var.get_value(borrow=True) for var in model.data_vars)
+        factors = (model, *model.basic_RVs, *model.potentials, *data)
+        if list(map(id, factors)) != list(map(id, self._checked)):
             ds = self.dataset
             contract = check_model(model, ds.as_tensor(), ds.total_size, ds.columns)
             ds._reader.hold_to(contract)
@@ -71,6 +79,9 @@ class FitCallback(Callback):
             self.check(approx.model)
             check_other_streams(approx.model)
             self._approx = approx
+        if losses is not None and np.isinf(losses[-1]) and not self._told:
+            self._told, ds = True, self.dataset
+            tell_infinite(approx.model.root, ds.as_tensor(), ds.columns, ds.rows_seen, i)
         # PyMC shows the part of an array of all steps that has been filled.
         is_last = losses is not None and len(losses) == getattr(losses.base, "size", None)
         if not self.dataset._advance(is_last=is_last) and not is_last:

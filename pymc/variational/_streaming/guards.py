@@ -26,7 +26,13 @@ from pytensor.xtensor.type import XTensorType
 from pymc.model.core import Model
 from pymc.variational._streaming.contract import Contract, derive_contract
 from pymc.variational._streaming.errors import StreamError, warn
-from pymc.variational._streaming.likelihood import LikelihoodGraph, TiedError, is_of, same
+from pymc.variational._streaming.likelihood import (
+    LikelihoodGraph,
+    TiedError,
+    columns_read,
+    is_of,
+    same,
+)
 from pymc.variational.minibatch_rv import MinibatchRandomVariable
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "check_other_streams",
     "contract_for",
     "depends_on",
+    "tell_infinite",
     "total_size_of",
 ]
 
@@ -44,6 +51,9 @@ WITHOUT_LOSS = (
     "and fit with ADVI or FullRankADVI"
 )
 """Why a stream refuses a fit that does not compute its loss."""
+
+_MOST_SHOWN = 8
+"""Values of a row that a message shows."""
 
 _LEAST_ROWS = 8
 """Rows from which a contract is derived, at least."""
@@ -81,6 +91,12 @@ def check_model(
                 f"{buffer.name!r}; only likelihoods can be fitted in minibatches"
             )
     for rv in likelihoods:
+        for other in _streams_of(model, [rv]):
+            if not is_of(other, buffer):
+                raise StreamError(
+                    f"{rv.name!r} depends on the streams {buffer.name!r} and {other.name!r}, whose "
+                    "rows do not belong together; stream their columns from one source"
+                )
         _check_total_size(model, rv, total_size)
     batch = buffer.get_value(borrow=True)
     graph = LikelihoodGraph(model, likelihoods, buffer, batch, potentials)
@@ -139,14 +155,43 @@ def check_other_streams(model: Model) -> None:
 
     PyMC computes a loss without them where no total_size scales them, as in a Potential.
     """
-    roots = [*model.basic_RVs, *model.rvs_to_values.values(), *model.potentials]
-    shared = [a for a in ancestors(roots) if isinstance(a, SharedVariable)]
-    for buffer in shared:
-        if hasattr(buffer.tag, "fit_callback") and not len(buffer.get_value(borrow=True)):
+    for buffer in _streams_of(model, [*model.basic_RVs, *model.potentials]):
+        if not len(buffer.get_value(borrow=True)):
             raise StreamError(
                 f"the model also uses the stream {buffer.name!r}, which has no rows yet; "
                 "pass its fit_callback() to the fit, too"
             )
+
+
+def tell_infinite(
+    model: Model, buffer: SharedVariable, columns: tuple[str, ...] | None, offset: int, step: int
+) -> None:
+    """Warn of a row in the buffer, the first one being at *offset*, that made a loss infinite.
+
+    Nothing is said where a draw of the parameters did.
+    """
+    likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
+    batch = buffer.get_value(borrow=True)
+    graph = LikelihoodGraph(model, likelihoods, buffer, batch)
+    for term in graph.evaluate(batch):
+        bad = ~np.isfinite(term).reshape(len(batch), -1).all(axis=1)
+        if bad.any():
+            row, names = int(np.argmax(bad)), columns or range(batch[0].size)
+            read = columns_read(graph.terms, graph.rows)[:_MOST_SHOWN]
+            values = ", ".join(f"{names[c]}: {batch[row].flat[c]:g}" for c in read)
+            warn(
+                f"row {offset + row} of the stream has no finite log-likelihood, so that the steps "
+                "that meet it are wrong or lost; leave such rows out of the source "
+                f"(the loss of step {step} is infinite, and the row has {values})"
+            )
+            return
+
+
+def _streams_of(model: Model, variables: Sequence[Variable]) -> list[SharedVariable]:
+    """Return the buffers of all streams from which variables or their values are computed."""
+    values = [model.rvs_to_values[v] for v in variables if v in model.rvs_to_values]
+    found = ancestors([*variables, *values])
+    return [a for a in found if isinstance(a, SharedVariable) and hasattr(a.tag, "fit_callback")]
 
 
 def depends_on(model: Model, var: Variable, buffer: SharedVariable) -> bool:
@@ -216,6 +261,7 @@ def _check_rows(
             raise _tied(model, rv, err, len(batch)) from None
         except Exception:  # an operation that cannot be tried by itself
             is_known = False
+    _check_length(likelihoods, graph, batch, terms)
     if is_known:
         return
     for first in (0, 1):  # the rows that are replaced are those at even places, then the others
@@ -226,6 +272,27 @@ def _check_rows(
             _check_shape(rv, other, len(batch), " for other values of the rows")
             if not same(other[kept], term[kept], rtol=1e-9, atol=1e-8):
                 raise _tied(model, rv, TiedError("a row's term changes with others"), len(batch))
+
+
+def _check_length(
+    likelihoods: Sequence[Variable],
+    graph: LikelihoodGraph,
+    batch: np.ndarray,
+    terms: Sequence[np.ndarray],
+) -> None:
+    """Check that a term is the same among fewer rows, but for its total_size, if there can be."""
+    few = (len(batch) + 1) // 2
+    try:
+        others = graph.evaluate(batch[:few])
+    except Exception:
+        return
+    for rv, term, other in zip(likelihoods, terms, others):
+        wanted = term[:few] * (len(batch) / few if total_size_of(rv) else 1)
+        if len(other) == few and not np.allclose(other, wanted, rtol=1e-3, equal_nan=True):
+            raise StreamError(
+                f"the log-likelihood of {rv.name!r} depends on the number of rows in the batch; "
+                "leave that number out, since total_size scales a batch to all rows"
+            )
 
 
 def _check_shape(rv: Variable, term: np.ndarray, n_rows: int, when: str = "") -> None:

@@ -13,6 +13,8 @@
 #   limitations under the License.
 """Every row is held to what the model demands, whichever batch it comes in."""
 
+import contextlib
+
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,7 +23,13 @@ import pytest
 
 import pymc as pm
 
-from pymc.variational.streaming import StreamError, StreamingDataset, check_fit, polish
+from pymc.variational.streaming import (
+    StreamError,
+    StreamingDataset,
+    StreamWarning,
+    check_fit,
+    polish,
+)
 
 N, BATCH, LATE = 60, 10, 47
 
@@ -330,3 +338,21 @@ def test_rows_of_ones_own_leave_the_stream_held_to_the_support():
         with pytest.raises(StreamError, match=r"row 20 .* -1.0 in column .* support of 'y'"):
             ds.advance()
         del callback
+
+
+def fit_a_row_of_a_negative_scale(scale, *, warns):
+    """Fit a model with a row whose scale is -1, which *scale* may or may not make right."""
+    with StreamingDataset(table(u=-1), batch_size=BATCH, order_check="off") as ds, pm.Model():
+        buf, s = ds.as_tensor(), pm.HalfNormal("s")
+        pm.Normal("y", pm.Normal("b"), s * scale(buf[:, 2]), observed=buf[:, 0], total_size=N)
+        options = {"progressbar": False, "compile_kwargs": {"mode": "FAST_COMPILE"}}
+        with pytest.warns(StreamWarning, match=warns) if warns else contextlib.nullcontext():
+            pm.fit(20, callbacks=[ds.fit_callback()], **options)
+
+
+def test_a_row_that_makes_the_loss_infinite_is_told_of_once_and_may_be_repaired():
+    """What parameters and rows give together is not derived from the graph."""
+    fit_a_row_of_a_negative_scale(
+        lambda u: u, warns=f"row {LATE} .* no finite log-likelihood.*step 5.* 0: 1, 2: -1"
+    )
+    fit_a_row_of_a_negative_scale(pt.abs, warns=None)

@@ -121,6 +121,16 @@ REFUSED = {
         ),
         "'y'",
     ),
+    "scaled by the length of a batch": (
+        lambda buf, n: pm.CustomDist(
+            "y",
+            pm.Normal("b"),
+            logp=lambda y, b: pm.logp(pm.Normal.dist(b), y) * (n / y.shape[0]),
+            observed=buf[:, 1],
+            total_size=n,
+        ),
+        "'y' depends on the number of rows in the batch; leave that number out",
+    ),
     "centred, where no probability is within its bounds at first": (
         lambda buf, n: pm.Bernoulli(
             "y",
@@ -321,6 +331,29 @@ def test_what_is_added_after_the_callback_is_checked_at_its_first_call(ds):
         pm.Normal("z", b, observed=ds.as_tensor()[:, 1])
         with pytest.raises(StreamError, match="'z' depends on the stream but has no total_size"):
             pm.fit(1, callbacks=[callback], **QUICK)
+
+
+def test_data_that_change_after_the_callback_are_checked_at_its_first_call(ds):
+    with pm.Model():
+        offset = pm.Data("offset", np.zeros(12))
+        mean = pm.Normal("b") + offset
+        pm.Normal("y", mean, observed=ds.as_tensor()[:, 0], total_size=60)
+        callback = ds.fit_callback()
+        pm.set_data({"offset": np.arange(12.0)})
+        with pytest.raises(StreamError, match=r"'y' ties .* a value for each place"):
+            pm.fit(1, callbacks=[callback], **QUICK)
+
+
+def test_columns_of_two_streams_in_one_likelihood_come_from_one_source(ds):
+    with StreamingDataset(np.zeros((60, 1)), batch_size=12, name="other") as other, pm.Model():
+        x, y = other.as_tensor()[:, 0], ds.as_tensor()[:, 0]
+        pm.Normal("y", pm.Normal("b") * x, observed=y, total_size=60)
+        with pytest.raises(StreamError, match=r"'stream' and 'other', .* one source"):
+            ds.fit_callback()
+    with StreamingDataset(np.zeros((60, 2)), batch_size=12) as both, pm.Model():
+        x, y = both.as_tensor()[:, 0], both.as_tensor()[:, 1]
+        pm.Normal("y", pm.Normal("b") * x, observed=y, total_size=60)
+        both.fit_callback()
 
 
 def test_a_model_that_has_not_changed_is_checked_once(ds, monkeypatch):

@@ -47,8 +47,11 @@ _MAX_STEPS = 100
 _TOLERANCE = 0.02
 """Standard deviations, or share of one, by which the last step changes a mean or a scale."""
 
+_LONG = 0.1
+"""Share of a whole step from which on a step counts as long."""
+
 _NEAR = 0.2
-"""Standard deviations within which the optimum is where no step raises the bound."""
+"""Standard deviations within which the optimum is where no long step raises the bound."""
 
 _MAX_RATIO = 4.0
 """Factor by which a variance may change in one step."""
@@ -132,7 +135,7 @@ def best_gaussian(
     Hessian (Opper and Archambeau 2009). Each step raises the bound; None if none can. The *parts*
     of the log density have their standard normal draws with them.
     """
-    factor, share = np.linalg.cholesky(covariance), 1.0
+    factor, share, eye = np.linalg.cholesky(covariance), 1.0, np.eye(len(mean))
     bound, gradient, precision = _expect(parts, mean, factor)
     for _ in range(_MAX_STEPS):
         if not (np.isfinite(precision).all() and np.isfinite(gradient).all()):
@@ -155,11 +158,13 @@ def best_gaussian(
         moved = max(np.abs((new_mean - mean) / new_sd).max(), np.abs(np.log(new_sd / sd)).max())
         if not rises:
             return None
+        # A step that turns around what is left of the way has gone too far.
+        way = ((precision - eye) * (new[2] - eye)).sum() / 2 + gradient @ covariance @ new[1]
         mean, factor, (bound, gradient, precision) = new_mean, new_factor, new
         # Draws are exact for quadratics only, and an optimum is where no long step raises the bound.
-        if moved < (_TOLERANCE if share > 0.1 else _NEAR) * share:
+        if moved < (_TOLERANCE if share >= _LONG else _NEAR) * share:
             return mean, covariance
-        share = min(1.0, 2 * share)
+        share = min(1.0, 2 * share) if way > 0 else max(share / 2, _LONG)
     return None
 
 

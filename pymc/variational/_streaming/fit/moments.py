@@ -109,8 +109,10 @@ def _target(run: Search, mode: Mode, path: _Path) -> Target:
     sample, (height, slope) = run.sample.first(_DRAW_ROWS), run.prior(x)
     if path.curved:
         value, gradient = run.value_and_gradient(x)
-        mode = Mode(x, value, gradient, Curvature(run.hessian(x, steps)), np.inf)
-    difference = mode.curvature.hessian - sample.hessian(x, steps)
+        mode = Mode(x, value, gradient, Curvature(run.hessian(x, steps)), x, np.inf)
+    difference = np.zeros((len(x), len(x)))
+    if sample.inflation > 1:
+        difference = mode.curvature.hessian - sample.hessian(mode.at, steps)
     density = Corrected(sample, x, mode.value - height, mode.gradient - slope, difference)
     if path.curved:
         transform = Ridge(density, path.curved, steps).transform(x, path.spread)

@@ -75,7 +75,7 @@ class Ridge:
         found = maximize(value_and_gradient, hessian, rest, tolerance=_ON_RIDGE, steps=first)
         there = Curvature(hessian(found.x, RELATIVE_STEP * found.curvature.scale))
         whole[self.others] = found.x
-        return whole, found._replace(curvature=there)
+        return whole, found._replace(curvature=there, at=found.x)
 
     def climb(
         self, x: np.ndarray, steps: np.ndarray

@@ -168,6 +168,8 @@ class Mode(NamedTuple):
     value: float
     gradient: np.ndarray
     curvature: Curvature
+    at: np.ndarray
+    """Point at which the curvature was computed, which is near *x*."""
     distance: float
     """Standard deviations to go, infinite where the function is not concave."""
 
@@ -204,12 +206,12 @@ def maximize(
     value, gradient = function(x)
     if steps is None:
         steps = 1e-4 * np.maximum(1.0, np.abs(x))
-    curvature, moved, damping = Curvature(hessian(x, steps)), 0.0, 1e-3
+    curvature, at, moved, damping = Curvature(hessian(x, steps)), x, 0.0, 1e-3
     for n in range(max_steps + 1):
         distance = np.inf
         if curvature.is_concave:
             distance = curvature.distance(curvature.step(gradient, 0.0)[0])
-        show(Mode(x, value, gradient, curvature, distance))
+        show(Mode(x, value, gradient, curvature, at, distance))
         if distance < tolerance or n == max_steps:
             break
         found = _rise(function, x, value, gradient, curvature, damping)
@@ -218,8 +220,9 @@ def maximize(
         x, value, gradient, damping = found
         moved += distance
         if moved > _REUSE:
-            curvature, moved = Curvature(hessian(x, RELATIVE_STEP * curvature.scale)), 0.0
-    return Mode(x, value, gradient, curvature, distance)
+            curvature = Curvature(hessian(x, RELATIVE_STEP * curvature.scale))
+            at, moved = x, 0.0
+    return Mode(x, value, gradient, curvature, at, distance)
 
 
 def _rise(

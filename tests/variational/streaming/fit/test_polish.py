@@ -185,6 +185,22 @@ def test_a_skewed_posterior_is_told_of():
     assert "Compare with pm.sample on a part of the rows" in str(report)
 
 
+def test_moments_are_those_of_a_skewed_posterior():
+    """Its curvature changes by a third of itself within a step that needs no new one."""
+    ds = StreamingDataset(np.zeros((20, 1)), batch_size=10)
+    with pm.Model() as model:
+        logit, event = pm.Normal("logit", 0, 3), ds.as_tensor()[:, 0]
+        pm.Bernoulli("y", logit_p=logit, observed=event, total_size=ds.total_size)
+    approx = pm.MeanField(model=model)
+    report = polish(approx, ds, progressbar=False)
+    x = np.linspace(-30, 15, 10_001)
+    weights = np.exp(-(x**2) / 18 - 20 * np.logaddexp(0, x))
+    mean = np.average(x, weights=weights)
+    sd = np.sqrt(np.average((x - mean) ** 2, weights=weights))
+    assert approx.mean.eval()[0] == pytest.approx(mean, abs=0.02 * sd)
+    assert report.sd[0] == pytest.approx(sd, rel=0.04)
+
+
 def test_a_multivariate_likelihood_needs_no_fit_before():
     """Before one the buffer holds no rows, on which linear algebra cannot be evaluated."""
     rows = np.random.default_rng(0).normal(1.0, 1.0, size=(1_000, 2))
