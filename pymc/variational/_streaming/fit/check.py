@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from scipy.sparse import csr_array, diags_array
+from scipy.sparse import csr_array, diags_array, issparse
 from scipy.stats import f as f_distribution
 
 from pymc.variational._streaming.dataset import StreamingDataset
@@ -209,6 +209,12 @@ def measure(
         at, scales = target.mean, np.linalg.cholesky(target.covariance)
         likelihood, prior = target.likelihood, target.prior
     optimum = find_optimum(at, scales, Rows(likelihood, prior, sample.n_rows, error, shared), rng)
+    if issparse(difference) and optimum.precisions[0] <= 0:
+        # Columns of all rows beside those of a sample need not make a precision.
+        diagonal = difference.diagonal()
+        plain = Corrected(sample, at, value, gradient - prior(at)[1], diagonal, factors)
+        rows_of_sample = Rows(plain.likelihood, prior, sample.n_rows, error, shared)
+        optimum = find_optimum(at, scales, rows_of_sample, rng)
     return _report(group, density, scales, passes, gradient, optimum)
 
 
