@@ -36,6 +36,7 @@ import pymc as pm
 from benchmarks.cases import Data, epoch, order_book
 from benchmarks.harness import markdown, peak_growth
 from benchmarks.orderbook.experiment import BATCH_SIZE
+from pymc.variational._streaming.likelihood import Factors
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.report import Stream
 from pymc.variational._streaming.order.statistic import ModelScore
@@ -210,7 +211,7 @@ def watch_seconds(windows: Sequence[np.ndarray], model: Callable, n_rows: int) -
     with StreamingDataset(pilot, batch_size=BATCH_SIZE, order_check="off") as ds:
         with pm.Model() as built:
             model(ds.as_tensor(), n_rows)
-        score = ModelScore(built, ds.as_tensor()).at(pilot, n_rows)
+        score = ModelScore(Factors(built), ds.as_tensor()).at(pilot, n_rows)
     assert score is not None
     seconds = []
     for _ in range(REPEATS):

@@ -48,6 +48,7 @@ import pymc as pm
 
 from benchmarks.cases import Case, Data, stream
 from benchmarks.harness import about, load, markdown, measure, save
+from pymc.variational._streaming.likelihood import Factors
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
 from pymc.variational._streaming.order.ranks import ALPHA
@@ -210,7 +211,7 @@ def _regression() -> ModelScore:
         b, x = pm.Normal("b", 0, 10, shape=4), pt.as_tensor(ds.as_tensor())
         mean = b[0] + b[1] * x[:, 0] + b[2] * x[:, 1] + b[3] * x[:, 2]
         pm.Normal("y", mean, pm.HalfNormal("s", 10), observed=x[:, 3], total_size=SHUFFLED_ROWS)
-    return ModelScore(model, ds.as_tensor())
+    return ModelScore(Factors(model), ds.as_tensor())
 
 
 def _power(effect: float, n_repeats: int) -> dict[str, Any]:

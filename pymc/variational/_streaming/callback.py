@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from pymc.model.core import Model
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.guards import (
     WITHOUT_LOSS,
@@ -27,6 +26,7 @@ from pymc.variational._streaming.guards import (
     check_other_streams,
     tell_infinite,
 )
+from pymc.variational._streaming.likelihood import Factors
 from pymc.variational.approximations import Empirical
 from pymc.variational.callbacks import Callback
 
@@ -51,16 +51,16 @@ class FitCallback(Callback):
         self._told = False
         """Whether an infinite loss has been looked into."""
 
-    def check(self, model: Model) -> None:
+    def check(self, factors: Factors) -> None:
         """Refuse a wrong model; one that has not changed since is not checked again."""
-        model = model.root  # a nested model lacks the variables of those around it
+        model = factors.model
         data = (var.get_value(borrow=True) for var in model.data_vars)
-        factors = (model, *model.basic_RVs, *model.potentials, *data)
-        if list(map(id, factors)) != list(map(id, self._checked)):
+        variables = (model, *model.basic_RVs, *model.potentials, *data)
+        if list(map(id, variables)) != list(map(id, self._checked)):
             ds = self.dataset
-            contract = check_model(model, ds.as_tensor(), ds.total_size, ds.columns)
+            contract = check_model(factors, ds.as_tensor(), ds.total_size, ds.columns)
             ds._reader.hold_to(contract)
-            self._checked = factors
+            self._checked = variables
 
     def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
         if losses is None and not isinstance(approx, Empirical):
@@ -76,7 +76,7 @@ class FitCallback(Callback):
                 "pass it to the fit once"
             )
         if approx is not self._approx:
-            self.check(approx.model)
+            self.check(Factors(approx.model))
             check_other_streams(approx.model)
             self._approx = approx
         if losses is not None and np.isinf(losses[-1]) and not self._told:

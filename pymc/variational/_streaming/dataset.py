@@ -31,6 +31,7 @@ from pymc.variational._streaming.batches.rebatch import Batch, cast, rebatch
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.callback import FitCallback, Offer
 from pymc.variational._streaming.errors import StreamError, warn
+from pymc.variational._streaming.likelihood import Factors
 from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.reader import BatchReader, Position, TotalSize
 from pymc.variational._streaming.sources.arrays import as_source
@@ -257,13 +258,13 @@ class StreamingDataset:
         self._require_own_rows()
         callback = self._driver = FitCallback(self)
         model = Model.get_context(error_if_none=False)
+        factors = Factors(model) if isinstance(model, Model) else None
         try:
             if not self._reader.is_open:
-                if isinstance(model, Model):
-                    self._order.use_model(model, self._buffer)
+                self._order.use_model(factors, self._buffer)
                 self._advance()
-            if isinstance(model, Model) and (model.root.observed_RVs or model.root.potentials):
-                callback.check(model)
+            if factors and (factors.model.observed_RVs or factors.model.potentials):
+                callback.check(factors)
         except BaseException:
             self.close()
             raise
@@ -307,7 +308,6 @@ class StreamingDataset:
         ...     ds.as_tensor().sum(axis=1).eval()
         array([0., 0., 0.])
         """
-        self._require_own_rows()
         source = with_columns(rows, self._source)
         own = np.concatenate(list(self._read_once(source, self._batch_size)))
         self._reader.require(own)

@@ -27,13 +27,14 @@ from pymc.model.core import Model
 from pymc.variational._streaming.contract import Contract, derive_contract
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.likelihood import (
+    Factors,
     LikelihoodGraph,
     TiedError,
     columns_read,
     is_of,
     same,
 )
-from pymc.variational.minibatch_rv import MinibatchRandomVariable
+from pymc.variational.minibatch_rv import MinibatchRandomVariable, get_scaling
 
 __all__ = [
     "WITHOUT_LOSS",
@@ -41,6 +42,7 @@ __all__ = [
     "check_other_streams",
     "contract_for",
     "depends_on",
+    "scaling",
     "tell_infinite",
     "total_size_of",
 ]
@@ -60,7 +62,7 @@ _LEAST_ROWS = 8
 
 
 def check_model(
-    model: Model,
+    factors: Factors,
     buffer: SharedVariable,
     total_size: int | None,
     columns: tuple[str, ...] | None = None,
@@ -76,6 +78,7 @@ def check_model(
     Contract
         Conditions on the rows, which those of the batch that is there meet.
     """
+    model = factors.model
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     potentials = [p for p in model.potentials if depends_on(model, p, buffer)]
     if not likelihoods and not potentials:
@@ -99,7 +102,7 @@ def check_model(
                 )
         _check_total_size(model, rv, total_size)
     batch = buffer.get_value(borrow=True)
-    graph = LikelihoodGraph(model, likelihoods, buffer, batch, potentials)
+    graph = LikelihoodGraph(factors, likelihoods, buffer, batch, potentials)
     contract = derive_contract(graph, likelihoods, columns)
     contract.check(batch)
     _check_rows(model, likelihoods, graph, batch)
@@ -113,7 +116,7 @@ def check_model(
 
 
 def contract_for(
-    model: Model,
+    factors: Factors,
     buffer: SharedVariable,
     rows: np.ndarray,
     columns: tuple[str, ...] | None,
@@ -124,11 +127,12 @@ def contract_for(
     Observed values may lie outside a support: the log-likelihood of such rows is -inf. Variables
     that are *predicted* must have a value for each row that depends on that row alone.
     """
+    model = factors.model
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     others = {name: rv for name, rv in predicted.items() if rv not in likelihoods}
     # Along which axis rows lie does not show where there is one.
     rows = np.resize(rows, (max(len(rows), _LEAST_ROWS), *rows.shape[1:]))
-    graph = LikelihoodGraph(model, likelihoods, buffer, rows, list(others.values()))
+    graph = LikelihoodGraph(factors, likelihoods, buffer, rows, list(others.values()))
     for name, var in zip(others, graph.others):
         _require_by_row(name, var, graph)
     return derive_contract(graph, likelihoods, columns).without_supports()
@@ -172,7 +176,7 @@ def tell_infinite(
     """
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     batch = buffer.get_value(borrow=True)
-    graph = LikelihoodGraph(model, likelihoods, buffer, batch)
+    graph = LikelihoodGraph(Factors(model), likelihoods, buffer, batch)
     for term in graph.evaluate(batch):
         bad = ~np.isfinite(term).reshape(len(batch), -1).all(axis=1)
         if bad.any():
@@ -239,6 +243,13 @@ def total_size_of(rv: Variable) -> list:
     while sizes and sizes[-1] is None:
         sizes.pop()
     return sizes
+
+
+def scaling(model: Model, rv: Variable) -> Variable | float:
+    """Return the factor by which PyMC scales the likelihood of a batch to all rows."""
+    if not total_size_of(rv):
+        return 1.0
+    return get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)
 
 
 def _constant(size: Variable) -> int | str | None:

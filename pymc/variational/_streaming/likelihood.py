@@ -14,6 +14,7 @@
 """The log-likelihood of a model, row by row, and which axes of its graph run over the rows."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -43,12 +44,15 @@ from pytensor.tensor.subtensor import (
     get_idx_list,
 )
 
+from pymc.initial_point import make_initial_point_expression
 from pymc.logprob.utils import CheckParameterValue, local_remove_check_parameter
 from pymc.model.core import Model
+from pymc.pytensorf import find_rng_nodes, replace_rng_nodes, reseed_rngs
 from pymc.variational._streaming.errors import StreamError
 
 __all__ = [
     "UNCOMPILED",
+    "Factors",
     "LikelihoodGraph",
     "TiedError",
     "columns_read",
@@ -77,6 +81,42 @@ class TiedError(Exception):
         """Variable that differs between the places of a batch, where that is the reason."""
 
 
+class Factors:
+    """Factors of the density of a model, and its initial point, each computed when it is needed."""
+
+    def __init__(self, model: Model):
+        self.model = model.root
+        """The outermost model: a nested one lacks the variables of those around it."""
+
+    @cached_property
+    def logp(self) -> dict[Variable, Any]:
+        """Log-probability of each random variable, and each potential, for single entries."""
+        variables = [*self.model.basic_RVs, *self.model.potentials]
+        try:
+            return dict(zip(variables, self.model.logp(variables, sum=False)))
+        except ValueError as err:
+            raise StreamError(
+                "the log-likelihood needs variables that are not in this model; call "
+                f"fit_callback() in the context of the model that has them all ({err})"
+            ) from err
+
+    @cached_property
+    def initial_point(self) -> dict[str, np.ndarray]:
+        """Values of ``Model.initial_point(0)``, for which nothing is compiled."""
+        rvs = self.model.free_RVs
+        values = make_initial_point_expression(
+            free_rvs=rvs,
+            rvs_to_transforms=self.model.rvs_to_transforms,
+            initval_strategies=self.model.rvs_to_initial_values,
+            return_transformed=True,
+        )
+        values = replace_rng_nodes(values)
+        reseed_rngs(find_rng_nodes(values), 0)
+        with config.change_flags(cxx=""):  # or the graph within an LKJ prior is compiled in C
+            found = function([], values, mode=UNCOMPILED)()
+        return {str(self.model.rvs_to_values[rv].name): value for rv, value in zip(rvs, found)}
+
+
 class LikelihoodGraph:
     """Log-likelihood terms of a model as a graph of the rows and of the parameters.
 
@@ -87,7 +127,8 @@ class LikelihoodGraph:
 
     Parameters
     ----------
-    model : Model
+    factors : Factors
+        Those of the model.
     likelihoods : sequence of Variable
         Observed variables.
     buffer : SharedVariable
@@ -100,13 +141,15 @@ class LikelihoodGraph:
 
     def __init__(
         self,
-        model: Model,
+        factors: Factors,
         likelihoods: Sequence[Variable],
         buffer: SharedVariable,
         batch: np.ndarray,
         others: Sequence[Any] = (),
     ):
-        graphs: Any = [*_logp(model, likelihoods), *model.replace_rvs_by_values(others)]
+        model = factors.model
+        terms = [factors.logp[rv] for rv in likelihoods]
+        graphs: Any = [*terms, *model.replace_rvs_by_values(others)]
         self.rows = buffer.type(name=buffer.name)
         copies = [v for v in ancestors(graphs) if is_of(v, buffer)]
         graphs = clone_replace(graphs, dict.fromkeys(copies, self.rows), copy_inputs_over=True)
@@ -116,9 +159,8 @@ class LikelihoodGraph:
         roots = set(explicit_graph_inputs(graphs))
         self._parameters = [v for v in model.value_vars if v in roots]
         self._logps = self._compile(self.terms)
-        with config.change_flags(cxx=""):  # or the graph within an LKJ prior is compiled in C
-            start = model.initial_point(0)
-        self._point = self._finite_point(batch, [start[str(v.name)] for v in self._parameters])
+        start = [factors.initial_point[str(v.name)] for v in self._parameters]
+        self._point = self._finite_point(batch, start)
         self._values = self._evaluate_all(batch)
         self._rng = np.random.default_rng(0)
         self._axes: dict[Variable, Any] = {self.rows: 0}
@@ -344,16 +386,6 @@ def within_bounds(result: Variable, rows: Variable) -> Any:
 def same(a: np.ndarray, b: np.ndarray, *, rtol: float = 1e-12, atol: float = 0) -> bool:
     rtol = 1e-5 if a.dtype == np.float32 else rtol
     return a.shape == b.shape and np.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
-
-
-def _logp(model: Model, likelihoods: Sequence[Variable]) -> list[Variable]:
-    try:
-        return cast(list[Variable], model.logp([*likelihoods], sum=False)) if likelihoods else []
-    except ValueError as err:
-        raise StreamError(
-            "the log-likelihood needs variables that are not in this model; call fit_callback() in "
-            f"the context of the model that has them all ({err})"
-        ) from err
 
 
 @node_rewriter([OpFromGraph])

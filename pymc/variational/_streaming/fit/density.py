@@ -41,12 +41,12 @@ from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.trust_region import Pattern
-from pymc.variational._streaming.guards import contract_for, depends_on, total_size_of
+from pymc.variational._streaming.guards import contract_for, depends_on, scaling, total_size_of
+from pymc.variational._streaming.likelihood import Factors, is_of
 from pymc.variational._streaming.sources.base import Source
-from pymc.variational.minibatch_rv import get_scaling
 from pymc.variational.opvi import Group
 
-__all__ = ["Density", "Part", "Term", "add_up", "scaling", "sum_over_rows"]
+__all__ = ["Density", "Part", "Term", "add_up", "sum_over_rows"]
 
 _BLOCK_VALUES = 2**16
 """Values of the rows that are evaluated at once: calls then cost little, and blocks fit caches."""
@@ -105,10 +105,10 @@ class Density:
     """
 
     def __init__(self, group: Group, streams: Sequence[StreamingDataset]):
-        model = group.model
-        variables = [*model.free_RVs, *model.observed_RVs, *model.potentials]
-        factors = dict(zip(variables, model.logp(variables, sum=False)))
-        _refuse_other_uses(model, factors, streams)
+        self._factors = Factors(group.model)
+        self.model = model = self._factors.model
+        logp = dict(self._factors.logp)
+        _refuse_other_uses(model, logp, streams)
         self.size: int = group.ddim
         """Number of parameters."""
         self.streams = list(streams)
@@ -118,30 +118,50 @@ class Density:
         """Number of rows to which the model scales the likelihood of each stream."""
         for stream in streams:
             buffer = stream.as_tensor()
-            observed = [v for v in factors if depends_on(model, v, buffer)]
+            observed = [v for v in logp if depends_on(model, v, buffer)]
             if not observed:
                 raise StreamError(
                     f"no observed variable of approx.model depends on the stream {buffer.name!r}; "
                     "pass the stream that was fitted"
                 )
-            terms = [factors.pop(v) / scaling(model, v) for v in observed]
+            terms = [logp.pop(v) / scaling(model, v) for v in observed]
             sizes = {next(iter(total_size_of(rv)), None) for rv in observed}
             self.total_sizes.append((sizes - {stream.total_size} or sizes).pop())
-            self.likelihoods.append(_term(group, terms, buffer))
-        self.prior = _term(group, list(factors.values()))
+            self.likelihoods.append(self._term(group.ordering, terms, buffer))
+        self.prior = self._term(group.ordering, list(logp.values()))
         """All that does not depend on the rows of streams."""
         self.pattern = Pattern.dense(0)
         """Parameters that are varied together to find the Hessian of a likelihood."""
-        self.model = model
         self._contracts: dict[int, Contract] = {}
 
     def contract(self, number: int, rows: np.ndarray) -> Contract:
         """Return what rows of a stream must meet, which is derived with the first of them."""
         if number not in self._contracts:
             stream = self.streams[number]
-            found = contract_for(self.model, stream.as_tensor(), rows, stream.columns)
+            found = contract_for(self._factors, stream.as_tensor(), rows, stream.columns)
             self._contracts[number] = found
         return self._contracts[number]
+
+    def _term(
+        self,
+        names: Iterable[str],
+        factors: Sequence[Variable],
+        buffer: SharedVariable | None = None,
+    ) -> Term:
+        """Return the sum of *factors*, in the flat parameters of *names*, as a function of rows."""
+        values = {v.name: v for v in self.model.value_vars}
+        # Sums of many rows need more digits than the values in them.
+        totals = [pt.cast(factor, "float64").sum() for factor in factors]
+        [total], flat = join_nonshared_inputs(
+            self._factors.initial_point,
+            [pt.add(*totals) if totals else pt.zeros((), "float64")],
+            [values[name] for name in names],
+        )
+        if buffer is None:
+            return Term(total, flat)
+        rows = buffer.type("rows")
+        copies = [v for v in ancestors([total]) if is_of(v, buffer)]
+        return Term(clone_replace(total, dict.fromkeys(copies, rows)), flat, rows)
 
 
 class Part(NamedTuple):
@@ -352,29 +372,3 @@ def _refuse_other_uses(
         else:
             continue
         raise StreamError(f"{v.name!r} depends on {reason}")
-
-
-def scaling(model: Model, rv: Variable) -> Variable | float:
-    """Return the factor by which PyMC scales the likelihood of a batch to all rows."""
-    if not total_size_of(rv):
-        return 1.0
-    return get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape)
-
-
-def _term(group: Group, factors: Sequence[Variable], buffer: SharedVariable | None = None) -> Term:
-    """Return the sum of *factors*, in the flat parameters of *group*, as a function of rows."""
-    values = {v.name: v for v in group.model.value_vars}
-    # Sums of many rows need more digits than the values in them.
-    totals = [pt.cast(factor, "float64").sum() for factor in factors]
-    [total], flat = join_nonshared_inputs(
-        group.model.initial_point(0),
-        [pt.add(*totals) if totals else pt.zeros((), "float64")],
-        [values[name] for name in group.ordering],
-    )
-    if buffer is None:
-        return Term(total, flat)
-    rows = buffer.type("rows")
-    containers = {
-        v: rows for v in ancestors([total]) if getattr(v, "container", None) is buffer.container
-    }
-    return Term(clone_replace(total, containers), flat, rows)

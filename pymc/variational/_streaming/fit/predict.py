@@ -34,9 +34,8 @@ from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.bins import Moments, merge
-from pymc.variational._streaming.fit.density import scaling
-from pymc.variational._streaming.guards import contract_for, depends_on, total_size_of
-from pymc.variational._streaming.likelihood import columns_read, is_of
+from pymc.variational._streaming.guards import contract_for, depends_on, scaling, total_size_of
+from pymc.variational._streaming.likelihood import Factors, columns_read, is_of
 from pymc.variational._streaming.sources.arrow import with_columns
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
 from pymc.variational._streaming.utils import positive_int, progress_bar, replacing
@@ -246,6 +245,7 @@ class _Posterior:
         if not isinstance(approx, Approximation):
             raise TypeError(f"approx is {type(approx).__name__}; pass what pm.fit returned")
         self._model: Model = approx.model
+        self._factors = Factors(self._model)
         self._stream = ds or _only_stream(self._model)
         self._buffer = self._stream.as_tensor()
         self._n_draws = positive_int("draws", draws)
@@ -254,9 +254,8 @@ class _Posterior:
 
     def log_likelihoods(self) -> list[Variable]:
         """Return the log-likelihood terms of the rows, each row counted once."""
-        observed = self._observed()
-        terms: Any = self._model.logp(observed, sum=False)
-        return [term / scaling(self._model, rv) for rv, term in zip(observed, terms)]
+        logp = self._factors.logp
+        return [logp[rv] / scaling(self._model, rv) for rv in self._observed()]
 
     def forward(self, variables: Sequence[Variable]) -> Sequence[Variable]:
         """Return the graphs that draw *variables*, in the values of the parameters."""
@@ -325,7 +324,7 @@ class _Posterior:
         with progress_bar(description, source.n_rows, show=show) as advance:
             for block in self._stream._read_once(source, size):
                 if contract is None:
-                    contract = contract_for(self._model, self._buffer, block, names, predicted)
+                    contract = contract_for(self._factors, self._buffer, block, names, predicted)
                 contract.check(block, n_rows)
                 yield block
                 n_rows += len(block)

@@ -27,6 +27,7 @@ from pymc.model.core import Model
 from pymc.variational._streaming.batches.rebatch import Chunk, EpochEnd
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.errors import OrderError, OrderWarning, warn
+from pymc.variational._streaming.likelihood import Factors
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
 from pymc.variational._streaming.order.report import OrderReport, Stream, report_one_window
@@ -103,7 +104,7 @@ def check_order(
     rows.probe()
     check = OrderCheck(rows, min(window, _USUAL_BATCH), rows.n_rows, "warn")
     if model is not None:
-        check.use_model(model, _stream_of(model))
+        check.use_model(Factors(model), _stream_of(model))
     stream = Stream(rows, window, rows.n_rows)
     report = preflight(stream, check.make_statistic, seed)
     if report is not None:
@@ -145,15 +146,15 @@ class OrderCheck:
         self._watched = action == "off"
         """Whether the monitor has compared all of an epoch; others would count twice."""
 
-    def use_model(self, model: Model, buffer: SharedVariable) -> None:
-        """Compare the rows that are still to come by the score of *model*, which observes *buffer*.
+    def use_model(self, factors: Factors | None, buffer: SharedVariable) -> None:
+        """Compare the rows that are still to come by the score of a model that observes *buffer*.
 
         A model that cannot be used is refused by name when it is checked.
         """
         n_rows, window = self._stream.n_rows, self._stream.window
-        if not (self._watched or (n_rows and n_rows <= window)):
+        if factors and not (self._watched or (n_rows and n_rows <= window)):
             with suppress(Exception):
-                self._model, self._monitor = ModelScore(model, buffer), None
+                self._model, self._monitor = ModelScore(factors, buffer), None
 
     def make_statistic(self, pilot: np.ndarray) -> Statistic:
         """Return what is compared: the score of the model, if one is known that any rows fit."""
@@ -180,6 +181,14 @@ class OrderCheck:
             self._note(self._sample)
         if self._finding is not None:
             self.raise_or_warn(self._finding)
+
+    def is_first_window(self, item: Chunk | EpochEnd) -> bool:
+        """Whether *item* has nothing to be compared with yet, and the score is not compiled."""
+        if isinstance(item, EpochEnd) or self._model is None or self._statistic is not None:
+            return False
+        is_first = self._monitor is None or self._monitor.stop == self._monitor.start
+        first, last = item.offset, item.offset + len(item.rows) - 1
+        return is_first and first // self._stream.window == last // self._stream.window
 
     def compare(self, item: Chunk | EpochEnd) -> OrderReport | None:
         """Compare the windows up to *item*, and return a report when order first shows."""

@@ -15,7 +15,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,10 @@ from pytensor.graph.replace import clone_replace
 from pytensor.graph.traversal import ancestors
 from scipy.optimize import minimize
 
-from pymc.model.core import Model
 from pymc.pytensorf import compile, join_nonshared_inputs
-from pymc.variational._streaming.guards import depends_on, total_size_of
-from pymc.variational._streaming.likelihood import columns_read, is_of, within_bounds
+from pymc.variational._streaming.guards import depends_on, scaling
+from pymc.variational._streaming.likelihood import Factors, columns_read, is_of, within_bounds
 from pymc.variational._streaming.order.ranks import variance_components
-from pymc.variational.minibatch_rv import get_scaling
 
 __all__ = ["PILOT_ROWS", "Features", "ModelScore", "Score", "Statistic"]
 
@@ -125,13 +123,11 @@ def _flat(rows: np.ndarray) -> np.ndarray:
 
 
 class ModelScore:
-    """The density of a model in whose buffer a stream puts its rows, and its gradient, compiled.
+    """The density of a model in whose buffer a stream puts its rows, and its gradient."""
 
-    *density* is a function of rows, parameters and the weights of likelihood and prior.
-    """
-
-    def __init__(self, model: Model, buffer: SharedVariable):
-        point = model.initial_point(0)
+    def __init__(self, factors: Factors, buffer: SharedVariable):
+        model, point = factors.model, factors.initial_point
+        self._model = model
         self.initial = np.concatenate([np.ravel(point[v.name]) for v in model.value_vars])
         self.names = [
             str(model.values_to_rvs[v].name) + (str(list(place)).replace(" ", "") if place else "")
@@ -139,20 +135,29 @@ class ModelScore:
             for place in np.ndindex(np.shape(point[v.name]))
         ]
         rows, weights = buffer.type("rows"), (pt.scalar("likelihood"), pt.scalar("prior"))
-        likelihood, prior = _likelihood_and_prior(model, buffer)
+        likelihood, prior = _likelihood_and_prior(factors, buffer)
         total = weights[0] * likelihood + weights[1] * prior
         [total], flat = join_nonshared_inputs(point, [total], model.value_vars)
         total = clone_replace(total, {v: rows for v in ancestors([total]) if is_of(v, buffer)})
         self.columns = columns_read([total], rows)
         """Numbers of the columns that the likelihoods read, in the flattened row."""
         # A row with a wrong index is refused before a step uses it, but may be compared before.
-        total = within_bounds(total, rows)
-        gradient = pt.grad(total, flat, disconnected_inputs="ignore")
-        inputs = [rows, flat, *weights]
-        function = compile(inputs, [total, gradient], on_unused_input="ignore")
+        self._total = within_bounds(total, rows)
+        self._inputs = [rows, flat, *weights]
+
+    @cached_property
+    def density(self) -> Callable:
+        """Function of rows, parameters and the weights of likelihood and prior.
+
+        It is compiled when it is first used, which can be in the thread that reads ahead, outside
+        the context of the model.
+        """
+        gradient = pt.grad(self._total, self._inputs[1], disconnected_inputs="ignore")
+        with self._model:
+            function = compile(self._inputs, [self._total, gradient], on_unused_input="ignore")
         function.trust_input = True  # the types of its inputs take longer to check than a few rows
-        types = [var.type.dtype for var in inputs]
-        self.density: Callable = lambda *values: function(*map(np.asarray, values, types))
+        types = [var.type.dtype for var in self._inputs]
+        return lambda *values: function(*map(np.asarray, values, types))
 
     def at(self, pilot: np.ndarray, n_rows: int) -> "Score | None":
         """Return the score at two points near which *pilot* has a finite likelihood, if any."""
@@ -165,19 +170,14 @@ class ModelScore:
         return None
 
 
-def _likelihood_and_prior(model: Model, buffer: SharedVariable) -> tuple[Any, Any]:
+def _likelihood_and_prior(factors: Factors, buffer: SharedVariable) -> tuple[Any, Any]:
     """Return the log-likelihood of the rows in *buffer*, not scaled to all, and the log prior."""
+    model, logp = factors.model, factors.logp
     observed = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     if not observed:
         raise ValueError(f"no observed variable depends on {buffer.name!r}")
-    terms: Any = model.logp([*observed, *model.free_RVs], sum=False)
-    sums = [
-        pt.sum(term / get_scaling(rv.owner.inputs[1:], model.rvs_to_values[rv].shape))
-        if total_size_of(rv)
-        else pt.sum(term)
-        for rv, term in zip(observed, terms)
-    ]
-    return sum(sums), sum(map(pt.sum, terms[len(observed) :]))
+    likelihood = sum(pt.sum(logp[rv] / scaling(model, rv)) for rv in observed)
+    return likelihood, sum(pt.sum(logp[rv]) for rv in model.free_RVs)
 
 
 class Score(Statistic):
