@@ -308,6 +308,7 @@ class StreamingDataset:
         ...     ds.as_tensor().sum(axis=1).eval()
         array([0., 0., 0.])
         """
+        self._require_own_rows()
         source = with_columns(rows, self._source)
         own = np.concatenate(list(self._read_once(source, self._batch_size)))
         self._reader.require(own)
@@ -407,10 +408,7 @@ class StreamingDataset:
             raise StreamError("the buffer holds other rows; leave the `with ds.rows(...)` first")
 
     def _advance(self, *, is_last: bool = False) -> bool:
-        """Put the next batch in; that is the current one where the stream is not open.
-
-        Nothing is said of the end of the source after the *last* step that was asked for.
-        """
+        """Put the next batch in, and warn of the end of the source but after the *last* step."""
         self._require_own_rows()
         was_open = self._reader.is_open
         try:
