@@ -13,6 +13,7 @@
 #   limitations under the License.
 """The callbacks that put batches into a model's buffer while it is fitted."""
 
+import math
 import weakref
 
 from typing import Any
@@ -79,9 +80,10 @@ class FitCallback(Callback):
             self.check(Factors(approx.model))
             check_other_streams(approx.model)
             self._approx = approx
-        if losses is not None and np.isinf(losses[-1]) and not self._told:
+        if losses is not None and math.isinf(losses[-1]) and not self._told:
             self._told, ds = True, self.dataset
-            tell_infinite(approx.model.root, ds.as_tensor(), ds.columns, ds.rows_seen, i)
+            place = ds._reader.position.offset
+            tell_infinite(approx.model.root, ds.as_tensor(), ds.columns, place, i)
         # PyMC shows the part of an array of all steps that has been filled.
         is_last = losses is not None and len(losses) == getattr(losses.base, "size", None)
         if not self.dataset._advance(is_last=is_last) and not is_last:

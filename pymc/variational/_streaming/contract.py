@@ -40,6 +40,7 @@ from pymc.variational._streaming.likelihood import (
     UNCOMPILED,
     LikelihoodGraph,
     columns_read,
+    compiling,
     indices_of,
     is_shape,
     within_bounds,
@@ -135,13 +136,9 @@ class Contract:
         return Contract, (self._conditions, self._rows, self._names)
 
     def check(self, rows: np.ndarray, offset: int = 0) -> None:
-        """Raise StreamError if a row breaks a condition; several threads may call this.
+        """Raise StreamError if one of *rows*, the first of which is at *offset*, breaks a condition.
 
-        Parameters
-        ----------
-        rows : ndarray, shape (n, *sample_shape)
-        offset : int
-            Position of the first row, for the message.
+        Several threads may call this.
         """
         kind, size = rows.dtype.kind, rows.dtype.itemsize
         if not rows.dtype.isnative or (kind == "f" and size not in (4, 8)):  # unknown to numba
@@ -156,6 +153,12 @@ class Contract:
                         f"row {offset + row} of the stream holds {where}{condition.text}"
                     )
 
+    def compile(self) -> None:
+        """Compile what is computed for many rows; never in a thread beside a fit, see `compiling`."""
+        if self._n_computed > _FEW_ROWS and self._compiled is None:
+            with compiling:
+                self._compiled = self._compiled or _compiled(self._computed, self._rows)
+
     def _are_within(self, rows: np.ndarray) -> bool:
         from pymc.variational._streaming.batches.compiled import are_within
 
@@ -168,12 +171,10 @@ class Contract:
         """Whether a row breaks one of the conditions that are computed."""
         if not self._computed:
             return False
+        if self._compiled is not None:
+            return self._compiled(rows)
         self._n_computed += len(rows)
-        if self._n_computed <= _FEW_ROWS:
-            return any(self._compute(one, rows).any() for one in self._computed)
-        with _computing:
-            self._compiled = self._compiled or _compiled(self._computed, self._rows)
-        return self._compiled(rows)
+        return any(self._compute(one, rows).any() for one in self._computed)
 
     def _compute(self, condition: Condition, rows: np.ndarray) -> np.ndarray:
         with _computing, np.errstate(all="ignore"):

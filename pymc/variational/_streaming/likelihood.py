@@ -13,6 +13,8 @@
 #   limitations under the License.
 """The log-likelihood of a model, row by row, and which axes of its graph run over the rows."""
 
+import threading
+
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -56,6 +58,7 @@ __all__ = [
     "LikelihoodGraph",
     "TiedError",
     "columns_read",
+    "compiling",
     "indices_of",
     "is_of",
     "is_shape",
@@ -64,6 +67,9 @@ __all__ = [
 ]
 
 UNCOMPILED = Mode(linker="py", optimizer="minimum_compile")
+
+compiling = threading.Lock()
+"""PyTensor changes the configuration of all threads while it compiles."""
 
 _JITTERS = (0.1, 0.1, 0.1, 0.01, 0.01, 0.001)
 """How far from the initial point to look for one where the log-likelihood is finite."""

@@ -64,7 +64,7 @@ class BatchReader:
     prefetch: bool
 
     def __post_init__(self) -> None:
-        self._examiner = _Examiner(self.order, self.prefetch)
+        self._examiner = _Examiner(self.order)
         self._items: Prefetcher | Generator[Any] | None = None
         self._batches: Iterator[Any] = iter(())
         self._log = EpochLog(logger)
@@ -143,7 +143,7 @@ class BatchReader:
             "_items": None,
             "_batches": iter(()),
             "_thread": None,
-            "_examiner": _Examiner(self.order, self.prefetch),
+            "_examiner": _Examiner(self.order),
         }
 
     def _read(self) -> Batch | None:
@@ -165,37 +165,29 @@ class _Examiner:
     The thread must not refer to the reader, or that would never be collected.
     """
 
-    def __init__(self, order: OrderCheck, prefetch: bool):
+    def __init__(self, order: OrderCheck):
         self.contract: Contract | None = None
-        self._order, self._prefetch = order, prefetch
+        self._order = order
         self._met: tuple[Contract | None, tuple[int, int]] = None, (0, 0)
         """Which contract the rows meet, and from which place on."""
 
-    def __call__(self, item: Chunk | EpochEnd) -> Iterator[Any]:
-        """Yield the item, and before it whatever is found in it.
-
-        A thread hands over the rows of the first window before it sums them up: nothing is found
-        in them alone, and to compile the model's score takes a while.
-        """
+    def __call__(self, item: Chunk | EpochEnd) -> tuple[Any, ...]:
         contract = self.contract
         if contract is not None and isinstance(item, Chunk) and len(item.rows):
             contract.check(item.rows, item.offset)
             if self._met[0] is not contract:
                 self._met = contract, (item.epoch, item.offset)
-        if self._prefetch and self._order.is_first_window(item):
-            yield item
-            self._order.compare(item)
-            return
         found = self._order.compare(item)
-        if found is not None:
-            yield found
-        yield item
+        return (item,) if found is None else (found, item)
 
     def require(self, batch: Batch) -> None:
         """Check a batch whose rows were read before the contract was known."""
         contract, (met, place) = self.contract, self._met
-        if contract is not None and (met is not contract or (batch.epoch, batch.offset) < place):
+        if contract is None:
+            return
+        if met is not contract or (batch.epoch, batch.offset) < place:
             contract.check(batch.rows, batch.offset)
+        contract.compile()
 
 
 class TotalSize:

@@ -14,12 +14,15 @@
 """Every row is held to what the model demands, whichever batch it comes in."""
 
 import contextlib
+import threading
 
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytensor.tensor as pt
 import pytest
+
+from pytensor.compile.maker import FunctionMaker
 
 import pymc as pm
 
@@ -237,6 +240,28 @@ def test_conditions_on_several_columns_are_those_of_each_row(late, bad, what):
         pm.Binomial("y", buf[:, 1], logit_p=logit, observed=buf[:, 2], total_size=n)
         with pytest.raises(StreamError, match=rf"row {late} of the stream holds .*{what}"):
             read_all(ds)
+
+
+def test_nothing_is_compiled_in_the_thread_that_reads_ahead(monkeypatch):
+    """PyTensor's mode could stay that of what another thread compiled meanwhile."""
+    threads = []
+    make = FunctionMaker.__init__
+
+    def noting(*args, **kwargs):
+        threads.append(threading.current_thread())
+        make(*args, **kwargs)
+
+    monkeypatch.setattr(FunctionMaker, "__init__", noting)
+    block = np.random.default_rng(0).integers(0, 4, (5_000, 2)).astype(float)
+    ds = StreamingDataset(lambda: iter([block] * 20), batch_size=5_000, total_size=100_000)
+    with ds, pm.Model():
+        buf = ds.as_tensor()
+        index = (2 * buf[:, 0] - buf[:, 0]).astype("int64")
+        mu = pm.Normal("a", shape=4)[pt.as_tensor([3, 2, 1, 0])[index]]
+        pm.Normal("y", mu, observed=buf[:, 1], total_size=100_000)
+        read_all(ds)
+        assert ds._reader._examiner.contract._compiled is not None
+    assert set(threads) == {threading.main_thread()}
 
 
 REPAIRED = {

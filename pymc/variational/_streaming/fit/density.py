@@ -42,7 +42,7 @@ from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.trust_region import Pattern
 from pymc.variational._streaming.guards import contract_for, depends_on, scaling, total_size_of
-from pymc.variational._streaming.likelihood import Factors, is_of
+from pymc.variational._streaming.likelihood import Factors, compiling, is_of
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational.opvi import Group
 
@@ -61,7 +61,6 @@ _PARTS = 32
 _MOST_TIMES = 10
 """A source that gives this many times the declared rows has no end."""
 
-_compiling = threading.Lock()
 _worker = threading.local()
 """What the thread has been sent last, so that each worker compiles once."""
 
@@ -82,7 +81,7 @@ class Term:
         """Return the value and the gradient, shape (d,), at unconstrained parameters *x*."""
         given = () if self._rows is None else (rows,)
         if self._function is None:
-            with _compiling:
+            with compiling:
                 self._function = self._function or self._compile()
         value, gradient = self._function(*given, x)
         return float(value), np.asarray(gradient, "float64")
@@ -283,7 +282,9 @@ class _Job:
                 parts.append(Part(self.number, 0, 0, (), rows[:0]))
             with self.noting(len(rows)):
                 offset = (first * self.blocks + i) * self.block
-                contract_of(rows).check(rows, offset)
+                contract = contract_of(rows)
+                contract.check(rows, offset)
+                contract.compile()
                 parts[-1] = self._add(parts[-1], rows)
             advance(len(rows))
         return parts

@@ -326,6 +326,7 @@ class _Posterior:
                 if contract is None:
                     contract = contract_for(self._factors, self._buffer, block, names, predicted)
                 contract.check(block, n_rows)
+                contract.compile()
                 yield block
                 n_rows += len(block)
                 advance(len(block))

@@ -182,14 +182,6 @@ class OrderCheck:
         if self._finding is not None:
             self.raise_or_warn(self._finding)
 
-    def is_first_window(self, item: Chunk | EpochEnd) -> bool:
-        """Whether *item* has nothing to be compared with yet, and the score is not compiled."""
-        if isinstance(item, EpochEnd) or self._model is None or self._statistic is not None:
-            return False
-        is_first = self._monitor is None or self._monitor.stop == self._monitor.start
-        first, last = item.offset, item.offset + len(item.rows) - 1
-        return is_first and first // self._stream.window == last // self._stream.window
-
     def compare(self, item: Chunk | EpochEnd) -> OrderReport | None:
         """Compare the windows up to *item*, and return a report when order first shows."""
         monitor, epoch = self._monitor, item.epoch

@@ -15,7 +15,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,11 +123,13 @@ def _flat(rows: np.ndarray) -> np.ndarray:
 
 
 class ModelScore:
-    """The density of a model in whose buffer a stream puts its rows, and its gradient."""
+    """The density of a model in whose buffer a stream puts its rows, and its gradient, compiled.
+
+    *density* is a function of rows, parameters and the weights of likelihood and prior.
+    """
 
     def __init__(self, factors: Factors, buffer: SharedVariable):
         model, point = factors.model, factors.initial_point
-        self._model = model
         self.initial = np.concatenate([np.ravel(point[v.name]) for v in model.value_vars])
         self.names = [
             str(model.values_to_rvs[v].name) + (str(list(place)).replace(" ", "") if place else "")
@@ -142,22 +144,13 @@ class ModelScore:
         self.columns = columns_read([total], rows)
         """Numbers of the columns that the likelihoods read, in the flattened row."""
         # A row with a wrong index is refused before a step uses it, but may be compared before.
-        self._total = within_bounds(total, rows)
-        self._inputs = [rows, flat, *weights]
-
-    @cached_property
-    def density(self) -> Callable:
-        """Function of rows, parameters and the weights of likelihood and prior.
-
-        It is compiled when it is first used, which can be in the thread that reads ahead, outside
-        the context of the model.
-        """
-        gradient = pt.grad(self._total, self._inputs[1], disconnected_inputs="ignore")
-        with self._model:
-            function = compile(self._inputs, [self._total, gradient], on_unused_input="ignore")
+        total = within_bounds(total, rows)
+        gradient = pt.grad(total, flat, disconnected_inputs="ignore")
+        inputs = [rows, flat, *weights]
+        function = compile(inputs, [total, gradient], on_unused_input="ignore")
         function.trust_input = True  # the types of its inputs take longer to check than a few rows
-        types = [var.type.dtype for var in self._inputs]
-        return lambda *values: function(*map(np.asarray, values, types))
+        types = [var.type.dtype for var in inputs]
+        self.density: Callable = lambda *values: function(*map(np.asarray, values, types))
 
     def at(self, pilot: np.ndarray, n_rows: int) -> "Score | None":
         """Return the score at two points near which *pilot* has a finite likelihood, if any."""

@@ -17,24 +17,18 @@ import logging
 import pickle
 
 from functools import cache
-from threading import Event
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytensor.tensor as pt
 import pytest
 
 import pymc as pm
 
-from pymc.variational._streaming.order import statistic
 from pymc.variational.streaming import (
     OrderError,
-    OrderWarning,
     StreamingDataset,
     check_order,
-    parquet_source,
-    preshuffle,
     shuffle_buffer,
 )
 from tests.variational.streaming.order.test_order import in_sequence
@@ -228,53 +222,4 @@ def test_a_table_is_read_by_the_names_of_its_columns():
         callback = ds.fit_callback()
     while ds.epoch < 1:
         ds.advance()
-    del callback
-
-
-def _told_while_it_streams(rows: np.ndarray, **kwargs) -> list[str]:
-    """Return the warnings of one epoch, in a model's context, of a stream that nothing samples."""
-    buffer = shuffle_buffer(in_sequence(rows), buffer_size=WINDOW, batch_size=WINDOW, seed=0)
-    ds = StreamingDataset(buffer, batch_size=WINDOW, total_size=N_ROWS, cycle=False, **kwargs)
-    with pm.Model(), pytest.warns(UserWarning, match="the source ended|order") as caught:
-        observe_quadratic(ds.as_tensor())
-        callback = ds.fit_callback()
-        while ds.advance():
-            pass
-    del callback
-    return [str(w.message) for w in caught if w.category is OrderWarning]
-
-
-def test_read_ahead_compares_the_rows_that_are_handed_over_before_the_score_is_compiled():
-    rows = quadratic_flips(np.random.default_rng(0))
-    told = _told_while_it_streams(rows)
-    assert len(told) == 1
-    assert told == _told_while_it_streams(rows, prefetch=False)
-
-
-def test_a_marked_table_has_its_first_batch_before_the_score_is_compiled(tmp_path, monkeypatch):
-    """Nothing is sampled there, and the rows of one window have no others to be compared with."""
-    rows = np.random.default_rng(0).normal(size=(4 * WINDOW, 2))
-    pq.write_table(pa.table({"x": rows[:, 0], "y": rows[:, 1]}), tmp_path / "rows.parquet")
-    preshuffle(tmp_path / "rows.parquet", tmp_path / "shuffled", seed=0, progressbar=False)
-    source = parquet_source(tmp_path / "shuffled")
-    buffer = shuffle_buffer(source, buffer_size=WINDOW, batch_size=WINDOW, seed=0)
-    compiled, may_compile = Event(), Event()
-    compile = statistic.compile
-
-    def wait(*args, **kwargs):
-        assert may_compile.wait(60)
-        compiled.set()
-        return compile(*args, **kwargs)
-
-    monkeypatch.setattr(statistic, "compile", wait)
-    with StreamingDataset(buffer, batch_size=WINDOW) as ds, pm.Model():
-        mu = pm.Normal("mu")
-        pm.Normal("y", mu, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
-        callback = ds.fit_callback()
-        assert len(ds.as_tensor().get_value()) == WINDOW
-        assert not compiled.is_set()
-        may_compile.set()
-        ds.advance()
-        assert ds.advance()  # its rows are compared before they are handed over
-        assert compiled.is_set()
     del callback
