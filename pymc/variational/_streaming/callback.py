@@ -83,7 +83,7 @@ class FitCallback(Callback):
         if losses is not None and math.isinf(losses[-1]) and not self._told:
             self._told, ds = True, self.dataset
             place = ds._reader.position.offset
-            tell_infinite(approx.model.root, ds.as_tensor(), ds.columns, place, i)
+            tell_infinite(Factors(approx.model), ds.as_tensor(), ds.columns, place, i)
         # PyMC shows the part of an array of all steps that has been filled.
         is_last = losses is not None and len(losses) == getattr(losses.base, "size", None)
         if not self.dataset._advance(is_last=is_last) and not is_last:

@@ -170,15 +170,19 @@ def check_other_streams(model: Model) -> None:
 
 
 def tell_infinite(
-    model: Model, buffer: SharedVariable, columns: tuple[str, ...] | None, offset: int, step: int
+    factors: Factors,
+    buffer: SharedVariable,
+    columns: tuple[str, ...] | None,
+    offset: int,
+    step: int,
 ) -> None:
     """Warn of a row in the buffer, the first one being at *offset*, that made a loss infinite.
 
     Nothing is said where a draw of the parameters did.
     """
+    model, batch = factors.model, buffer.get_value(borrow=True)
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
-    batch = buffer.get_value(borrow=True)
-    graph = LikelihoodGraph(Factors(model), likelihoods, buffer, batch)
+    graph = LikelihoodGraph(factors, likelihoods, buffer, batch)
     for term in graph.evaluate(batch):
         bad = ~np.isfinite(term).reshape(len(batch), -1).all(axis=1)
         if bad.any():

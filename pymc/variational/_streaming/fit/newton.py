@@ -75,6 +75,11 @@ class Rows(NamedTuple):
     shared: Sequence[int] = ()
     """Parameters of many whose standard deviations are worth the cost of exact ones."""
 
+    def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the log density and its gradient."""
+        (value, gradient), (more, slope) = self.likelihood(x), self.prior(x)
+        return value + more, gradient + slope
+
 
 class Optimum(NamedTuple):
     """What one Newton step says about the approximation."""
@@ -187,16 +192,12 @@ def _iterative_optimum(
 ) -> Optimum:
     """Find the same in memory O(d), from products with the Hessian."""
 
-    def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
-        (value, gradient), (more, slope) = rows.likelihood(x), rows.prior(x)
-        return value + more, gradient + slope
-
     def product(v: np.ndarray) -> np.ndarray:
         """Return -LᵀHL *v* of the Hessian H at the mean."""
-        return -scale * hessp(lambda x: evaluate(x)[1], mean, scale * v, scale)
+        return -scale * hessp(lambda x: rows.value_and_gradient(x)[1], mean, scale * v, scale)
 
     size = len(mean)
-    probe = Probe(evaluate, _moment_draws(size, _PAIRS_OF_MANY, rng), mean, scale)
+    probe = Probe(rows.value_and_gradient, _moment_draws(size, _PAIRS_OF_MANY, rng), mean, scale)
     products = np.array([product(draw) for draw in probe.draws])
     # The diagonal of A differs from that at the mean by what the draws have beyond it.
     departure = -(probe.draws * (scale * probe.odd + products)).mean(axis=0)
@@ -210,7 +211,7 @@ def _iterative_optimum(
     sd = scale / np.sqrt(np.where(diagonal > 0, diagonal, 1))
     sd = sd * np.sqrt(np.maximum(solver.inverse_diagonal(), 1))
     q = MeanField(mean, scale, np.inf)
-    sd[list(rows.shared)] = response_sd(evaluate, q, rows.shared, rng)
+    sd[list(rows.shared)] = response_sd(rows.value_and_gradient, q, rows.shared, rng)
     miss = np.abs(solve(probe.even.std(axis=0)) / sd).max() / math.sqrt(_PAIRS_OF_MANY)
     trace = (diagonal - departure).sum()
     variance = rest.var(ddof=1) / _PAIRS_OF_MANY + (solver.diagonal_error**2).sum() / 4
