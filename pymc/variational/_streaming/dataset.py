@@ -143,7 +143,8 @@ class StreamingDataset:
         )
         self._buffer = pytensor.shared(self._no_rows(), name, shape=(None, *self._sample_shape))
         self._buffer.tag.fit_callback = Offer(name, self)
-        self._driver_ref: weakref.ref[FitCallback] | None = None
+        self._end: weakref.finalize | None = None
+        """What closes the stream when the callback that drives it is gone, or Python ends."""
         self._replaced: np.ndarray | None = None
         """What the buffer holds again after ``rows()``."""
 
@@ -348,7 +349,7 @@ class StreamingDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the thread and the open files behind; a copy goes on from the same batch."""
-        return {**self.__dict__, "_driver_ref": None, "_replaced": None}
+        return {**self.__dict__, "_end": None, "_replaced": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -367,21 +368,14 @@ class StreamingDataset:
     @property
     def _driver(self) -> FitCallback | None:
         """The callback that drives the stream, if one does; the stream is closed when it is gone."""
-        return None if self._driver_ref is None else self._driver_ref()
+        driver = self._end and self._end.peek()
+        return driver[0] if driver else None
 
     @_driver.setter
     def _driver(self, callback: FitCallback | None) -> None:
-        dataset = weakref.ref(self)  # or the reference would keep the dataset, which keeps it
-
-        def close(gone: weakref.ref) -> None:
-            driven = dataset()
-            if driven is not None:
-                driven.close()
-                driven._driver_ref = None
-                if not driven._endless:
-                    driven._order.tell_the_rest(driven.rows_seen)
-
-        self._driver_ref = None if callback is None else weakref.ref(callback, close)
+        if self._end:
+            self._end.detach()
+        self._end = callback and weakref.finalize(callback, _end_fit, weakref.ref(self))
 
     def _read_once(self, source: Source, n_rows: int) -> Iterator[np.ndarray]:
         """Yield one epoch of *source* in blocks of *n_rows*, the last as short as it comes."""
@@ -446,3 +440,11 @@ class StreamingDataset:
             self.close()
         else:
             self._reader.stop()
+
+
+def _end_fit(dataset: "weakref.ref[StreamingDataset]") -> None:
+    """Close a stream whose callback is gone, and tell what no step could tell any more."""
+    if (ds := dataset()) is not None:
+        ds.close()
+        if not ds._endless:
+            ds._order.tell_the_rest(ds.rows_seen)

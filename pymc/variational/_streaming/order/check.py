@@ -138,7 +138,7 @@ class OrderCheck:
         self._model: ModelScore | None = None
         self._statistic: Statistic | None = None
         self._finding: OrderReport | None = None
-        self._told = False
+        self._told = self._told_the_rest = False
         self._sampled = action == "off" or rows.shuffled
         self._sample: OrderReport | None = None
         """What the sample has shown, if one was taken."""
@@ -223,8 +223,8 @@ class OrderCheck:
                 self._told = True
                 warn(f"{self._finding}; found when the last step had been made", OrderWarning)
         elif rows_used and not watched and (monitor is None or monitor.epoch == 0):
-            self._watched = True
-            if self._stream.source.shuffled:
+            told, self._told_the_rest = self._told_the_rest, True
+            if told or self._stream.source.shuffled:
                 return
             level, known = logging.WARNING, "was not compared"
             if self._sample is not None:

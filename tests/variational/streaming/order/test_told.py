@@ -13,6 +13,11 @@
 #   limitations under the License.
 """Order is told before the first step, while rows stream, or when the fit ends."""
 
+import subprocess
+import sys
+
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -30,11 +35,11 @@ from tests.variational.streaming.order.test_order import advance_through, draw, 
 QUICK = {"progressbar": False, "compile_kwargs": {"mode": "FAST_COMPILE"}}
 
 
-def fit(ds: StreamingDataset, n_steps: int = 40):
+def fit(ds: StreamingDataset, n_steps: int = 40, callback: Any = None):
     with pm.Model():
         mu = pm.Normal("mu")
         pm.Normal("y", mu, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
-        return pm.fit(n_steps, callbacks=[ds.fit_callback()], **QUICK)
+        return pm.fit(n_steps, callbacks=[callback or ds.fit_callback()], **QUICK)
 
 
 class TestStreaming:
@@ -144,6 +149,28 @@ class TestStreaming:
         with pytest.warns(OrderWarning, match="found when the last step had been made") as caught:
             fit(ds, 37)
         assert len(caught) == 1
+
+    def test_a_short_fit_does_not_end_the_comparison(self):
+        """The rows of the fits together are in an order, those of the first are not."""
+        rows = np.random.default_rng(11).normal(size=(20_000, 1))
+        rows[4_000:] += 3
+        ds = self.dataset(in_sequence(rows), total_size=20_000, prefetch=False)
+        fit(ds, 4)
+        with pytest.warns(OrderWarning):
+            fit(ds, 30)
+
+    def test_a_callback_that_is_kept_until_python_ends_tells_then(self):
+        code = f"""if True:
+            import tests
+            from {__name__} import *
+            rows = np.repeat([0.0, 3.0], [1_000, 19_000])[:, None] + TestStreaming.drifting
+            ds = TestStreaming().dataset(in_sequence(rows), total_size=20_000)
+            callback = ds.fit_callback()
+            fit(ds, 4, callback)
+        """
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "found when the last step had been made" in done.stderr
+        assert done.returncode == 0 and "Traceback" not in done.stderr
 
     def test_other_choices_are_refused(self):
         with pytest.raises(ValueError, match="is not a choice; pass 'warn', 'raise' or 'off'"):
