@@ -13,11 +13,6 @@
 #   limitations under the License.
 """Tables that benchmarks read, and fits of models to them on rows that come in different ways.
 
->>> data = Data(folder, 20_000_000)
->>> case = Case(data.shuffled(data.order_book()), order_book)
->>> run, n_steps = on_stream(case)
->>> run(n_steps)
-
 A table is written when it is first asked for.  A fit is compiled and has filled its windows when
 it is returned.
 """
@@ -44,9 +39,8 @@ import pytensor
 import pymc as pm
 import tests  # noqa: F401  # puts the checkout before an installed wheel
 
-from benchmarks.harness import Runner
+from benchmarks.harness import Runner, published
 from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, build_model, logistic
-from benchmarks.orderbook.publish import published
 from pymc.variational.streaming import (
     StreamingDataset,
     arrow_source,
@@ -65,15 +59,7 @@ SMALL_BUFFER = 100_000
 
 
 class Data:
-    """Tables in one folder.
-
-    Parameters
-    ----------
-    folder : Path
-        What it holds already is not written again.
-    n_rows : int
-        Of a table, unless another number is asked for.
-    """
+    """Tables in one folder, of *n_rows* unless another number is asked for."""
 
     def __init__(self, folder: Path, n_rows: int):
         self.folder = folder
@@ -202,11 +188,11 @@ def on_one_batch(case: Case) -> Runner:
         return _fitted(case)
 
 
-def on_ready_batches(case: Case, most: int | None = None) -> Runner:
-    """Fit to at most so many batches that are in memory, in turn: nothing is read."""
+def on_ready_batches(case: Case) -> Runner:
+    """Fit to batches that are in memory, in turn: nothing is read."""
     rows = next(iter(case.source)).astype(pytensor.config.floatX)
     n_batches = len(rows) // case.batch_size
-    batches = cycle(np.split(rows[: n_batches * case.batch_size], n_batches)[:most])
+    batches = cycle(np.split(rows[: n_batches * case.batch_size], n_batches))
     return _on_batches(case, lambda: next(batches), case.source.n_rows)
 
 
@@ -223,17 +209,7 @@ def _on_batches(case: Case, next_batch: Callable[[], np.ndarray], n_rows: int | 
 
 
 def on_stream(case: Case) -> Runner:
-    return _on_dataset(case, stream(case))
-
-
-def on_stream_of_array(case: Case) -> Runner:
-    """Fit to a stream of rows that are in memory: nothing is read, shuffled or checked."""
-    rows = next(filter(len, _buffer(case).blocks()))  # while the window fills, blocks are empty
-    ds = StreamingDataset(rows, batch_size=case.batch_size, order_check="off")
-    return _on_dataset(case, ds)
-
-
-def _on_dataset(case: Case, ds: StreamingDataset) -> Runner:
+    ds = stream(case)
     with pm.Model():
         case.observe(ds.as_tensor(), ds.total_size)
         return _fitted(case, ds.fit_callback())
@@ -298,8 +274,9 @@ def on_dataloader(case: Case) -> Runner:
     return run, case.window_steps
 
 
-def stream(case: Case, **options: Any) -> StreamingDataset:
-    return StreamingDataset(_buffer(case), batch_size=case.batch_size, **options)
+def stream(case: Case) -> StreamingDataset:
+    cut = {"buffer_size": case.buffer_size, "batch_size": case.batch_size}
+    return StreamingDataset(shuffle_buffer(case.source, **cut, seed=0), batch_size=case.batch_size)
 
 
 def epoch(source: Callable[[], Any], **options: Any) -> None:
@@ -315,11 +292,6 @@ def epoch(source: Callable[[], Any], **options: Any) -> None:
 def run_steps(make: Callable[[Case], Runner], case: Case, n_steps: int) -> None:
     run, _ = make(case)
     run(n_steps)
-
-
-def _buffer(case: Case) -> Any:
-    cut = {"buffer_size": case.buffer_size, "batch_size": case.batch_size}
-    return shuffle_buffer(case.source, **cut, seed=0)
 
 
 def _fitted(case: Case, *callbacks: Callable) -> Runner:

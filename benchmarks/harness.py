@@ -11,18 +11,18 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""Processes of their own in which functions run or take turns, and tables of what they cost.
+"""What programs that measure share: processes of their own, their command lines, and files.
 
->>> one, other = Lane(make_one), Lane(make_other, "argument")
->>> race([one, other], turns=9)
->>> ratio(one, other)
->>> measure("python -m benchmarks.speed", {"speed": speed_table}, rows=20e6, turns=9)
+It imports neither PyMC nor anything else that takes long.
 """
 
 import argparse
+import contextlib
+import inspect
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -30,7 +30,7 @@ import threading
 import time
 import warnings
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -40,9 +40,13 @@ from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from tests.variational.streaming.memory import forget_peak, peak_mb
+from rich.console import Console
+from rich.progress import track
 
+ROWS_PER_FILE = 1_000_000
 T = TypeVar("T")
 
 Runner = tuple[Callable[[int], object], int]
@@ -50,29 +54,21 @@ Runner = tuple[Callable[[int], object], int]
 
 
 class Turn(NamedTuple):
-    """What a step cost in one turn."""
+    """What a step cost in one turn; processor seconds are those of all threads."""
 
     seconds: float
     processor_seconds: float
-    """Of all threads of the process."""
-    disk_mb: float
-    """Read from the disk, not from the page cache; nan where there is no /proc."""
 
 
 class Lane:
     """A process of its own, and the turns that it has run.
 
-    Parameters
-    ----------
-    make : callable
-        Called there with *args*; returns a `Runner`, which keeps to the process.
-    flags : str
-        For PyTensor, such as "floatX=float32".
+    *make* is called there with *args* and returns a `Runner`, which keeps to the process; *flags*
+    are for PyTensor, such as "floatX=float32".
     """
 
     def __init__(self, make: Callable[..., Runner], *args: Any, flags: str = ""):
         self.turns: list[Turn] = []
-        self.peak_mb = float("nan")
         self._process = _process()
         flags = ",".join(filter(None, [os.environ.get("PYTENSOR_FLAGS"), flags]))
         with patch.dict(os.environ, PYTENSOR_FLAGS=flags):
@@ -87,23 +83,19 @@ class Lane:
         self.turns.append(self._process.submit(_turn).result())
 
     def close(self) -> None:
-        """End the process, and learn the peak of its memory."""
-        self.peak_mb = self._process.submit(peak_mb).result()
         self._process.shutdown()
 
     def median(self, quantity: str) -> float:
         return statistics.median(getattr(turn, quantity) for turn in self.turns)
 
 
-def race(lanes: Iterable[Lane], *, turns: int, before: Callable[[], object] | None = None) -> None:
-    """Let all lanes take turns when they are ready, and end them; call *before* ahead of each."""
+def race(lanes: Iterable[Lane], *, turns: int) -> None:
+    """Let all lanes take turns when they are ready, and end them."""
     lanes = list(lanes)
     for lane in lanes:
         lane.wait()
     for _ in range(turns):
         for lane in lanes:
-            if before is not None:
-                before()
             lane.run()
     for lane in lanes:
         lane.close()
@@ -130,17 +122,10 @@ def _make(make: Callable[..., Runner], args: tuple) -> None:
 
 def _turn() -> Turn:
     run, n_steps = _runner
-    start = time.perf_counter(), time.process_time(), _disk_mb()
+    start = time.perf_counter(), time.process_time()
     run(n_steps)
-    end = time.perf_counter(), time.process_time(), _disk_mb()
+    end = time.perf_counter(), time.process_time()
     return Turn(*((b - a) / n_steps for a, b in zip(start, end)))
-
-
-def _disk_mb() -> float:
-    counts = Path("/proc/self/io")
-    if not counts.exists():
-        return float("nan")
-    return int(counts.read_text().split("read_bytes: ")[1].split()[0]) / 1e6
 
 
 def in_process(function: Callable[..., T], /, *args: Any, **options: Any) -> T:
@@ -155,6 +140,8 @@ def peak_growth(function: Callable[..., object], *args: Any) -> float:
 
 
 def _growth(function: Callable[..., object], args: tuple) -> float:
+    from tests.variational.streaming.memory import forget_peak, peak_mb
+
     forget_peak()
     before = peak_mb()
     function(*args)
@@ -224,20 +211,9 @@ def measure(
 ) -> str:
     """Run the command line of a program that measures, and return the last of its tables.
 
-    Parameters
-    ----------
-    command : str
-        The program, as the markers of its tables name it.
-    tables : mapping
-        Functions by the name of the table that they return as Markdown, given the data and the
-        options.
-    arguments : sequence of str, optional
-        Default: those of the process.
-    rows : float
-        Default for the rows of a table.
-    **options
-        Other options of the program, and their defaults; with zero for what it takes a number of,
-        a program that keeps its results shows those that it has.
+    *command* is the program as the markers of its *tables* name it, which are functions that return
+    Markdown, given the data and the *options*; those have their defaults here, and with zero for
+    what it takes a number of, a program that keeps its results shows those that it has.
     """
     from benchmarks.cases import Data
 
@@ -257,3 +233,82 @@ def measure(
             if chosen.page is not None:
                 chosen.page.write_text(filled(chosen.page.read_text(), name, command, text))
     return text
+
+
+def run_command(function: Callable, arguments: Sequence[str] | None = None) -> None:
+    """Call a function with the options of a command line, and print what it returns.
+
+    Parameters without a default are paths; the others are options of the same name.
+    """
+    about = (function.__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(
+        f"python -m benchmarks.orderbook.{function.__name__}", description=about
+    )
+    for name, parameter in inspect.signature(function).parameters.items():
+        option, default = f"--{name.replace('_', '-')}", parameter.default
+        if default is parameter.empty:
+            parser.add_argument(name, type=Path)
+        elif isinstance(default, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
+        else:
+            parser.add_argument(option, type=type(default), default=default)
+    try:
+        sys.stdout.write(f"{function(**vars(parser.parse_args(arguments))) or ''}\n")
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+@contextlib.contextmanager
+def published(destination: str | Path, *, overwrite: bool) -> Iterator[tuple[Path, Path]]:
+    """Make a directory that appears by one rename when the block ends without an error.
+
+    Yields an empty directory to fill, which becomes *destination*, and one for scratch files on the
+    same disk, gone in the end or after an error; what lies in it at a kill or an interrupt is found
+    there by the next call. What is there already is replaced only with *overwrite*.
+    """
+    destination = Path(destination)
+    if destination.exists() and not overwrite:
+        raise FileExistsError(f"{destination} exists; choose another name, or pass overwrite")
+    unfinished = destination.parent / f".{destination.name}.unfinished"
+    content, scratch, replaced = (unfinished / name for name in ("content", "scratch", "replaced"))
+    for directory in (content, replaced):
+        shutil.rmtree(directory, ignore_errors=True)
+    for directory in (content, scratch):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield content, scratch
+        if destination.exists():
+            destination.rename(replaced)
+        content.rename(destination)
+    except BaseException as error:
+        if isinstance(error, Exception) or not any(scratch.iterdir()):
+            shutil.rmtree(unfinished)
+        raise
+    shutil.rmtree(unfinished)
+
+
+def write_files(tables: Iterable[pa.Table], directory: Path) -> None:
+    """Write tables, one after the other, as Parquet files of so many rows whose names sort."""
+    rows, number = None, 0
+    for table in tables:
+        rows = table if rows is None else pa.concat_tables([rows, table])
+        while len(rows) > ROWS_PER_FILE:
+            _write_file(rows[:ROWS_PER_FILE], directory, number)
+            rows, number = rows[ROWS_PER_FILE:], number + 1
+    if rows is not None:
+        _write_file(rows, directory, number)
+
+
+def _write_file(rows: pa.Table, directory: Path, number: int) -> None:
+    # Imbalances are too many for a dictionary, which would be given up half way.
+    pq.write_table(
+        rows.combine_chunks(),
+        directory / f"part-{number:05}.parquet",
+        compression="zstd",
+        use_dictionary=["mid", "spread", "up"],
+    )
+
+
+def followed(items: Iterable, description: str, total: int, show: bool) -> Iterable:
+    """Show on standard error how many of *items* are done."""
+    return track(items, description, total, console=Console(stderr=True), disable=not show)

@@ -16,15 +16,9 @@
     python -m benchmarks.reliability --only power alarms soak --page docs/source/reliability.md
     python -m benchmarks.reliability --only orders --page docs/source/streaming/order.md
 
-The first three tables feed both checks, the sample before streaming and the stream itself, by
-columns and by the score of a model: with orders that bias a model, with data sets whose means drift
-by a known design effect, beside the last iterate of Adam, and with shuffled data sets of many
-marginals.
-
-The last is a fit at full speed, by :func:`resumable_fit` with checkpoints, so what it does besides
-stepping is measured too.  Growth is from the second quarter of the readings, by which time every
-buffer is full, to the last: of the median for memory, of the most for files (one is opened and
-closed every epoch) and threads.  The program exits with 1 if something grew.
+The last is a fit at full speed, by :func:`resumable_fit` with checkpoints.  Growth is from the
+second quarter of the readings, by which time every buffer is full, to the last: of the median for
+memory, of the most for files and threads.  The program exits with 1 if something grew.
 
 With ``--datasets 0 --repeats 0 --minutes 0`` the tables are those of the results.
 """
@@ -94,7 +88,7 @@ ALLOWED_MB = 20.0
 MOST_STEPS_PER_SECOND = 4_000
 """Of the model of the soak, which ends when the time is up; PyMC keeps room for all losses."""
 READINGS = 720
-READ = {"rss_mb": "resident MB", "files": "open files", "threads": "threads"}
+READ = "rss_mb", "files", "threads"
 
 
 def orders(data: Data, repeats: int, results: Path, **_: Any) -> str:
@@ -286,7 +280,6 @@ def soak(data: Data, minutes: float, results: Path, **_: Any) -> str:
         readings = _readings(data, 60 * minutes)
         report = {"about": about("pymc", "pytensor"), "minutes": minutes, "rows": data.n_rows}
         save({**report, **_growth(readings), "readings": readings}, file)
-        _plot(readings, file.with_suffix(".png"))
     found = load(file)
     grown = found["growth"]
     return (
@@ -349,18 +342,6 @@ def _growth(readings: list[dict[str, float]]) -> dict[str, Any]:
         "growth": {"mb": round(megabytes, 1), **counts},
         "flat": megabytes < ALLOWED_MB and max(counts.values()) <= 0,
     }
-
-
-def _plot(readings: list[dict[str, float]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    minutes = [reading["seconds"] / 60 for reading in readings]
-    for axes, (key, label) in zip(figure.subplots(3, sharex=True), READ.items()):
-        axes.plot(minutes, [reading[key] for reading in readings])
-        axes.set(ylabel=label, ylim=(0, None))
-    axes.set_xlabel("minutes")
-    figure.savefig(path, dpi=100)
 
 
 TABLES: dict[str, Callable[..., str]] = {

@@ -11,22 +11,22 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
-"""How fast streams, fits and ``preshuffle`` are, and what memory they take.
+"""How fast streams, fits and ``preshuffle`` are, and what the checks of rows cost.
 
     python -m benchmarks.speed --page docs/source/speed.md
     python -m benchmarks.speed --only speed ladder
 
 Each fit has a process of its own, is compiled first and runs long enough to fill its windows; then
 the fits of a table take turns of some thousand steps.  The fit on one batch is the limit: it reads
-nothing.  Processor time is that of all threads.  With ``--folder`` the data are kept, and found the
-next time.  Libraries that are not installed are left out; the shuffling needs ``duckdb``.
+nothing.  With ``--folder`` the data are kept.  Shuffling needs ``duckdb``.
 """
 
-import os
+import shutil
+import statistics
 import time
 import warnings
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -34,22 +34,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 import pymc as pm
 
-from benchmarks import cases, costs
-from benchmarks.cases import Case, Data
+from benchmarks import cases
+from benchmarks.cases import Case, Data, order_book
 from benchmarks.harness import Lane, Runner, in_process, markdown, measure, race, ratio
-from benchmarks.orderbook.experiment import PRIOR_SD, parquet_files
+from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, parquet_files
+from pymc.variational._streaming.likelihood import Factors
+from pymc.variational._streaming.order.monitor import Monitor
+from pymc.variational._streaming.order.report import Stream
+from pymc.variational._streaming.order.statistic import ModelScore
+from pymc.variational._streaming.sources.arrays import as_source
+from pymc.variational.streaming import StreamingDataset, parquet_source, preshuffle
 
-__all__ = ["COMMAND", "TABLES"]
+__all__ = ["COMMAND", "TABLES", "copy_plain", "shuffle_ours"]
 
 COMMAND = "python -m benchmarks.speed"
 LIMIT, STREAM = "one batch, again and again", "stream, preshuffled"
 MEMORY, PEER = "`pm.Minibatch`, in memory", "pymc-extras DataLoader, as it comes"
-HEADS = (
-    "steps/s | ms per step | CPU ms per step | disk MB/s | speed / limit | speed / `pm.Minibatch`"
-)
+HEADS = "steps/s | ms per step | CPU ms per step | speed / limit | speed / `pm.Minibatch`"
 
 
 def speed(data: Data, turns: int) -> str:
@@ -60,13 +65,10 @@ def speed(data: Data, turns: int) -> str:
     without_lock = partial(cases.on_changed_pytensor, nogil=True)
     lanes = {
         LIMIT: Lane(cases.on_one_batch, shuffled),
-        "four batches in turn, in the cache": Lane(cases.on_ready_batches, shuffled, 4),
         "batches that are in memory already": Lane(cases.on_ready_batches, shuffled),
-        "stream of an array in memory": Lane(cases.on_stream_of_array, shuffled),
         STREAM: Lane(cases.on_stream, shuffled),
         "stream, as it comes (zstd, dictionaries)": Lane(cases.on_stream, ordered),
         MEMORY: Lane(cases.in_memory_columns, shuffled),
-        f"{MEMORY}, features in one matrix": Lane(cases.in_memory, shuffled),
         PEER: Lane(cases.on_dataloader, ordered),
         f"{LIMIT}, PyTensor's arguments by place": Lane(by_place, cases.on_one_batch, shuffled),
         f"{STREAM}, PyTensor's arguments by place": Lane(by_place, cases.on_stream, shuffled),
@@ -89,14 +91,12 @@ def shapes(data: Data, turns: int) -> str:
         ),
         "batches of 256": Case(book, batch_size=256),
         f"hierarchical, {cases.N_GROUPS} groups": Case(groups, cases.hierarchical),
-        "order book, cold page cache": Case(book),
     }
     lines = []
     for name, case in models.items():
-        before = partial(forget_pages, parquet_files(case.rows)) if "cold" in name else None
         ways = {LIMIT: cases.on_one_batch, STREAM: cases.on_stream, MEMORY: cases.in_memory}
         lanes = {way: Lane(make, case) for way, make in ways.items()}
-        race(lanes.values(), turns=turns, before=before)
+        race(lanes.values(), turns=turns)
         lines += [[name, *line] for line in speeds(lanes)]
     return markdown(f"model | rows | {HEADS}", lines)
 
@@ -104,8 +104,7 @@ def shapes(data: Data, turns: int) -> str:
 def speeds(lanes: Mapping[str, Lane]) -> Iterator[list[str]]:
     """Yield the cells of each lane, with its speed over that of two of them."""
     for name, lane in lanes.items():
-        disk = lane.median("disk_mb") / lane.median("seconds")
-        yield [name, *rates(lane), f"{disk:.0f}", *(ratio(lane, lanes[x]) for x in (LIMIT, MEMORY))]
+        yield [name, *rates(lane), *(ratio(lane, lanes[each]) for each in (LIMIT, MEMORY))]
 
 
 def rates(lane: Lane) -> list[str]:
@@ -113,37 +112,14 @@ def rates(lane: Lane) -> list[str]:
     return [f"{1 / seconds:,.0f}", f"{1e3 * seconds:.3f}", f"{1e3 * processor_seconds:.3f}"]
 
 
-def memory(data: Data, turns: int) -> str:
-    """Measure the peak memory of fits at two sizes, each against a fit that reads nothing."""
-    lines = []
-    for n_rows in (data.n_rows // 20, data.n_rows):
-        case = Case(data.shuffled(data.order_book(n_rows)))
-        ways = {LIMIT: cases.on_one_batch, STREAM: cases.on_stream, MEMORY: cases.in_memory_columns}
-        # Whoever comes first compiles for the others, which takes memory.
-        for _ in range(2):
-            lanes = {way: Lane(make, case) for way, make in ways.items()}
-            race(lanes.values(), turns=turns)
-        limit = lanes[LIMIT].peak_mb
-        for way, lane in lanes.items():
-            lines.append([f"{n_rows:,}", way, f"{lane.peak_mb:.0f}", f"{lane.peak_mb - limit:.0f}"])
-    return markdown("rows | fit | peak MB | above one batch", lines)
-
-
 def start(data: Data, turns: int) -> str:
     """Measure how long it takes to open a large table, and until the first batch is there."""
     lines, n_rows = [], 5 * data.n_rows
     book = data.order_book(n_rows)
     for name, rows in {"preshuffled": data.shuffled(book), "in order of time": book}.items():
-        for cache, before in {"warm": len, "cold": forget_pages}.items():
-            seconds = []
-            for _ in range(turns):
-                before(parquet_files(rows))
-                seconds.append(in_process(first_batch, rows))
-            opened, first = np.median(seconds, axis=0)
-            n_files = len(parquet_files(rows))
-            lines.append([name, cache, n_files, f"{opened:.2f}", f"{first:.2f}"])
-    heads = f"{n_rows / 1e6:g} million rows | page cache | files | open, s | first batch, s"
-    return markdown(heads, lines)
+        opened, first = np.median([in_process(first_batch, rows) for _ in range(turns)], axis=0)
+        lines.append([name, len(parquet_files(rows)), f"{opened:.2f}", f"{first:.2f}"])
+    return markdown(f"{n_rows / 1e6:g} million rows | files | open, s | first batch, s", lines)
 
 
 def first_batch(rows: Path) -> tuple[float, float]:
@@ -160,15 +136,6 @@ def first_batch(rows: Path) -> tuple[float, float]:
         return opened - began, time.perf_counter() - built
 
 
-def forget_pages(files: list[Path]) -> None:
-    """Drop files from the page cache."""
-    for file in files:
-        handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)  # pages that are not on the disk yet would stay
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
-
-
 DEFAULT = "numba, float64 (default)"
 SETTINGS = {
     DEFAULT: ("numba", "float64"),
@@ -181,21 +148,15 @@ SETTINGS = {
 
 def ladder(data: Data, turns: int) -> str:
     """Measure the order-book model under PyMC's settings, which hold for a process, and NumPyro."""
-    ordered = data.order_book()
-    case, lanes = Case(data.shuffled(ordered)), {}
+    case, lanes = Case(data.shuffled(data.order_book())), {}
     for setting, (backend, dtype) in SETTINGS.items():
-        ways: dict[str, Callable[[Case], Runner]] = {
-            LIMIT: cases.on_one_batch,
-            STREAM: cases.on_stream,
-        }
-        if setting == DEFAULT:
-            ways |= {"in memory": cases.in_memory_columns, PEER: cases.on_dataloader}
+        ways: dict[str, Any] = {LIMIT: cases.on_one_batch, STREAM: cases.on_stream}
         if backend == "numpyro":
             ways = {way: partial(on_numpyro, way) for way in (LIMIT, STREAM, "in memory")}
         if backend in ("numba", "c") or find_spec(backend):
             for way, make in ways.items():
-                rows = replace(case, backend=backend, rows=ordered if way == PEER else case.rows)
-                lanes[setting, way] = Lane(make, rows, flags=f"floatX={dtype}")
+                lane = Lane(make, replace(case, backend=backend), flags=f"floatX={dtype}")
+                lanes[setting, way] = lane
     race(lanes.values(), turns=turns)
     lines = []
     for (setting, way), lane in lanes.items():
@@ -250,19 +211,156 @@ def batches(way: str, case: Case) -> Callable[[], np.ndarray]:
     return lambda: rows.take(rng.integers(len(rows), size=case.batch_size), axis=0)
 
 
+def shuffling(data: Data, turns: int) -> str:
+    """Let ``preshuffle``, DuckDB under the same limits, and a plain copy take turns."""
+    n_rows, target = data.n_rows * 4 // 5, data.folder / "result"
+    book = data.order_book(n_rows)
+    ways = {
+        "preshuffle": shuffle_ours,
+        "DuckDB, ORDER BY random()": shuffle_duckdb,
+        "plain copy": copy_plain,
+    }
+    seconds = np.empty((1 + turns, len(ways)))
+    for turn in seconds:
+        for i, shuffle in enumerate(ways.values()):
+            turn[i] = _seconds(partial(shuffle, book, target, "512MB"))
+            shutil.rmtree(target)
+    lines = []
+    for name, theirs in zip(ways, seconds[1:].T):  # the first turn warms up
+        median, times = np.median(theirs), np.median(theirs / seconds[1:, 0])
+        spread = f"{median:.2f} ({theirs.min():.2f} to {theirs.max():.2f})"
+        lines.append([name, spread, f"{n_rows / median / 1e6:.1f}", f"{times:.2f}"])
+    heads = "seconds, median (least to most) | million rows/s | time over preshuffle's"
+    return markdown(f"{n_rows:,} rows | {heads}", lines)
+
+
+def shuffle_ours(source: Path, target: Path, memory_limit: str) -> None:
+    preshuffle(source, target, seed=0, memory_limit=memory_limit, progressbar=False)
+
+
+def shuffle_duckdb(source: Path, target: Path, memory_limit: str) -> None:
+    """Shuffle with as many threads as ``preshuffle`` has."""
+    from duckdb import connect
+
+    target.mkdir()
+    settings: dict[str, Any] = {
+        "memory_limit": memory_limit,
+        "threads": "2",
+        "temp_directory": str(target),
+    }
+    with connect(config=settings) as connection:
+        connection.execute("SET enable_progress_bar = false")
+        connection.execute(
+            f"COPY (SELECT * FROM '{source}/*.parquet' ORDER BY random()) "
+            f"TO '{target}/all.parquet' (FORMAT parquet, COMPRESSION lz4_raw)"
+        )
+
+
+def copy_plain(source: Path, target: Path, memory_limit: str) -> None:
+    """Read each file whole and write it with lz4 and without dictionaries, without any limit."""
+    encoding = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        pq.write_table(pq.read_table(file), target / file.name, compression="lz4", **encoding)
+
+
+MANY_ROWS, WINDOW = 100_000_000, 1_000_000
+REPEATS, STEPS, WARM_UP = 5, 400, 3
+
+
+def checks(data: Data, turns: int) -> str:
+    """Measure what the batch contract and the order check take of a step, on random rows."""
+    lines, table = [], data.of("checks", WINDOW, _columns)
+    rows = np.concatenate(list(parquet_source(table)))
+    for name, model in MODELS.items():
+        free, held = step_seconds(table, model, 2 * turns)
+        watched = watch_seconds([rows] * 64, model, MANY_ROWS)
+        both = (f"{each * 1e6:.1f} | {each / free:.1%}" for each in (held - free, watched))
+        lines.append([name, f"{free * 1e3:.3f}", *both])
+    heads = "model | step, ms | longer with the batch contract, µs | | order check, µs |"
+    return markdown(heads, lines)
+
+
+def watch_seconds(windows: Sequence[np.ndarray], model: Callable, n_rows: int) -> float:
+    """Return the processor seconds of comparing the rows of a batch by the score of a model."""
+    pilot = windows[0][:BATCH_SIZE]
+    with StreamingDataset(pilot, batch_size=BATCH_SIZE, order_check="off") as ds:
+        with pm.Model() as built:
+            model(ds.as_tensor(), n_rows)
+        score = ModelScore(Factors(built), ds.as_tensor()).at(pilot, n_rows)
+    assert score is not None
+    seconds = []
+    for _ in range(REPEATS):
+        monitor = Monitor(Stream(as_source(pilot), WINDOW, n_rows), lambda pilot: score)
+        began = time.thread_time()
+        for number, window in enumerate(windows):
+            monitor.add(number * WINDOW, window)
+            monitor.compare()
+        seconds.append(time.thread_time() - began)
+    return statistics.median(seconds) * BATCH_SIZE / sum(map(len, windows))
+
+
+def step_seconds(table: Path, model: Callable, turns: int) -> np.ndarray:
+    """Return the seconds of a step without and with the contract, as medians over turns."""
+    make = partial(StreamingDataset, batch_size=BATCH_SIZE, order_check="off")
+    with make(parquet_source(table)) as free, make(parquet_source(table)) as held:
+        steps = [_step(ds, model) for ds in (free, held)]
+        free._reader.hold_to(None)
+        seconds = np.empty((WARM_UP + turns, 2))
+        for turn in range(len(seconds)):
+            for i in (turn % 2, 1 - turn % 2):  # each begins in every second turn
+                seconds[turn, i] = _seconds(steps[i], STEPS)
+    return np.median(seconds[WARM_UP:], axis=0)
+
+
+def _step(ds: StreamingDataset, model: Callable) -> Callable[[], None]:
+    """Return what makes a step of a fit and puts the batch after it in place."""
+    with pm.Model():
+        model(ds.as_tensor(), ds.total_size)
+        callback = ds.fit_callback()
+        step = pm.ADVI().objective.step_function(score=True, obj_optimizer=pm.adam())
+
+    def run(kept: Any = callback) -> None:
+        step()
+        ds._advance()
+
+    return run
+
+
+def _seconds(function: Callable[[], object], n_calls: int = 1) -> float:
+    began = time.perf_counter()
+    for _ in range(n_calls):
+        function()
+    return (time.perf_counter() - began) / n_calls
+
+
+def logistic(x: Any, n: int | None, label: int) -> None:
+    order_book(x[:, :3], x[:, label], n)
+
+
+def groups(x: Any, n: int | None) -> None:
+    a, b = pm.Normal("a", 0, pm.HalfNormal("s"), shape=100), pm.Normal("b")
+    rate = pm.math.exp(a[x[:, 3].astype("int64")] + b * x[:, 0])
+    pm.Poisson("n", rate, observed=x[:, 4], total_size=n)
+
+
+MODELS: dict[str, Callable[[Any, int | None], None]] = {
+    "logistic regression, four columns and a label": partial(logistic, label=4),
+    "logistic regression, one event in a hundred rows": partial(logistic, label=5),
+    "hierarchical Poisson regression, 100 groups": groups,
+}
+
+
+def _columns(rng: np.random.Generator, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Return three normal columns, a group, a label and a rare label."""
+    n = len(numbers)
+    labels = rng.random((2, n)) < [[0.5], [0.01]]
+    columns = [*rng.normal(size=(3, n)), rng.integers(0, 100, n), *labels]
+    return {name: column.astype("float32") for name, column in zip("abcdef", columns)}
+
+
 TABLES: dict[str, Callable[[Data, int], str]] = {
-    table.__name__: table
-    for table in (
-        speed,
-        shapes,
-        ladder,
-        memory,
-        costs.libraries,
-        start,
-        costs.shuffling,
-        costs.order,
-        costs.checks,
-    )
+    table.__name__: table for table in (speed, shapes, ladder, start, shuffling, checks)
 }
 
 if __name__ == "__main__":

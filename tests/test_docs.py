@@ -375,14 +375,14 @@ class TestNumbers:
         assert filled == text
 
     def test_the_tables_of_the_zoo_are_those_of_the_results(self):
-        from benchmarks import harness, zoo, zoo_scale
+        from benchmarks import harness, zoo
 
         text = filled = (SOURCE / "zoo.md").read_text()
         found = harness.load(SOURCE / "results" / "zoo.json")
-        for name, table in zoo.TABLES.items():
-            filled = harness.filled(filled, name, zoo.COMMAND, table(found))
-        table = zoo_scale.table(harness.load(SOURCE / "results" / "scale.json"))
-        assert harness.filled(filled, "scale", zoo_scale.COMMAND, table) == text
+        for name, table in zoo.tables(found).items():
+            filled = harness.filled(filled, name, zoo.COMMAND, table)
+        table = zoo.scale_table(harness.load(SOURCE / "results" / "scale.json"))
+        assert harness.filled(filled, "scale", zoo.COMMAND, table) == text
 
 
 def test_the_figures_of_why_order_matters_show_what_it_says():

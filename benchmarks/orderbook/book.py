@@ -14,10 +14,6 @@
 
 """The order book of one market, folded message by message in compiled code.
 
->>> book = Book(close_ms=close_ms(market))
->>> for part in read_parts(path):
-...     rows, labels = book.fold(part.events, part.lines)
-
 Every number is an integer, so the book is exact: prices in 1e-4 dollars, sizes in 1e-2 contracts.
 A book belongs to one market and takes its messages in order of receipt.
 
@@ -41,6 +37,7 @@ __all__ = ["Book", "Events", "MessageError", "close_ms"]
 DELTA, SNAPSHOT, TRADE, LEVEL = range(4)
 YES, NO = range(2)
 EXCHANGE_ZONE = ZoneInfo("America/New_York")
+# KXGOLD15M-26AUG102115-15 closes on 10 August 2026 at 21:15.
 CLOSE = re.compile(r"-(\d\d(?:JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC)\d{6})-")
 
 DOLLAR = 10_000
@@ -52,15 +49,16 @@ HOLE_MS = 300_000
 # A mid is a multiple of 5e-5 dollars and a spread one of 1e-4, while float32 numbers below 1 lie
 # at most 6e-8 apart: float32 keeps them all apart, and round(20_000 * mid) gives the integer back.
 FEATURES = "mid", "spread", "imbalance"
-ROW = np.dtype([("recv_ms", "i8"), *((name, "f4") for name in FEATURES)])
+ROW = np.dtype([("recv_ms", "i8"), *((name, "f4") for name in FEATURES), ("up", "i1")])
 
 COUNTERS = (
     *("messages", "deltas", "snapshots", "trades", "clock_set_back", "rows", "labelled"),
     *("one_sided", "after_close", "left_out", "crossed", "below_zero", "gaps", "holes"),
 )
 # mid2: twice the last mid; waiting: rows with this mid, which get their label when it changes;
-# unknown: whether messages are missing since the last snapshot.
-PROGRESS = ("levels_to_come", "seq", "recv_ms", "mid2", "waiting", "unknown")
+# earlier: the label of those of earlier calls; unknown: whether messages are missing since the last
+# snapshot.
+PROGRESS = ("levels_to_come", "seq", "recv_ms", "mid2", "waiting", "earlier", "unknown")
 STATE = np.dtype([(name, "i8") for name in PROGRESS + COUNTERS])
 
 FAULTS = {
@@ -85,36 +83,27 @@ class Events(NamedTuple):
     """Messages as parallel arrays, in the order in which they were received.
 
     A snapshot is one `SNAPSHOT` whose size is a number of levels, followed by that many `LEVEL`
-    events; every other message is one event.
+    events; every other message is one event. ``kind`` and ``side`` are uint8, the others int64:
+    prices in 1e-4 dollars, sizes in 1e-2 contracts, signed in a delta, ``seq`` is -1 if a message
+    has none, and of the exchange's time and that of receipt one stands for the other.
     """
 
     kind: np.ndarray
-    """uint8: `DELTA`, `SNAPSHOT`, `TRADE` or `LEVEL`."""
     side: np.ndarray
-    """uint8: `YES` or `NO`."""
     price: np.ndarray
-    """int64, in 1e-4 dollars."""
     size: np.ndarray
-    """int64, in 1e-2 contracts; signed in a delta."""
     seq: np.ndarray
-    """int64, the number of the message on its channel; -1 if it has none."""
     ts_ms: np.ndarray
-    """int64, the exchange's time; the time of receipt where a message has none."""
     recv_ms: np.ndarray
-    """int64, the local time of receipt; the exchange's time where a message has none."""
 
 
 EVENT_SCHEMA = pa.schema(
-    [("kind", pa.uint8()), ("side", pa.uint8())]
-    + [(name, pa.int64()) for name in ("price", "size", "seq", "ts_ms", "recv_ms")]
+    (name, pa.uint8() if name in ("kind", "side") else pa.int64()) for name in Events._fields
 )
 
 
 def close_ms(market: str) -> int | None:
-    """Tell when *market* closes, in milliseconds since 1970, if its ticker says so.
-
-    ``KXGOLD15M-26AUG102115-15`` closes on 10 August 2026 at 21:15 Eastern time.
-    """
+    """Tell when *market* closes, in milliseconds since 1970, if its ticker says so."""
     if (found := CLOSE.search(market)) is None:
         return None
     try:
@@ -127,18 +116,9 @@ def close_ms(market: str) -> int | None:
 class Book:
     """The resting orders of one market, and what was seen on the way.
 
-    Parameters
-    ----------
-    close_ms : int or None
-        When the market closes, in milliseconds since 1970 on the exchange's clock.
-        Later messages make no rows and no labels. None means that it stays open.
-
-    Attributes
-    ----------
-    sizes : ndarray of int64, shape (2, 10001)
-        Size at each side and price.
-    best : ndarray of int64, shape (2,)
-        Highest price of each side, 0 where the side is empty.
+    Messages later than *close_ms*, in milliseconds on the exchange's clock, make no rows and no
+    labels. ``sizes`` are those at each side and price, int64 of shape (2, 10001), and ``best`` the
+    highest price of each side, 0 where the side is empty.
     """
 
     def __init__(self, *, close_ms: int | None) -> None:
@@ -147,99 +127,88 @@ class Book:
         self._close_ms = np.iinfo(np.int64).max if close_ms is None else close_ms
         self._state = np.zeros(1, STATE)
         self._state["unknown"] = True
-
-    @property
-    def waiting(self) -> int:
-        """Rows that were made and have no label yet."""
-        return int(self._state["waiting"][0])
+        self._waiting: list[np.ndarray] = []
 
     @property
     def counts(self) -> dict[str, int]:
         """What was seen so far, by name."""
         return {name: int(self._state[name][0]) for name in COUNTERS}
 
-    def lose(self) -> np.ndarray:
-        """Say that messages are missing here; return the labels of the rows that wait: none."""
-        labels = np.full(self.waiting, NO_LABEL, np.int8)
+    def lose(self) -> None:
+        """Say that messages are missing here; the rows that wait get no label."""
+        self._waiting.clear()
         self._state["waiting"] = 0
         self._state["gaps"] += 1 - self._state["unknown"]
         self._state["unknown"] = True
-        return labels
 
-    def fold(self, events: Events, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Take the next messages.
+    def fold(self, events: Events, lines: np.ndarray) -> np.ndarray:
+        """Take the next messages, and return the rows whose labels are now known.
 
-        Returns
-        -------
-        rows : ndarray of ROW
-            The features of each book state with two sides.
-        labels : ndarray of int8
-            Labels of the rows that waited longest; the others wait for the next change of the mid.
-            Rows that can have no label have -1.
-
-        Raises
-        ------
-        MessageError
-            Where a message cannot be what the exchange sent. The book is of no use after that.
+        Rows wait for theirs until the mid changes. After a `MessageError`, where a message cannot
+        be what was sent, the book is of no use.
         """
-        n = len(events.kind)
-        rows, labels, lengths = np.empty(n, ROW), np.empty(n, np.int8), np.empty(n, np.int64)
-        at, fault, n_rows, n_runs = _fold(
-            events, self._close_ms, self.sizes, self.best, self._state, rows, labels, lengths
-        )
+        rows, n_before = np.empty(len(events.kind), ROW), int(self._state["waiting"][0])
+        at, fault, n_rows = _fold(events, self._close_ms, self.sizes, self.best, self._state, rows)
         if fault != NO_FAULT:
             event = {name: int(column[at]) for name, column in events._asdict().items()}
             state = {f"last_{name}": int(self._state[name][0]) for name in PROGRESS}
             raise MessageError(f"line {lines[at]}: {FAULTS[fault].format(**event, **state)}")
-        return rows[:n_rows], np.repeat(labels[:n_runs], lengths[:n_runs])
+        self._waiting.append(rows[:n_rows].copy())
+        if (n_waiting := int(self._state["waiting"][0])) > n_rows:
+            return rows[:0]
+        rows = np.concatenate(self._waiting)
+        rows["up"][:n_before] = self._state["earlier"]
+        n_done = len(rows) - n_waiting
+        self._waiting = [rows[n_done:].copy()]
+        return rows[:n_done][rows["up"][:n_done] != NO_LABEL]
 
 
 @numba.njit(cache=True, nogil=True)
-def _fold(events, close_ms, sizes, best, state, rows, labels, lengths):
-    """Write rows, and runs of labels of the rows that wait; return how many there are of both."""
+def _fold(events, close_ms, sizes, best, state, rows):
+    """Write rows, and labels of those that waited; return how many rows there are."""
     book = state[0]
-    n_rows = n_runs = 0
+    n_rows = 0
     for at in range(len(events.kind)):
         kind, recv_ms = events.kind[at], events.recv_ms[at]
         if recv_ms - book.recv_ms > HOLE_MS and book.messages > 0:
             book.holes += 1
-            n_runs = _label(NO_LABEL, labels, lengths, n_runs, book)
+            _label(NO_LABEL, rows, n_rows, book)
         if (kind == LEVEL) != (book.levels_to_come > 0):
-            return at, BAD_LEVELS, n_rows, n_runs
+            return at, BAD_LEVELS, n_rows
         _count(kind, recv_ms, book)
         fault = NO_FAULT
         if kind != TRADE:
             change = events.side[at], events.price[at], events.size[at], events.seq[at]
             fault = _apply(kind, change, sizes, best, book)
             if fault != NO_FAULT and fault != BELOW_ZERO:
-                return at, fault, n_rows, n_runs
+                return at, fault, n_rows
         if kind == TRADE or book.levels_to_come > 0:
             continue
         if not _is_row(events.ts_ms[at] >= close_ms, fault, best, book):
             if book.unknown:
-                n_runs = _label(NO_LABEL, labels, lengths, n_runs, book)
+                _label(NO_LABEL, rows, n_rows, book)
             continue
         mid2 = best[YES] + DOLLAR - best[NO]
         if mid2 != book.mid2:
-            n_runs = _label(np.int8(mid2 > book.mid2), labels, lengths, n_runs, book)
+            _label(np.int8(mid2 > book.mid2), rows, n_rows, book)
             book.mid2 = mid2
         _write_row(rows[n_rows], sizes, best, book.recv_ms)
         n_rows += 1
         book.rows += 1
         book.waiting += 1
-    return -1, NO_FAULT, n_rows, n_runs
+    return -1, NO_FAULT, n_rows
 
 
 @numba.njit(cache=True, nogil=True)
-def _label(label, labels, lengths, n_runs, book):
-    """Give all rows that wait one label, if there are any; return the number of runs."""
-    if book.waiting == 0:
-        return n_runs
-    labels[n_runs], lengths[n_runs] = label, book.waiting
+def _label(label, rows, n_rows, book):
+    """Give all rows that wait one label."""
+    for at in range(max(0, n_rows - book.waiting), n_rows):
+        rows[at].up = label
+    if book.waiting > n_rows:
+        book.earlier = label
     if label != NO_LABEL:
         book.labelled += book.waiting
     book.waiting = 0
-    return n_runs + 1
 
 
 @numba.njit(cache=True, nogil=True)
@@ -247,7 +216,8 @@ def _apply(kind, change, sizes, best, book):
     """Change the book by one message or level; tell what is wrong with it."""
     side, price, size, seq = change
     if kind == SNAPSHOT:
-        _clear(sizes, best)
+        sizes[:] = 0
+        best[:] = EMPTY
         book.seq = seq
         book.unknown = False
         book.levels_to_come = size
@@ -279,13 +249,6 @@ def _count(kind, recv_ms, book):
     # The order of the messages is right even where the recorder's clock was not.
     book.clock_set_back += recv_ms < book.recv_ms
     book.recv_ms = max(recv_ms, book.recv_ms)
-
-
-@numba.njit(cache=True, nogil=True)
-def _clear(sizes, best):
-    for side in (YES, NO):
-        sizes[side, : best[side] + 1] = 0
-        best[side] = EMPTY
 
 
 @numba.njit(cache=True, nogil=True)

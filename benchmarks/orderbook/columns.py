@@ -13,15 +13,13 @@
 #   limitations under the License.
 """Which columns of a table are features, and which is the label.
 
->>> choose(Path("rows"), features=None, label=None)
-('mid', 'spread', 'imbalance', 'up')
-
 It looks at the files' footers and at the first rows, and imports no more than that takes;
 `exact_posterior` holds all rows to the same.
 """
 
 import re
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,22 +27,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["LARGEST", "MESSAGES", "choose", "holds_messages", "parquet_files"]
+__all__ = ["LARGEST", "MESSAGES", "choose", "holds_messages", "parquet_files", "visible_files"]
 
 LARGEST = 1e6
 """A coefficient of some 1e-6 is far below its prior's scale, and float steps would not find it."""
 MESSAGES = re.compile(r"\.(ndjson|jsonl)(\.gz|\.zst)?$")
 """Names of files of messages in JSON."""
+PARQUET = re.compile(r"\.parquet$")
+
+
+def visible_files(directory: Path, wanted: re.Pattern, remedy: str) -> list[Path]:
+    """List the files below *directory* whose names match; hidden ones, such as ``._``, do not."""
+    visible = [f for f in sorted(directory.rglob("*")) if f.is_file() and f.name[0] != "."]
+    if files := [file for file in visible if wanted.search(file.name)]:
+        return files
+    kinds = Counter("".join(file.suffixes[-2:]) or file.name for file in visible)
+    holds = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "no files"
+    raise FileNotFoundError(f"no {remedy} in {directory}; it holds {holds}")
 
 
 def parquet_files(rows: Path) -> list[Path]:
     """List the Parquet files of a table in order."""
-    files = sorted(file for file in rows.rglob("*.parquet") if not file.name.startswith("."))
-    if not files:
-        found = sorted({file.suffix or file.name for file in rows.rglob("*") if file.is_file()})
-        holds = f"files of type {', '.join(found[:5])}" if found else "no files"
-        raise SystemExit(f"{rows} holds no Parquet files and no messages; it holds {holds}")
-    return files
+    return visible_files(rows, PARQUET, "Parquet files and no messages")
 
 
 def holds_messages(data: Path) -> bool:
@@ -55,7 +59,7 @@ def holds_messages(data: Path) -> bool:
 
 
 def choose(rows: Path, *, features: Sequence[str] | None, label: str) -> tuple[str, ...]:
-    """Return the columns of *rows* to fit, the label last; exit if the model cannot be fitted to them.
+    """Return the columns of *rows* to fit, the label last; refuse what cannot be fitted.
 
     By default the last column is the label, and all others are features.
     """
@@ -64,17 +68,17 @@ def choose(rows: Path, *, features: Sequence[str] | None, label: str) -> tuple[s
     label = label or names[-1]
     chosen = [name for name in names if name != label] if features is None else [*features]
     if unknown := [name for name in (*chosen, label) if name not in names]:
-        raise SystemExit(f"{rows} has no column {unknown[0]!r}; it has {', '.join(names)}")
+        raise ValueError(f"{rows} has no column {unknown[0]!r}; it has {', '.join(names)}")
     if label in chosen or not chosen:
-        raise SystemExit(f"{rows}: the label {label!r} must not be a feature, and one is needed")
+        raise ValueError(f"{rows}: the label {label!r} must not be a feature, and one is needed")
     if wrong := {name: fault for name in chosen if (fault := _fault(table[name]))}:
         listed = "; ".join(f"{name!r} {fault}" for name, fault in wrong.items())
         good = ",".join(name for name in chosen if name not in wrong) or "..."
-        raise SystemExit(f'{rows}: {listed}; leave such columns out: FEATURES="{good}"')
+        raise ValueError(f'{rows}: {listed}; leave such columns out: FEATURES="{good}"')
     if not _is_binary(table[label]):
         others = [name for name in names if name != label and _is_binary(table[name])]
         remedy = f"choose it: LABEL={others[0]}" if others else "add a column of 0 and 1"
-        raise SystemExit(f"{rows}: the label {label!r} must hold only 0 and 1; {remedy}")
+        raise ValueError(f"{rows}: the label {label!r} must hold only 0 and 1; {remedy}")
     return (*chosen, label)
 
 
@@ -84,7 +88,7 @@ def _first_rows(rows: Path) -> pa.RecordBatch:
     names = {file: _names(file) for file in files}
     for file in others:
         if {*names[file]} != {*names[first]}:
-            raise SystemExit(
+            raise ValueError(
                 f"{file} must have the columns of {first}, {', '.join(names[first])}; "
                 f"it has {', '.join(names[file])}"
             )
@@ -93,14 +97,14 @@ def _first_rows(rows: Path) -> pa.RecordBatch:
             for batch in parquet.iter_batches():
                 if len(batch):
                     return batch.select(names[first])
-    raise SystemExit(f"{rows} holds no rows")
+    raise ValueError(f"{rows} holds no rows")
 
 
 def _names(file: Path) -> list[str]:
     try:
         return pq.read_schema(file).names
     except (pa.ArrowException, OSError) as error:
-        raise SystemExit(f"{file} is not a Parquet file that can be read: {error}") from None
+        raise ValueError(f"{file} is not a Parquet file that can be read: {error}") from None
 
 
 def _fault(column: pa.Array) -> str:

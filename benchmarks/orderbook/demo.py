@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.harness import filled, in_process, markdown, run_command
 from benchmarks.orderbook.columns import choose, holds_messages
-from benchmarks.orderbook.publish import run_command
 
 # All else is imported when the data are known to be such that can be fitted, which is at once.
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ MESSAGES = 2_500_000
 SEED = 0
 WINDOW_SHARE = 20
 IN_MEMORY, ORDERED, SHUFFLED = "in memory", "ordered", "preshuffled"
-LEGEND = {
-    IN_MEMORY: "in memory, pm.Minibatch",
-    ORDERED: "streamed in order of time",
-    SHUFFLED: "streamed after preshuffle",
+WAYS = {
+    IN_MEMORY: ("in memory, pm.Minibatch", "tab:gray"),
+    ORDERED: ("streamed in order of time", "tab:red"),
+    SHUFFLED: ("streamed after preshuffle", "tab:blue"),
 }
-COLORS = {IN_MEMORY: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
+"""What is said of each way in which the rows come, and its color."""
 LEGEND_OF_TABLE = (
     "Error of the posterior means in posterior standard deviations.  By coefficient: means\n"
     "averaged over the second half of the steps.  Last step: the worst of them then.\n"
@@ -57,26 +57,24 @@ LEGEND_OF_TABLE = (
 )
 
 Fits = dict[str, dict[str, Any]]
-"""What ``fit_model`` returns, by the way in which the rows came."""
 
 
 def run(exact: "Posterior", rows: Path, columns: tuple[str, ...], work: Path, n_steps: int) -> Fits:
     """Fit the model to the *columns* of *rows* in three ways, with what is made on the way in *work*."""
-    from benchmarks.harness import in_process
     from benchmarks.orderbook.experiment import BATCH_SIZE, fit_model
     from pymc.variational.streaming import preshuffle
 
     buffer_size = max(exact.n_rows // WINDOW_SHARE, BATCH_SIZE)
     say(f"{exact.n_rows:,} rows; the buffer holds {buffer_size:,} of them")
     fits: Fits = {}
-    for name in LEGEND:
+    for name, (legend, _) in WAYS.items():
         if name == SHUFFLED:
             say("\nShuffling the rows once, on disk")
             shuffled = work / "shuffled"
             options = {"seed": SEED, "columns": columns, "overwrite": True, "progressbar": False}
             in_process(preshuffle, rows, shuffled, **options)
             rows = shuffled
-        say(f"\n{LEGEND[name]}")
+        say(f"\n{legend}")
         fits[name] = in_process(
             fit_model,
             rows,
@@ -105,8 +103,7 @@ def errors(means: list[float], exact: "Posterior") -> np.ndarray:
 
 def markdown_table(exact: "Posterior", fits: Fits) -> str:
     """Return the results as a table for the README."""
-    header = ["Rows", *exact.names, "last step", "memory", "steps/s"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for name, fit in fits.items():
         cells = [name, *(f"{e:+.2f}" for e in errors(fit["averaged"], exact))]
         cells += [f"{abs(errors(fit['last'], exact)).max():.1f}"]
@@ -114,30 +111,26 @@ def markdown_table(exact: "Posterior", fits: Fits) -> str:
     if corrected := fits[SHUFFLED]["examination"]["corrected"]:
         cells = [f"{e:+.2f}" for e in errors(corrected["mean"], exact)]
         lines.append(["polished", *cells, "", "", ""])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    heads = ["Rows", *exact.names, "last step", "memory", "steps/s"]
+    return markdown(" | ".join(heads), lines)
 
 
 def plot(exact: "Posterior", fits: Fits, file: Path) -> None:
-    """Draw the way of the worst coefficient, and the errors of all of them."""
+    """Draw the way of the worst coefficient."""
     from matplotlib.figure import Figure
 
     from benchmarks.orderbook.experiment import TRACED_EVERY
 
     worst = int(np.abs(errors(fits[ORDERED]["averaged"], exact)).argmax())
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    way, final = figure.subplots(1, 2)
-    for offset, (name, fit) in enumerate(fits.items()):
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    for (legend, color), fit in zip(WAYS.values(), fits.values()):
         trace = np.array(fit["trace"])[:, worst]
         steps = TRACED_EVERY * np.arange(1, len(trace) + 1)
-        way.plot(steps, trace, color=COLORS[name], label=LEGEND[name], lw=1)
-        places = np.arange(len(exact.names)) + (offset - 1) / 4
-        final.bar(places, np.abs(errors(fit["averaged"], exact)), 0.25, color=COLORS[name])
-    way.axhline(exact.mean[worst], color="black", ls="--", lw=1, label="exact")
-    way.set(xlabel="step", ylabel=f"posterior mean of {exact.names[worst]}")
-    way.legend(frameon=False)
-    final.set_xticks(range(len(exact.names)), exact.names)
-    final.axhline(1, color="black", ls=":", lw=1)
-    final.set(yscale="log", ylabel="error of the averaged means, posterior sd")
+        ax.plot(steps, trace, color=color, label=legend, lw=1)
+    ax.axhline(exact.mean[worst], color="black", ls="--", lw=1, label="exact")
+    ax.set(xlabel="step", ylabel=f"posterior mean of {exact.names[worst]}")
+    ax.legend(frameon=False)
     figure.savefig(file, dpi=120)
 
 
@@ -193,8 +186,6 @@ def demo(
     (results / "demo.md").write_text(table)
     plot(exact, fits, results / "demo.png")
     if readme:
-        from benchmarks.harness import filled
-
         page = Path(readme)
         page.write_text(filled(page.read_text(), "demo", "make results", table))
     say(f"{time.perf_counter() - started:.0f} s; the figure is {results / 'demo.png'}")

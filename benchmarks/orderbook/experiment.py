@@ -13,8 +13,6 @@
 #   limitations under the License.
 """Fit the order-book model to one table in different ways, each in a process of its own.
 
->>> in_process(fit_model, Path("rows"), buffer_size=100_000, n_steps=6_000, seed=0)
-
 The model is a logistic regression of the last column on the others::
 
     logit P(up) = b0 + b1 * mid + b2 * spread + b3 * imbalance,  b ~ Normal(0, 3)
@@ -73,13 +71,9 @@ class Posterior:
     """The exact posterior of the coefficients."""
 
     names: tuple[str, ...]
-    """"intercept" and the names of the feature columns."""
     mean: tuple[float, ...]
     sd: tuple[float, ...]
-    mean_field_sd: tuple[float, ...]
-    """Standard deviations of the best mean-field approximation, which knows no correlations."""
     n_rows: int
-    """Rows of the table."""
 
 
 class Tail:
@@ -119,7 +113,6 @@ def exact_posterior(rows: Path, columns: Sequence[str] | None = None) -> Posteri
         names=("intercept", *columns[:-1]),
         mean=tuple(b.tolist()),
         sd=tuple(np.sqrt(np.diag(np.linalg.inv(precision))).tolist()),
-        mean_field_sd=tuple((1 / np.sqrt(np.diag(precision))).tolist()),
         n_rows=sum(pq.read_metadata(file).num_rows for file in files),
     )
 
@@ -137,16 +130,13 @@ def fit_model(
 ) -> dict[str, Any]:
     """Fit in this process, and return the fit and what it cost, as JSON can hold it.
 
-    The files in *rows* have features and, in the last of *columns* (default: all), 0 or 1; without
-    a *buffer_size* in rows, they are held in memory. With *examine*, the order of a stream is
-    checked before the fit, and the fit after it: when it is averaged and, with *check_last*, also
-    as the last step left it.
+    Without a *buffer_size* in rows, these are held in memory. With *examine*, the order of a stream
+    is checked before the fit, and the fit after it: when it is averaged and, with *check_last*,
+    also as the last step left it.
 
-    In the result, ``last`` and ``sd`` are the posterior means and standard deviations of the last
-    step, ``averaged`` the means averaged over the second half of the steps, and ``trace`` those of
-    every 20th step; ``steps_per_second`` is the rate after the first 500 steps, ``seconds`` are
-    those of getting ready (reading, checking the order, the first batch) and of the fit, and
-    ``peak_mb`` is the largest resident set of the process until the end of the fit.
+    In the result, ``last`` are the posterior means of the last step, ``averaged`` those averaged
+    over the second half of the steps, and ``trace`` those of every 20th; ``steps_per_second`` is
+    the rate after the first 500 steps, and ``peak_mb`` the peak memory until the end of the fit.
     """
     if not progressbar:
         logging.getLogger("pymc").setLevel(logging.WARNING)
@@ -157,22 +147,20 @@ def fit_model(
         ds = build_model(rows, buffer_size, seed, columns)
         order = _order(_buffer(rows, buffer_size, seed, columns)) if examine else {}
         average = EpochAverage(ds) if examine else None
-        callbacks = [tail, *([average] if average else [])]
-        callbacks += [ds.fit_callback()] if ds is not None else []
+        callbacks = [tail, average, ds.fit_callback() if ds is not None else None]
         ready = time.perf_counter()
         approx = pm.fit(
             n_steps,
             method="advi",
-            callbacks=callbacks,
+            callbacks=[each for each in callbacks if each is not None],
             obj_optimizer=pm.adam(learning_rate=LEARNING_RATE),
             random_seed=seed,
             progressbar=progressbar,
         )
-        ended, memory, state = time.perf_counter(), peak_mb(), _state(approx)
+        ended, memory, last = time.perf_counter(), peak_mb(), approx.mean.eval().tolist()
         examination = _examine(approx, ds, average, order, check_last) if examine else None
     return {
-        "last": state["mean"],
-        "sd": state["sd"],
+        "last": last,
         "averaged": (tail.total / tail.n_averaged).tolist(),
         "trace": tail.trace,
         "steps_per_second": (n_steps - WARM_UP_STEPS) / (ended - tail.started),
@@ -219,25 +207,16 @@ def _examine(
     ``EpochAverage.apply`` and after ``polish``, which is None if that refused; ``refusal`` is why.
     With no whole ``epochs`` averaged, these are steps of a part of one.
     """
-    last = _checked(approx, ds)[0] if check_last else _state(approx)
-    epochs = average.epochs
+    found = {"order": order, "epochs": average.epochs, "corrected": None, "refusal": None}
+    found["last"] = _checked(approx, ds)[0] if check_last else _state(approx)
     average.apply(approx)
-    averaged, *said = _checked(approx, ds)
-    corrected = refusal = None
+    found["averaged"], *said = _checked(approx, ds)
     try:
         said.append(str(polish(approx, ds, progressbar=False)))
-        corrected = _state(approx)
+        found["corrected"] = _state(approx)
     except StreamError as error:
-        refusal = str(error)
-    return {
-        "order": order,
-        "epochs": epochs,
-        "last": last,
-        "averaged": averaged,
-        "corrected": corrected,
-        "refusal": refusal,
-        "said": said,
-    }
+        found["refusal"] = str(error)
+    return found | {"said": said}
 
 
 def _checked(approx: Any, ds: Any) -> tuple[dict[str, Any], str]:
@@ -250,15 +229,13 @@ def _checked(approx: Any, ds: Any) -> tuple[dict[str, Any], str]:
 
 def _order(source: Any) -> dict[str, Any]:
     report = check_order(source)
-    return {
-        name: getattr(report, name) for name in ("ordered", "feature", "design_effect", "drift")
-    }
+    names = "ordered", "feature", "design_effect", "drift"
+    return {name: getattr(report, name) for name in names}
 
 
 def _state(approx: Any) -> dict[str, Any]:
     """Return what one approximation is; nobody has checked it yet."""
-    mean, sd = (of.eval().tolist() for of in (approx.mean, approx.std))
-    return {"mean": mean, "sd": sd, "verdict": None, "z": None}
+    return {"mean": approx.mean.eval().tolist(), "verdict": None, "z": None}
 
 
 def _buffer(rows: Path, buffer_size: Any, seed: int, columns: Sequence[str] | None) -> Any:
@@ -266,9 +243,7 @@ def _buffer(rows: Path, buffer_size: Any, seed: int, columns: Sequence[str] | No
     return shuffle_buffer(source, buffer_size=buffer_size, batch_size=BATCH_SIZE, seed=seed)
 
 
-def _derivatives(
-    columns: Sequence[str], b: np.ndarray, file: Path
-) -> tuple[np.ndarray, np.ndarray]:
+def _derivatives(columns: Sequence[str], b: np.ndarray, file: Path) -> tuple[Any, Any]:
     """Sum gradient and information of the log-likelihood over the rows of a file."""
     gradient, information = np.zeros(len(b)), np.zeros((len(b), len(b)))
     with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as parquet:

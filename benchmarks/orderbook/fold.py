@@ -18,13 +18,8 @@
 Each delta or snapshot that leaves a book with two sides becomes a row: the columns ``mid``,
 ``spread`` and ``imbalance`` (float32) and ``up`` (int8), which is 1 if the next change of the
 market's mid is upward and 0 if it is downward. Rows of all markets are merged by time of receipt.
-A table in this order is not one to stream in small windows: shuffle it first.
 
-The first snapshot of a market is a state like any other, and so are those after its close, which
-are dropped as such. Where a lost message shows, rows are left out until the market's next snapshot;
-a silence of five minutes gives no labels across it. The report counts both.
-
-Memory is bounded: by two blocks of messages, one book (160 kB) for each market of a file, a byte
+Memory is bounded: by two blocks of messages, one book (160 kB) for each market of a file, 21 bytes
 for each row that waits for a label, and twice 262,144 rows shared among the markets that overlap
 in time (1,024 for each beyond 256 of them).
 Rows go to scratch files (21 bytes a row, beside the destination) until all of them are known.
@@ -33,6 +28,7 @@ After a kill, the same call goes on with the file that was being read.
 
 import contextlib
 import pickle
+import resource
 import time
 import zlib
 
@@ -41,11 +37,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.harness import followed, published, run_command, write_files
 from benchmarks.orderbook.book import (
     COUNTERS,
     DELTA,
@@ -56,13 +52,11 @@ from benchmarks.orderbook.book import (
     MessageError,
     close_ms,
 )
-from benchmarks.orderbook.publish import followed, published, run_command, write_files
 from benchmarks.orderbook.reading import DamageError, Gap, Part, find_files, first_ms, read_parts
 
-__all__ = ["FoldReport", "Sorted", "fold", "merged"]
+__all__ = ["FoldReport", "fold", "merged"]
 
 NAMED = 10
-KEYED = np.dtype([("key", "i8"), *ROW.descr[1:], ("up", "i1")])
 MERGED_ROWS = 1 << 18
 FEWEST_ROWS = 1 << 10
 ORDER_BITS = 20
@@ -75,27 +69,18 @@ class FoldReport(SimpleNamespace):
     Every delta and snapshot leaves one state of a book: it is one of the ``rows``, or it is dropped
     because no known change of the mid follows (``no_later_change``), a side of the book was empty
     (``one_sided``), the market had closed (``after_close``), or messages are missing since its last
-    snapshot (``left_out``). A lost message showed in a bid that was not below the ask
-    (``crossed``), in a size ``below_zero``, in ``gaps`` of ``seq`` or at the end of a damaged file;
-    ``holes`` are silences of more than five minutes. Where ``clock_set_back`` counts a message that
-    was received earlier than the one before it, its row takes the later time. ``others`` are
-    messages that were passed over, by type, and ``findings`` files that were damaged and the first
-    files in which a lost message showed.
+    snapshot (``left_out``). ``others`` are messages that were passed over, by type, and
+    ``findings`` files that were damaged and the first files in which a lost message showed.
     """
 
     def __str__(self) -> str:
-        def told(*names: str) -> str:
-            return ", ".join(f"{getattr(self, name):,} {name.replace('_', ' ')}" for name in names)
-
         rate = self.messages / max(self.seconds, 1e-9)
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        counts = {name: n for name, n in vars(self).items() if isinstance(n, int)}
         lines = [
-            f"{told('messages')} of {told('markets')} in {self.seconds:.1f} s "
-            f"({rate:,.0f} a second)",
-            f"  {told('deltas', 'snapshots', 'trades')}",
-            f"  {told('rows')}",
-            f"  dropped: {told('no_later_change', 'one_sided', 'after_close', 'left_out')}",
-            f"  lost messages: {told('crossed', 'below_zero', 'gaps', 'holes')}",
-            f"  {told('clock_set_back')}",
+            f"{self.messages:,} messages of {self.markets:,} markets in {self.seconds:.1f} s "
+            f"({rate:,.0f} a second), {peak_mb:,.0f} MB at most",
+            *(f"  {n:,} {name.replace('_', ' ')}" for name, n in counts.items()),
             *(f"  {n:,} passed over of type {kind}" for kind, n in self.others.items()),
             *(f"  {finding}" for finding in self.findings),
         ]
@@ -114,9 +99,8 @@ def fold(
     """Fold the messages in *source* into Parquet files, named by time, in *destination*.
 
     The source is a directory of files of messages: ``.ndjson`` or ``.jsonl``, also with ``.gz`` or
-    ``.zst``, of any markets in any folders, or ``<market>/<date>.parquet``. The destination appears
-    when all of its files are complete, and is replaced only with *overwrite*. With two *workers*,
-    a thread of its own reads ahead. With *keep_going*, damaged files are read to their last whole
+    ``.zst``, of any markets in any folders, or ``<market>/<date>.parquet``. With two *workers*, a
+    thread of its own reads ahead. With *keep_going*, damaged files are read to their last whole
     line; otherwise they are refused with a `MessageError` that names all of them, as are messages
     that are not in Kalshi's format or are there twice.
     """
@@ -139,15 +123,6 @@ def fold(
         write_files(merged(folder.rows()), content)
     report.seconds = time.perf_counter() - began
     return report
-
-
-class Sorted(NamedTuple):
-    """Files of the rows of a market in order of time."""
-
-    rows: Path
-    """Rows of type `ROW`."""
-    up: Path
-    """Labels, int8, of the first of these rows, at least of one; those of -1 are left out."""
 
 
 class _Folder:
@@ -219,7 +194,7 @@ class _Folder:
             **counts,
         )
 
-    def rows(self) -> list[Sorted]:
+    def rows(self) -> list[Path]:
         """List the files of the markets that have rows, in the order of their names."""
         markets = [_load(self._saved[name]) for name in sorted(self._saved)]
         return [market.rows for market in markets if market.book.counts["labelled"]]
@@ -237,7 +212,7 @@ class _Folder:
             if not self._live or _load(state).file.parent == file.parent:
                 self._market(name)
         for market in self._live.values():
-            market.lose()
+            market.book.lose()
 
     def _save(self, file: Path) -> None:
         states = {name: zlib.compress(pickle.dumps(m), 1) for name, m in self._live.items()}
@@ -252,29 +227,25 @@ class _Folder:
 
 
 class _Market:
-    """The book of one market, and the scratch files of its rows."""
+    """The book of one market, and the scratch file of its rows in order of time."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self.book = Book(close_ms=close_ms(name))
-        self.rows = Sorted(path.with_suffix(".rows"), path.with_suffix(".up"))
+        self.rows = path
         self.file = self._file_before = path
         self._first_ms = self._exchange_ms = self._exchange_ms_before = -1
         self._n_lost = 0
-        for scratch in self.rows:
-            scratch.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
     def fold(self, file: Path, part: Part) -> None:
         self._follow(file, part.events)
         try:
-            rows, labels = self.book.fold(part.events, part.lines)
+            rows = self.book.fold(part.events, part.lines)
         except MessageError as error:
             raise MessageError(f"{file}, {error}") from None
-        _append(self.rows.rows, rows)
-        _append(self.rows.up, labels)
-
-    def lose(self) -> None:
-        _append(self.rows.up, self.book.lose())
+        with self.rows.open("ab") as scratch:
+            rows.tofile(scratch)
 
     def n_lost(self) -> int:
         """Return how many lost messages have shown since this was asked last."""
@@ -283,11 +254,9 @@ class _Market:
         return self._n_lost - before
 
     def cut(self) -> None:
-        """Drop what was written to the scratch files after this state was saved."""
-        n_rows = self.book.counts["rows"]
-        for path, size in zip(self.rows, (n_rows * ROW.itemsize, n_rows - self.book.waiting)):
-            with path.open("ab") as scratch:
-                scratch.truncate(size)
+        """Drop what was written to the scratch file after this state was saved."""
+        with self.rows.open("ab") as scratch:
+            scratch.truncate(self.book.counts["labelled"] * ROW.itemsize)
 
     def _follow(self, file: Path, events: Events) -> None:
         """Refuse a file whose messages are not later than those of the file before it."""
@@ -310,11 +279,6 @@ def _load(state: bytes) -> _Market:
     return pickle.loads(zlib.decompress(state))
 
 
-def _append(path: Path, array: np.ndarray) -> None:
-    with path.open("ab") as scratch:
-        array.tofile(scratch)
-
-
 def _ahead(parts: Iterator, workers: int) -> Iterator:
     """Read the next part in a thread of its own while one is folded."""
     if workers == 1:
@@ -327,13 +291,13 @@ def _ahead(parts: Iterator, workers: int) -> Iterator:
             yield part
 
 
-def merged(markets: list[Sorted]) -> Iterator[pa.Table]:
+def merged(markets: list[Path]) -> Iterator[pa.Table]:
     """Yield all rows by time; rows of the same time go by market, then as they came.
 
     The files are read in blocks, in the order of the blocks' first rows, so that rows before the
     first of the next block are complete.
     """
-    n_rows = [market.up.stat().st_size for market in markets]
+    n_rows = [market.stat().st_size // ROW.itemsize for market in markets]
     first = np.sort([_key(market, order, 0) for order, market in enumerate(markets)])
     last = np.sort([_key(market, order, n_rows[order] - 1) for order, market in enumerate(markets)])
     n_open = np.arange(1, len(markets) + 1) - np.searchsorted(last, first)
@@ -343,35 +307,28 @@ def merged(markets: list[Sorted]) -> Iterator[pa.Table]:
         for order, market in enumerate(markets)
         for start in range(0, n_rows[order], n)
     )
-    pool, n_pooled, n_kept = [np.empty(0, KEYED)], 0, 0
+    pool, n_pooled, n_kept = [np.empty(0, ROW)], 0, 0
     for (_, order, start), next_key in zip(blocks, [*(key for key, *_ in blocks[1:]), NEVER]):
         pool.append(_read(markets[order], order, start, n))
         n_pooled += len(pool[-1])
         # Sorting so many at a time takes a time that does not grow with the number of markets.
         if n_pooled > 2 * max(n_kept, MERGED_ROWS) or next_key == NEVER:
             rows = np.concatenate(pool)
-            rows = rows[np.argsort(rows["key"], kind="stable")]
-            cut = int(np.searchsorted(rows["key"], next_key))
-            yield pa.table(
-                {name: np.ascontiguousarray(rows[name][:cut]) for name in (*FEATURES, "up")}
-            )
+            rows = rows[np.argsort(rows["recv_ms"], kind="stable")]
+            cut = int(np.searchsorted(rows["recv_ms"], next_key))
+            yield pa.table({name: rows[name][:cut].copy() for name in (*FEATURES, "up")})
             pool, n_pooled, n_kept = [rows[cut:]], len(rows) - cut, len(rows) - cut
 
 
-def _key(market: Sorted, order: int, at: int) -> int:
+def _key(market: Path, order: int, at: int) -> int:
     """Return the time of one row, then the order of its market, as one number."""
-    (row,) = np.fromfile(market.rows, ROW, 1, offset=at * ROW.itemsize)
-    return int(row["recv_ms"]) << ORDER_BITS | order
+    return int(_read(market, order, at, 1)["recv_ms"][0])
 
 
-def _read(market: Sorted, order: int, start: int, n: int) -> np.ndarray:
-    up = np.fromfile(market.up, np.int8, n, offset=start)
-    rows = np.fromfile(market.rows, ROW, len(up), offset=start * ROW.itemsize)
-    keyed = np.empty(len(up), KEYED)
-    keyed["key"], keyed["up"] = rows["recv_ms"] << ORDER_BITS | order, up
-    for name in FEATURES:
-        keyed[name] = rows[name]
-    return keyed[up >= 0]
+def _read(market: Path, order: int, start: int, n: int) -> np.ndarray:
+    rows = np.fromfile(market, ROW, n, offset=start * ROW.itemsize)
+    rows["recv_ms"] = rows["recv_ms"] << ORDER_BITS | order
+    return rows
 
 
 if __name__ == "__main__":

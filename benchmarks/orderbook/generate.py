@@ -21,12 +21,9 @@ a size without moving the mid. A few move it, up with probability
     sigmoid(REVERSION * (level - mid) + lead * imbalance + pull * (spread - 0.04))
 
 where ``level``, ``lead`` and ``pull`` drift while time goes from 0 to 1 over all markets (see
-`regime`): a heavy bid announces a rise in the beginning and a fall in the end. A posterior fitted
-to a window of time is therefore wrong for the table, which is what these messages are for.
-A move either widens the spread by a cent, because the best order of a side goes, or narrows it at
-once, because a better order comes; ``rises_by_widening`` says how often a rise is of the first
-kind. Where rises are single cents and falls are several, most rows lie before a rise though the mid
-stays in place. No conclusion about a real market can be drawn from them.
+`regime`), so that a posterior fitted to a window of time is wrong for the table. A move either
+widens the spread by a cent, because the best order of a side goes, or narrows it at once, because
+a better order comes; ``rises_by_widening`` says how often a rise is of the first kind.
 """
 
 import gzip
@@ -44,6 +41,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.harness import followed, published, run_command, write_files
 from benchmarks.orderbook.book import (
     DELTA,
     EVENT_SCHEMA,
@@ -58,7 +56,6 @@ from benchmarks.orderbook.book import (
     Events,
     close_ms,
 )
-from benchmarks.orderbook.publish import followed, published, run_command, write_files
 
 __all__ = ["SERIES", "Market", "generate", "plan", "simulate", "write_rows"]
 
@@ -121,9 +118,8 @@ def generate(
     """Write so many synthetic messages: snapshots, deltas and trades.
 
     They are Kalshi's JSON lines in ``<market>/<date>.ndjson.gz``, or with *format* "parquet" the
-    same content in columns in ``<market>/<date>.parquet``. The destination appears when all of its files are complete, and is
-    replaced only with *overwrite*. The same seed and number give the same messages, in memory that
-    does not depend on their number.
+    same content in columns in ``<market>/<date>.parquet``. The destination appears when all of its
+    files are complete, and is replaced only with *overwrite*.
     """
     if format not in WRITERS:
         raise ValueError(f"format must be one of {', '.join(WRITERS)}, got {format}")
@@ -157,12 +153,10 @@ def plan(messages: int, seed: int) -> list[Market]:
 def write_rows(
     destination: str | Path, *, rows: int, seed: int, planned: int | None = None
 ) -> None:
-    """Write the first *rows* rows of synthetic markets, sorted by time, as Parquet files.
+    """Write the first *rows* rows that `generate` and ``fold`` would make, sorted by time.
 
-    The markets drift through the whole table of *planned* rows, by default as many. The same seed
-    and numbers give the same rows, those that `generate` and ``fold`` make of the same messages,
-    without these on the disk, for tables of up to a billion rows. The destination appears when all
-    of its files are complete. Memory is bounded: by a few windows of four markets each.
+    The markets drift through the whole table of *planned* rows, by default as many. No messages are
+    on the disk, and memory is bounded: by a few windows of four markets each.
     """
     planned = rows if planned is None else planned
     if not 1 <= rows <= planned:
@@ -190,31 +184,22 @@ def _first(n_rows: int, markets: list[Market]) -> Iterator[pa.Table]:
 
 def _window(markets: list[Market]) -> pa.Table:
     """Merge the rows of *markets* by time; those of the same time go by market."""
-    in_order = sorted(markets, key=lambda market: market.ticker)
-    rows, up = (np.concatenate(parts) for parts in zip(*map(_market, in_order)))
-    order = np.argsort(rows["recv_ms"], kind="stable")
-    columns = (*(rows[name][order] for name in FEATURES), up[order])
-    return pa.table([*columns], [*FEATURES, "up"])
+    rows = np.concatenate([_market(market) for market in markets])
+    rows = rows[np.argsort(rows["recv_ms"], kind="stable")]
+    return pa.table({name: rows[name].copy() for name in (*FEATURES, "up")})
 
 
-def _market(market: Market) -> tuple[np.ndarray, np.ndarray]:
-    """Give the rows of one market that have a label, and their labels."""
+def _market(market: Market) -> np.ndarray:
+    """Give the rows of one market that have a label."""
     book = Book(close_ms=close_ms(market.ticker))
-    rows, labels = [], []
-    for events in simulate(market):
-        made, known = book.fold(events, np.arange(len(events.kind)))
-        rows.append(made)
-        labels.append(known)
-    up = np.concatenate(labels)
-    return np.concatenate(rows)[: len(up)], up
+    return np.concatenate([book.fold(e, np.arange(len(e.kind))) for e in simulate(market)])
 
 
 def _write_json(path: Path, market: str, blocks: Iterable[Events]) -> None:
-    encoder = json.JSONEncoder(separators=(",", ":"))
     with path.open("wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as file:
         for events in blocks:
-            lines = (f"{encoder.encode(message)}\n" for message in _messages(market, events))
-            file.write("".join(lines).encode())
+            messages = (json.dumps(m, separators=(",", ":")) for m in _messages(market, events))
+            file.write("".join(f"{message}\n" for message in messages).encode())
 
 
 def _messages(market: str, events: Events) -> Iterator[dict[str, Any]]:
@@ -222,21 +207,18 @@ def _messages(market: str, events: Events) -> Iterator[dict[str, Any]]:
     rows = zip(*(column.tolist() for column in events))
     for kind, side, price, size, seq, ts_ms, recv_ms in rows:
         body: dict[str, Any] = {"market_ticker": market}
-        name, sid = "orderbook_delta", 1
         if kind == SNAPSHOT:
             name = "orderbook_snapshot"
             # An empty side has no key.
             for _, side, *level, _, _, _ in islice(rows, size):
                 body.setdefault(f"{SIDES[side]}_dollars_fp", []).append(_decimals(*level))
         else:
-            dollars, contracts = _decimals(price, size)
-            if kind == DELTA:
-                body |= {"price_dollars": dollars, "delta_fp": contracts, "side": SIDES[side]}
-            else:
-                name, sid = "trade", 2
-                body |= {"yes_price_dollars": dollars, "count_fp": contracts}
-                body["taker_side"] = SIDES[side]
-            body["ts_ms"] = ts_ms
+            keys = ("price_dollars", "delta_fp", "side")
+            if kind == TRADE:
+                keys = ("yes_price_dollars", "count_fp", "taker_side")
+            name = "trade" if kind == TRADE else "orderbook_delta"
+            body |= {**dict(zip(keys, (*_decimals(price, size), SIDES[side]))), "ts_ms": ts_ms}
+        sid = 2 if kind == TRADE else 1
         yield {"recv_ms": recv_ms, "event": {"type": name, "sid": sid, "seq": seq, "msg": body}}
 
 

@@ -13,10 +13,6 @@
 #   limitations under the License.
 """Read Kalshi's order-book messages from files.
 
->>> for file in find_files(directory):
-...     for part in read_parts(file):
-...         book.fold(part.events, part.lines)
-
 A file holds one JSON message a line, plain or compressed, of any number of markets, or, as Parquet
 with the columns of `Events`, those of the market that its directory is named after.
 Prices and sizes never pass through floating point where they are written as strings.
@@ -55,7 +51,7 @@ from benchmarks.orderbook.book import (
     Events,
     MessageError,
 )
-from benchmarks.orderbook.columns import MESSAGES
+from benchmarks.orderbook.columns import MESSAGES, PARQUET, visible_files
 
 __all__ = ["DamageError", "Gap", "Part", "find_files", "first_ms", "read_parts"]
 
@@ -105,19 +101,9 @@ class Gap:
 
 
 def find_files(directory: str | Path) -> list[Path]:
-    """List the message files below *directory*; hidden ones, such as ``._`` files, are not."""
-    directory = Path(directory)
-    found = sorted(file for file in directory.rglob("*") if file.is_file())
-    visible = [file for file in found if not file.name.startswith(".")]
-    files = [f for f in visible if f.suffix == ".parquet" or MESSAGES.search(f.name)]
-    if not files:
-        kinds = Counter("".join(file.suffixes[-2:]) or file.name for file in visible)
-        holds = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "no files"
-        raise FileNotFoundError(
-            f"no messages in {directory}; pass a directory of .ndjson or .jsonl files, "
-            f"also as .gz or .zst, or .parquet; it holds {holds}"
-        )
-    return files
+    """List the message files below *directory*."""
+    wanted = re.compile(f"{MESSAGES.pattern}|{PARQUET.pattern}")
+    return visible_files(Path(directory), wanted, "messages (.ndjson or .jsonl, also .gz or .zst)")
 
 
 def first_ms(path: Path) -> int:

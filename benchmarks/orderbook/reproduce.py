@@ -16,16 +16,13 @@
     python -m benchmarks.orderbook.reproduce
     python -m benchmarks.orderbook.reproduce --sizes 1e6,5e6 --no-billion --captures DIR
 
-One table of synthetic order-book rows, sorted by time, is made, and the model of ``experiment`` is
-fitted to its first million rows, its first five, and so on to all of them: from memory, in order
-of time through a buffer, and after ``preshuffle``, each in a process of its own. The same is done
-with real captures, if there are any, and the last way with a table of a billion rows.
-
-A run that was stopped goes on: the results of finished stages are in a file in the work folder, and
-only what the others need is made again. Delete that file to start anew.
-The numbers, tables and figures go into the results folder.
+Each part of the first table is fitted from memory, in order of time through a buffer, and after
+``preshuffle``, each in a process of its own; so are real captures, if there are any, and the last
+way a billion rows. A run that was stopped goes on: finished stages are in ``records.json`` in the
+work folder, and only what the others need is made again.
 """
 
+import json
 import math
 import shutil
 import sys
@@ -37,26 +34,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.harness import about, in_process, load, save
-from benchmarks.orderbook import tables
+from benchmarks.harness import about, filled, in_process, load, markdown, run_command, save
 from benchmarks.orderbook.columns import holds_messages, parquet_files
 from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, fit_model
 from benchmarks.orderbook.fold import fold
-from benchmarks.orderbook.generate import generate, write_rows
-from benchmarks.orderbook.publish import run_command
+from benchmarks.orderbook.generate import write_rows
+from benchmarks.orderbook.reading import find_files
 from pymc.variational.streaming import preshuffle
-from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["reproduce", "run"]
+__all__ = ["publish", "reproduce", "run"]
 
 PACKAGES = "pymc", "pytensor", "numba", "numpy", "pyarrow"
 TABLE = 121_800_000
 """Rows of the table through which the markets drift, and of which the others are the beginning."""
 BILLION = 1_000_000_000
 """Rows of a table of its own that is only streamed."""
-MESSAGES = 100_000_000
 BUFFER_SIZE = 1_000_000
 STEPS = 20_000
 """Of each fit, at least; two whole epochs if those are more."""
@@ -64,13 +59,40 @@ CHECKED_TWICE = 30_000_000
 WINDOW_SHARE = 20
 SEED = 0
 
+CAPTURES = "Kalshi captures"
+ROWS, EXACT, PRESHUFFLE, FOLD = "rows", "exact", "preshuffle", "fold"
+WAYS = FIRST, SECOND, ORDERED, SHUFFLED = (
+    *("in memory", "in memory again"),
+    *("in order of time", "preshuffled"),
+)
+ORIGINAL = {
+    ORDERED: {1_000_000: 0.045, 20_000_000: 0.69, 26_000_000: 1.65},
+    SHUFFLED: {20_000_000: 0.027, 122_000_000: 0.022},
+}
+"""max|Δ| of the posterior means against in memory, as the first experiment had it."""
+COMMAND = "make reproduce"
+COLORS = {SECOND: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
+CHECKS = "`check_order` before the fit | `check_fit` at the last step | `check_fit` when averaged"
+HEADS = {
+    "means": f"{SECOND} | {ORDERED} | original | {SHUFFLED} | original | "
+    f"averaged: {SECOND} | averaged: {SHUFFLED}",
+    "errors": "".join(f"{way}, last step | averaged | " for way in (FIRST, ORDERED, SHUFFLED))
+    + "corrected | whole epochs averaged",
+    "checks": f"streamed | {CHECKS} | correction",
+    "cost": "way | peak memory | steps/s | steps | ready | fit | check_fit",
+    "preparation": "made in | preshuffle | its peak memory",
+}
+
+Case = dict[str, dict[str, Any]]
+"""By kind of a stage its "parameters", its "result" and its "seconds"."""
+Records = dict[str, Case]
+
 
 class Stage(NamedTuple):
-    """A part of the experiment whose result is recorded."""
+    """A part of the experiment, whose result depends on nothing but its parameters."""
 
     kind: str
     parameters: dict[str, Any]
-    """All that the result depends on."""
     run: Callable[[], dict[str, Any]]
     """Return the result, as JSON can hold it."""
     is_read: bool = False
@@ -79,19 +101,18 @@ class Stage(NamedTuple):
 
 def run(
     work: Path, *, sizes: Sequence[int], captures: Path | None = None, billion: bool = True
-) -> tables.Records:
+) -> Records:
     """Run all stages that have no record in *work*, and return the records of all."""
     file, folder = work / "records.json", work / "tables"
     work.mkdir(parents=True, exist_ok=True)
-    kept: tables.Records = load(file)
-    records: tables.Records = {}
+    kept: Records = load(file)
+    records: Records = {}
     for case, stages in _cases(folder, sizes, captures, billion):
         shutil.rmtree(folder, ignore_errors=True)
         done = kept.setdefault(case, {})
         missing = {s.kind for s in stages if done.get(s.kind, {}).get("parameters") != s.parameters}
-        for kind, parameters, take, is_read in stages if missing else []:
-            if kind not in missing and not is_read:
-                continue
+        todo = [s for s in stages if missing and (s.is_read or s.kind in missing)]
+        for kind, parameters, take, _ in todo:
             began = time.perf_counter()
             result = take()
             seconds = time.perf_counter() - began
@@ -108,53 +129,43 @@ def _cases(
     folder: Path, sizes: Sequence[int], captures: Path | None, billion: bool
 ) -> Iterator[tuple[str, list[Stage]]]:
     """Yield the stages of each case, which make their tables in *folder*."""
-    rows, messages = folder / "rows", folder / "messages"
+    rows = folder / "rows"
     for size in sorted(sizes):
-        yield tables.case_name(size), _of_rows(rows, size, TABLE, tables.WAYS)
+        yield _case_name(size), _of_rows(rows, size, TABLE, WAYS)
     if captures is not None:
-        files = _files(captures)
-        table = {"files": len(files), "bytes": _bytes(captures)}
-        # They are too short to compile for, so the second of two folds counts.
-        measure = partial(in_process, _measured_fold, captures, rows, repeats=2)
-        fits = _fits(rows, None, table, tables.WAYS)
-        yield tables.CAPTURES, [Stage(tables.FOLD, table, measure, is_read=True), *fits]
-    table = {"messages": MESSAGES, "seed": SEED}
-    make = partial(_generate, messages)
-    measure = partial(in_process, _measured_fold, messages, rows)
-    generated = Stage("generate", table, make, is_read=True)
-    yield tables.MESSAGES, [generated, Stage(tables.FOLD, table, measure)]
+        table = {"files": len(find_files(captures)), "bytes": _bytes(captures)}
+        made = Stage(FOLD, table, partial(_fold, captures, rows), is_read=True)
+        yield CAPTURES, [made, *_fits(rows, None, table, WAYS)]
     if billion:
-        ways = (tables.SHUFFLED,)
-        yield tables.case_name(BILLION), _of_rows(rows, BILLION, BILLION, ways)
+        ways = (SHUFFLED,)
+        yield _case_name(BILLION), _of_rows(rows, BILLION, BILLION, ways)
 
 
 def _of_rows(rows: Path, size: int, planned: int, ways: Sequence[str]) -> list[Stage]:
     table = {"of": planned, "seed": SEED}
     make = partial(_write_rows, rows, size, planned)
-    made = Stage(tables.ROWS, {**table, "rows": size}, make, is_read=True)
+    made = Stage(ROWS, {**table, "rows": size}, make, is_read=True)
     return [made, *_fits(rows, size, table, ways)]
 
 
-def _fits(
-    rows: Path, n_rows: int | None, table: dict[str, Any], ways: Sequence[str]
-) -> list[Stage]:
+def _fits(rows: Path, n_rows: int | None, table: dict, ways: Sequence[str]) -> list[Stage]:
     """Give the stages of one table of rows; the buffer holds a twentieth of an unknown number."""
     parameters = {**table, "rows": n_rows}
     shuffled = rows.with_name("shuffled")
-    stages = [Stage(tables.EXACT, parameters, partial(_exact, rows))]
+    stages = [Stage(EXACT, parameters, partial(_exact, rows))]
     for way in ways:
-        if way == tables.SHUFFLED:
+        if way == SHUFFLED:
             make = partial(_preshuffle, rows, shuffled)
-            stages.append(Stage(tables.PRESHUFFLE, parameters, make, is_read=True))
+            stages.append(Stage(PRESHUFFLE, parameters, make, is_read=True))
         options: dict[str, Any] = {
             # Enough that one whole epoch remains when the first half is left out.
             "n_steps": max(STEPS, 2 * math.ceil((n_rows or 0) / BATCH_SIZE) + 1),
-            "seed": {tables.FIRST: 1, tables.SECOND: 2}.get(way, SEED),
+            "seed": {FIRST: 1, SECOND: 2}.get(way, SEED),
             "buffer_size": BUFFER_SIZE if n_rows else None,
-            "streamed": way in (tables.ORDERED, tables.SHUFFLED),
+            "streamed": way in (ORDERED, SHUFFLED),
             "check_last": (n_rows or 0) <= CHECKED_TWICE,
         }
-        fit = partial(_fit, shuffled if way == tables.SHUFFLED else rows, **options)
+        fit = partial(_fit, shuffled if way == SHUFFLED else rows, **options)
         stages.append(Stage(way, {**parameters, **options}, fit))
     return stages
 
@@ -185,25 +196,133 @@ def _preshuffle(rows: Path, shuffled: Path) -> dict[str, Any]:
     return {**asdict(report), "destination": None}
 
 
-def _generate(messages: Path) -> dict[str, Any]:
-    generate(messages, messages=MESSAGES, seed=SEED, format="parquet", progressbar=False)
-    return {"messages": MESSAGES, "bytes": _bytes(messages)}
-
-
-def _measured_fold(messages: Path, rows: Path, *, repeats: int = 1) -> dict[str, Any]:
-    """Fold in this process, and report the last of *repeats*."""
-    for _ in range(repeats):
-        report = fold(messages, rows, overwrite=True, progressbar=False)
+def _fold(messages: Path, rows: Path) -> dict[str, Any]:
+    report = in_process(fold, messages, rows, overwrite=True, progressbar=False)
     # What was found names files of this machine.
-    return {**vars(report), "findings": None, "bytes": _bytes(messages), "peak_mb": peak_mb()}
-
-
-def _files(folder: Path) -> list[Path]:
-    return [file for file in folder.rglob("*") if file.is_file()]
+    return {**vars(report), "findings": None}
 
 
 def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in _files(folder))
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def publish(found: dict[str, Any], results: Path, page: Path | None) -> None:
+    """Write the numbers as JSON, the tables into *page*, and draw the figure."""
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "reproduce.json").write_text(json.dumps(found, indent=1) + "\n")
+    fitted = [(name, case) for name, case in found["records"].items() if EXACT in case]
+    fitted.sort(key=lambda item: (item[0] == CAPTURES, item[1][EXACT]["result"]["n_rows"]))
+    tables: dict[str, list[list[str]]] = {name: [] for name in HEADS}
+    for name, case in fitted:
+        for table, cells in _lines(case):
+            tables[table].append([name, *map(_text, cells)])
+    if page is not None:
+        for table, lines in tables.items():
+            text = markdown(f"rows | {HEADS[table]}", lines)
+            page.write_text(filled(page.read_text(), table, COMMAND, text))
+    _draw([case for name, case in fitted if name != CAPTURES], results / "reproduce_means.png")
+
+
+def _lines(case: Case) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the cells of each line about a case, and the table that it belongs to."""
+    exact, shuffling = case[EXACT]["result"], case[PRESHUFFLE]["result"]
+    last, averaged = _means(case, "last"), _means(case, "averaged")
+    # What the first experiment had at about as many rows.
+    original = {
+        way: next((f"{v:g}" for n, v in known.items() if abs(n / exact["n_rows"] - 1) < 0.01), None)
+        for way, known in ORIGINAL.items()
+    }
+
+    def off(mean: list[float] | None) -> float | None:
+        """Return the error of the worst mean in posterior standard deviations."""
+        error = np.subtract(mean or np.nan, exact["mean"]) / exact["sd"]
+        return float(np.abs(error).max()) if mean else None
+
+    if FIRST in case:
+        ordered, shuffled = _apart(last, ORDERED), _apart(last, SHUFFLED)
+        means = [_apart(last, SECOND), ordered, original[ORDERED], shuffled, original[SHUFFLED]]
+        yield "means", [*means, _apart(averaged, SECOND), _apart(averaged, SHUFFLED)]
+    errors = [off(each.get(w)) for w in (FIRST, ORDERED, SHUFFLED) for each in (last, averaged)]
+    examined = case[SHUFFLED]["result"]["examination"]
+    corrected = off(examined["corrected"]["mean"]) if examined["corrected"] else "refused"
+    yield "errors", [*errors, corrected, examined["epochs"]]
+    for way in last:
+        yield from _lines_of_fit(way, case[way]["parameters"]["n_steps"], case[way]["result"])
+    made = _seconds(case[ROWS]["result"]["seconds"]) if ROWS in case else None
+    memory = f"{shuffling['peak_memory'] / 1e6:,.0f} MB"
+    yield "preparation", [made, _seconds(shuffling["seconds"]), memory]
+
+
+def _lines_of_fit(way: str, n_steps: int, fit: dict) -> Iterator[tuple[str, list[Any]]]:
+    seconds = [_seconds(fit["seconds"][name]) for name in ("ready", "fit")]
+    costs = [f"{fit['peak_mb']:,.0f} MB", f"{fit['steps_per_second']:,.0f}", f"{n_steps:,}"]
+    checked = fit["examination"] and _seconds(fit["examination"]["averaged"]["seconds"])
+    yield "cost", [way, *costs, *seconds, checked]
+    if examined := fit["examination"]:
+        verdicts = (
+            f"{state['verdict']} ({_text(state['z'])} sd)" if state["verdict"] else None
+            for state in (examined["last"], examined["averaged"])
+        )
+        order = examined["order"]
+        told = "no order"
+        if order["ordered"]:
+            effect, drift = f"{order['design_effect']:,.0f}", f"{order['drift']:,.0f}"
+            told = (
+                f"ordered: `{order['feature']}`, design effect {effect}, drift of about {drift} sd"
+            )
+        yield "checks", [way, told, *verdicts, "refused" if examined["refusal"] else "applied"]
+
+
+def _means(case: Case, when: str) -> dict[str, list[float]]:
+    """Return posterior means by way, after the last step or averaged."""
+    means = {way: case[way]["result"][when] for way in WAYS if way in case}
+    examined = {way: case[way]["result"]["examination"] for way in means}
+    return {way: examined[way][when]["mean"] if examined[way] else means[way] for way in means}
+
+
+def _apart(means: dict[str, list[float]], way: str) -> float | None:
+    """Return max|Δ| of the posterior means of a fit against the first one in memory."""
+    if way not in means or FIRST not in means:
+        return None
+    return float(np.abs(np.subtract(means[way], means[FIRST])).max())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    return "–" if value is None else str(value)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _case_name(n_rows: float) -> str:
+    """Name a table by its rows: 121.8M."""
+    return f"{n_rows / 1e9:g}B" if n_rows >= 1e9 else f"{n_rows / 1e6:g}M"
+
+
+def _draw(cases: list[Case], file: Path) -> None:
+    """Draw how far from in memory fits are, and what the first experiment had."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 4), layout="constrained")
+    ax = figure.subplots()
+    for way in (ORDERED, SECOND, SHUFFLED):
+        n_rows = (case[EXACT]["result"]["n_rows"] for case in cases)
+        points = zip(n_rows, (_apart(_means(case, "last"), way) for case in cases))
+        if known := [point for point in points if point[1] is not None]:
+            ax.plot(*zip(*known), "o-", label=way, color=COLORS[way], ms=5)
+    for way, original in ORIGINAL.items():
+        label = f"original experiment, {way}"
+        ax.plot(*zip(*original.items()), "x", label=label, color=COLORS[way], ms=8, mew=2)
+    label = "max|Δ| of the posterior means\nagainst in memory"
+    ax.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
+    ax.xaxis.set_major_formatter(lambda n_rows, _: _case_name(n_rows))
+    ax.yaxis.set_major_formatter("{x:,g}")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=120)
 
 
 def reproduce(
@@ -227,7 +346,7 @@ def reproduce(
         messages = Path(captures) if captures else None
         records = run(work, sizes=rows, captures=messages, billion=billion)
         found = {"about": about(*PACKAGES), "records": records}
-    tables.publish(found, results, Path(page) if page else None)
+    publish(found, results, Path(page) if page else None)
     return f"The numbers are in {results / 'reproduce.json'}"
 
 

@@ -30,8 +30,8 @@ import pyarrow.parquet as pq
 
 from benchmarks import cases
 from benchmarks.cases import Case, Data, epoch
-from benchmarks.costs import copy_plain, shuffle_ours
 from benchmarks.harness import Runner, peak_growth
+from benchmarks.speed import copy_plain, shuffle_ours
 from pymc.variational.streaming import check_order, parquet_source
 
 N_STEPS = 500
@@ -66,21 +66,11 @@ class ReadingSuite(TableSuite):
     def time_preshuffled(self, data: Data, n_rows: int) -> None:
         exhaust(parquet_source(self.shuffled))
 
-    def time_preshuffled_raw_scan(self, data: Data, n_rows: int) -> None:
-        raw_scan(self.shuffled)
-
-    def time_as_it_comes(self, data: Data, n_rows: int) -> None:
-        exhaust(parquet_source(self.ordered))
-
     def time_raw_scan(self, data: Data, n_rows: int) -> None:
-        raw_scan(self.ordered)
-
-
-def raw_scan(rows: Path) -> None:
-    """Decode a table with pyarrow alone."""
-    for file in sorted(rows.glob("*.parquet")):
-        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as parquet:
-            exhaust(parquet.iter_batches(use_threads=False))
+        """Decode a table with pyarrow alone."""
+        for file in sorted(self.shuffled.glob("*.parquet")):
+            with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as parquet:
+                exhaust(parquet.iter_batches(use_threads=False))
 
 
 class EpochSuite(TableSuite):
@@ -92,11 +82,6 @@ class EpochSuite(TableSuite):
 
     def time_check_order(self, data: Data, n_rows: int) -> None:
         check_order(parquet_source(self.ordered), buffer_size=n_rows // WINDOWS)
-
-    def track_peak(self, data: Data, n_rows: int) -> float:
-        return peak_growth(epoch, partial(parquet_source, self.shuffled))
-
-    track_peak.unit = "MB"  # type: ignore[attr-defined]
 
 
 class PreshuffleSuite(TableSuite):
@@ -112,11 +97,6 @@ class PreshuffleSuite(TableSuite):
 
     def time_plain_copy(self, data: Data, n_rows: int) -> None:
         copy_plain(*self.arguments)
-
-    def track_peak(self, data: Data, n_rows: int) -> float:
-        return peak_growth(shuffle_ours, *self.arguments)
-
-    track_peak.unit = "MB"  # type: ignore[attr-defined]
 
 
 class StreamSuite(TableSuite):

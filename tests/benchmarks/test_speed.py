@@ -40,27 +40,22 @@ def small_lanes(monkeypatch):
 def lane_of(*seconds):
     """Return what looks like a lane that has taken turns."""
     lane = Lane.__new__(Lane)
-    lane.turns = [Turn(each, 2 * each, 0.001) for each in seconds]
+    lane.turns = [Turn(each, 2 * each) for each in seconds]
     return lane
 
 
 def test_lanes_take_turns_in_processes_of_their_own(small_lanes):
-    flags, seen = os.environ.get("PYTENSOR_FLAGS"), []
+    flags = os.environ.get("PYTENSOR_FLAGS")
     lanes = {
         "short": Lane(small_lanes.sleeper, 0.01),
         "spin": Lane(small_lanes.spinner, flags="floatX=float32"),
     }
     assert os.environ.get("PYTENSOR_FLAGS") == flags
-    race(
-        lanes.values(),
-        turns=2,
-        before=lambda: seen.append([len(x.turns) for x in lanes.values()]),
-    )
-    assert seen == [[0, 0], [1, 0], [1, 1], [2, 1]]
+    race(lanes.values(), turns=2)
+    assert [len(lane.turns) for lane in lanes.values()] == [2, 2]
     assert lanes["short"].median("seconds") >= 0.01
     assert lanes["short"].median("processor_seconds") < 0.005
     assert lanes["spin"].median("processor_seconds") == pytest.approx(0.01, rel=0.2)
-    assert lanes["spin"].peak_mb > 1
 
 
 def test_a_lane_that_fails_to_start_is_an_error(small_lanes):
@@ -79,7 +74,7 @@ def test_a_line_of_the_table_says_what_its_turns_were():
     table = markdown(f"rows | {speed.HEADS}", speed.speeds(lanes))
     head, rule, _, mine, _ = table.splitlines()
     ratios = "0.50 (0.50 to 0.50) | 2.50 (2.50 to 2.50)"
-    assert mine == f"| mine | 500 | 2.000 | 4.000 | 0 | {ratios} |"
+    assert mine == f"| mine | 500 | 2.000 | 4.000 | {ratios} |"
     assert head.count("|") == rule.count("|") == mine.count("|")
 
 
@@ -119,7 +114,7 @@ class Here:
     def __init__(self, make, *args):
         run, _ = make(*args)
         run(2)
-        self.turns, self.peak_mb = [Turn(1, 1, 0)], 1.0
+        self.turns = [Turn(1, 1)]
 
     median = Lane.median
 
@@ -132,7 +127,7 @@ def test_every_lane_of_the_race_takes_its_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "on_dataloader", cases.on_one_batch)
     with pytensor.config.change_flags(mode="FAST_COMPILE"), pytest.warns(OrderWarning):
         table = speed.speed(Data(tmp_path, 10_000), 1)
-    assert len(table.splitlines()) == 2 + 12
+    assert len(table.splitlines()) == 2 + 9
 
 
 def test_the_first_batch_of_a_stream_is_timed(tmp_path):

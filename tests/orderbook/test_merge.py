@@ -22,15 +22,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import harness
 from benchmarks.orderbook import fold as fold_module
-from benchmarks.orderbook import publish
 from benchmarks.orderbook.book import ROW
-from benchmarks.orderbook.fold import Sorted, merged
+from benchmarks.orderbook.fold import merged
 
 markets_of_rows = st.lists(
-    st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 1)), min_size=1, max_size=30).map(
-        sorted
-    ),
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 1)), min_size=1, max_size=30).map(sorted),
     min_size=1,
     max_size=6,
 )
@@ -44,15 +42,11 @@ def test_merge_is_a_stable_sort_by_time(tmp_path_factory, markets, block):
     files, expected = [], []
     for order, values in enumerate(markets):
         rows = np.zeros(len(values), ROW)
-        rows["recv_ms"], rows["mid"], rows["spread"] = (
-            [time for time, _ in values],
-            order,
-            range(len(rows)),
-        )
-        files.append(Sorted(scratch / f"{order}.rows", scratch / f"{order}.up"))
-        rows.tofile(files[-1].rows)
-        np.array([up for _, up in values], np.int8).tofile(files[-1].up)
-        expected += [(t, order, i, up) for i, (t, up) in enumerate(values) if up >= 0]
+        rows["recv_ms"], rows["up"] = zip(*values)
+        rows["mid"], rows["spread"] = order, range(len(rows))
+        files.append(scratch / str(order))
+        rows.tofile(files[-1])
+        expected += [(t, order, i, up) for i, (t, up) in enumerate(values)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fold_module, "MERGED_ROWS", block)
         patch.setattr(fold_module, "FEWEST_ROWS", block)
@@ -67,9 +61,8 @@ def test_two_thousand_markets_at_the_same_time_merge_in_two_seconds(tmp_path):
     for number in range(2_000):
         rows = np.zeros(500, ROW)
         rows["recv_ms"] = np.sort(rng.integers(0, 900_000, len(rows)))
-        files.append(Sorted(tmp_path / f"{number}.rows", tmp_path / f"{number}.up"))
-        rows.tofile(files[-1].rows)
-        np.ones(len(rows), np.int8).tofile(files[-1].up)
+        files.append(tmp_path / str(number))
+        rows.tofile(files[-1])
     began = time.process_time()
     pieces = [len(piece) for piece in merged(files)]
     assert time.process_time() - began < 2
@@ -83,8 +76,8 @@ def test_files_hold_the_rows_asked_for(tmp_path_factory, lengths, n_rows):
     table = pa.table({"mid": np.arange(sum(lengths))})
     starts = np.cumsum([0, *lengths])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publish, "ROWS_PER_FILE", n_rows)
-        publish.write_files((table[start:][:n] for start, n in zip(starts, lengths)), folder)
+        patch.setattr(harness, "ROWS_PER_FILE", n_rows)
+        harness.write_files((table[start:][:n] for start, n in zip(starts, lengths)), folder)
     files = [pq.read_table(file) for file in sorted(folder.iterdir())]
     assert [len(file) for file in files[:-1]] == [n_rows] * (len(files) - 1)
     assert len(files[-1]) <= n_rows
