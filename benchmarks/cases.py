@@ -50,7 +50,6 @@ from pymc.variational.streaming import (
 )
 
 WIDE = 64
-N_GROUPS = 500
 ROWS_PER_FILE = 500_000
 PEER_WHEEL = "pymc-extras==0.15.1"
 LEARNING_RATE = 1e-3
@@ -74,10 +73,6 @@ class Data:
         """Columns of float32, the last one 0 or 1; as many numbers as 64 of a tenth of the rows."""
         n_rows = self.n_rows // 10 * WIDE // width
         return self.of(f"wide-{width}-{n_rows}", n_rows, partial(_wide_columns, width=width))
-
-    def groups(self) -> Path:
-        """Number of a group, x and y."""
-        return self.of(f"groups-{self.n_rows}", self.n_rows, _group_columns)
 
     def of(self, name: str, n_rows: int, columns: Callable[..., dict]) -> Path:
         """Columns that a function makes of a random generator and the numbers of a file's rows."""
@@ -123,13 +118,6 @@ def _wide_columns(
     return {**{f"x{j}": column for j, column in enumerate(x)}, "up": up.astype("float32")}
 
 
-def _group_columns(rng: np.random.Generator, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    n = len(numbers)
-    group, x = rng.integers(N_GROUPS, size=n, dtype="int16"), rng.normal(size=n)
-    y = group / N_GROUPS + 0.5 * x + rng.normal(size=n)
-    return {"group": group, "x": x.astype("float32"), "y": y.astype("float32")}
-
-
 def order_book(x: Any, up: Any, n_rows: int | None) -> None:
     logistic([*(x[:, j] for j in range(3)), up], n_rows)
 
@@ -171,14 +159,6 @@ class Case:
 def wide(x: Any, up: Any, n_rows: int | None, width: int = WIDE) -> None:
     b = pm.Normal("b", 0.0, PRIOR_SD, shape=width - 1)
     pm.Bernoulli("up", logit_p=x @ b, observed=up, total_size=n_rows)
-
-
-def hierarchical(x: Any, y: Any, n_rows: int | None) -> None:
-    """Let each group, whose number is the first column, have its own level."""
-    spread = pm.HalfNormal("spread", 1.0)
-    level = pm.Normal("level", pm.Normal("mean", 0.0, PRIOR_SD), spread, shape=N_GROUPS)
-    mu = level[x[:, 0].astype("int32")] + pm.Normal("slope", 0.0, PRIOR_SD) * x[:, 1]
-    pm.Normal("y", mu, pm.HalfNormal("noise", 1.0), observed=y, total_size=n_rows)
 
 
 def on_one_batch(case: Case) -> Runner:

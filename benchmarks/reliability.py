@@ -23,7 +23,6 @@ memory, of the most for files and threads.  The program exits with 1 if somethin
 With ``--datasets 0 --repeats 0 --minutes 0`` the tables are those of the results.
 """
 
-import os
 import sys
 import threading
 import time
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytensor.tensor as pt
 
 from rich.progress import track
@@ -168,12 +168,9 @@ def _alarms(datasets: int) -> dict[str, Any]:
 
 
 def _check_shuffled(i: int) -> dict[str, tuple[float, bool]]:
-    """Check two to four random marginals, by columns and by a model.
+    """Return for each check of two to four random marginals the least p-value and if it alarms.
 
-    Returns
-    -------
-    dict
-        For each check the least p-value, as a share of the nominal level, and whether it alarms.
+    The p-values are as shares of the nominal level.
     """
     model = _regression()
     rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(i,)))
@@ -321,12 +318,9 @@ def _readings(data: Data, seconds: float) -> list[dict[str, float]]:
 
 
 def _resources() -> dict[str, float]:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "rss_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 2),
-        "files": len(os.listdir("/proc/self/fd")),
-        "threads": threading.active_count(),
-    }
+    process = psutil.Process()
+    rss_mb = round(process.memory_info().rss / 2**20, 2)
+    return {"rss_mb": rss_mb, "files": process.num_fds(), "threads": threading.active_count()}
 
 
 def _growth(readings: list[dict[str, float]]) -> dict[str, Any]:

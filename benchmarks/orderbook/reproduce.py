@@ -80,7 +80,7 @@ HEADS = {
     + "corrected | whole epochs averaged",
     "checks": f"streamed | {CHECKS} | correction",
     "cost": "way | peak memory | steps/s | steps | ready | fit | check_fit",
-    "preparation": "made in | preshuffle | its peak memory",
+    "preparation": "preshuffle | its peak memory",
 }
 
 Case = dict[str, dict[str, Any]]
@@ -171,9 +171,8 @@ def _fits(rows: Path, n_rows: int | None, table: dict, ways: Sequence[str]) -> l
 
 
 def _write_rows(rows: Path, size: int, planned: int) -> dict[str, Any]:
-    began = time.perf_counter()
     write_rows(rows, rows=size, planned=planned, seed=SEED)
-    return {"rows": size, "bytes": _bytes(rows), "seconds": time.perf_counter() - began}
+    return {"rows": size, "bytes": _bytes(rows)}
 
 
 def _exact(rows: Path) -> dict[str, Any]:
@@ -248,9 +247,8 @@ def _lines(case: Case) -> Iterator[tuple[str, list[Any]]]:
     yield "errors", [*errors, corrected, examined["epochs"]]
     for way in last:
         yield from _lines_of_fit(way, case[way]["parameters"]["n_steps"], case[way]["result"])
-    made = _seconds(case[ROWS]["result"]["seconds"]) if ROWS in case else None
     memory = f"{shuffling['peak_memory'] / 1e6:,.0f} MB"
-    yield "preparation", [made, _seconds(shuffling["seconds"]), memory]
+    yield "preparation", [_seconds(shuffling["seconds"]), memory]
 
 
 def _lines_of_fit(way: str, n_steps: int, fit: dict) -> Iterator[tuple[str, list[Any]]]:

@@ -85,23 +85,15 @@ def test_the_page_has_a_place_for_every_table(name):
 
 def test_a_table_is_written_once(tmp_path):
     data = Data(tmp_path, 30_000)
-    table = data.groups()
+    table = data.wide()
     written = [file.stat().st_mtime_ns for file in table.iterdir()]
-    assert data.groups() == table
+    assert data.wide() == table
     assert written == [file.stat().st_mtime_ns for file in table.iterdir()]
 
 
-@pytest.mark.parametrize(
-    ["make", "table", "model"],
-    [
-        (cases.on_stream, Data.wide, cases.wide),
-        (cases.in_memory, Data.groups, cases.hierarchical),
-    ],
-    ids=["stream of wide rows", "groups in memory"],
-)
-def test_a_fit_of_another_shape_takes_its_turns(tmp_path, make, table, model):
-    rows = table(Data(tmp_path, 10_000))
-    case = Case(rows, model, batch_size=64, buffer_size=256)
+@pytest.mark.parametrize("make", [cases.on_stream, cases.in_memory], ids=["stream", "in memory"])
+def test_a_fit_of_another_shape_takes_its_turns(tmp_path, make):
+    case = Case(Data(tmp_path, 10_000).wide(), cases.wide, batch_size=64, buffer_size=256)
     assert case.turn_steps % case.window_steps == 0
     with pytensor.config.change_flags(mode="FAST_COMPILE"):
         run, _ = make(case)
