@@ -70,8 +70,10 @@ ORIGINAL = {
     SHUFFLED: {20_000_000: 0.027, 122_000_000: 0.022},
 }
 """max|Δ| of the posterior means against in memory, as the first experiment had it."""
+ORIGINAL_MB = {FIRST: {122_000_000: 9_100}, SHUFFLED: {122_000_000: 570}}
+
 COMMAND = "make reproduce"
-COLORS = {SECOND: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
+COLORS = {FIRST: "tab:gray", SECOND: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
 CHECKS = "`check_order` before the fit | `check_fit` at the last step | `check_fit` when averaged"
 HEADS = {
     "means": f"{SECOND} | {ORDERED} | original | {SHUFFLED} | original | "
@@ -219,7 +221,7 @@ def publish(found: dict[str, Any], results: Path, page: Path | None) -> None:
         for table, lines in tables.items():
             text = markdown(f"rows | {HEADS[table]}", lines)
             page.write_text(filled(page.read_text(), table, COMMAND, text))
-    _draw([case for name, case in fitted if name != CAPTURES], results / "reproduce_means.png")
+    _draw([case for name, case in fitted if name != CAPTURES], results / "reproduce.png")
 
 
 def _lines(case: Case) -> Iterator[tuple[str, list[Any]]]:
@@ -301,25 +303,31 @@ def _case_name(n_rows: float) -> str:
 
 
 def _draw(cases: list[Case], file: Path) -> None:
-    """Draw how far from in memory fits are, and what the first experiment had."""
+    """Draw how far from in memory fits are, and their memory, with what the first experiment had."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 4), layout="constrained")
-    ax = figure.subplots()
-    for way in (ORDERED, SECOND, SHUFFLED):
-        n_rows = (case[EXACT]["result"]["n_rows"] for case in cases)
-        points = zip(n_rows, (_apart(_means(case, "last"), way) for case in cases))
-        if known := [point for point in points if point[1] is not None]:
-            ax.plot(*zip(*known), "o-", label=way, color=COLORS[way], ms=5)
-    for way, original in ORIGINAL.items():
-        label = f"original experiment, {way}"
-        ax.plot(*zip(*original.items()), "x", label=label, color=COLORS[way], ms=8, mew=2)
-    label = "max|Δ| of the posterior means\nagainst in memory"
-    ax.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
-    ax.xaxis.set_major_formatter(lambda n_rows, _: _case_name(n_rows))
-    ax.yaxis.set_major_formatter("{x:,g}")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure = Figure(figsize=(8.5, 7), layout="constrained")
+    n_rows = [case[EXACT]["result"]["n_rows"] for case in cases]
+    apart = {w: [_apart(_means(c, "last"), w) for c in cases] for w in (SECOND, ORDERED, SHUFFLED)}
+    memory = {
+        way: [case[way]["result"]["peak_mb"] if way in case else None for case in cases]
+        for way in (FIRST, ORDERED, SHUFFLED)
+    }
+    axes = figure.subplots(2, sharex=True)
+    labels = "max|Δ| of the posterior means\nagainst in memory", "peak memory of the process, MB"
+    for ax, values, original, label in zip(axes, (apart, memory), (ORIGINAL, ORIGINAL_MB), labels):
+        for way, of_way in values.items():
+            known = [point for point in zip(n_rows, of_way) if point[1] is not None]
+            ax.plot(*np.transpose(known or [[], []]), "o-", label=way, color=COLORS[way], ms=5)
+        for way, points in original.items():
+            told = f"original experiment, {way}"
+            ax.plot(*zip(*points.items()), "x", label=told, color=COLORS[way], ms=8, mew=2)
+        ax.set(xscale="log", yscale="log", ylabel=label)
+        ax.yaxis.set_major_formatter("{x:,g}")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[1].xaxis.set_major_formatter(lambda n, _: _case_name(n))
+    axes[1].set_xlabel("rows")
     figure.savefig(file, dpi=120)
 
 

@@ -188,7 +188,7 @@ def test_the_numbers_of_a_run_are_published_without_running(tmp_path):
     arguments = ["--numbers", str(NUMBERS), "--results", str(tmp_path), "--page", str(page)]
     run_command(reproduce.reproduce, arguments)
     assert page.read_text() == PAGE.read_text()
-    assert (tmp_path / "reproduce_means.png").stat().st_size > 10_000
+    assert (tmp_path / "reproduce.png").stat().st_size > 10_000
 
 
 def test_fits_that_are_corrected_end_at_the_exact_posterior_in_the_published_run():
