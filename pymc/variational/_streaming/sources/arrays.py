@@ -180,10 +180,11 @@ class IterableSource(Source):
             RowFormat.from_schema(block.schema, self._names, where, self._levels)
             yield where, block
 
-    def batches(self) -> Iterator[Any]:
-        for block in _arrow_batches(self._open()):
+    def batches(self) -> Iterator[Located]:
+        for number, block in enumerate(_arrow_batches(self._open())):
             batch = block if is_arrow(block) else as_batch(_as_rows(block), None)
-            yield batch if self._names is None else batch.select(list(self._names))
+            names = batch.schema.names if self._names is None else list(self._names)
+            yield f"block {number}", batch.select(names)
 
     def _counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Pass blocks on as long as they keep what ``n_rows`` promises."""

@@ -101,10 +101,10 @@ class Source(ABC):
                 add(len(block))
         return n_rows
 
-    def batches(self) -> Iterator[Any]:
-        """Yield the rows of epoch 0 as Arrow record batches, with the types that they came with."""
-        for block in self.blocks():
-            yield as_batch(block, self.columns, self.levels)
+    def batches(self) -> Iterator[tuple[str, Any]]:
+        """Yield the rows of epoch 0 as record batches of their own types, after their places."""
+        for number, block in enumerate(self.blocks()):
+            yield f"block {number}", as_batch(block, self.columns, self.levels)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.blocks()

@@ -238,28 +238,28 @@ class Batches:
         opened = as_source(source)
         self.name, self.n_rows = type(source).__name__, opened.n_rows
         self.summary = opened.summary
-        self._batches: Iterator[Any] = (batch for batch in opened.batches() if batch.num_rows)
-        first = next(self._batches, None)
+        batches = ((where, batch) for where, batch in opened.batches() if batch.num_rows)
+        first = next(batches, None)
         if first is None:
             raise ValueError(f"source={self.name} holds no rows; there is nothing to shuffle")
-        self._batches = chain([first], self._batches)
-        chosen = _choose(first.schema, columns, self.name)
+        self._batches = chain([first], batches)
+        self._first, batch = first
+        chosen = _choose(batch.schema, columns, self._first)
         if _PANDAS_KEY in chosen.metadata:  # which describe an index, whose order is lost
             names = [name for name in chosen.names if columns or not is_pandas_index(name)]
-            chosen = _choose(chosen, names, self.name).remove_metadata()
+            chosen = _choose(chosen, names, self._first).remove_metadata()
         self.schema = result_schema([chosen])
-        self._sample = first.slice(0, _SAMPLED_ROWS)
+        self._sample = batch.slice(0, _SAMPLED_ROWS)
 
     def sample(self, n_bytes: int) -> list[Located]:
         """Return the first rows."""
-        return [(self.name, self._sample)]
+        return [(self._first, self._sample)]
 
     def read(self, batch_rows: int, advance: Callable[[float], None]) -> Iterator[Located]:
         """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
-        for number, batch in enumerate(self._batches):
-            where = f"{self.name}: batch {number}"
+        for where, batch in self._batches:
             schema = _choose(batch.schema, self.schema.names, where)
-            _unify([self.schema, schema], [self.name, where])
+            _unify([self.schema, schema], [self._first, where])
             for first in range(0, batch.num_rows, batch_rows):
                 yield where, batch.slice(first, batch_rows)
             advance(batch.num_rows)

@@ -206,10 +206,10 @@ class _ParquetSource(FileSource):
         for file in self._files:
             yield from read_batches(self._fs, file, columns, piece_rows(len(columns)))
 
-    def batches(self) -> Iterator["pa.RecordBatch"]:
+    def batches(self) -> Iterator[Located]:
         for where, batch in self._read_columns(self.columns or ()):
             bad = self._format.to_rows(batch, where)[1] if self._drop else None
-            yield batch if bad is None else batch.filter(pa.array(~bad.any(axis=1)))
+            yield where, batch if bad is None else batch.filter(pa.array(~bad.any(axis=1)))
 
     def _read(
         self, file: ParquetInput, groups: Sequence[int], block_rows: int | None
