@@ -73,12 +73,7 @@ def check_model(
 
     Raises a StreamError if the model does not depend on the stream, if an unobserved variable
     does, or if an observed one that does has no or another *total_size*, or a log-likelihood that
-    is not one term per row.
-
-    Returns
-    -------
-    Contract
-        Conditions on the rows, which those of the batch that is there meet.
+    is not one term per row.  Returns conditions on the rows, which those in the buffer meet.
     """
     model = factors.model
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
