@@ -135,10 +135,12 @@ class Contract:
         """Leave what was compiled behind."""
         return Contract, (self._conditions, self._rows, self._names)
 
-    def check(self, rows: np.ndarray, offset: int = 0) -> None:
+    def check(
+        self, rows: np.ndarray, offset: int = 0, locate: Callable[[int], str] = lambda row: ""
+    ) -> None:
         """Raise StreamError if one of *rows*, the first of which is at *offset*, breaks a condition.
 
-        Several threads may call this.
+        *locate* says in which file a row of the stream is. Several threads may call this.
         """
         kind, size = rows.dtype.kind, rows.dtype.itemsize
         if not rows.dtype.isnative or (kind == "f" and size not in (4, 8)):  # unknown to numba
@@ -148,10 +150,9 @@ class Contract:
                 bad = self._compute(condition, rows)
                 if bad.any():
                     row = int(np.argmax(bad))
-                    where = self._describe(rows[row].ravel(), condition.columns)
-                    raise StreamError(
-                        f"row {offset + row} of the stream holds {where}{condition.text}"
-                    )
+                    values = self._describe(rows[row].ravel(), condition.columns)
+                    place = f"row {offset + row} of the stream{locate(offset + row)}"
+                    raise StreamError(f"{place} holds {values}{condition.text}")
 
     def compile(self) -> None:
         """Compile what is computed for many rows; never in a thread beside a fit, see `compiling`."""
@@ -181,11 +182,8 @@ class Contract:
             return condition.compute(rows.astype(self._dtype, copy=False))
 
     def _describe(self, row: np.ndarray, columns: np.ndarray) -> str:
-        names = self._names or [
-            str(tuple(map(int, np.unravel_index(c, self._sample_shape)))) for c in range(len(row))
-        ]
-        show = repr if self._names else str
-        return " and ".join(f"{row[c]} in column {show(names[c])}" for c in columns[:3])
+        names: Sequence = self._names or list(np.ndindex(self._sample_shape))
+        return " and ".join(f"{row[c]} in column {names[c]!r}" for c in columns[:3])
 
 
 def _compiled(conditions: Sequence[Condition], rows: Variable) -> Callable[[np.ndarray], bool]:
@@ -216,8 +214,7 @@ def derive_contract(
     what rows alone give to a distribution. Whatever depends on parameters, or on several rows, is
     left out.
     """
-    needed = *_casts(graph), *_indices(graph), *_parameters(graph)
-    found = [(*condition, False) for condition in needed]
+    found = [(*one, False) for one in (*_casts(graph), *_indices(graph), *_parameters(graph))]
     for rv, term in zip(likelihoods, graph.terms):
         found += [(bad, axis, _outside(rv), True) for bad, axis in _supports(term, graph)]
     conditions = []

@@ -73,12 +73,7 @@ def check_model(
 
     Raises a StreamError if the model does not depend on the stream, if an unobserved variable
     does, or if an observed one that does has no or another *total_size*, or a log-likelihood that
-    is not one term per row.
-
-    Returns
-    -------
-    Contract
-        Conditions on the rows, which those of the batch that is there meet.
+    is not one term per row.  Returns conditions on the rows, which those in the buffer meet.
     """
     model = factors.model
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
@@ -107,6 +102,7 @@ def check_model(
     graph = LikelihoodGraph(factors, likelihoods, buffer, batch, potentials)
     contract = derive_contract(graph, likelihoods, columns)
     contract.check(batch)
+    _refuse_nan(factors, graph, batch)
     _check_rows(model, likelihoods, graph, batch)
     for potential in potentials:
         warn(
@@ -262,6 +258,22 @@ def _constant(size: Variable) -> int | str | None:
     if NoneConst.equals(size):
         return None
     return int(size.data) if isinstance(size, Constant) else str(size)
+
+
+def _refuse_nan(factors: Factors, graph: LikelihoodGraph, batch: np.ndarray) -> None:
+    """Refuse what makes all rows NaN, such as a centre that was computed while there were no rows."""
+    terms = (np.isnan(term).any(axis=tuple(range(1, term.ndim))) for term in graph.evaluate(batch))
+    if not any(is_nan.all() for is_nan in terms):
+        return
+    inputs = (v for v in ancestors(graph.terms) if isinstance(v, Constant | SharedVariable))
+    values = [*map(graph.value, inputs), *factors.initial_point.values()]
+    floats = (v for v in values if isinstance(v, np.ndarray) and v.dtype.kind == "f")
+    if any(np.isnan(v).any() for v in floats):
+        raise StreamError(
+            f"the model holds NaN, as what is computed from {graph.rows.name!r} before it has rows; "
+            "build that part of the model within `with ds.rows(x):`, where x are two rows with "
+            ".min and .max of each column in summarize(source)"
+        )
 
 
 def _check_rows(

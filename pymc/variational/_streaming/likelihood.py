@@ -129,20 +129,7 @@ class LikelihoodGraph:
     It knows the axis of each variable along which rows lie. Each operation is tried by itself on
     random rows: an entry of its result must come from the rows at one place, whatever their values
     are and wherever that place is. So an operation that ties rows together is found also where no
-    row of the batch uses its result.
-
-    Parameters
-    ----------
-    factors : Factors
-        Those of the model.
-    likelihoods : sequence of Variable
-        Observed variables.
-    buffer : SharedVariable
-        Variable that holds the rows.
-    batch : ndarray
-        Some rows, since those of the buffer may be none.
-    others : sequence of Variable
-        Further variables of the model, such as potentials.
+    row of the *batch* uses its result.  *others* are further variables, such as potentials.
     """
 
     def __init__(
@@ -180,12 +167,8 @@ class LikelihoodGraph:
     def axis(self, var: Variable) -> int | None:
         """Return the axis of the rows, or None where the variable does not depend on them.
 
-        Raises
-        ------
-        TiedError
-            If an entry depends on several rows, or on its place.
-        Exception
-            If an operation cannot be tried.
+        It raises a TiedError if an entry depends on several rows, or on its place, and another
+        error if an operation cannot be tried.
         """
         found = self._axes.get(var)
         if isinstance(found, Exception):

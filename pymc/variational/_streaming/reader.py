@@ -64,7 +64,7 @@ class BatchReader:
     prefetch: bool
 
     def __post_init__(self) -> None:
-        self._examiner = _Examiner(self.order)
+        self._examiner = _Examiner(self.source, self.order)
         self._items: Prefetcher | Generator[Any] | None = None
         self._batches: Iterator[Any] = iter(())
         self._log = EpochLog(logger)
@@ -143,7 +143,7 @@ class BatchReader:
             "_items": None,
             "_batches": iter(()),
             "_thread": None,
-            "_examiner": _Examiner(self.order),
+            "_examiner": _Examiner(self.source, self.order),
         }
 
     def _read(self) -> Batch | None:
@@ -165,16 +165,16 @@ class _Examiner:
     The thread must not refer to the reader, or that would never be collected.
     """
 
-    def __init__(self, order: OrderCheck):
+    def __init__(self, source: Source, order: OrderCheck):
         self.contract: Contract | None = None
-        self._order = order
+        self._source, self._order = source, order
         self._met: tuple[Contract | None, tuple[int, int]] = None, (0, 0)
         """Which contract the rows meet, and from which place on."""
 
     def __call__(self, item: Chunk | EpochEnd) -> tuple[Any, ...]:
         contract = self.contract
         if contract is not None and isinstance(item, Chunk) and len(item.rows):
-            contract.check(item.rows, item.offset)
+            self._check(contract, item)
             if self._met[0] is not contract:
                 self._met = contract, (item.epoch, item.offset)
         found = self._order.compare(item)
@@ -186,8 +186,13 @@ class _Examiner:
         if contract is None:
             return
         if met is not contract or (batch.epoch, batch.offset) < place:
-            contract.check(batch.rows, batch.offset)
+            self._check(contract, batch)
         contract.compile()
+
+    def _check(self, contract: Contract, item: Chunk | Batch) -> None:
+        contract.check(
+            item.rows, item.offset, lambda row: self._source.locate(item.epoch, row, row + 1)
+        )
 
 
 class TotalSize:

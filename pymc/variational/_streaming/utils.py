@@ -103,12 +103,6 @@ class EpochLog:
     """Tells of each epoch: how many rows, how fast, and whether the fit waits for data.
 
     After ten lines, one line every ten seconds stands for all epochs since the last.
-
-    Parameters
-    ----------
-    logger : logging.Logger
-    offset : int
-        Row at which the first epoch begins.
     """
 
     def __init__(self, logger: logging.Logger, offset: int = 0):
@@ -140,12 +134,8 @@ def progress_bar(
 ) -> Iterator[Callable[..., None]]:
     """Show on stderr how many rows are done and how fast.
 
-    In a notebook without ipywidgets, where rich would warn at each change, only the end is shown.
-
-    Yields
-    ------
-    callable
-        Adds a number of rows to those that are done, and may change the description.
+    It yields a function that adds rows to those that are done.  In a notebook without ipywidgets,
+    where rich would warn at each change, only the end is shown.
     """
     options: dict[str, Any] = {"theme": default_progress_theme, "stderr": True}
     console = Console(**options)

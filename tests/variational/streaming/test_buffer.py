@@ -29,6 +29,7 @@ from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
     parquet_source,
+    shuffle_buffer,
 )
 from tests.variational.streaming.strategies import numbered, write_layout
 from tests.variational.streaming.tell_tale import (
@@ -220,7 +221,16 @@ class TestExactValues:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pq.write_table(pa.table({"x": [0.1, 0.2], "user": [5, 2**24 + 1]}), tmp_path / "a.parquet")
-        ds = StreamingDataset(parquet_source(tmp_path), batch_size=2, dtype="float32")
-        with pytest.raises(StreamError, match=r"holds 16777217\.0 in column 'user', which float32"):
-            list(ds)
+        for name, user in (("a", 4), ("b", 2**24 + 1)):
+            table = pa.table({"x": [0.1, 0.2], "user": [5, user]})
+            pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=1)
+        source = parquet_source(tmp_path)
+        for rows, place in (
+            (source, r"row 3 of the stream \(row 0 of row group 1 of .*b.parquet\)"),
+            (shuffle_buffer(source, buffer_size=2), r"row . of the stream \(in .*b.parquet\)"),
+            (shuffle_buffer(source, buffer_size=4), r"stream \(in .*a.parquet to .*b.parquet\)"),
+        ):
+            ds = StreamingDataset(rows, batch_size=2, dtype="float32")
+            message = rf"{place} holds 16777217\.0 in column 'user', which float32"
+            with pytest.raises(StreamError, match=message):
+                list(ds)

@@ -27,7 +27,12 @@ import pytest
 
 import pymc as pm
 
-from pymc.variational.streaming import StreamError, StreamingDataset, parquet_source
+from pymc.variational.streaming import (
+    StreamError,
+    StreamingDataset,
+    parquet_source,
+    summarize,
+)
 from tests.variational.streaming.sources.libraries import ROOT
 
 QUICK = "FAST_COMPILE"
@@ -101,6 +106,54 @@ class TestGroups:
             assert index.tolist() == [limit - 1, limit]
         with pytest.raises(StreamError, match=f"holds {limit + 1} .* cannot hold exactly"):
             ds.rows(exact + 1)
+
+
+class TestNumbersFromRows:
+    """An HSGP takes the middle of its inputs, and with *c* their range, when it is built."""
+
+    N = 2_000
+    X = np.random.default_rng(0).uniform(0, 10, N)
+    TABLE = pa.table({"x": X, "y": np.sin(X)})
+
+    def process(self, **options) -> pm.gp.HSGP:
+        covariance = pm.gp.cov.ExpQuad(1, ls=pm.LogNormal("ls", 0, 0.1))
+        return pm.gp.HSGP(m=[5], cov_func=covariance, **options)
+
+    @pytest.mark.parametrize("part", ["process", "centre", "prior"])
+    def test_those_of_a_stream_without_rows_are_told_from_ties(self, part):
+        ds = StreamingDataset(self.TABLE, batch_size=100)
+        with pm.Model(), np.errstate(all="ignore"), pytensor.config.change_flags(mode="NUMBA"):
+            if part == "process":
+                mean = self.process(L=[7.0]).prior("f", X=ds[["x"]])
+            else:
+                x = ds["x"].eval()
+                centre = x.sum() / np.float64(len(x))
+                mean = pm.Normal("b", 0 if part == "centre" else centre) * (ds["x"] - centre)
+            pm.Normal("y", mean, 1, observed=ds["y"], total_size=ds.total_size)
+            with pytest.raises(StreamError, match=r"holds NaN, .* 'stream' .* within `with ds.row"):
+                ds.fit_callback()
+
+    def test_the_remedy_gives_the_process_of_all_rows(self):
+        ds = StreamingDataset(self.TABLE, batch_size=100)
+        summary = summarize(self.TABLE, progressbar=False)
+        ends = np.array([(summary[name].min, summary[name].max) for name in ds.columns]).T
+
+        def build(x, y, rows) -> pm.Model:
+            with pm.Model() as model:
+                with rows:
+                    f = self.process(c=1.5).prior("f", X=x)
+                pm.Normal("y", f, 0.1, observed=y, total_size=self.N)
+            return model
+
+        streamed = build(ds[["x"]], ds["y"], ds.rows(ends))
+        with streamed:
+            ds.fit_callback()
+        y = self.TABLE["y"].to_numpy()
+        resident = build(self.X[:, None], y, contextlib.nullcontext())
+        point = {name: value + 1 for name, value in resident.initial_point().items()}
+        expected = resident.compile_logp(mode=QUICK)(point)
+        with ds.rows(self.TABLE):
+            np.testing.assert_allclose(streamed.compile_logp(mode=QUICK)(point), expected)
 
 
 class TestAfterTheFit:

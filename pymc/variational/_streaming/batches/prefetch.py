@@ -65,7 +65,7 @@ def read_epochs(
         offset = start
         for rows in source.blocks(epoch, start):
             require_shape(rows, sample_shape)
-            require_exact(rows, dtype, source, offset)
+            require_exact(rows, dtype, source, epoch, offset)
             yield from examine(Chunk(epoch, offset, rows))
             offset += len(rows)
             del rows  # while the next ones are read

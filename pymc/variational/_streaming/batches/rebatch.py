@@ -103,7 +103,9 @@ def cast(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return rows.astype(dtype)
 
 
-def require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int) -> None:
+def require_exact(
+    rows: np.ndarray, dtype: np.dtype, source: Source, epoch: int, offset: int
+) -> None:
     """Raise StreamError if a value overflows in *dtype*, or is an integer that rounds."""
     if _holds_all_of(dtype, rows.dtype):
         return
@@ -114,8 +116,10 @@ def require_exact(rows: np.ndarray, dtype: np.dtype, source: Source, offset: int
             bad = _inexact(piece, piece.astype(dtype), source.integral)
         if bad.any():
             place = np.argwhere(bad)[0]
+            row = offset + first + int(place[0])
+            where = source.locate(epoch, row, row + 1)
             raise StreamError(
-                f"{describe_value(piece, place, offset + first, source.columns)}, which {dtype} "
+                f"{describe_value(piece, place, row, source.columns, where)}, which {dtype} "
                 "cannot hold exactly; repair the data or pass a wider dtype="
             )
 

@@ -129,6 +129,10 @@ class ShuffleBuffer(Source):
     def probe(self) -> None:
         self.source.probe()
 
+    def locate(self, epoch: int, start: int, stop: int) -> str:
+        first = start - start % self.buffer_size
+        return self.source.locate(epoch, first, first + self.buffer_size)
+
     def count(self) -> int:
         return self.source.count()
 

@@ -28,6 +28,7 @@ from pymc.variational.opvi import Approximation, Group
 __all__ = [
     "as_streams",
     "gaussian_group",
+    "keep_widening",
     "log_volume",
     "marginal_sd",
     "mean",
@@ -37,6 +38,7 @@ __all__ = [
     "set_mean",
     "set_scale",
     "times",
+    "widening",
 ]
 
 
@@ -109,6 +111,18 @@ def scale(group: Group) -> np.ndarray:
     factor[np.tril_indices(group.ddim)] = _parameter(group, "L_tril").get_value()
     np.fill_diagonal(factor, np.logaddexp(0, np.diag(factor)))
     return factor
+
+
+def keep_widening(group: Group, ratio: np.ndarray) -> None:
+    """Note that the scales stand for those of the nearest Gaussian times *ratio*."""
+    _parameter(group, "mu").tag.widening = mean(group), scale(group), ratio
+
+
+def widening(group: Group) -> np.ndarray:
+    """Return what :func:`keep_widening` noted, ones if another mean or scale was set since."""
+    noted: Any = getattr(_parameter(group, "mu").tag, "widening", (None, None, None))
+    is_same = all(map(np.array_equal, noted[:2], (mean(group), scale(group))))
+    return noted[2] if is_same else np.ones(group.ddim)
 
 
 def marginal_sd(scale: np.ndarray) -> np.ndarray:

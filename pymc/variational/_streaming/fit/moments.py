@@ -162,7 +162,9 @@ def _keep(run: Search, target: Target, mean: np.ndarray, covariance: np.ndarray)
     """Keep the moments of a density near a Gaussian."""
     pairs = int(np.clip(_WEIGHTED_ROWS // target.density.sample.n_rows, *_WEIGHTED_PAIRS))
     moments = importance_moments(target.value, mean, covariance, pairs, run.rng)
+    run.target = target._replace(mean=mean, covariance=covariance)
     if moments.efficiency > _MIN_EFFICIENCY:
+        run.widening = np.sqrt(np.diag(moments.covariance) / np.diag(covariance))
         mean, covariance = moments.mean, moments.covariance
     else:
         run.note_not_gaussian(f"{moments.efficiency:.1%} of draws are effective", run.remedy())
@@ -170,6 +172,5 @@ def _keep(run: Search, target: Target, mean: np.ndarray, covariance: np.ndarray)
     if abs(moments.skewness[worst]) > _MAX_SKEWNESS:
         why = f"{run.names[worst]} has skewness {moments.skewness[worst]:.2g}"
         run.note_not_gaussian(why, COMPARE)
-    run.target = target._replace(mean=mean, covariance=covariance)
     mean, run.covariance = target.transform.moments(mean, covariance, run.rng)
     run.keep(mean, run.covariance)

@@ -29,6 +29,7 @@ from pymc.variational._streaming.fit.check import measure
 from pymc.variational._streaming.fit.gaussian import (
     as_streams,
     gaussian_group,
+    keep_widening,
     marginal_sd,
     refuse_endless,
     scale,
@@ -191,6 +192,7 @@ def polish(
         note_flat(run)
         if run.best is not None and run.is_better(run.best):
             _place(group, run.best)
+            keep_widening(group, run.widening)
         else:
             run.covariance = None
             run.notes.append("no better fit was found, and approx is left as it was")

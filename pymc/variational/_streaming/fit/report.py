@@ -141,14 +141,15 @@ class FitReport:
     """Standard error of *z*, at the worst parameter, where not all rows were read."""
     s: np.ndarray
     """1 - (scale / right scale)²: 0 is right, -3 twice too wide, 0.75 twice too narrow. The right
-    scale is the best that the family can have. Of a polished fit it is *sd* that is measured."""
+    scale is the best that the family can have. Of a polished fit, the Gaussian nearest to the
+    posterior is measured, from which *sd* differs by skewness and tails."""
     sd: np.ndarray
     """Standard deviations of the posterior by linear response, with all correlations (Giordano,
     Broderick and Jordan 2018); NaN where it is not concave."""
     family_sd: np.ndarray
     """Standard deviations of the approximation."""
     elbo: float
-    """Evidence lower bound on all rows; of a polished fit, that of :meth:`full_rank`."""
+    """Evidence lower bound on all rows; of a polished fit, that of this Gaussian."""
     elbo_error: float
     """Its standard error, by draws and by the sample of rows."""
     streams: tuple[StreamRows, ...]

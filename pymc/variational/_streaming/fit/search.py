@@ -113,7 +113,9 @@ class Search(LogDensity):
         self.best: Fit | None = None
         self.covariance: np.ndarray | None = None
         self.target: Target | None = None
-        """What serves for the curvature when the fit is checked."""
+        """What serves for the curvature when the fit is checked, with the Gaussian nearest to it."""
+        self.widening = np.ones(len(self.names))
+        """Standard deviations of the posterior over those of that Gaussian."""
         self.found: dict[Verdict, Finding] = {}
         self.notes: list[str] = []
 

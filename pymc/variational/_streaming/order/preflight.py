@@ -58,8 +58,7 @@ def preflight(
 ) -> OrderReport | None:
     """Compare windows in the order of epoch 0, on a sample of the rows.
 
-    None if the rows can only be read in sequence, or not within the budget, or if the sample
-    holds values that are not finite, which are refused when they are streamed.
+    None if the rows can only be read in sequence, or not within the budget.
     """
     n_rows, window = stream.n_rows, stream.window
     if n_rows is None or stream.source.read_starts(np.zeros(1, np.int64)) is None:
@@ -96,8 +95,6 @@ def _compare_sample(
     with ThreadPoolExecutor(_THREADS if stream.source.concurrent else 1) as pool:
         parts = pool.map(lambda read: _read_blocks(stream.source, *read, block=block), reads)
         rows = np.concatenate(list(parts))
-    if not np.isfinite(rows).all():
-        return None
     statistic = make_statistic(rows[:: -(-len(rows) // PILOT_ROWS)])
     blocks = rows.reshape(places.size, block, *rows.shape[1:])
     return compare(

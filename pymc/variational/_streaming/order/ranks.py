@@ -59,15 +59,7 @@ def compare_groups(units: np.ndarray, groups: np.ndarray, seed: int = 0) -> Diff
     All coordinates are pooled by the sum of their squares, a weighted sum of chi-squares, whose
     first three cumulants a gamma distribution has, too.  A change of few units hardly shows in
     that; so the highest and the lowest units are counted in each group.  All this is done at two sizes
-    of units and groups.
-
-    Parameters
-    ----------
-    units : ndarray, shape (n_units, n_coordinates)
-    groups : ndarray, shape (n_units,)
-        Ascending numbers of the groups.
-    seed : int
-        Seed of the order of ties.
+    of *units*, shape (n_units, n_coordinates), and of groups, whose numbers ascend.
     """
     rng = np.random.default_rng(seed)
     groups = np.unique(groups, return_inverse=True)[1]

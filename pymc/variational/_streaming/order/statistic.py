@@ -67,20 +67,9 @@ class Statistic(ABC):
     def drift(
         self, units: np.ndarray, groups: np.ndarray, unit_rows: float, n_rows: int
     ) -> np.ndarray | None:
-        """Return how far the posterior mean follows the groups, in its sd, if that is known.
+        """Return how far the posterior mean follows groups of units, in its sd, if that is known.
 
-        Parameters
-        ----------
-        units : ndarray, shape (n_units, n_coordinates)
-            Sums over *unit_rows* rows each.
-        groups : ndarray, shape (n_units,)
-        unit_rows : float
-        n_rows : int
-            Number of rows of the table.
-
-        Returns
-        -------
-        ndarray, shape (n_coordinates,), or None
+        Each of the *units*, shape (n_units, n_coordinates), sums up *unit_rows* rows.
         """
         return None
 

@@ -41,7 +41,7 @@ from pymc.variational._streaming.preshuffle.plan import MAX_AT_ONCE, MAX_PARTITI
 from pymc.variational._streaming.preshuffle.write import Writer
 from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.parquet.parquet import read_batches
-from pymc.variational._streaming.sources.summary import Summarizer
+from pymc.variational._streaming.sources.summary import Located, Summarizer
 from pymc.variational._streaming.sources.tables import Piece, conform
 from pymc.variational._streaming.utils import crc_of_sums
 
@@ -82,11 +82,13 @@ class Done:
             self.summary.merge(later.summary)
 
 
-def scatter(plan: Plan, folder: str, index: int, batches: Iterable["pa.RecordBatch"]) -> Done:
+def scatter(plan: Plan, folder: str, index: int, batches: Iterable[Located]) -> Done:
     """Write each row to a random partition of a scratch file."""
     path = f"{folder}/{index:06}.rows"
     summary = Summarizer(plan.schema)
-    plain = (conform(batch, plan.plain) for batch in map(summary.add_dictionaries, batches))
+    plain = (
+        conform(summary.add_dictionaries(batch), plan.plain, where) for where, batch in batches
+    )
     blocks = map(summary.add, _join(plain, plan.block_bytes))
     with _memory_for_a_task(plan.at_once):
         rng = _generator(plan.seed, _LABELS, index)

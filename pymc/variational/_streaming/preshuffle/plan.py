@@ -111,7 +111,7 @@ def make_plan(table: Files | Batches, *, seed: int, memory_limit: int) -> Plan:
     if table.n_rows == 0:
         raise ValueError(f"source={table.name!r} holds no rows; there is nothing to shuffle")
     plain = plain_schema(table.schema)
-    sampled = [conform(batch, plain) for batch in table.sample(_BATCH_BYTES)]
+    sampled = [conform(batch, plain, where) for where, batch in table.sample(_BATCH_BYTES)]
     in_memory = max(1.0, sum(b.nbytes / b.num_rows for b in sampled) / len(sampled))
     widest = max(table.row_bytes, in_memory)
     at_once, block = _share(memory_limit, len(plain), widest, table.page_bytes)

@@ -31,7 +31,7 @@ from pymc.variational._streaming.sources.base import (
 from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.parquet.paths import is_path
 from pymc.variational._streaming.sources.rows import RowFormat, skip_rows
-from pymc.variational._streaming.sources.summary import find_levels
+from pymc.variational._streaming.sources.summary import Located, find_levels
 from pymc.variational._streaming.utils import digest
 
 __all__ = ["IterableSource", "as_source", "is_table"]
@@ -171,18 +171,20 @@ class IterableSource(Source):
     def _find_levels(self) -> None:
         self._levels = find_levels(self._levels, self._first_pass, self.n_rows)
 
-    def _first_pass(self, names: Sequence[str]) -> Iterator[Any]:
+    def _first_pass(self, names: Sequence[str]) -> Iterator[Located]:
         """Yield batches whose columns hold what levels can be found of."""
         self._probed = self._open()
-        for block in _arrow_batches(self._probed):
-            self._require_names(block, "block 0")
-            RowFormat.from_schema(block.schema, self._names, "block 0", self._levels)
-            yield block
+        for number, block in enumerate(_arrow_batches(self._probed)):
+            where = f"block {number}"
+            self._require_names(block, where)
+            RowFormat.from_schema(block.schema, self._names, where, self._levels)
+            yield where, block
 
-    def batches(self) -> Iterator[Any]:
-        for block in _arrow_batches(self._open()):
+    def batches(self) -> Iterator[Located]:
+        for number, block in enumerate(_arrow_batches(self._open())):
             batch = block if is_arrow(block) else as_batch(_as_rows(block), None)
-            yield batch if self._names is None else batch.select(list(self._names))
+            names = batch.schema.names if self._names is None else list(self._names)
+            yield f"block {number}", batch.select(names)
 
     def _counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Pass blocks on as long as they keep what ``n_rows`` promises."""

@@ -46,6 +46,7 @@ from pymc.variational._streaming.sources.parquet.paths import is_path, list_ipc
 from pymc.variational._streaming.sources.rows import FileSource, RowFormat, exact_limit
 from pymc.variational._streaming.sources.summary import (
     Categories,
+    Located,
     Summary,
     describe_levels,
     find_levels,
@@ -202,6 +203,9 @@ class _Rearranged(Source):
         if source.integral is not None:
             self.integral = tuple((*source.integral, True)[place] for place in self._places)
 
+    def locate(self, epoch: int, start: int, stop: int) -> str:
+        return self._source.locate(epoch, start, stop)
+
     def blocks(
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
@@ -284,27 +288,27 @@ class _IpcSource(FileSource):
         self._format.describe(self)
         self.fingerprint = digest(self.columns, self.levels, [file.identity for file in files])
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Iterator[Located]:
         return self._read_columns(self.columns or ())
 
-    def _read_columns(self, columns: Sequence[str]) -> Iterator[Any]:
+    def _read_columns(self, columns: Sequence[str]) -> Iterator[Located]:
         for file in self._files:
-            for _, batch in _read_batches(file, range(len(file.part_rows))):
-                yield batch.select(list(columns))
+            for where, batch in _read_batches(file, range(len(file.part_rows))):
+                yield where, batch.select(list(columns))
 
     def _read(
         self, file: _IpcFile, parts: Sequence[int], block_rows: int | None
     ) -> Iterator[np.ndarray]:
-        for number, batch in _read_batches(file, parts):
-            yield from self._format.pieces(batch, f"{file.path}: record batch {number}")
+        for where, batch in _read_batches(file, parts):
+            yield from self._format.pieces(batch, where)
 
 
-def _read_batches(file: _IpcFile, numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def _read_batches(file: _IpcFile, numbers: Sequence[int]) -> Iterator[Located]:
     with file.open() as reader:
         for number in numbers:
             batch = reader.get_batch(number)
             batch.validate(full=True)
-            yield number, batch
+            yield f"{file.path}: record batch {number}", batch
 
 
 class _RowMajorSource(FileSource):

@@ -88,6 +88,10 @@ class Source(ABC):
         """
         return None
 
+    def locate(self, epoch: int, start: int, stop: int) -> str:
+        """Say in which file these rows of an epoch are, as what follows "row 5 of the stream"."""
+        return ""
+
     def count(self) -> int:
         """Read one epoch to count its rows."""
         n_rows = 0
@@ -97,10 +101,10 @@ class Source(ABC):
                 add(len(block))
         return n_rows
 
-    def batches(self) -> Iterator[Any]:
-        """Yield the rows of epoch 0 as Arrow record batches, with the types that they came with."""
-        for block in self.blocks():
-            yield as_batch(block, self.columns, self.levels)
+    def batches(self) -> Iterator[tuple[str, Any]]:
+        """Yield the rows of epoch 0 as record batches of their own types, after their places."""
+        for number, block in enumerate(self.blocks()):
+            yield f"block {number}", as_batch(block, self.columns, self.levels)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.blocks()
@@ -155,16 +159,21 @@ def require_finite(rows: np.ndarray, offset: int) -> None:
         return
     places = np.argwhere(~np.isfinite(rows))
     if len(places):
-        raise StreamError(f"{describe_value(rows, places[0], offset, None)}; repair the data")
+        row = offset + int(places[0][0])
+        raise StreamError(f"{describe_value(rows, places[0], row, None)}; repair the data")
 
 
 def describe_value(
-    rows: np.ndarray, place: np.ndarray, offset: int, columns: tuple[str, ...] | None
+    rows: np.ndarray,
+    place: np.ndarray,
+    row: int,
+    columns: tuple[str, ...] | None,
+    where: str = "",
 ) -> str:
-    """Say which value there is at *place* of *rows*, the first of which is at *offset*."""
-    row, *column = (int(i) for i in place)
-    name = repr(columns[column[0]]) if columns else tuple(column)
-    return f"row {offset + row} of the stream holds {rows[tuple(place)]} in column {name}"
+    """Say which value there is at *place* of *rows*, in this row of the stream."""
+    column = tuple(int(i) for i in place[1:])
+    name = repr(columns[column[0]]) if columns else column
+    return f"row {row} of the stream{where} holds {rows[tuple(place)]} in column {name}"
 
 
 def match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:

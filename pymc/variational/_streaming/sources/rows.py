@@ -178,7 +178,7 @@ class RowFormat:
         size = piece_rows(len(self.columns))
         for first in range(0, batch.num_rows, size):
             piece = batch.slice(first, size)
-            rows, bad = self.to_rows(piece)
+            rows, bad = self.to_rows(piece, where)
             if bad is not None:
                 row, fault = self.fault(piece, bad)
                 raise StreamError(
@@ -187,9 +187,9 @@ class RowFormat:
                 )
             yield rows
 
-    def to_rows(self, batch: "pa.RecordBatch") -> tuple[np.ndarray, np.ndarray | None]:
+    def to_rows(self, batch: "pa.RecordBatch", where: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Interleave the columns of *batch*, and mark values that are not finite or exact, if any."""
-        arrays = [self._numbers(name, batch.column(name)) for name in self.columns]
+        arrays = [self._numbers(name, batch.column(name), where) for name in self.columns]
         values = [_to_numpy(array) for array in arrays]
         rows = _interleave(values, self.dtype)
         invalid = [self._invalid(j, *pair) for j, pair in enumerate(zip(arrays, values))]
@@ -229,10 +229,10 @@ class RowFormat:
             mask = mask | (values > limit) | (values < -limit)
         return mask
 
-    def _numbers(self, name: str, array: "pa.Array") -> "pa.Array":
+    def _numbers(self, name: str, array: "pa.Array", where: str) -> "pa.Array":
         """Return numbers, and null for what is no number or none of the levels."""
         if name in self.levels:
-            return encode(name, array, self.levels[name])
+            return encode(name, array, self.levels[name], where)
         if is_dictionary(array.type):
             array = array.dictionary_decode()  # a value can be null in the dictionary itself
         if pa.types.is_temporal(array.type):
@@ -244,6 +244,8 @@ class RowFormat:
 
 class FileSource(Source):
     """Rows of files in parts, row groups or record batches, which are read from their start on."""
+
+    _part_name = "record batch"
 
     def _set_files(self, files: Sequence[Any]) -> None:
         """Take files, which know their ``path`` and their ``part_rows``."""
@@ -258,6 +260,19 @@ class FileSource(Source):
             raise ValueError(
                 f"{self._files[0].path}: no rows to stream in {len(self._files)} file(s)"
             )
+
+    def locate(self, epoch: int, start: int, stop: int) -> str:
+        order = self._order(epoch)
+        starts = self._starts(order)
+        ends = start, min(stop, starts[-1]) - 1
+        if start > ends[1]:  # of a batch that runs into the next epoch
+            return ""
+        places = np.searchsorted(starts[1:], ends, side="right")
+        (file, part), (last, _) = (self._parts[order[place]] for place in places)
+        if ends[0] == ends[1]:
+            row = start - starts[places[0]]
+            return f" (row {row} of {self._part_name} {part} of {file.path})"
+        return f" (in {file.path}" + (")" if file is last else f" to {last.path})")
 
     @abstractmethod
     def _read(

@@ -34,6 +34,7 @@ __all__ = [
     "SUMMARY_KEY",
     "Categories",
     "ColumnSummary",
+    "Located",
     "Summarizer",
     "Summary",
     "cast_exactly",
@@ -49,6 +50,8 @@ __all__ = [
 ]
 
 Categories = Sequence[str] | Mapping[str, Sequence[Any]]
+Located = tuple[str, "pa.RecordBatch"]
+"""A record batch, after the name of its file or its place in the source."""
 
 SUMMARY_KEY = b"pymc.summary"
 MAX_LEVELS = 4096
@@ -311,7 +314,7 @@ def given_levels(categories: Categories | None) -> dict[str, Any]:
 
 def find_levels(
     levels: Mapping[str, Any],
-    read: Callable[[list[str]], Iterable["pa.RecordBatch"]],
+    read: Callable[[list[str]], Iterable[Located]],
     n_rows: int | None,
 ) -> dict[str, Any]:
     """Return the levels that are known, and those of other columns from one pass over *n_rows*.
@@ -325,10 +328,10 @@ def find_levels(
     found: dict[str, Any] = dict.fromkeys(missing)
     ordered = set()
     with progress_bar(f"Finding levels of {', '.join(missing)}", n_rows) as add:
-        for batch in read(missing):
+        for where, batch in read(missing):
             for name in missing:
                 array = batch.column(name)
-                found[name] = _add_levels(name, found[name], array)
+                found[name] = _add_levels(name, found[name], array, where)
                 if is_dictionary(array.type):
                     ordered.add(name)
             add(batch.num_rows)
@@ -340,15 +343,14 @@ def find_levels(
     return {**levels, **found}
 
 
-def _add_levels(name: str, known: Any, array: "pa.Array") -> Any:
+def _add_levels(name: str, known: Any, array: "pa.Array", where: str) -> Any:
     """Return the levels that are known, if any, and those that *array* or its dictionary adds."""
-    values = array.dictionary if is_dictionary(array.type) else array.unique()
-    values = _unify(values).drop_null()
+    values = _unify(array.dictionary if is_dictionary(array.type) else array.unique()).drop_null()
     if pa.types.is_floating(values.type):
         values = values.filter(pa.compute.is_finite(values))
     if known is None:
         return values if len(values) else None
-    return _append_new(known, cast_exactly(name, values, known.type))
+    return _append_new(known, cast_exactly(name, values, known.type, where))
 
 
 def levels_of(summary: Summary) -> dict[str, Any]:
@@ -357,15 +359,15 @@ def levels_of(summary: Summary) -> dict[str, Any]:
     return {name: _as_levels(name, list(levels)) for name, levels in kept.items() if levels}
 
 
-def encode(name: str, array: "pa.Array", levels: "pa.Array") -> "pa.Array":
+def encode(name: str, array: "pa.Array", levels: "pa.Array", where: str) -> "pa.Array":
     """Return the positions of values among *levels*, and null for values that are none of them.
 
     Null is a value like any other.
     """
     if not is_dictionary(array.type):
-        values = cast_exactly(name, _unify(array), levels.type)
+        values = cast_exactly(name, _unify(array), levels.type, where)
         return pa.compute.index_in(values, value_set=levels)
-    codes = encode(name, array.dictionary, levels).take(array.indices)
+    codes = encode(name, array.dictionary, levels, where).take(array.indices)
     of_null = pa.compute.index_in(pa.nulls(1, levels.type), value_set=levels)[0]
     return pa.compute.if_else(array.indices.is_null(), of_null, codes)
 
@@ -395,7 +397,7 @@ def _unify(array: "pa.Array") -> "pa.Array":
     return array.cast(pa.int64()) if is_.is_integer(kind) and not is_.is_uint64(kind) else array
 
 
-def cast_exactly(name: str, values: "pa.Array", kind: "pa.DataType") -> "pa.Array":
+def cast_exactly(name: str, values: "pa.Array", kind: "pa.DataType", where: str) -> "pa.Array":
     """Return the values of a column in another type, from which all of them can be got back.
 
     Arrow casts 2 to True, "01" to 1, times to dates, and float64 to float32 without a word.
@@ -412,7 +414,7 @@ def cast_exactly(name: str, values: "pa.Array", kind: "pa.DataType") -> "pa.Arra
         return found
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
         raise StreamError(
-            f"column {name!r} is {kind} and {values.type} ({err}); "
+            f"{where}: column {name!r} is {kind} and {values.type} ({err}); "
             "write it with one type that holds all values"
         ) from None
 

@@ -51,6 +51,7 @@ from pymc.variational._streaming.sources.rows import (
 )
 from pymc.variational._streaming.sources.summary import (
     SUMMARY_KEY,
+    Located,
     Summarizer,
     Summary,
     cast_exactly,
@@ -117,8 +118,8 @@ def summarize(source: Any, *, progressbar: bool = True) -> Summary:
         return table.summary
     plain, summarizer = plain_schema(table.schema), Summarizer(table.schema)
     with progress_bar("Summarizing", table.n_rows, show=progressbar) as advance:
-        for batch in table.read(_SUMMARIZED_ROWS, advance):
-            summarizer.add(conform(summarizer.add_dictionaries(batch), plain))
+        for where, batch in table.read(_SUMMARIZED_ROWS, advance):
+            summarizer.add(conform(summarizer.add_dictionaries(batch), plain, where))
     return summarizer.finish()
 
 
@@ -160,7 +161,7 @@ class Files:
         self.n_bytes = sum(file.size for file in self.files)
         self.contents = [(file.size, file.digest) for file in self.files]
 
-    def sample(self, n_bytes: int) -> list["pa.RecordBatch"]:
+    def sample(self, n_bytes: int) -> list[Located]:
         """Return the first rows of some row groups."""
         n_rows = max(1, min(_SAMPLED_ROWS, int(n_bytes / self.row_bytes)))
         filled = [(file, group) for file, group in self._groups if file.part_rows[group]]
@@ -174,16 +175,16 @@ class Files:
         for _, run in groupby(tasks, key=lambda task: task[0]):
             yield tuple(by_file(place for _, place in run))
 
-    def read(self, batch_rows: int, advance: Callable[[float], None]) -> Iterator["pa.RecordBatch"]:
+    def read(self, batch_rows: int, advance: Callable[[float], None]) -> Iterator[Located]:
         """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
         for file in self.files:
-            for batch in self._read(file, batch_rows):
-                yield batch
+            for where, batch in self._read(file, batch_rows):
+                yield where, batch
                 advance(batch.num_rows)
 
     def _read(
         self, file: ParquetInput, batch_rows: int, groups: Sequence[int] | None = None
-    ) -> Iterator["pa.RecordBatch"]:
+    ) -> Iterator[Located]:
         return read_batches(self.fs, file, self.schema.names, batch_rows, groups)
 
     def require_unchanged(self) -> None:
@@ -237,30 +238,30 @@ class Batches:
         opened = as_source(source)
         self.name, self.n_rows = type(source).__name__, opened.n_rows
         self.summary = opened.summary
-        self._batches: Iterator[Any] = (batch for batch in opened.batches() if batch.num_rows)
-        first = next(self._batches, None)
+        batches = ((where, batch) for where, batch in opened.batches() if batch.num_rows)
+        first = next(batches, None)
         if first is None:
             raise ValueError(f"source={self.name} holds no rows; there is nothing to shuffle")
-        self._batches = chain([first], self._batches)
-        chosen = _choose(first.schema, columns, self.name)
+        self._batches = chain([first], batches)
+        self._first, batch = first
+        chosen = _choose(batch.schema, columns, self._first)
         if _PANDAS_KEY in chosen.metadata:  # which describe an index, whose order is lost
             names = [name for name in chosen.names if columns or not is_pandas_index(name)]
-            chosen = _choose(chosen, names, self.name).remove_metadata()
+            chosen = _choose(chosen, names, self._first).remove_metadata()
         self.schema = result_schema([chosen])
-        self._sample = first.slice(0, _SAMPLED_ROWS)
+        self._sample = batch.slice(0, _SAMPLED_ROWS)
 
-    def sample(self, n_bytes: int) -> list["pa.RecordBatch"]:
+    def sample(self, n_bytes: int) -> list[Located]:
         """Return the first rows."""
-        return [self._sample]
+        return [(self._first, self._sample)]
 
-    def read(self, batch_rows: int, advance: Callable[[float], None]) -> Iterator["pa.RecordBatch"]:
+    def read(self, batch_rows: int, advance: Callable[[float], None]) -> Iterator[Located]:
         """Yield batches of at most *batch_rows*, and tell *advance* of their rows."""
-        for number, batch in enumerate(self._batches):
-            where = f"{self.name}: batch {number}"
+        for where, batch in self._batches:
             schema = _choose(batch.schema, self.schema.names, where)
-            _unify([self.schema, schema], [self.name, where])
+            _unify([self.schema, schema], [self._first, where])
             for first in range(0, batch.num_rows, batch_rows):
-                yield batch.slice(first, batch_rows)
+                yield where, batch.slice(first, batch_rows)
             advance(batch.num_rows)
 
 
@@ -349,14 +350,14 @@ def plain_schema(schema: "pa.Schema") -> "pa.Schema":
     return pa.schema(fields)
 
 
-def conform(batch: "pa.RecordBatch", plain: "pa.Schema") -> "pa.RecordBatch":
+def conform(batch: "pa.RecordBatch", plain: "pa.Schema", where: str) -> "pa.RecordBatch":
     """Return the columns of *plain*, found by name and converted to its types without loss."""
     columns = []
     for field in plain:
         column = batch.column(field.name)
         if pa.types.is_dictionary(column.type):
             column = dictionary_of(column).take(column.indices)
-        columns.append(cast_exactly(field.name, column, field.type))
+        columns.append(cast_exactly(field.name, column, field.type, where))
     return pa.RecordBatch.from_arrays(columns, schema=plain)
 
 

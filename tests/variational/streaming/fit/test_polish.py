@@ -21,6 +21,8 @@ import numpy as np
 import pytensor
 import pytest
 
+from scipy.special import polygamma
+
 import pymc as pm
 
 from pymc.variational.streaming import (
@@ -183,6 +185,22 @@ def test_a_skewed_posterior_is_told_of():
     assert report.verdict == "not Gaussian"
     assert "rate_log__ has skewness -" in str(report)
     assert "Compare with pm.sample on a part of the rows" in str(report)
+
+
+@pytest.mark.parametrize("family", [pm.MeanField, pm.FullRank])
+def test_a_posterior_with_tails_ends_fine_and_a_check_agrees(family):
+    """The mean of few normal rows has a t distribution, wider than the nearest Gaussian."""
+    n = 12
+    y = np.random.default_rng(n).normal(size=(n, 1))
+    ds = StreamingDataset(y, batch_size=5, order_check="off")
+    with pm.Model() as model:
+        mu, sigma = pm.Flat("mu"), pm.HalfFlat("sigma")
+        pm.Normal("y", mu, sigma, observed=ds.as_tensor()[:, 0], total_size=n)
+    approx = family(model=model)
+    exact = [y.std() * np.sqrt(1 / (n - 4)), np.sqrt(polygamma(1, n / 2 - 1)) / 2]
+    for report in (polish(approx, ds, progressbar=False), check_fit(approx, ds, progressbar=False)):
+        assert report.verdict == "fine"
+        np.testing.assert_allclose(report.sd, exact, rtol=0.05)
 
 
 def test_moments_are_those_of_a_skewed_posterior():

@@ -190,6 +190,20 @@ class TestScore:
                 ds.fit_callback()
         assert "judged by their columns" in caplog.text
 
+    def test_a_slow_drift_of_a_generator_shows_in_the_first_epoch(self):
+        """By 25 posterior sd to either side, in rows of which no sample can be taken."""
+        mean = np.linspace(-25, 25, N_ROWS) / np.sqrt(N_ROWS)
+        rows = in_sequence(np.random.default_rng(9).normal(mean)[:, None])
+        buffer = shuffle_buffer(rows, buffer_size=WINDOW, seed=0)
+        ds = StreamingDataset(buffer, batch_size=2_000, total_size=N_ROWS, order_check="raise")
+        with ds, pm.Model():
+            observe_mean(ds.as_tensor())
+            callback = ds.fit_callback()
+            with pytest.raises(OrderError, match="gradient of mu"):
+                while ds.epoch < 1:
+                    ds.advance()
+        del callback
+
     def test_a_model_without_a_stream_is_refused(self):
         with pm.Model() as model:
             pm.Normal("y", observed=np.zeros(3))

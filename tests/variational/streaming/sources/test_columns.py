@@ -332,10 +332,14 @@ class TestCategories:
         """Arrow casts 2 to True, and "01" to 1, without a word."""
         for name, values in (("a", [True, False]), ("b", [2, 1])):
             pq.write_table(pa.table({"x": values}), tmp_path / f"{name}.parquet")
-        with pytest.raises(StreamError, match=r"column 'x' is bool and int64 .2 would become True"):
+        with pytest.raises(
+            StreamError, match=r"b.parquet: column 'x' is bool and int64 .2 would b"
+        ):
             parquet_source(tmp_path, categories=["x"])
+        with pytest.raises(StreamError, match=r"b.parquet: column 'x' is bool .*2 would become"):
+            rows_of(parquet_source(tmp_path, categories={"x": [True, False]}))
         codes = pa.table({"x": ["1", "01"]})
-        with pytest.raises(StreamError, match=r"column 'x' is int64 .* .01 would become 1"):
+        with pytest.raises(StreamError, match=r"^block 0: column 'x' is int64 .*01 would become 1"):
             rows_of(arrow_source(codes, categories={"x": [1]}))
         assert rows_of(arrow_source(codes, categories={"x": None})).tolist() == [[1], [0]]
 

@@ -36,6 +36,7 @@ from pymc.variational._streaming.sources.parquet.remote import fsspec_of
 from pymc.variational._streaming.sources.rows import FileSource, RowFormat, piece_rows
 from pymc.variational._streaming.sources.summary import (
     Categories,
+    Located,
     Summary,
     find_levels,
     given_columns,
@@ -148,6 +149,8 @@ def parquet_source(
 
 
 class _ParquetSource(FileSource):
+    _part_name = "row group"
+
     def __init__(
         self,
         fs: Any,
@@ -185,6 +188,7 @@ class _ParquetSource(FileSource):
     def drop_invalid_rows(self) -> None:
         """Leave invalid rows out, and read the table once to count the others."""
         self._drop, n_rows = True, int(self._part_rows.sum())
+        self._part_name = "the valid rows of row group"
         counts = []
         with progress_bar("Counting valid rows", n_rows) as add:
             for file, group in self._parts:
@@ -198,14 +202,14 @@ class _ParquetSource(FileSource):
         contents = [(file.size, file.digest) for file in self._files]
         return digest(self.columns, self.levels, self.seed, self._drop, contents)
 
-    def _read_columns(self, columns: Sequence[str]) -> Iterator["pa.RecordBatch"]:
+    def _read_columns(self, columns: Sequence[str]) -> Iterator[Located]:
         for file in self._files:
             yield from read_batches(self._fs, file, columns, piece_rows(len(columns)))
 
-    def batches(self) -> Iterator["pa.RecordBatch"]:
-        for batch in self._read_columns(self.columns or ()):
-            bad = self._format.to_rows(batch)[1] if self._drop else None
-            yield batch if bad is None else batch.filter(pa.array(~bad.any(axis=1)))
+    def batches(self) -> Iterator[Located]:
+        for where, batch in self._read_columns(self.columns or ()):
+            bad = self._format.to_rows(batch, where)[1] if self._drop else None
+            yield where, batch if bad is None else batch.filter(pa.array(~bad.any(axis=1)))
 
     def _read(
         self, file: ParquetInput, groups: Sequence[int], block_rows: int | None
@@ -214,7 +218,7 @@ class _ParquetSource(FileSource):
         size = _divide(most, block_rows or self._piece_rows)
         first = 0
         try:
-            for batch in read_batches(self._fs, file, self.columns or (), size, groups):
+            for _, batch in read_batches(self._fs, file, self.columns or (), size, groups):
                 yield self._convert(batch, file, groups, first)
                 first += batch.num_rows
                 del batch  # its memory is free while the next one is read
@@ -226,7 +230,7 @@ class _ParquetSource(FileSource):
         self, batch: "pa.RecordBatch", file: ParquetInput, groups: Sequence[int], first: int
     ) -> np.ndarray:
         """Return the rows of a batch that starts at row *first* of these row groups."""
-        rows, bad = self._format.to_rows(batch)
+        rows, bad = self._format.to_rows(batch, file.path)
         if bad is None:
             return rows
         if self._drop:
@@ -245,7 +249,7 @@ def read_batches(
     columns: Sequence[str],
     batch_rows: int,
     groups: Sequence[int] | None = None,
-) -> Iterator["pa.RecordBatch"]:
+) -> Iterator[Located]:
     """Yield the rows of some row groups of an unchanged file, by default all, and these columns."""
     chosen = list(range(len(file.part_rows)) if groups is None else groups)
     n_rows = 0
@@ -254,7 +258,7 @@ def read_batches(
             batch_rows, row_groups=chosen, columns=list(columns), use_threads=False
         ):
             n_rows += batch.num_rows
-            yield batch.select(list(columns))
+            yield file.path, batch.select(list(columns))
             del batch  # its memory is free while the next one is read
         promised = sum(file.part_rows[group] for group in chosen)
         if n_rows != promised:
