@@ -28,7 +28,6 @@ After a kill, the same call goes on with the file that was being read.
 
 import contextlib
 import pickle
-import resource
 import time
 import zlib
 
@@ -74,13 +73,17 @@ class FoldReport(SimpleNamespace):
     """
 
     def __str__(self) -> str:
-        rate = self.messages / max(self.seconds, 1e-9)
-        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        counts = {name: n for name, n in vars(self).items() if isinstance(n, int)}
+        def told(*names: str) -> str:
+            return ", ".join(f"{getattr(self, name):,} {name.replace('_', ' ')}" for name in names)
+
         lines = [
-            f"{self.messages:,} messages of {self.markets:,} markets in {self.seconds:.1f} s "
-            f"({rate:,.0f} a second), {peak_mb:,.0f} MB at most",
-            *(f"  {n:,} {name.replace('_', ' ')}" for name, n in counts.items()),
+            f"{told('messages')} of {told('markets')} in {self.seconds:.1f} s "
+            f"({self.messages / max(self.seconds, 1e-9):,.0f} a second)",
+            f"  {told('deltas', 'snapshots', 'trades')}",
+            f"  {told('rows')}",
+            f"  dropped: {told('no_later_change', 'one_sided', 'after_close', 'left_out')}",
+            f"  lost messages: {told('crossed', 'below_zero', 'gaps', 'holes')}",
+            f"  {told('clock_set_back')}",
             *(f"  {n:,} passed over of type {kind}" for kind, n in self.others.items()),
             *(f"  {finding}" for finding in self.findings),
         ]
