@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from pymc.variational._streaming.errors import StreamError
+from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.guards import (
     WITHOUT_LOSS,
     check_model,
     check_other_streams,
-    tell_infinite,
+    infinite_row,
 )
 from pymc.variational._streaming.likelihood import Factors
 from pymc.variational.approximations import Empirical
@@ -82,8 +82,10 @@ class FitCallback(Callback):
             self._approx = approx
         if losses is not None and math.isinf(losses[-1]) and not self._told:
             self._told, ds = True, self.dataset
-            place = ds._reader.position.offset
-            tell_infinite(Factors(approx.model), ds.as_tensor(), ds.columns, place, i)
+            buffer, place = ds.as_tensor(), ds._reader.position.offset
+            batch = buffer.get_value(borrow=True)
+            if found := infinite_row(Factors(approx.model), buffer, [batch], ds.columns, place):
+                warn(f"the loss of step {i} is infinite: {found}")
         # PyMC shows the part of an array of all steps that has been filled.
         is_last = losses is not None and len(losses) == getattr(losses.base, "size", None)
         if not self.dataset._advance(is_last=is_last) and not is_last:

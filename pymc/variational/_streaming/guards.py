@@ -13,7 +13,7 @@
 #   limitations under the License.
 """Refuse models whose posterior would be wrong in minibatches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -42,8 +42,8 @@ __all__ = [
     "check_other_streams",
     "contract_for",
     "depends_on",
+    "infinite_row",
     "scaling",
-    "tell_infinite",
     "total_size_of",
 ]
 
@@ -122,8 +122,7 @@ def contract_for(
 ) -> Contract:
     """Derive what the likelihoods of a model need of rows, such as indices within their axis.
 
-    Observed values may lie outside a support: the log-likelihood of such rows is -inf. Variables
-    that are *predicted* must have a value for each row that depends on that row alone.
+    Variables that are *predicted* must have a value for each row that depends on that row alone.
     """
     model = factors.model
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
@@ -133,7 +132,7 @@ def contract_for(
     graph = LikelihoodGraph(factors, likelihoods, buffer, rows, list(others.values()))
     for name, var in zip(others, graph.others):
         _require_by_row(name, var, graph)
-    return derive_contract(graph, likelihoods, columns).without_supports()
+    return derive_contract(graph, likelihoods, columns)
 
 
 def _require_by_row(name: str, var: Variable, graph: LikelihoodGraph) -> None:
@@ -165,32 +164,34 @@ def check_other_streams(model: Model) -> None:
             )
 
 
-def tell_infinite(
+def infinite_row(
     factors: Factors,
     buffer: SharedVariable,
+    batches: Iterable[np.ndarray],
     columns: tuple[str, ...] | None,
-    offset: int,
-    step: int,
-) -> None:
-    """Warn of a row in the buffer, the first one being at *offset*, that made a loss infinite.
+    offset: int = 0,
+) -> str:
+    """Say which row has no finite log-likelihood around the initial point, or return "".
 
-    Nothing is said where a draw of the parameters did.
+    The first row is at *offset*.
     """
-    model, batch = factors.model, buffer.get_value(borrow=True)
+    model, graph = factors.model, None
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
-    graph = LikelihoodGraph(factors, likelihoods, buffer, batch)
-    for term in graph.evaluate(batch):
-        bad = ~np.isfinite(term).reshape(len(batch), -1).all(axis=1)
-        if bad.any():
-            row, names = int(np.argmax(bad)), columns or range(batch[0].size)
-            read = columns_read(graph.terms, graph.rows)[:_MOST_SHOWN]
-            values = ", ".join(f"{names[c]}: {batch[row].flat[c]:g}" for c in read)
-            warn(
-                f"row {offset + row} of the stream has no finite log-likelihood, so that the steps "
-                "that meet it are wrong or lost; leave such rows out of the source "
-                f"(the loss of step {step} is infinite, and the row has {values})"
-            )
-            return
+    for batch in batches:
+        graph = graph or LikelihoodGraph(factors, likelihoods, buffer, batch)
+        for term in graph.evaluate(batch):
+            bad = ~np.isfinite(term).reshape(len(batch), -1).all(axis=1)
+            if bad.any():
+                row, names = int(np.argmax(bad)), columns or range(batch[0].size)
+                read = columns_read(graph.terms, graph.rows)[:_MOST_SHOWN]
+                values = ", ".join(f"{names[c]}: {batch[row].flat[c]:g}" for c in read)
+                return (
+                    f"row {offset + row} of the stream has no finite log-likelihood around the "
+                    "model's initial point; leave such rows out of the source, or set initval "
+                    f"(it has {values})"
+                )
+        offset += len(batch)
+    return ""
 
 
 def _streams_of(model: Model, variables: Sequence[Variable]) -> list[SharedVariable]:

@@ -27,6 +27,7 @@ from scipy.sparse import csr_array, diags_array, issparse
 from scipy.stats import f as f_distribution
 
 from pymc.variational._streaming.dataset import StreamingDataset
+from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.density import Density, Part, Term, add_up, sum_over_rows
 from pymc.variational._streaming.fit.gaussian import (
     as_streams,
@@ -170,6 +171,7 @@ def check_fit(
     return replace(report, sd=report.sd * ratio)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def measure(
     group: Group,
     density: Density,
@@ -178,6 +180,7 @@ def measure(
     rows: int | None = None,
     target: Target | None = None,
     shared: Sequence[int] = (),
+    remedy: str = "call polish(approx, ds)",
     executor: Executor | None,
     seed: int,
     progressbar: bool,
@@ -185,7 +188,8 @@ def measure(
     """Compare the Gaussian with the mean of *group*, and these scales, with all rows.
 
     The curvature near the mean is that of *target*, if it is known, or of a sample. Of many
-    parameters, the *shared* ones get exact standard deviations.
+    parameters, the *shared* ones get exact standard deviations. The *remedy* is for a density that
+    is not finite there.
     """
     at, rng = mean(group), np.random.default_rng(seed)
     prior: Function = density.prior.value_and_gradient
@@ -220,6 +224,12 @@ def measure(
         plain = Corrected(sample, at, value, gradient - prior(at)[1], diagonal, factors)
         rows_of_sample = Rows(plain.likelihood, prior, sample.n_rows, error, shared)
         optimum = find_optimum(at, scales, rows_of_sample, rng)
+    if not (np.isfinite(optimum.step).all() and np.isfinite(optimum.elbo)):
+        raise StreamError(
+            density.infinite_row()
+            or "the log density is not finite at draws from approx, or has no finite gradient "
+            f"there; {remedy}"
+        )
     return _report(group, density, scales, passes, gradient, optimum)
 
 

@@ -41,7 +41,13 @@ from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.trust_region import Pattern
-from pymc.variational._streaming.guards import contract_for, depends_on, scaling, total_size_of
+from pymc.variational._streaming.guards import (
+    contract_for,
+    depends_on,
+    infinite_row,
+    scaling,
+    total_size_of,
+)
 from pymc.variational._streaming.likelihood import Factors, compiling, is_of
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational.opvi import Group
@@ -140,6 +146,15 @@ class Density:
             found = contract_for(self._factors, stream.as_tensor(), rows, stream.columns)
             self._contracts[number] = found
         return self._contracts[number]
+
+    def infinite_row(self) -> str:
+        """Say which row has no finite log-likelihood around the initial point, or return ""."""
+        for stream in self.streams:
+            batches: Iterable[np.ndarray] = [] if stream._endless else stream
+            found = infinite_row(self._factors, stream.as_tensor(), batches, stream.columns)
+            if found:
+                return found
+        return ""
 
     def _term(
         self,

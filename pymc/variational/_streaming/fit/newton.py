@@ -28,7 +28,6 @@ import numpy as np
 
 from scipy.sparse.linalg import LinearOperator, cg
 
-from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.gaussian import log_volume
 from pymc.variational._streaming.fit.gaussian_fit import Probe, normal_draws
 from pymc.variational._streaming.fit.mean_field import MeanField, response_sd
@@ -122,14 +121,7 @@ def find_optimum(
 ) -> Optimum:
     """Return what a Newton step says about a Gaussian approximation."""
     find = _dense_optimum if is_dense(scale) else _iterative_optimum
-    with np.errstate(over="ignore", invalid="ignore"):
-        optimum = find(mean, scale, rows, rng)
-    if not (np.isfinite(optimum.step).all() and np.isfinite(optimum.elbo)):
-        raise StreamError(
-            "the log density is not finite at draws from approx, or has no finite gradient "
-            "there; run the fit for longer, or keep the default transforms, so that no draw "
-            "leaves the support of its variable"
-        )
+    optimum = find(mean, scale, rows, rng)
     constant = len(mean) * (1 + math.log(2 * math.pi)) / 2
     return optimum._replace(elbo=optimum.elbo + log_volume(scale) + constant)
 

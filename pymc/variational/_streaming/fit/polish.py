@@ -13,6 +13,7 @@
 #   limitations under the License.
 """Finish a fit, or make one, by Newton steps on all rows of its stream."""
 
+import itertools
 import math
 import time
 
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from pymc.variational._streaming.dataset import StreamingDataset
+from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.check import measure
 from pymc.variational._streaming.fit.gaussian import (
     as_streams,
@@ -45,7 +47,7 @@ from pymc.variational._streaming.fit.mean_field import (
 )
 from pymc.variational._streaming.fit.moments import fit_moments
 from pymc.variational._streaming.fit.newton import MAX_DENSE
-from pymc.variational._streaming.fit.report import POLISH_AGAIN, FitReport
+from pymc.variational._streaming.fit.report import COMPARE, POLISH_AGAIN, FitReport
 from pymc.variational._streaming.fit.sample import Sample
 from pymc.variational._streaming.fit.search import (
     SIZES,
@@ -62,11 +64,16 @@ __all__ = ["polish"]
 _JITTER = 1e-3
 """Size of the first random step, which leaves a point of symmetry."""
 
+_OTHER_STARTS = 20
+"""Random points that are tried where there is no finite gradient near *approx*."""
+
 _FIRST_SCALE = 0.05
 """Largest scale at which a fit of many parameters begins."""
 
 _MAX_CORRECTIONS = 16
 """Passes in which a sample is corrected; a few are enough where it has the curvature."""
+
+_COMPARE = COMPARE[0].lower() + COMPARE[1:-1]
 
 _ROUNDING = 1e-11
 """Relative error of the bound."""
@@ -178,7 +185,8 @@ def polish(
     started = time.perf_counter()
     streams, group = as_streams(ds), gaussian_group(approx)
     refuse_endless(streams, "polish", "save some of its rows, and fit a StreamingDataset of these")
-    with progress_bar("Polishing", show=progressbar) as advance:
+    quiet = np.errstate(over="ignore", invalid="ignore")
+    with progress_bar("Polishing", show=progressbar) as advance, quiet:
         run = Search(
             group,
             streams,
@@ -227,9 +235,10 @@ def _search(run: Search, group: Group) -> str:
 
 def _find(run: Search) -> None:
     """Find the best fit, and keep it in *run*."""
-    x = run.before[0] + _JITTER * run.rng.normal(size=run.density.size)
-    is_dense = len(x) <= MAX_DENSE
+    jitter = _JITTER * run.rng.normal(size=run.density.size)
+    is_dense = len(jitter) <= MAX_DENSE
     run.sample = Sample.draw(run.density, run.rng, SIZES[-1] if is_dense else None)
+    x = _finite_start(run, jitter)
     if not is_dense:
         _fit_mean_field(run, x)
         return
@@ -241,6 +250,20 @@ def _find(run: Search) -> None:
         return
     run.note_not_gaussian("it has no best Gaussian", run.remedy())
     _fit_few_rows(run, MeanField(mode.x, mode.curvature.scale, np.inf))
+
+
+def _finite_start(run: Search, jitter: np.ndarray) -> np.ndarray:
+    """Return a point near that of *approx* with a finite gradient: large features may need it."""
+    few, at = run.sample.first(SIZES[0]), run.before[0]
+    near = (share * jitter for share in np.geomspace(1, 1e-12, 13))
+    far = (run.rng.normal(size=len(at)) for _ in range(_OTHER_STARTS))
+    for offset in itertools.chain(near, far):
+        if np.isfinite(few.value_and_gradient(at + offset)[1]).all():
+            return at + offset
+    raise StreamError(
+        run.density.infinite_row()
+        or f"the log density has no finite gradient where approx is; {_COMPARE}"
+    )
 
 
 def _fit_few_rows(run: Search, q: MeanField) -> None:
@@ -301,6 +324,7 @@ def _fit_by_corrections(
 
 def _measured(run: Search, group: Group, **kwargs: Any) -> FitReport:
     """Check the result, which has the covariance of the posterior if that was found."""
+    kwargs["remedy"] = _COMPARE
     if run.covariance is None:
         return measure(group, run.density, scale(group), shared=run.shared, **kwargs)
     scales = np.linalg.cholesky(run.covariance)

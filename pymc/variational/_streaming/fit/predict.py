@@ -324,7 +324,10 @@ class _Posterior:
         with progress_bar(description, source.n_rows, show=show) as advance:
             for block in self._stream._read_once(source, size):
                 if contract is None:
-                    contract = contract_for(self._factors, self._buffer, block, names, predicted)
+                    # Observed values outside a support have a log-likelihood, -inf.
+                    contract = contract_for(
+                        self._factors, self._buffer, block, names, predicted
+                    ).without_supports()
                 contract.check(block, n_rows)
                 contract.compile()
                 yield block

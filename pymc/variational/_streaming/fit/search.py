@@ -65,6 +65,9 @@ _SEPARATE = 5.0
 _FAR = 10.0
 """Standard deviations at which the density of a posterior must have fallen."""
 
+_SLOW = 10.0
+"""Fall of the log density up to there, as of heavy tails; that of a Gaussian is 50."""
+
 _OPEN = 1e-5
 """Precision of a direction, relative to the largest, from which on it may be open."""
 
@@ -156,9 +159,10 @@ class Search(LogDensity):
         bounds = self.values(points).reshape(2, len(draws), 2).mean(axis=2)
         bounds = bounds + np.array([[log_volume(scale)] for _, scale in fits])
         gain = (bounds[0] - bounds[1])[np.isfinite(bounds[1])]
-        error = gain.std() / math.sqrt(max(1, len(gain)))
         is_finite = bool(np.isfinite(bounds[0]).all())
-        return is_finite and (not len(gain) or gain.mean() > -2 * error - 1e-3)
+        if not (is_finite and len(gain)):
+            return is_finite
+        return bool(gain.mean() > -2 * gain.std() / math.sqrt(len(gain)) - 1e-3)
 
     def remedy(self) -> str:
         """Return what to do about a posterior that is not near a Gaussian."""
@@ -222,7 +226,7 @@ def _highest_mode(run: Search, find: Callable[..., Mode], x: np.ndarray, mode: M
 
 
 def note_flat(run: Search) -> None:
-    """Note a direction in which the density has not fallen far from the mean."""
+    """Note a direction in which the density has not fallen, or little, far from the mean."""
     if run.density.size > MAX_DENSE:
         return
     (mean, scale), sample = run.best or run.before, run.sample.first(SIZES[0])
@@ -231,7 +235,7 @@ def note_flat(run: Search) -> None:
     axes = [*(_FAR * vectors * np.sqrt(values)).T[::-1], *_open_directions(run.mode)]
     offsets = [sign * axis for axis in axes for sign in (1, -1)]
     top, *heights = sample.values([mean, *(mean + offset for offset in offsets)])
-    flat = [offset for offset, height in zip(offsets, heights) if height > top - 1]
+    flat = [offset for offset, height in zip(offsets, heights) if height > top - _SLOW]
     if not flat:
         return
     # The sample may lack the few rows that decide, and a mean-field fit the width.
@@ -249,6 +253,8 @@ def note_flat(run: Search) -> None:
     elif min(near[worst], far[worst]) > -1:
         text = f"the posterior does not fall off along {name}, and may have no mean"
         run.found["flat direction"] = Finding(text, "Give it a narrower prior.")
+    elif near[worst] > -_SLOW and run.covariance is not None:
+        run.note_not_gaussian(f"it falls off slowly along {name}", COMPARE)
 
 
 def _open_directions(mode: Mode | None) -> list[np.ndarray]:

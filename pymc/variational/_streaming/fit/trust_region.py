@@ -39,7 +39,11 @@ Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
 _REUSE = 0.5
 """Standard deviations that a step may have gone before the Hessian is computed anew."""
 
-_MAX_DAMPING = 1e12
+_HEAVY_DAMPING, _MAX_DAMPING = 1e12, 1e30
+"""Damping that is raised faster, and that without which no step raises a function."""
+
+_MAX_SHORTENED = 12
+"""Times that a step is shortened, over which gradients are not finite."""
 
 RELATIVE_STEP = 0.03
 """Distance over which gradients are compared, in standard deviations of single parameters."""
@@ -118,7 +122,7 @@ class Curvature:
     def __init__(self, hessian: np.ndarray):
         self.hessian = (hessian + hessian.T) / 2
         diagonal = np.abs(np.diag(hessian))
-        self.scale = 1 / np.sqrt(np.maximum(diagonal, 1e-10))
+        self.scale = 1 / np.sqrt(np.maximum(diagonal, 1e-40))
         """Standard deviation of each parameter, given the others."""
         negative = -self.hessian * self.scale[:, None] * self.scale
         self.values, self.vectors = np.linalg.eigh(negative)
@@ -206,7 +210,7 @@ def maximize(
     value, gradient = function(x)
     if steps is None:
         steps = 1e-4 * np.maximum(1.0, np.abs(x))
-    curvature, at, moved, damping = Curvature(hessian(x, steps)), x, 0.0, 1e-3
+    curvature, at, moved, damping = _curvature(hessian, x, steps), x, 0.0, 1e-3
     for n in range(max_steps + 1):
         distance = np.inf
         if curvature.is_concave:
@@ -220,9 +224,21 @@ def maximize(
         x, value, gradient, damping = found
         moved += distance
         if moved > _REUSE:
-            curvature = Curvature(hessian(x, RELATIVE_STEP * curvature.scale))
+            curvature = _curvature(hessian, x, RELATIVE_STEP * curvature.scale)
             at, moved = x, 0.0
     return Mode(x, value, gradient, curvature, at, distance)
+
+
+def _curvature(
+    hessian: Callable[[np.ndarray, np.ndarray], np.ndarray], x: np.ndarray, steps: np.ndarray
+) -> Curvature:
+    """Return the curvature over *steps*, or over shorter ones where gradients are not finite."""
+    for _ in range(_MAX_SHORTENED):
+        found = hessian(x, steps)
+        if np.isfinite(found).all():
+            break
+        steps = np.where(np.isfinite(np.diag(found)), steps, steps / 10)
+    return Curvature(found)
 
 
 def _rise(
@@ -245,5 +261,5 @@ def _rise(
             elif ratio < 0.25:
                 damping *= 2
             return x + step, new, new_gradient, max(damping, 1e-14)
-        damping = 8 * max(damping, 1e-6)
+        damping = max(damping, 1e-6) * (8 if damping < _HEAVY_DAMPING else 1_000)
     return None

@@ -22,6 +22,7 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytensor
+import pytensor.tensor as pt
 import pytest
 
 from scipy import optimize
@@ -34,6 +35,7 @@ from pymc.variational.streaming import StreamError, StreamingDataset, shuffle_bu
 from tests.variational.streaming.fit.exact import place, stream
 
 check_fit = partial(streaming.check_fit, progressbar=False)
+polish = partial(streaming.polish, progressbar=False)
 
 
 def assert_errors(report, z, s, atol) -> None:
@@ -292,10 +294,38 @@ class TestStreams:
             pm.Bernoulli("y", p, observed=ds.as_tensor()[:, 0], total_size=50)
             approx = pm.MeanField()
         place(approx, 0.5, 1.0)
-        with pytest.raises(
-            StreamError, match=r"not finite at draws .* keep the default transforms"
-        ):
+        with pytest.raises(StreamError, match=r"not finite at draws .* call polish\(approx, ds\)"):
             check_fit(approx, ds)
+        assert polish(approx, ds).verdict == "fine"
+
+    @pytest.mark.parametrize("finish", [check_fit, polish])
+    @pytest.mark.parametrize(
+        "bad, observed",
+        [
+            (-1, lambda mu, y: pm.Poisson("y", pt.exp(mu), observed=y, total_size=50)),
+            (-1, lambda mu, y: pm.Normal("y", mu + pt.log(y), 1, observed=y, total_size=50)),
+            (0, lambda mu, y: pm.Gamma("y", pt.exp(mu), 1, observed=y, total_size=50)),
+        ],
+        ids=["support", "logarithm", "pole"],
+    )
+    def test_a_row_without_a_likelihood_is_named_where_no_fit_was_made(self, finish, bad, observed):
+        rows = np.arange(50.0) % 3 + 1
+        rows[37] = bad
+        ds = stream(rows, 10, order_check="off")
+        with pm.Model():
+            observed(pm.Normal("mu"), ds.as_tensor()[:, 0])
+            approx = pm.MeanField()
+        with pytest.raises(StreamError, match=r"row 37 of the stream .*leave such rows out"):
+            finish(approx, ds)
+
+    def test_a_support_that_depends_on_a_parameter_has_no_gaussian(self):
+        ds = stream(np.random.default_rng(0).uniform(0, 3, 100), 50)
+        with pm.Model():
+            y = ds.as_tensor()[:, 0]
+            pm.Uniform("y", 0, pm.HalfNormal("top", 10), observed=y, total_size=100)
+            approx = pm.MeanField()
+        with pytest.raises(StreamError, match=r"compare with pm\.sample on a part of the rows"):
+            polish(approx, ds)
 
     def test_a_potential_of_the_stream(self, regression):
         ds = stream(regression.rows)

@@ -203,6 +203,67 @@ def test_a_posterior_with_tails_ends_fine_and_a_check_agrees(family):
         np.testing.assert_allclose(report.sd, exact, rtol=0.05)
 
 
+@pytest.mark.parametrize("rows", [[3.0], [-5.0, -5.3, 6.0, 6.4, 5.9]], ids=["one", "two clumps"])
+def test_heavy_tails_are_told_of(rows):
+    """The sd of one Cauchy variable with this prior is 3.9; without the tails it seems 1.9."""
+    ds = StreamingDataset(np.array(rows)[:, None], batch_size=1)
+    with pm.Model() as model:
+        location, y = pm.Normal("location", 0, 20), ds.as_tensor()[:, 0]
+        pm.Cauchy("y", location, 1, observed=y, total_size=ds.total_size)
+    report = polish(pm.MeanField(model=model), ds, progressbar=False)
+    assert report.verdict == "not Gaussian"
+    assert "falls off slowly along location" in str(report)
+
+
+def test_units_of_features_do_not_matter(logistic):
+    """Far from the mode of huge features, the likelihood has no curvature, or no finite one."""
+    unit = 1e9
+    rows = logistic[0][:2_000] * np.array([unit, 1, 1])
+    ds, model = logistic_model(rows)
+    approx = pm.MeanField(model=model)
+    report = polish(approx, ds, progressbar=False)
+    design, b = np.column_stack([np.ones(2_000), logistic[0][:2_000, :2]]), np.zeros(3)
+    prior = np.array([1 / 9, 0, 1 / 9])
+    for _ in range(20):
+        p = 1 / (1 + np.exp(-design @ b))
+        hessian = design.T @ (design * (p * (1 - p))[:, None]) + np.diag(prior)
+        b = b + np.linalg.solve(hessian, design.T @ (rows[:, 2] - p) - prior * b)
+    sd = np.sqrt(np.diag(np.linalg.inv(hessian)))
+    units = np.array([1, unit, 1])
+    common = slice(2)  # few of these rows have the rare level, whose posterior is skewed
+    np.testing.assert_allclose(((position(approx)[0] * units - b) / sd)[common], 0, atol=0.1)
+    np.testing.assert_allclose((report.sd * units)[common], sd[common], rtol=0.02)
+    assert report.verdict == "fine"
+
+
+def test_units_of_values_do_not_matter():
+    rows = 1e12 * np.random.default_rng(0).normal(3, 1, size=(500, 1))
+    ds = StreamingDataset(rows, batch_size=100)
+    with pm.Model() as model:
+        mu, sigma = pm.Normal("mu", 0, 1e13), pm.HalfNormal("sigma", 1e13)
+        pm.Normal("y", mu, sigma, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+    report = polish(pm.MeanField(model=model), ds, progressbar=False)
+    assert report.verdict == "fine"
+    np.testing.assert_allclose(
+        report.sd, [rows.std() / np.sqrt(500), 1 / np.sqrt(1_000)], rtol=0.02
+    )
+
+
+def test_a_fit_starts_elsewhere_where_the_gradient_is_not_finite():
+    """That of a censored Weibull variable overflows where this model starts."""
+    rng = np.random.default_rng(0)
+    rows = np.minimum(3 * rng.weibull(1.5, size=500), 4.0)[:, None]
+    ds = StreamingDataset(rows, batch_size=100)
+    with pm.Model() as model:
+        lifetime = pm.Weibull.dist(pm.HalfNormal("k", 5), pm.math.exp(pm.Normal("a", 0, 5)))
+        y, size = ds.as_tensor()[:, 0], ds.total_size
+        pm.Censored("y", lifetime, lower=None, upper=4.0, observed=y, total_size=size)
+    approx = pm.MeanField(model=model)
+    report = polish(approx, ds, progressbar=False)
+    assert report.verdict == "fine"
+    assert position(approx)[0] == pytest.approx(np.log([1.5, 3]), abs=0.15)
+
+
 def test_moments_are_those_of_a_skewed_posterior():
     """Its curvature changes by a third of itself within a step that needs no new one."""
     ds = StreamingDataset(np.zeros((20, 1)), batch_size=10)
