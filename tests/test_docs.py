@@ -25,7 +25,6 @@ import re
 import subprocess
 import sys
 
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -34,8 +33,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytensor
 import pytest
-
-import pymc as pm
 
 from docs.pages import PAGES as FOLDER
 from docs.pages import Ran, code_blocks, run, shown
@@ -130,9 +127,9 @@ class TestCode:
 
     @pytest.mark.slow
     @quietly
+    @pytest.mark.usefixtures("quick_compilation")
     def test_getting_started_gives_what_it_shows(self, monkeypatch):
-        quick = partial(pm.sample_posterior_predictive, compile_kwargs={"mode": "FAST_COMPILE"})
-        monkeypatch.setattr(pm, "sample_posterior_predictive", quick)
+        monkeypatch.setattr(streaming, "polish", polish_on_numba)
         page = FOLDER / "getting_started.md"
         blocks = run_as_shown(page)
         assert sum(len(block.figures) for block in blocks) == 1

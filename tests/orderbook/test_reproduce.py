@@ -14,6 +14,7 @@
 """The experiment goes on where it was stopped, and its tables say what its numbers say."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -163,12 +164,14 @@ def test_a_run_that_is_killed_goes_on_where_it_was_and_publishes(tmp_path):
         kept = json.loads(records.read_text()) if records.exists() else {}
         return {f"{case} {kind}": r for case, stages in kept.items() for kind, r in stages.items()}
 
-    with subprocess.Popen([*command, "30"], cwd=ROOT) as process:
+    flags = f"{os.environ.get('PYTENSOR_FLAGS', '')},cxx=,mode=FAST_COMPILE".lstrip(",")
+    options = {"cwd": ROOT, "env": os.environ | {"PYTENSOR_FLAGS": flags}}
+    with subprocess.Popen([*command, "30"], **options) as process:
         wait_for(lambda: "0.02M preshuffle" in done())
         process.kill()
     before = done()
     assert len(before) >= 3
-    subprocess.run([*command, "30"], cwd=ROOT, check=True)
+    subprocess.run([*command, "30"], **options, check=True)
     after = done()
     assert {name: after[name] for name in before} == before
     assert {path.name for path in tmp_path.iterdir()} == {"records.json", "results"}

@@ -95,7 +95,7 @@ def _fit_along(run: Search, mode: Mode, path: _Path) -> bool:
         best = best_gaussian(parts, target.mean, target.covariance)
         if best is None:
             return False
-        x, sd = transform.place(best[0]), np.sqrt(np.diag(best[1]))
+        x, sd = transform.place(best[0])[0], np.sqrt(np.diag(best[1]))
         is_near = (np.abs(x - transform.center)[curved] < _SETTLED * sd[curved]).all()
         if is_near or n == _ROUNDS - 1:
             _keep(run, target, *best)

@@ -178,13 +178,13 @@ class RidgeTransform:
         """Covariance of a standard normal in these coordinates."""
         return self._tangent @ self._tangent.T
 
-    def place(self, y: np.ndarray) -> np.ndarray:
-        """Return the parameters."""
+    def place(self, y: np.ndarray) -> tuple[np.ndarray, float]:
+        """Return the parameters, and the log volume of the transform there."""
         u, e = self._split(y)
         mean, factor, logs = self._at(u)
         x = y.copy()
         x[self._others] = mean + factor @ (np.exp(logs) * e)
-        return x
+        return x, float((logs - self._middle[2]).sum())
 
     def straighten(self, function: Function, *, volume: bool = False) -> Function:
         """Return a function of the coordinates, or with the *volume* a log density of them."""
@@ -215,7 +215,7 @@ class RidgeTransform:
             return mean, covariance
         half = rng.normal(size=(_PUSHED, len(mean))) @ np.linalg.cholesky(covariance).T
         offsets = np.concatenate([half, -half])
-        x = np.array([self.place(mean + offset) for offset in offsets])
+        x = np.array([self.place(mean + offset)[0] for offset in offsets])
         # What is linear is exact, and the draws give the rest.
         covariance = covariance + np.cov(x.T) - np.cov(offsets.T)
         return x.mean(axis=0), covariance
@@ -252,7 +252,8 @@ class Target(NamedTuple):
         return self.transform.straighten(self.density.prior, volume=True)
 
     def value(self, y: np.ndarray) -> float:
-        return self.likelihood(y)[0] + self.prior(y)[0]
+        x, volume = self.transform.place(y)
+        return self.density.likelihood(x)[0] + (self.density.prior(x)[0] + volume)
 
 
 def _slopes(step: float) -> np.ndarray:

@@ -87,7 +87,9 @@ def write(fs, path, rows, **options):
 def s3fs_filesystem():
     """Make one that remembers nothing of other tests."""
     s3fs = pytest.importorskip("s3fs")
-    return s3fs.S3FileSystem(skip_instance_cache=True, client_kwargs={"region_name": "us-east-1"})
+    fs = s3fs.S3FileSystem(skip_instance_cache=True, client_kwargs={"region_name": "us-east-1"})
+    fs.retries = 1  # what follows is our own
+    return fs
 
 
 def open_uri(folder, endpoint):
@@ -95,7 +97,10 @@ def open_uri(folder, endpoint):
 
 
 def open_pyarrow(folder, endpoint):
-    return parquet_source(f"bucket/{folder}", filesystem=connect(endpoint))
+    """Leave new attempts to us, and give up what stalls sooner than by default."""
+    once = pa.fs.AwsStandardS3RetryStrategy(max_attempts=1)
+    fs = connect(endpoint, retry_strategy=once, request_timeout=1)
+    return parquet_source(f"bucket/{folder}", filesystem=fs)
 
 
 def open_fsspec(folder, endpoint):
