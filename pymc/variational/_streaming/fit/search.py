@@ -210,8 +210,9 @@ def find_mode(run: Search, x: np.ndarray) -> Mode:
 
 def _highest_mode(run: Search, find: Callable[..., Mode], x: np.ndarray, mode: Mode) -> Mode:
     """Return the highest mode from some starts, and note that there are several."""
-    for _ in range(_OTHER_STARTS):
-        other = find(x + run.rng.normal(size=len(x)), max_steps=50)
+    starts = [x + run.rng.normal(size=len(x)) for _ in range(_OTHER_STARTS)]
+    for start in (*starts, *_mirrored(run, mode)):
+        other = find(start, max_steps=50)
         low, high = sorted((mode, other), key=lambda mode: mode.log_evidence)
         gap = high.log_evidence - low.log_evidence
         if gap < _MODE_GAP and low.curvature.distance(other.x - mode.x) > _SEPARATE:
@@ -223,6 +224,14 @@ def _highest_mode(run: Search, find: Callable[..., Mode], x: np.ndarray, mode: M
             return high
         mode = high if np.isfinite(high.log_evidence) else mode
     return mode
+
+
+def _mirrored(run: Search, mode: Mode) -> list[np.ndarray]:
+    """Return points that are as high as a mode, with the sign of one of its parameters or of all."""
+    signs = np.vstack([1 - 2 * np.eye(len(mode.x)), -np.ones(len(mode.x))])
+    far = [x for x in mode.x * signs if mode.curvature.distance(x - mode.x) > _SEPARATE]
+    top, *heights = run.sample.first(SIZES[0]).values([mode.x, *far])
+    return [x for x, height in zip(far, heights) if height > top - _MODE_GAP]
 
 
 def note_flat(run: Search) -> None:
