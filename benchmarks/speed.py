@@ -53,6 +53,7 @@ __all__ = ["COMMAND", "TABLES", "copy_plain", "shuffle_ours"]
 
 COMMAND = "python -m benchmarks.speed"
 LIMIT, STREAM = "one batch, again and again", "stream, preshuffled"
+READY = "batches that are in memory already"
 MEMORY, PEER = "`pm.Minibatch`, in memory", "pymc-extras DataLoader, as it comes"
 HEADS = "steps/s | ms per step | CPU ms per step | speed / limit | speed / `pm.Minibatch`"
 
@@ -65,7 +66,7 @@ def speed(data: Data, turns: int) -> str:
     without_lock = partial(cases.on_changed_pytensor, nogil=True)
     lanes = {
         LIMIT: Lane(cases.on_one_batch, shuffled),
-        "batches that are in memory already": Lane(cases.on_ready_batches, shuffled),
+        READY: Lane(cases.on_ready_batches, shuffled),
         STREAM: Lane(cases.on_stream, shuffled),
         "stream, as it comes (zstd, dictionaries)": Lane(cases.on_stream, ordered),
         MEMORY: Lane(cases.in_memory_columns, shuffled),
@@ -93,7 +94,12 @@ def shapes(data: Data, turns: int) -> str:
     }
     lines = []
     for name, case in models.items():
-        ways = {LIMIT: cases.on_one_batch, STREAM: cases.on_stream, MEMORY: cases.in_memory}
+        ways = {
+            LIMIT: cases.on_one_batch,
+            READY: cases.on_ready_batches,
+            STREAM: cases.on_stream,
+            MEMORY: cases.in_memory,
+        }
         lanes = {way: Lane(make, case) for way, make in ways.items()}
         race(lanes.values(), turns=turns)
         lines += [[name, *line] for line in speeds(lanes)]

@@ -70,7 +70,7 @@ ORIGINAL = {
     SHUFFLED: {20_000_000: 0.027, 122_000_000: 0.022},
 }
 """max|Δ| of the posterior means against in memory, as the first experiment had it."""
-ORIGINAL_MB: dict[str, dict[int, float]] = {FIRST: {122_000_000: 9_100}, SHUFFLED: {122_000_000: 570}}
+ORIGINAL_MB = {FIRST: {122_000_000: 9_100.0}, SHUFFLED: {122_000_000: 570.0}}
 
 COMMAND = "make reproduce"
 COLORS = {FIRST: "tab:gray", SECOND: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
@@ -315,8 +315,7 @@ def _draw(cases: list[Case], file: Path) -> None:
     }
     axes = figure.subplots(2, sharex=True)
     labels = "max|Δ| of the posterior means\nagainst in memory", "peak memory of the process, MB"
-    originals: list[dict[str, dict[int, float]]] = [ORIGINAL, ORIGINAL_MB]
-    for ax, values, original, label in zip(axes, (apart, memory), originals, labels):
+    for ax, values, original, label in zip(axes, (apart, memory), (ORIGINAL, ORIGINAL_MB), labels):
         for way, of_way in values.items():
             ax.plot(n_rows, np.array(of_way, float), "o-", label=way, color=COLORS[way], ms=5)
         for way, points in original.items():
