@@ -375,7 +375,7 @@ class StreamingDataset:
     def _driver(self, callback: FitCallback | None) -> None:
         if self._end:
             self._end.detach()
-        self._end = callback and weakref.finalize(callback, _end_fit, weakref.ref(self))
+        self._end = weakref.finalize(callback, _end_fit, weakref.ref(self)) if callback else None
 
     def _read_once(self, source: Source, n_rows: int) -> Iterator[np.ndarray]:
         """Yield one epoch of *source* in blocks of *n_rows*, the last as short as it comes."""
