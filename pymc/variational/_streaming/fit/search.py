@@ -228,6 +228,8 @@ def _highest_mode(run: Search, find: Callable[..., Mode], x: np.ndarray, mode: M
 
 def _mirrored(run: Search, mode: Mode) -> list[np.ndarray]:
     """Return points that are as high as a mode, with the sign of one of its parameters or of all."""
+    if not mode.curvature.is_concave:
+        return []
     signs = np.vstack([1 - 2 * np.eye(len(mode.x)), -np.ones(len(mode.x))])
     far = [x for x in mode.x * signs if mode.curvature.distance(x - mode.x) > _SEPARATE]
     top, *heights = run.sample.first(SIZES[0]).values([mode.x, *far])

@@ -383,9 +383,9 @@ class TestStreamState:
         read = []
         to_rows = RowFormat.to_rows
 
-        def count(self, batch):
+        def count(self, batch, where):
             read.append(batch.num_rows)
-            return to_rows(self, batch)
+            return to_rows(self, batch, where)
 
         with dataset(rows, columns=("row",), batch_size=50, prefetch=False) as ds:
             for _ in range(2 * 40 - 4):
