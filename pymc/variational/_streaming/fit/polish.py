@@ -64,7 +64,7 @@ __all__ = ["polish"]
 _JITTER = 1e-3
 """Size of the first random step, which leaves a point of symmetry."""
 
-_OTHER_STARTS = 20
+_FAR_STARTS = 20
 """Random points that are tried where there is no finite gradient near *approx*."""
 
 _FIRST_SCALE = 0.05
@@ -256,7 +256,7 @@ def _finite_start(run: Search, jitter: np.ndarray) -> np.ndarray:
     """Return a point near that of *approx* with a finite gradient: large features may need it."""
     few, at = run.sample.first(SIZES[0]), run.before[0]
     near = (share * jitter for share in np.geomspace(1, 1e-12, 13))
-    far = (run.rng.normal(size=len(at)) for _ in range(_OTHER_STARTS))
+    far = (run.rng.normal(size=len(at)) for _ in range(_FAR_STARTS))
     for offset in itertools.chain(near, far):
         if np.isfinite(few.value_and_gradient(at + offset)[1]).all():
             return at + offset
