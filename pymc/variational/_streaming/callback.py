@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from pytensor.compile.sharedvalue import SharedVariable
+
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.guards import (
     WITHOUT_LOSS,
@@ -55,7 +57,11 @@ class FitCallback(Callback):
     def check(self, factors: Factors) -> None:
         """Refuse a wrong model; one that has not changed since is not checked again."""
         model = factors.model
-        data = (var.get_value(borrow=True) for var in model.data_vars)
+        # Those that PyMC has frozen or replaced are no shared variables.
+        data = (
+            var.get_value(borrow=True) if isinstance(var, SharedVariable) else var
+            for var in model.data_vars
+        )
         variables = (model, *model.basic_RVs, *model.potentials, *data)
         if list(map(id, variables)) != list(map(id, self._checked)):
             ds = self.dataset

@@ -27,6 +27,7 @@ import pytest
 
 import pymc as pm
 
+from pymc.model.transform.optimization import freeze_dims_and_data
 from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
@@ -214,6 +215,33 @@ class TestOtherDataBesideStreams:
         expected = pm.logp(pm.Normal.dist(np.eye(8), 1), images[:30]).sum() * (2_000 / 30)
         np.testing.assert_allclose(scaled, expected.eval(mode=QUICK))
         del callback
+
+
+class TestTransformedModels:
+    """A model that PyMC has made of another one is fitted as if it had been written so."""
+
+    TRANSFORMS = {
+        "freeze_dims_and_data": freeze_dims_and_data,
+        "do a number": lambda model: pm.do(model, {"offset": 0.0}),
+        "do a column": lambda model: pm.do(model, {"x": model["column"]}),
+    }
+
+    @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+    def test_its_likelihood_is_that_of_the_batch(self, transform):
+        rows = np.random.default_rng(0).normal(size=(60, 2))
+        with StreamingDataset(rows, batch_size=12) as ds:
+            with pm.Model() as model:
+                column = pm.Deterministic("column", ds.as_tensor()[:, 0])
+                x, offset = pm.Data("x", np.zeros(12)), pm.Data("offset", 0.0)
+                mean = pm.Normal("a") + x * 0 + column + offset
+                pm.Normal("y", mean, 1, observed=ds.as_tensor()[:, 1], total_size=ds.total_size)
+            with transform(model) as transformed:
+                callback = ds.fit_callback()
+                pm.fit(1, callbacks=[callback], progressbar=False)
+                logp = transformed.compile_logp(vars=transformed.observed_RVs)({"a": 0.0})
+            x, y = rows[12:24].T
+            exact = 5 * (-((y - x) ** 2) / 2 - np.log(2 * np.pi) / 2).sum()
+            np.testing.assert_allclose(logp, exact)
 
 
 class TestRowsInThePlaceOfABatch:
