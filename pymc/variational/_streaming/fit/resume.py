@@ -21,7 +21,6 @@ the random streams), the positions of the data streams, and the losses so far.
 import json
 import os
 import re
-import warnings
 import zipfile
 import zlib
 
@@ -41,7 +40,7 @@ from pytensor.printing import debugprint
 import pymc
 
 from pymc.variational._streaming.dataset import StreamingDataset
-from pymc.variational._streaming.errors import StreamError, StreamWarning
+from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.fit.gaussian import as_streams
 from pymc.variational._streaming.guards import WITHOUT_LOSS
 from pymc.variational._streaming.utils import digest, positive_int, replacing
@@ -218,11 +217,9 @@ class _Checkpoint(Callback):
             return 0, {}
         header, arrays = _read(self.path)
         if header["versions"] != _versions():
-            warnings.warn(
+            warn(
                 f"{self.path} was saved with {header['versions']} and goes on with "
-                f"{_versions()}: the numbers may differ from those of a fit that was never stopped",
-                StreamWarning,
-                stacklevel=4,
+                f"{_versions()}: the numbers may differ from those of a fit that was never stopped"
             )
         _require_same(self.path, header["identity"], self.identity)
         if header["done"] > self.n:
