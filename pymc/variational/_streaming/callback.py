@@ -22,14 +22,18 @@ import numpy as np
 
 from pytensor.compile.sharedvalue import SharedVariable
 
+from pymc.model.core import Model
+from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.guards import (
     WITHOUT_LOSS,
     check_model,
-    check_other_streams,
     infinite_row,
+    other_batches,
+    streams_of,
+    warn_of_unmoved,
 )
-from pymc.variational._streaming.likelihood import Factors
+from pymc.variational._streaming.likelihood import Factors, is_of
 from pymc.variational.approximations import Empirical
 from pymc.variational.callbacks import Callback
 
@@ -49,10 +53,39 @@ class FitCallback(Callback):
     def __init__(self, dataset: Any):
         self.dataset = dataset
         self._checked: tuple[Any, ...] = ()
+        self._contract: Contract | None = None
         self._step: tuple[int, Any] = (0, None)
-        self._approx: Any = None
+        self._run: tuple[Any, Any] = (None, None)
+        """Approximation and losses of the current run, which is a call of ``fit`` or ``refine``."""
+        self._others: dict[SharedVariable, np.ndarray] = {}
+        """Batches of the other streams at the first step of the run, until they were looked at."""
         self._told = False
-        """Whether an infinite loss has been looked into."""
+        """Whether an infinite loss of the run has been looked into."""
+
+    def begin(self, *, must_observe: bool = True) -> bool:
+        """Put a first batch in unless there is one, and check the model of the context.
+
+        A model that does not observe the stream is an error, or else left alone. False means that
+        the source has ended.
+        """
+        ds, model, is_full = self.dataset, Model.get_context(error_if_none=False), True
+        factors = Factors(model) if isinstance(model, Model) else None
+        buffer = ds.as_tensor()
+        if factors and not must_observe:
+            observed = streams_of(factors.model, factors.model.observed_RVs)
+            factors = factors if any(is_of(one, buffer) for one in observed) else None
+        try:
+            if not ds._reader.is_open:
+                if factors or must_observe:
+                    ds._reader.hold_to(None)  # the contract may be that of another model
+                ds._order.use_model(factors, buffer)
+                is_full = ds._advance()
+            if factors and (factors.model.observed_RVs or factors.model.potentials):
+                self.check(factors)
+        except BaseException:
+            ds.close()
+            raise
+        return is_full
 
     def check(self, factors: Factors) -> None:
         """Refuse a wrong model; one that has not changed since is not checked again."""
@@ -62,12 +95,14 @@ class FitCallback(Callback):
             var.get_value(borrow=True) if isinstance(var, SharedVariable) else var
             for var in model.data_vars
         )
+        model, ds = factors.model, self.dataset
+        data = (var.get_value(borrow=True) for var in model.data_vars)
         variables = (model, *model.basic_RVs, *model.potentials, *data)
         if list(map(id, variables)) != list(map(id, self._checked)):
-            ds = self.dataset
-            contract = check_model(factors, ds.as_tensor(), ds.total_size, ds.columns)
-            ds._reader.hold_to(contract)
+            place = ds._reader.position.offset
+            self._contract = check_model(factors, ds.as_tensor(), ds.total_size, ds.columns, place)
             self._checked = variables
+        ds._reader.hold_to(self._contract)
 
     def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
         if losses is None and not isinstance(approx, Empirical):
@@ -77,15 +112,8 @@ class FitCallback(Callback):
                 "advance() or a newer fit_callback() of this dataset has taken the stream over; "
                 "use the newest callback, or a dataset for each fit"
             )
-        if self._is_repeated(approx, losses, i):
-            raise StreamError(
-                f"the callback was called twice for step {i}, so that each step would skip a batch; "
-                "pass it to the fit once"
-            )
-        if approx is not self._approx:
-            self.check(Factors(approx.model))
-            check_other_streams(approx.model)
-            self._approx = approx
+        self._require_another_step(approx, losses, i)
+        self._look_at_run(approx, losses)
         if losses is not None and math.isinf(losses[-1]) and not self._told:
             self._told, ds = True, self.dataset
             buffer, place = ds.as_tensor(), ds._reader.position.offset
@@ -97,72 +125,82 @@ class FitCallback(Callback):
         if not self.dataset._advance(is_last=is_last) and not is_last:
             raise StopIteration(f"the stream ended at step {i}")
 
+    def _require_another_step(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
+        """Refuse a second call for a step: another run has other losses, which are kept until then."""
+        mark = approx.params[0].get_value().sum() if losses is None else id(losses.base)
+        if self._step == (i, mark) and (losses is None or losses.base is not None):
+            raise StreamError(
+                f"the callback was called twice for step {i}, so that each step would skip a batch; "
+                "pass it to the fit once"
+            )
+        self._step = i, mark
+
+    def _look_at_run(self, approx: Any, losses: np.ndarray | None) -> None:
+        """Check the model at the first step of a run, and at the second whether all streams move."""
+        base = None if losses is None else losses.base
+        if approx is not self._run[0] or base is not self._run[1]:
+            self.check(Factors(approx.model))
+            self._others = other_batches(approx.model, self.dataset.as_tensor())
+            self._run, self._told = (approx, base), False
+        elif self._others:
+            warn_of_unmoved(self._others)
+            self._others = {}
+
     def __iter__(self) -> Any:
         raise TypeError("a fit takes a list; pass callbacks=[ds.fit_callback()]")
 
-    def _is_repeated(self, approx: Any, losses: np.ndarray | None, i: int) -> bool:
-        """Whether no step was made since the last call: another fit has other losses."""
-        mark = approx.params[0].get_value().sum() if losses is None else id(losses.base)
-        repeated = self._step == (i, mark) and (losses is None or losses.base is not None)
-        self._losses, self._step = losses, (i, mark)
-        return repeated
 
-
-class _OfferedCallback(Callback):
+class _OfferedCallback(FitCallback):
     """Put the next batch in after a step, unless something else has put another one in.
 
     That is known from the rows that the stream has passed: a callback that was passed to the fit, even
     wrapped in another one, or a loop that calls ``advance()`` between the steps, changes it.
-
-    Parameters
-    ----------
-    callback : FitCallback
-    rows_seen : int or None
-        Number of rows before the batch that the first step uses; None if a loop has put that in.
     """
 
-    def __init__(self, callback: FitCallback, rows_seen: int | None):
-        self._callback = callback
-        self._rows_seen = rows_seen
+    rows_seen: int | None = None
+    """Number of rows before the batch that the next step uses; None if a loop has put that in."""
 
     def __call__(self, approx: Any, losses: np.ndarray | None, i: int) -> None:
-        dataset = self._callback.dataset
-        if dataset.rows_seen == self._rows_seen:
-            dataset._driver = self._callback
-            self._callback(approx, losses, i)
-        self._rows_seen = dataset.rows_seen
+        if self.dataset.rows_seen == self.rows_seen:
+            self.dataset._driver = self
+            super().__call__(approx, losses, i)
+        self.rows_seen = self.dataset.rows_seen
 
 
 class Offer:
     """Return the callback of a stream to a fit that finds this in the tag of the buffer.
 
-    A copy of the buffer has a copy of the offer, which refers to no dataset until the copy of the
-    dataset sets its own, if that came with it.
+    A copy of the buffer has a copy of this, which leaves it no rows, and refers to no dataset until
+    the copy of the dataset sets its own, if that came with it.
     """
 
-    def __init__(self, name: str, dataset: Any = None):
-        self._name = name
+    def __init__(self, name: str, container: Any = None, dataset: Any = None):
+        self._name, self._container = name, container
         self.dataset = None if dataset is None else weakref.ref(dataset)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Offer, (self._name,)
+        return Offer, (self._name,), self._container
+
+    def __setstate__(self, container: Any) -> None:
+        self._container = container
+        container.storage[0] = container.storage[0][:0].copy()
 
     def __call__(self) -> Callback:
         dataset = None if self.dataset is None else self.dataset()
         if dataset is None:
             raise StreamError(
                 f"the model depends on the stream {self._name!r}, whose StreamingDataset is gone; "
-                "keep a reference to the dataset while the model is fitted, and copy or pickle "
-                "both together, as (model, dataset)"
+                "keep a reference to the dataset while the model is fitted, and pickle both "
+                "together, as (model, dataset)"
             )
         dataset._require_own_rows()
-        is_open = dataset._reader.is_open
-        if dataset._driver is not None:
-            # The callback that drives the stream may be among those of the fit, even wrapped.
-            if not is_open:
-                dataset._advance()
-            return _OfferedCallback(FitCallback(dataset), dataset.rows_seen)
-        callback = dataset.fit_callback()
-        if is_open:  # by a loop, which goes on
-            dataset._driver = None
-        return _OfferedCallback(callback, None if is_open else dataset.rows_seen)
+        callback = _OfferedCallback(dataset)
+        is_open, is_driven = dataset._reader.is_open, dataset._driver is not None
+        # The callback that drives the stream may be among those of the fit, even wrapped.
+        if not (is_open and is_driven):
+            callback.begin()
+        if not (is_open or is_driven):
+            dataset._driver = callback
+        if is_driven or not is_open:  # else a loop drives the stream, and goes on
+            callback.rows_seen = dataset.rows_seen
+        return callback

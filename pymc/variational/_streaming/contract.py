@@ -204,9 +204,7 @@ def _compiled(conditions: Sequence[Condition], rows: Variable) -> Callable[[np.n
     return is_broken
 
 
-def derive_contract(
-    graph: LikelihoodGraph, likelihoods: Sequence[Variable], names: tuple[str, ...] | None
-) -> Contract:
+def derive_contract(graph: LikelihoodGraph, names: tuple[str, ...] | None) -> Contract:
     """Derive from the graph of a model what must hold for each row of its stream.
 
     Derived are whole numbers where a column is cast to integers, indices within the axis that they
@@ -215,7 +213,7 @@ def derive_contract(
     left out.
     """
     found = [(*one, False) for one in (*_casts(graph), *_indices(graph), *_parameters(graph))]
-    for rv, term in zip(likelihoods, graph.terms):
+    for rv, term in zip(graph.likelihoods, graph.terms):
         found += [(bad, axis, _outside(rv), True) for bad, axis in _supports(term, graph)]
     conditions = []
     for bad, axis, text, is_support in found:

@@ -25,13 +25,11 @@ import pytensor
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.tensor.variable import TensorVariable
 
-from pymc.model.core import Model
 from pymc.variational._streaming.batches.prefetch import read_epochs
 from pymc.variational._streaming.batches.rebatch import Batch, cast, rebatch
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.callback import FitCallback, Offer
 from pymc.variational._streaming.errors import StreamError, warn
-from pymc.variational._streaming.likelihood import Factors
 from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.reader import BatchReader, Position, TotalSize
 from pymc.variational._streaming.sources.arrays import as_source
@@ -142,7 +140,7 @@ class StreamingDataset:
             prefetch=prefetch,
         )
         self._buffer = pytensor.shared(self._no_rows(), name, shape=(None, *self._sample_shape))
-        self._buffer.tag.fit_callback = Offer(name, self)
+        self._buffer.tag.fit_callback = Offer(name, self._buffer.container, self)
         self._end: weakref.finalize | None = None
         """What closes the stream when the callback that drives it is gone, or Python ends."""
         self._replaced: np.ndarray | None = None
@@ -258,17 +256,7 @@ class StreamingDataset:
         """
         self._require_own_rows()
         callback = self._driver = FitCallback(self)
-        model = Model.get_context(error_if_none=False)
-        factors = Factors(model) if isinstance(model, Model) else None
-        try:
-            if not self._reader.is_open:
-                self._order.use_model(factors, self._buffer)
-                self._advance()
-            if factors and (factors.model.observed_RVs or factors.model.potentials):
-                callback.check(factors)
-        except BaseException:
-            self.close()
-            raise
+        callback.begin()
         return callback
 
     def advance(self) -> bool:
@@ -276,11 +264,17 @@ class StreamingDataset:
 
         A batch that a callback has put in, and that no step has used, counts as the next one.
         False means that the source has ended (``cycle=False``), and that the buffer has no rows.
+        A call that opens the stream in the context of a model that observes it checks the model
+        and its rows, as :meth:`fit_callback` does; a loop outside of one is not checked.
         """
         self._require_own_rows()
         is_unused = self._driver is not None and self._reader.is_open
         self._driver = None
-        return is_unused or self._advance()
+        if is_unused:
+            return True
+        if self._reader.is_open:
+            return self._advance()
+        return FitCallback(self).begin(must_observe=False)
 
     def rows(self, rows: Any) -> AbstractContextManager[None]:
         """Put rows of your own into the buffer for the length of a ``with`` block.
@@ -354,7 +348,6 @@ class StreamingDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._buffer.tag.fit_callback.dataset = weakref.ref(self)
-        self._buffer.set_value(self._no_rows(), borrow=True)
 
     def __copy__(self) -> "StreamingDataset":
         raise TypeError("a shallow copy would share the buffer; use copy.deepcopy")

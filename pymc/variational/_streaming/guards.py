@@ -32,24 +32,25 @@ from pymc.variational._streaming.likelihood import (
     TiedError,
     columns_read,
     is_of,
-    same,
 )
 from pymc.variational.minibatch_rv import MinibatchRandomVariable, get_scaling
 
 __all__ = [
     "WITHOUT_LOSS",
     "check_model",
-    "check_other_streams",
     "contract_for",
     "depends_on",
     "infinite_row",
+    "other_batches",
     "scaling",
+    "streams_of",
     "total_size_of",
+    "warn_of_unmoved",
 ]
 
 WITHOUT_LOSS = (
-    "the fit has no loss, because of score=False or a method without one, such as ASVGD: PyMC "
-    "then makes every step with the same random draw, and the posterior is wrong; leave score out, "
+    "the fit has no loss, because of score=False or a method without one, such as ASVGD: PyMC 6.4 "
+    "makes every step with the same random draw then, and the posterior is wrong; leave score out, "
     "and fit with ADVI or FullRankADVI"
 )
 """Why a stream refuses a fit that does not compute its loss."""
@@ -67,13 +68,15 @@ def check_model(
     factors: Factors,
     buffer: SharedVariable,
     total_size: int | None,
-    columns: tuple[str, ...] | None = None,
+    columns: tuple[str, ...] | None,
+    offset: int,
 ) -> Contract:
     """Refuse a model whose posterior would be wrong with minibatches in *buffer*.
 
     Raises a StreamError if the model does not depend on the stream, if an unobserved variable
     does, or if an observed one that does has no or another *total_size*, or a log-likelihood that
-    is not one term per row.  Returns conditions on the rows, which those in the buffer meet.
+    is not one term per row.  Returns conditions on the rows, which those in the buffer meet; the
+    first of these is at *offset*.
     """
     model = factors.model
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
@@ -91,7 +94,7 @@ def check_model(
                 f"{buffer.name!r}; only likelihoods can be fitted in minibatches"
             )
     for rv in likelihoods:
-        for other in _streams_of(model, [rv]):
+        for other in streams_of(model, [rv]):
             if not is_of(other, buffer):
                 raise StreamError(
                     f"{rv.name!r} depends on the streams {buffer.name!r} and {other.name!r}, whose "
@@ -99,11 +102,13 @@ def check_model(
                 )
         _check_total_size(model, rv, total_size)
     batch = buffer.get_value(borrow=True)
+    if len(batch) == 1:
+        batch = _at_least(_LEAST_ROWS, batch)
     graph = LikelihoodGraph(factors, likelihoods, buffer, batch, potentials)
-    contract = derive_contract(graph, likelihoods, columns)
-    contract.check(batch)
+    contract = derive_contract(graph, columns)
+    contract.check(batch, offset)
     _refuse_nan(factors, graph, batch)
-    _check_rows(model, likelihoods, graph, batch)
+    _check_rows(graph, batch)
     for potential in potentials:
         warn(
             f"the Potential {potential.name!r} depends on the stream {buffer.name!r}, and PyMC "
@@ -127,12 +132,11 @@ def contract_for(
     model = factors.model
     likelihoods = [rv for rv in model.observed_RVs if depends_on(model, rv, buffer)]
     others = {name: rv for name, rv in predicted.items() if rv not in likelihoods}
-    # Along which axis rows lie does not show where there is one.
-    rows = np.resize(rows, (max(len(rows), _LEAST_ROWS), *rows.shape[1:]))
+    rows = _at_least(_LEAST_ROWS, rows)
     graph = LikelihoodGraph(factors, likelihoods, buffer, rows, list(others.values()))
     for name, var in zip(others, graph.others):
         _require_by_row(name, var, graph)
-    return derive_contract(graph, likelihoods, columns)
+    return derive_contract(graph, columns)
 
 
 def _require_by_row(name: str, var: Variable, graph: LikelihoodGraph) -> None:
@@ -141,9 +145,6 @@ def _require_by_row(name: str, var: Variable, graph: LikelihoodGraph) -> None:
         reason = "" if graph.axis(var) == 0 else "its rows lie along another axis than the first"
     except TiedError as err:
         reason = str(err)
-    except Exception:  # an operation that cannot be tried by itself
-        shape, of_rows = np.shape(graph.value(var)), np.shape(graph.value(graph.rows))
-        reason = "" if shape[:1] == of_rows[:1] else f"its shape is {shape}"
     if reason:
         raise StreamError(
             f"{name!r} has not one value or vector per row, which depends on that row alone "
@@ -151,16 +152,29 @@ def _require_by_row(name: str, var: Variable, graph: LikelihoodGraph) -> None:
         )
 
 
-def check_other_streams(model: Model) -> None:
-    """Refuse a model that uses a stream without rows, beside one whose callback was called.
+def other_batches(model: Model, buffer: SharedVariable) -> dict[SharedVariable, np.ndarray]:
+    """Return the batches of the other streams of a model, and refuse one that has no rows.
 
     PyMC computes a loss without them where no total_size scales them, as in a Potential.
     """
-    for buffer in _streams_of(model, [*model.basic_RVs, *model.potentials]):
-        if not len(buffer.get_value(borrow=True)):
+    others = [other for other in streams_of(model) if not is_of(other, buffer)]
+    batches = {other: other.get_value(borrow=True) for other in others}
+    for other, rows in batches.items():
+        if not len(rows):
             raise StreamError(
-                f"the model also uses the stream {buffer.name!r}, which has no rows yet; "
+                f"the model also uses the stream {other.name!r}, which has no rows yet; "
                 "pass its fit_callback() to the fit, too"
+            )
+    return batches
+
+
+def warn_of_unmoved(batches: Mapping[SharedVariable, np.ndarray]) -> None:
+    """Warn of streams that have not moved on from a batch since the last step."""
+    for buffer, rows in batches.items():
+        if buffer.get_value(borrow=True) is rows:
+            warn(
+                f"the stream {buffer.name!r} has not moved since the last step, so that one batch "
+                "is fitted as all its rows; pass its fit_callback() to the fit, too"
             )
 
 
@@ -194,21 +208,24 @@ def infinite_row(
     return ""
 
 
-def _streams_of(model: Model, variables: Sequence[Variable]) -> list[SharedVariable]:
-    """Return the buffers of all streams from which variables or their values are computed."""
-    values = [model.rvs_to_values[v] for v in variables if v in model.rvs_to_values]
-    found = ancestors([*variables, *values])
-    return [a for a in found if isinstance(a, SharedVariable) and hasattr(a.tag, "fit_callback")]
+def streams_of(model: Model, variables: Sequence[Variable] | None = None) -> list[SharedVariable]:
+    """Return the buffer of each stream that *variables*, by default all of *model*, depend on."""
+    if variables is None:
+        variables = [*model.basic_RVs, *model.potentials]
+    found = [a for a in _inputs(model, variables) if hasattr(a.tag, "fit_callback")]
+    return list({buffer.container: buffer for buffer in found}.values())
 
 
 def depends_on(model: Model, var: Variable, buffer: SharedVariable) -> bool:
-    """Whether *var* or its value is computed from *buffer*.
+    """Whether *var*, or a value that takes its place in the density, is computed from *buffer*."""
+    return any(is_of(a, buffer) for a in _inputs(model, [var]))
 
-    Transforming a model copies its shared variables, but they keep the container.
-    """
-    value = model.rvs_to_values.get(var)
-    roots = [var] if value is None else [var, value]
-    return any(is_of(a, buffer) for a in ancestors(roots))
+
+def _inputs(model: Model, variables: Sequence[Variable]) -> list[SharedVariable]:
+    """Return shared variables from which *variables*, or the values of those above, are computed."""
+    above = list(ancestors(variables))
+    values = [model.rvs_to_values[v] for v in above if v in model.rvs_to_values]
+    return [a for a in ancestors([*variables, *values]) if isinstance(a, SharedVariable)]
 
 
 def _check_total_size(model: Model, rv: Variable, total_size: int | None) -> None:
@@ -277,50 +294,41 @@ def _refuse_nan(factors: Factors, graph: LikelihoodGraph, batch: np.ndarray) -> 
         )
 
 
-def _check_rows(
-    model: Model, likelihoods: Sequence[Variable], graph: LikelihoodGraph, batch: np.ndarray
-) -> None:
+def _at_least(n_rows: int, rows: np.ndarray) -> np.ndarray:
+    """Repeat rows: along which axis they lie, and what ties them, does not show where there is one."""
+    return np.resize(rows, (max(len(rows), n_rows), *rows.shape[1:]))
+
+
+def _check_rows(graph: LikelihoodGraph, batch: np.ndarray) -> None:
     """Check that each log-likelihood has one term per row, which depends on that row alone."""
     terms = graph.evaluate(batch)
-    is_known = True
-    for rv, var, term in zip(likelihoods, graph.terms, terms):
-        _check_shape(rv, term, len(batch))
+    for rv, var, term in zip(graph.likelihoods, graph.terms, terms):
+        if term.ndim == 0 or len(term) != len(batch):
+            raise StreamError(
+                f"the log-likelihood of {rv.name!r} has shape {term.shape}; streaming needs one "
+                f"term per row of the batch, with the {len(batch)} rows as the leading axis"
+            )
         try:
-            is_known &= graph.axis(var) == 0
+            if graph.axis(var):
+                raise TiedError("its rows lie along another axis than the first")
         except TiedError as err:
-            raise _tied(model, rv, err, len(batch)) from None
-        except Exception:  # an operation that cannot be tried by itself
-            is_known = False
-    _check_length(likelihoods, graph, batch, terms)
-    if is_known:
-        return
-    for first in (0, 1):  # the rows that are replaced are those at even places, then the others
-        replaced, kept = slice(first, None, 2), slice(1 - first, None, 2)
-        rows = batch.copy()
-        rows[replaced] = np.resize(batch[kept], batch[replaced].shape)
-        for rv, term, other in zip(likelihoods, terms, graph.evaluate(rows)):
-            _check_shape(rv, other, len(batch), " for other values of the rows")
-            if not same(other[kept], term[kept], rtol=1e-9, atol=1e-8):
-                raise _tied(model, rv, TiedError("a row's term changes with others"), len(batch))
+            raise _tied(graph, rv, err, len(batch)) from None
+    _check_length(graph, batch, terms)
 
 
-def _check_length(
-    likelihoods: Sequence[Variable],
-    graph: LikelihoodGraph,
-    batch: np.ndarray,
-    terms: Sequence[np.ndarray],
-) -> None:
+def _check_length(graph: LikelihoodGraph, batch: np.ndarray, terms: Sequence[np.ndarray]) -> None:
     """Check that a term is the same among fewer rows, but for its total_size, if there can be."""
     few = (len(batch) + 1) // 2
     try:
         others = graph.evaluate(batch[:few])
     except Exception:
         return
-    for rv, term, other in zip(likelihoods, terms, others):
+    for rv, term, other in zip(graph.likelihoods, terms, others):
         wanted = term[:few] * (len(batch) / few if total_size_of(rv) else 1)
         if len(other) != few:
             continue
-        is_close = np.isclose(other, wanted, rtol=1e-3, equal_nan=True)
+        rtol = 1e-6 if other.dtype == np.float64 else 1e-3
+        is_close = np.isclose(other, wanted, rtol=rtol, equal_nan=True)
         if is_close.mean() < 1 - _ROUNDED:
             raise StreamError(
                 f"the log-likelihood of {rv.name!r} depends on the number of rows in the batch; "
@@ -328,20 +336,13 @@ def _check_length(
             )
 
 
-def _check_shape(rv: Variable, term: np.ndarray, n_rows: int, when: str = "") -> None:
-    if term.ndim == 0 or len(term) != n_rows:
-        raise StreamError(
-            f"the log-likelihood of {rv.name!r} has shape {term.shape}{when}; streaming needs one "
-            f"term per row of the batch, with the {n_rows} rows as the leading axis"
-        )
-
-
-def _tied(model: Model, rv: Variable, err: TiedError, n_rows: int) -> StreamError:
+def _tied(graph: LikelihoodGraph, rv: Variable, err: TiedError, n_rows: int) -> StreamError:
     used = set(ancestors([] if err.constant is None else [err.constant]))
+    values = {v: graph.model.rvs_to_values[v] for v in graph.model.free_RVs}
     latents = [
         repr(v.name)
-        for v in model.free_RVs
-        if model.rvs_to_values[v] in used and n_rows in model.rvs_to_values[v].type.shape
+        for v, value in values.items()
+        if value in used and n_rows in np.shape(graph.value(value))
     ]
     if latents:
         return StreamError(

@@ -140,7 +140,8 @@ class LikelihoodGraph:
         batch: np.ndarray,
         others: Sequence[Any] = (),
     ):
-        model = factors.model
+        self.model = model = factors.model
+        self.likelihoods = likelihoods
         terms = [factors.logp[rv] for rv in likelihoods]
         graphs: Any = [*terms, *model.replace_rvs_by_values(others)]
         self.rows = buffer.type(name=buffer.name)
@@ -167,11 +168,10 @@ class LikelihoodGraph:
     def axis(self, var: Variable) -> int | None:
         """Return the axis of the rows, or None where the variable does not depend on them.
 
-        It raises a TiedError if an entry depends on several rows, or on its place, and another
-        error if an operation cannot be tried.
+        It raises a TiedError if an entry depends on several rows, or on its place.
         """
         found = self._axes.get(var)
-        if isinstance(found, Exception):
+        if isinstance(found, TiedError):
             raise found
         return found
 
@@ -236,7 +236,7 @@ class LikelihoodGraph:
     def _axes_of_outputs(self, node: Apply) -> Sequence[Any]:
         """Return the axis of the rows in each output, or why there is none."""
         axes = [self._axes.get(v) for v in node.inputs]
-        error = next((axis for axis in axes if isinstance(axis, Exception)), None)
+        error = next((axis for axis in axes if isinstance(axis, TiedError)), None)
         n = len(node.outputs)
         if error is not None:
             return [error] * n
@@ -246,8 +246,10 @@ class LikelihoodGraph:
             if isinstance(node.op, Elemwise):
                 return [self._common_axis(node.inputs, axes)] * n
             return self._try(node, axes)
-        except Exception as err:
+        except TiedError as err:
             return [err.with_traceback(None)] * n
+        except Exception as err:
+            return [TiedError(f"{node.op} cannot be tried on other rows ({err})")] * n
 
     def _common_axis(self, inputs: Sequence[Variable], axes: Sequence[int | None]) -> int:
         """Return the row axis of what is broadcast together, as for any values of the rows."""
@@ -351,10 +353,13 @@ def columns_read(graphs: Sequence[Variable], rows: Variable) -> np.ndarray:
 
 def indices_of(node: Apply) -> Iterator[tuple[int, Any]]:
     """Yield the axes of its first input that a node indexes by integers, and these."""
-    if isinstance(node.op, AdvancedSubtensor | AdvancedIncSubtensor):
+    op, n_batch_axes = node.op, 0
+    if isinstance(node.op, Blockwise):
+        op, n_batch_axes = node.op.core_op, node.op.batch_ndim(node)
+    if isinstance(op, AdvancedSubtensor | AdvancedIncSubtensor):
         x, *rest = node.inputs
-        rest = rest[isinstance(node.op, AdvancedIncSubtensor) :]
-        for axis, index in enumerate(get_idx_list([x, *rest], node.op.idx_list)):
+        rest = rest[isinstance(op, AdvancedIncSubtensor) :]
+        for axis, index in enumerate(get_idx_list([x, *rest], op.idx_list), n_batch_axes):
             if isinstance(index, Variable) and index.type.dtype != "bool":
                 yield axis, index
 

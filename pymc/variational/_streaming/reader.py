@@ -123,7 +123,9 @@ class BatchReader:
 
     def hold_to(self, contract: Contract | None) -> None:
         """Check that all rows from now on meet a contract."""
-        self._examiner.contract = contract
+        if contract is not self._examiner.contract:
+            self._examiner.met = None, (0, 0)  # rows may have been read without it
+            self._examiner.contract = contract
 
     def require(self, rows: np.ndarray) -> None:
         """Raise StreamError if rows that are not of the stream break what the model needs."""
@@ -168,21 +170,21 @@ class _Examiner:
     def __init__(self, source: Source, order: OrderCheck):
         self.contract: Contract | None = None
         self._source, self._order = source, order
-        self._met: tuple[Contract | None, tuple[int, int]] = None, (0, 0)
+        self.met: tuple[Contract | None, tuple[int, int]] = None, (0, 0)
         """Which contract the rows meet, and from which place on."""
 
     def __call__(self, item: Chunk | EpochEnd) -> tuple[Any, ...]:
         contract = self.contract
         if contract is not None and isinstance(item, Chunk) and len(item.rows):
             self._check(contract, item)
-            if self._met[0] is not contract:
-                self._met = contract, (item.epoch, item.offset)
+            if self.met[0] is not contract:
+                self.met = contract, (item.epoch, item.offset)
         found = self._order.compare(item)
         return (item,) if found is None else (found, item)
 
     def require(self, batch: Batch) -> None:
         """Check a batch whose rows were read before the contract was known."""
-        contract, (met, place) = self.contract, self._met
+        contract, (met, place) = self.contract, self.met
         if contract is None:
             return
         if met is not contract or (batch.epoch, batch.offset) < place:

@@ -16,6 +16,7 @@
 import gc
 import sys
 import time
+import warnings
 
 import cloudpickle
 import numpy as np
@@ -110,6 +111,22 @@ class TestSteps:
         expected = 12 * (k % 3 + 1.0) ** 2 / 2 + 10 * (k % 5 + 1.0) ** 2 / 2
         largest_scale = 10 / 2
         np.testing.assert_allclose(approx.hist / 1e6 * largest_scale, expected, rtol=0.02)
+
+    def test_a_stream_that_stands_still_beside_another_is_told_of_once(self):
+        """One batch would be fitted as all rows, as where a callback was kept and not passed."""
+        ds = StreamingDataset(tell_tale(5), batch_size=4, order_check="off")
+        other = StreamingDataset(tell_tale(5), batch_size=4, order_check="off", name="other")
+        with normal_model(ds) as model:
+            pm.Normal("z", model["mu"], 1, observed=other.as_tensor()[:, 0], total_size=20)
+            approx, callback, kept = pm.MeanField(), ds.fit_callback(), other.fit_callback()
+        callback(approx, np.zeros(1), 1)
+        with pytest.warns(StreamWarning, match=r"'other' has not moved .* pass its fit_callback"):
+            callback(approx, np.zeros(2), 2)
+        with warnings.catch_warnings(action="error"):
+            for i in (3, 4):
+                callback(approx, np.zeros(i), i)
+            with model:
+                pm.fit(3, callbacks=[callback, kept], **QUICK)
 
     @pytest.mark.parametrize("prefetch", [True, False])
     def test_refine_goes_on_after_an_interrupt_that_came_while_the_fit_waited(self, prefetch):
@@ -322,9 +339,11 @@ class TestOffer:
             del callback
 
     def test_a_model_without_its_dataset_has_none(self, ds):
+        """Nor a batch, which a fit that asks for no offer would take for all rows."""
         with normal_model(ds) as model:
             ds.advance()
         pickled = cloudpickle.loads(cloudpickle.dumps(model))
+        assert not len(buffer_of(pickled).get_value()) and len(buffer_of(model).get_value())
         dropped = normal_model(StreamingDataset(tell_tale(9), batch_size=4))
         gc.collect()
         for alone in (pickled, dropped):

@@ -127,6 +127,18 @@ BROKEN = {
         {"g": 5},
         "axis of length 3",
     ),
+    "indices of each row by themselves": (
+        lambda buf: pm.Normal(
+            "y",
+            pt.vectorize(lambda a, i: a[i].sum(), "(n),(m)->()")(
+                pm.Normal("a", shape=3), buf[:, 1:3].astype("int64")
+            ),
+            observed=buf[:, 0],
+            total_size=N,
+        ),
+        {"g": 3},
+        "axis of length 3",
+    ),
     "index after a switch": (
         groups(lambda buf: pt.switch(buf[:, 1] < 0, 0, buf[:, 1]).astype("int64")),
         {"g": 3},
@@ -281,6 +293,37 @@ def test_what_the_messages_advise_is_accepted(build, late):
     with StreamingDataset(table(**late), batch_size=BATCH, order_check="off") as ds, pm.Model():
         build(ds.as_tensor())
         read_all(ds)
+
+
+def test_a_repaired_model_goes_on_with_the_same_stream():
+    """A notebook makes the model anew, and not the dataset."""
+    with StreamingDataset(table(g=3), batch_size=BATCH, order_check="off") as ds:
+        with pm.Model():
+            groups(whole)(ds.as_tensor())
+            with pytest.raises(StreamError, match=f"row {LATE} .* axis of length 3"):
+                read_all(ds)
+        ds.fit_callback()  # for a model that is met at the first step
+        with pm.Model():
+            groups(whole, 4)(ds.as_tensor())
+            read_all(ds)
+
+
+def test_a_row_of_the_batch_with_which_a_model_is_met_has_its_number():
+    with StreamingDataset(table(g=3), batch_size=BATCH, order_check="off") as ds:
+        while ds.rows_seen + BATCH <= LATE:
+            ds.advance()
+        with pm.Model():
+            groups(whole)(ds.as_tensor())
+            with pytest.raises(StreamError, match=f"row {LATE} of the stream holds 3.0"):
+                ds.fit_callback()
+
+
+def test_a_loop_of_ones_own_in_the_context_of_a_model_is_held_to_it():
+    with StreamingDataset(table(g=3), batch_size=BATCH, order_check="off") as ds, pm.Model():
+        groups(whole)(ds.as_tensor())
+        with pytest.raises(StreamError, match=f"row {LATE} of the stream holds 3.0"):
+            while ds.rows_seen < N:
+                ds.advance()
 
 
 def test_a_model_that_is_met_at_the_first_step_is_held_to_it_too():

@@ -74,6 +74,12 @@ REFUSED = {
         ),
         "'z' has one latent value for each row of a batch, .* integrate it out",
     ),
+    "parameter per row of the batch by its dims": (
+        lambda buf, n: pm.Normal(
+            "y", pm.Normal("z", dims="row"), observed=buf[:, 1], total_size=n, dims="row"
+        ),
+        "'z' has one latent value for each row of a batch, .* integrate it out",
+    ),
     "transposed": (
         lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:, :3].T, total_size=n),
         r"'y' has shape \(3, 12\); streaming needs one term per row .* the 12 rows",
@@ -129,6 +135,10 @@ REFUSED = {
             observed=buf[:, 1],
             total_size=n,
         ),
+        "'y' depends on the number of rows in the batch; leave that number out",
+    ),
+    "a small effect of the length of a batch": (
+        lambda buf, n: pm.Normal("y", linear(buf) / buf.shape[0], observed=buf[:, 1], total_size=n),
         "'y' depends on the number of rows in the batch; leave that number out",
     ),
     "centred, where no probability is within its bounds at first": (
@@ -204,7 +214,7 @@ ACCEPTED = {
 
 @pytest.mark.parametrize("build, message", REFUSED.values(), ids=REFUSED)
 def test_wrong_models_are_refused_before_the_first_step(ds, build, message):
-    with pm.Model():
+    with pm.Model(coords={"row": range(12)}):
         build(ds.as_tensor(), ds.total_size)
         with pytest.raises(StreamError, match=message):
             ds.fit_callback()
@@ -344,6 +354,18 @@ def test_data_that_change_after_the_callback_are_checked_at_its_first_call(ds):
             pm.fit(1, callbacks=[callback], **QUICK)
 
 
+def test_data_that_change_before_refine_are_checked_again(ds):
+    with pm.Model():
+        offset = pm.Data("offset", np.zeros(12))
+        mean = pm.Normal("b") + offset
+        pm.Normal("y", mean, observed=ds.as_tensor()[:, 0], total_size=60)
+        inference = pm.ADVI()
+        inference.fit(2, callbacks=[ds.fit_callback()], **QUICK)
+        pm.set_data({"offset": np.arange(12.0)})
+        with pytest.raises(StreamError, match=r"'y' ties .* a value for each place"):
+            inference.refine(2, progressbar=False)
+
+
 def test_columns_of_two_streams_in_one_likelihood_come_from_one_source(ds):
     with StreamingDataset(np.zeros((60, 1)), batch_size=12, name="other") as other, pm.Model():
         x, y = other.as_tensor()[:, 0], ds.as_tensor()[:, 0]
@@ -354,6 +376,17 @@ def test_columns_of_two_streams_in_one_likelihood_come_from_one_source(ds):
         x, y = both.as_tensor()[:, 0], both.as_tensor()[:, 1]
         pm.Normal("y", pm.Normal("b") * x, observed=y, total_size=60)
         both.fit_callback()
+
+
+def test_a_loop_of_ones_own_in_the_context_of_a_model_checks_it(ds):
+    with pm.Model():
+        pm.Normal("x")
+        assert ds.advance()  # of a model that does not use the stream
+    ds.close()
+    with pm.Model():
+        pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 0])
+        with pytest.raises(StreamError, match="'y' depends on the stream but has no total_size"):
+            ds.advance()
 
 
 def test_a_model_that_has_not_changed_is_checked_once(ds, monkeypatch):
@@ -371,6 +404,14 @@ def test_a_batch_of_one_row_is_accepted():
     with StreamingDataset(np.ones((9, 1)), batch_size=1) as ds, pm.Model():
         pm.Normal("y", pm.Normal("b"), observed=ds.as_tensor()[:, 0], total_size=9)
         with warnings.catch_warnings(action="error"):
+            ds.fit_callback()
+
+
+def test_what_a_batch_of_one_row_does_not_show_is_refused_too():
+    build, message = REFUSED["scaled by the length of a batch"]
+    with StreamingDataset(np.ones((9, 2)), batch_size=1) as ds, pm.Model():
+        build(ds.as_tensor(), ds.total_size)
+        with pytest.raises(StreamError, match=message):
             ds.fit_callback()
 
 

@@ -13,14 +13,12 @@
 #   limitations under the License.
 """Callbacks that follow the means of a fit: to average them, and to end it where they scatter."""
 
-import warnings
-
 from typing import Any
 
 import numpy as np
 
 from pymc.variational._streaming.dataset import StreamingDataset
-from pymc.variational._streaming.errors import StreamError, StreamWarning
+from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.fit.bins import Bins, Moments, merge
 from pymc.variational._streaming.fit.gaussian import (
     as_streams,
@@ -195,12 +193,10 @@ class EpochAverage(Callback):
         if not kept:
             kept = steps
             n_steps = sum(part.n for part in kept)
-            warnings.warn(
+            warn(
                 "less than one whole epoch followed the burn-in: the means are averaged over "
                 f"{n_steps} steps, in which the noise of the batches does not cancel; call "
-                "polish(approx, ds)",
-                StreamWarning,
-                stacklevel=2,
+                "polish(approx, ds)"
             )
         set_mean(group, merge(kept).mean)
 
@@ -341,13 +337,11 @@ def _warn_of_travel(
         return False
     distance = np.where(travels, moved / sd, 0)
     worst = int(np.argmax(distance))
-    warnings.warn(
+    warn(
         f"the means still travel: that of {names(group)[worst]} moved by {distance[worst]:.2g} sd "
         "of approx between the halves of the steps after the burn-in, more than the steps "
         "scatter, so an average would lag behind, and approx is left as it is; call "
-        "polish(approx, ds)",
-        StreamWarning,
-        stacklevel=3,
+        "polish(approx, ds)"
     )
     return True
 

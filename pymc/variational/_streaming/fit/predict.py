@@ -34,7 +34,13 @@ from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.bins import Moments, merge
-from pymc.variational._streaming.guards import contract_for, depends_on, scaling, total_size_of
+from pymc.variational._streaming.guards import (
+    contract_for,
+    depends_on,
+    scaling,
+    streams_of,
+    total_size_of,
+)
 from pymc.variational._streaming.likelihood import Factors, columns_read, is_of
 from pymc.variational._streaming.sources.arrow import with_columns
 from pymc.variational._streaming.sources.parquet.files import import_pyarrow
@@ -138,12 +144,15 @@ def log_score(
     for block in posterior.blocks(rows, "Scoring", progressbar):
         terms = np.sum([values.sum(axis=2) for values in likelihood(block)], axis=0)
         highest = np.nan_to_num(terms.max(axis=0))
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # a row may be impossible
             scores = highest + np.log(np.exp(terms - highest).mean(axis=0))
-        mean = scores.mean()
-        parts.append(Moments(len(scores), mean, np.square(scores - mean).sum()))
-    n_rows, mean, squares = merge(parts)
-    return LogScore(float(mean), float(np.sqrt(squares / max(1, n_rows - 1) / n_rows)), n_rows)
+            mean = scores.mean()
+            parts.append(Moments(len(scores), mean, np.square(scores - mean).sum()))
+    with np.errstate(invalid="ignore"):
+        n_rows, _, squares = merge(parts)
+        se = np.sqrt(squares / max(1, n_rows - 1) / n_rows)
+    mean = sum(part.n * part.mean for part in parts) / n_rows
+    return LogScore(float(mean), float(se), n_rows)
 
 
 def predict(
@@ -250,7 +259,8 @@ class _Posterior:
         self._buffer = self._stream.as_tensor()
         self._n_draws = positive_int("draws", draws)
         self._draws = approx.sample_dict_fn(self._n_draws, random_seed=seed)
-        self._seed = seed
+        # From the seed of the draws, the noise of an observed variable would be the same numbers.
+        self._seed = int(np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1)[0])
 
     def log_likelihoods(self) -> list[Variable]:
         """Return the log-likelihood terms of the rows, each row counted once."""
@@ -349,8 +359,7 @@ class _Posterior:
 
 def _only_stream(model: Model) -> StreamingDataset:
     """Return the dataset of the one stream that *model* observes."""
-    roots = [*model.basic_RVs, *model.rvs_to_values.values()]
-    offers = {a.tag.fit_callback for a in ancestors(roots) if hasattr(a.tag, "fit_callback")}
+    offers = [buffer.tag.fit_callback for buffer in streams_of(model, model.basic_RVs)]
     streams = [offer.dataset and offer.dataset() for offer in offers]
     if len(streams) != 1 or streams[0] is None:
         raise StreamError(

@@ -21,7 +21,6 @@ the random streams), the positions of the data streams, and the losses so far.
 import json
 import os
 import re
-import warnings
 import zipfile
 import zlib
 
@@ -36,12 +35,13 @@ import pytensor
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, Variable
 from pytensor.graph.traversal import ancestors
+from pytensor.link.jax.linker import JAXLinker
 from pytensor.printing import debugprint
 
 import pymc
 
 from pymc.variational._streaming.dataset import StreamingDataset
-from pymc.variational._streaming.errors import StreamError, StreamWarning
+from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.fit.gaussian import as_streams
 from pymc.variational._streaming.guards import WITHOUT_LOSS
 from pymc.variational._streaming.utils import digest, positive_int, replacing
@@ -99,7 +99,7 @@ def resumable_fit(
     ValueError
         If the checkpoint is of another fit (see Notes), or has more steps than *n*; if
         *inference* has been fitted and there is no checkpoint; if *callbacks* hold that of a
-        stream; or if the fit has no losses (``score=False``).
+        stream; or if the fit has no losses (``score=False``), or runs on JAX.
     StreamError
         If the checkpoint cannot be read.
     FloatingPointError
@@ -114,8 +114,8 @@ def resumable_fit(
     A checkpoint is of another fit, and refused, if the method, the options, a variable's
     distribution or log-probability, a stream or the batch that the next step uses, or a callback
     whose state is saved is another one. Options are compared by what they print, functions by
-    name. The values of ``pm.Data`` are not compared; of another scalar shared variable, such as a
-    learning rate that a callback lowers, the first value is.
+    name. The values of ``pm.Data`` and of other shared arrays are not compared; of a scalar shared
+    variable, such as a learning rate that a callback lowers, the first value is.
 
     The file is replaced at once: killed at any moment, the last checkpoint is whole. It holds
     no code. Beside the parameters, it has eight bytes for each step's loss.
@@ -156,6 +156,11 @@ def resumable_fit(
     inference.fit(0, progressbar=False, **kwargs)
     if not inference.state.score:
         raise ValueError(WITHOUT_LOSS)
+    if isinstance(inference.state.step.maker.linker, JAXLinker):
+        raise ValueError(
+            "JAX keeps the state of its random draws where it cannot be saved; "
+            'pass backend="numba"'
+        )
     checkpoint = _Checkpoint(inference, streams, callbacks, kwargs, Path(path), every, n)
     try:
         checkpoint.go_on(progressbar)
@@ -218,11 +223,9 @@ class _Checkpoint(Callback):
             return 0, {}
         header, arrays = _read(self.path)
         if header["versions"] != _versions():
-            warnings.warn(
+            warn(
                 f"{self.path} was saved with {header['versions']} and goes on with "
-                f"{_versions()}: the numbers may differ from those of a fit that was never stopped",
-                StreamWarning,
-                stacklevel=4,
+                f"{_versions()}: the numbers may differ from those of a fit that was never stopped"
             )
         _require_same(self.path, header["identity"], self.identity)
         if header["done"] > self.n:

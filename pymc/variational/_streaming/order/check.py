@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 
 from pytensor.compile.sharedvalue import SharedVariable
-from pytensor.graph.traversal import ancestors
 
 from pymc.model.core import Model
 from pymc.variational._streaming.batches.rebatch import Chunk, EpochEnd
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.errors import OrderError, OrderWarning, warn
+from pymc.variational._streaming.guards import streams_of
 from pymc.variational._streaming.likelihood import Factors
 from pymc.variational._streaming.order.monitor import Monitor
 from pymc.variational._streaming.order.preflight import preflight
@@ -247,15 +247,10 @@ def _windows(source: Source, batch_size: int) -> tuple[Source, int]:
 
 def _stream_of(model: Model) -> SharedVariable:
     """Return the buffer of the stream that *model* observes."""
-    roots = [*model.basic_RVs, *model.rvs_to_values.values()]
-    shared = {
-        v
-        for v in ancestors(roots)
-        if isinstance(v, SharedVariable) and hasattr(v.tag, "fit_callback")
-    }
+    shared = streams_of(model, model.basic_RVs)
     if len(shared) != 1:
         raise ValueError(
             f"the model observes {len(shared)} streams; pass one that observes the rows through "
             "StreamingDataset.as_tensor()"
         )
-    return shared.pop()
+    return shared[0]

@@ -94,6 +94,21 @@ def test_log_score_is_the_exact_predictive_density_of_each_row_once(ds, approx):
     assert score.se == pytest.approx(exact.std() / np.sqrt(len(exact)), rel=0.1)
 
 
+def test_the_score_of_rows_that_cannot_be_is_minus_infinity(ds, approx):
+    """They lie in several blocks."""
+    counts = np.r_[11, COUNTS[1:-1], 11]
+    impossible = TABLE.set_column(3, "count", pa.array(counts))
+    score = log_score(approx, impossible, ds=ds, draws=500, progressbar=False)
+    assert score.mean == -np.inf and score.rows == N_ROWS
+
+
+def test_the_noise_of_few_rows_is_independent_of_the_parameters(ds, approx, tmp_path):
+    """There are as many rows as parameters, so that the same random numbers would meet."""
+    to = tmp_path / "p.parquet"
+    predict(approx, TABLE[:3], to=to, var_names=["y"], ds=ds, draws=2_000, progressbar=False)
+    np.testing.assert_allclose(pq.read_table(to)["y_sd"], np.hypot(2, SD), rtol=0.1)
+
+
 def test_rows_may_take_the_place_of_any_stream_of_the_model(approx):
     other = approx.model.streams[1]
     score = log_score(approx, X[:, None], ds=other, draws=1_000, progressbar=False)

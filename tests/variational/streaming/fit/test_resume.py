@@ -253,6 +253,11 @@ class TestRefusals:
             with pytest.raises(ValueError, match=r"no loss, .* fit with ADVI"):
                 resumable_fit(pm.SVGD(n_particles=3), 9, path=tmp_path / "f", datasets=[])
 
+    def test_a_backend_whose_random_state_cannot_be_saved_is_refused(self, rows, tmp_path):
+        pytest.importorskip("jax")
+        with pytest.raises(ValueError, match='JAX keeps the state .* pass backend="numba"'):
+            fit(rows, tmp_path / "f", 9, compile_kwargs={"mode": "JAX"})
+
     def test_callbacks_of_streams_are_left_to_it(self, rows, tmp_path):
         ds = dataset(rows)
         with pytest.raises(ValueError, match=r"leave fit_callback\(\) out of callbacks="):
