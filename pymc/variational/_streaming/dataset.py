@@ -261,8 +261,8 @@ class StreamingDataset:
         model = Model.get_context(error_if_none=False)
         factors = Factors(model) if isinstance(model, Model) else None
         try:
+            self._reader.compare_by(factors, self._buffer)
             if not self._reader.is_open:
-                self._order.use_model(factors, self._buffer)
                 self._advance()
             if factors and (factors.model.observed_RVs or factors.model.potentials):
                 callback.check(factors)

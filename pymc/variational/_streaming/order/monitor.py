@@ -110,27 +110,29 @@ class Monitor:
         self._next_comparison = int(_GROWTH * self.stop)
         first = -(-self.start // self._span)
         places = np.arange(first, len(self._units)) * self._span
-        windows = places // self._stream.window
-        per_group = 1
-        while len(places) and windows[-1] // per_group - windows[0] // per_group >= _MAX_GROUPS:
-            per_group *= 2
-        groups = np.unique(windows // per_group, return_inverse=True)[1]
-        n_groups = groups.max(initial=0) + 1
-        if n_groups < 2 or len(groups) < 2 * n_groups:
+        windows = (places + self._used // 2) // self._stream.window
+        sizes = [size for size in _group_sizes(windows) if _can_compare(windows // size)]
+        if not sizes:
             return None
         self._n_comparisons += 1
         n_rows = self._stream.n_rows or self.stop
-        return compare(
-            self._stream._replace(n_rows=n_rows),
-            self._statistic,
-            self._parts_of(np.array(self._units[first:])),
-            groups,
-            span=min(self._stream.window * per_group, n_rows),
-            rows_read=self._rows_read,
-            middles=np.bincount(groups, places + self._span / 2) / np.bincount(groups),
-            # The shares of all comparisons sum up to ALPHA, as those of 1 / (m (m + 1)) do to 1.
-            alpha=ALPHA / (self._n_comparisons * (self._n_comparisons + 1)),
-        )
+        parts = self._parts_of(np.array(self._units[first:]))
+        for size in sizes:
+            groups = np.unique(windows // size, return_inverse=True)[1]
+            report = compare(
+                self._stream._replace(n_rows=n_rows),
+                self._statistic,
+                parts,
+                groups,
+                span=min(self._stream.window * size, n_rows),
+                rows_read=self._rows_read,
+                middles=np.bincount(groups, places + self._span / 2) / np.bincount(groups),
+                # The shares of all comparisons sum up to ALPHA, as those of 1 / (m (m + 1)) do to 1.
+                alpha=ALPHA / (self._n_comparisons * (self._n_comparisons + 1) * len(sizes)),
+            )
+            if report.ordered:
+                break
+        return report
 
     def _parts_of(self, units: np.ndarray) -> list[Part]:
         names = self._statistic.names
@@ -213,3 +215,19 @@ class Monitor:
     def _have_rare_values(self, rows: np.ndarray) -> np.ndarray:
         flat = rows.reshape(len(rows), -1)
         return np.any([flat[:, j] != value for j, value in self._rare], axis=0)
+
+
+def _group_sizes(windows: np.ndarray) -> list[int]:
+    """Return how many adjacent windows to compare as one: one, and as many as leave few groups.
+
+    A slow drift shows in large groups, in which changes from window to window cancel out.
+    """
+    size = 1
+    while len(windows) and windows[-1] // size - windows[0] // size >= _MAX_GROUPS:
+        size *= 2
+    return sorted({1, size})
+
+
+def _can_compare(groups: np.ndarray) -> bool:
+    """Whether there are several groups, and twice as many units."""
+    return 2 <= len(np.unique(groups)) <= len(groups) / 2

@@ -29,6 +29,7 @@ import pymc as pm
 from pymc.variational.streaming import (
     OrderError,
     StreamingDataset,
+    arrow_source,
     check_order,
     shuffle_buffer,
 )
@@ -208,6 +209,18 @@ class TestScore:
                 while ds.epoch < 1:
                     ds.advance()
         del callback
+
+    def test_rows_of_other_columns_than_those_of_the_model_are_refused(self):
+        rng = np.random.default_rng(10)
+        table = pa.table({name: rng.normal(size=20_000) for name in ("id", "x", "y")})
+        ds = StreamingDataset(arrow_source(table, columns=["x", "y"]), batch_size=500)
+        with pm.Model() as model:
+            slope = pm.Normal("slope")
+            pm.Normal("o", slope * ds["x"], observed=ds["y"], total_size=ds.total_size)
+        for columns in (None, ["y", "x"], ["x"]):
+            with pytest.raises(ValueError, match=r"where the stream of the model has \('x', 'y'\)"):
+                check_order(arrow_source(table, columns=columns), model=model)
+        assert not check_order(arrow_source(table, columns=["x", "y"]), model=model).ordered
 
     def test_a_model_without_a_stream_is_refused(self):
         with pm.Model() as model:
