@@ -203,10 +203,7 @@ class OrderCheck:
         ends = isinstance(item, EpochEnd)
         start = item.n_rows if isinstance(item, EpochEnd) else item.offset
         if monitor is None or epoch > monitor.epoch or start > monitor.stop:
-            sampled = self._sample is not None or self._stream.source.shuffled
-            monitor = Monitor(
-                self._stream, self.make_statistic, start, epoch=epoch, sampled=sampled
-            )
+            monitor = Monitor(self._stream, self.make_statistic, start, epoch=epoch)
             self._monitor = monitor
         if isinstance(item, Chunk):
             monitor.add(item.offset, item.rows)

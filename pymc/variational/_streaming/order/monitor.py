@@ -27,12 +27,11 @@ __all__ = ["Monitor"]
 _MAX_UNITS = 1_280
 """As soon as there are more units, pairs of neighbours become one."""
 _PER_WINDOW = 64
-"""Units of a window, unless there are too many in all; half as many of a large one, to call less often."""
-_LARGE_WINDOW = 1 << 16
+"""Number of units of a window, unless there are too many in all."""
 _MAX_GROUPS = 40
-_MIN_ROWS, _MIN_ROWS_ALONE = 16, 128
-"""Number of rows of a unit that are used, if it has as many, with a sample and without: 128 rows of
-small models take as long as 16."""
+_MIN_ROWS = 128
+"""Number of rows of a unit that are used, if it has as many; those of small models take no longer
+than one."""
 _MAX_ROWS = 1 << 12
 """Number of rows of a unit that are used at most, if all rows are compared."""
 _FIRST_COMPARISON = 4
@@ -48,8 +47,7 @@ class Monitor:
 
     The rows from *start* on are cut into units of equal length.  From each, the first rows are
     summed up, and all that have a rare value in a column that takes part, in sums of their own.
-    Where the order is known from a sample (*sampled*), the first windows need no fine units.  With
-    *whole*, up to 4,096 rows of each unit are used, not only the share that a fit waits for.
+    With *whole*, up to 4,096 rows of each unit are used, not only the share that a fit waits for.
     """
 
     def __init__(
@@ -59,7 +57,6 @@ class Monitor:
         start: int = 0,
         *,
         epoch: int = 0,
-        sampled: bool = False,
         whole: bool = False,
     ):
         self.start = self.stop = start
@@ -68,14 +65,11 @@ class Monitor:
         self._stream = stream
         self._make_statistic = make_statistic
         self._whole = whole
-        self._least = _MIN_ROWS if sampled else _MIN_ROWS_ALONE
         self._statistic: Any = None
         """What is compared, once there is a pilot sample."""
         self._waiting: list[np.ndarray] = []
         """Rows that are too few for a pilot sample."""
-        fine = stream.window // (_PER_WINDOW if stream.window < _LARGE_WINDOW else _PER_WINDOW // 2)
-        coarse = -(-(stream.n_rows or 0) // _MAX_UNITS)
-        self._span = max(1, fine, coarse if sampled else min(coarse, stream.window // 32))
+        self._span = max(1, stream.window // _PER_WINDOW)
         """Number of rows of the table in a unit."""
         self._units: list[np.ndarray] = []
         """Sums over each unit, first of any rows and then of those with rare values."""
@@ -149,7 +143,7 @@ class Monitor:
         origin = first = self.stop - len(rows)
         if self._statistic is None:
             self._statistic = self._make_statistic(rows[:: -(-len(rows) // PILOT_ROWS)])
-            self._used = min(self._span, max(self._least, self._enough_rows()))
+            self._used = min(self._span, max(_MIN_ROWS, self._enough_rows()))
             self._find_rare(rows[:PILOT_ROWS])
             self._units = [self._no_sums()] * (first // self._span)
         rare = self._rare_among(rows)
@@ -189,7 +183,7 @@ class Monitor:
         units = np.array(self._units).reshape(-1, 2, *self._units[0].shape)
         joined = units.sum(axis=1)
         self._span *= 2
-        if self._used < self._least or 2 * self._used <= self._enough_rows():
+        if self._used < _MIN_ROWS or 2 * self._used <= self._enough_rows():
             self._used *= 2
         else:  # the least number of rows is still more than the share
             joined[:, 0] = units[:, 0, 0]

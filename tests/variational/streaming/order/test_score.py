@@ -196,11 +196,16 @@ class TestScore:
                 ds.fit_callback()
         assert "judged by their columns" in caplog.text
 
-    def test_a_slow_drift_of_a_generator_shows_in_the_first_epoch(self):
-        """By 25 posterior sd to either side, in rows of which no sample can be taken."""
-        mean = np.linspace(-25, 25, N_ROWS) / np.sqrt(N_ROWS)
-        rows = in_sequence(np.random.default_rng(9).normal(mean)[:, None])
-        buffer = shuffle_buffer(rows, buffer_size=WINDOW, seed=0)
+    @pytest.mark.parametrize("case", ["slow drift of a generator", "last rows of an array"])
+    def test_what_no_sample_shows_is_found_in_the_first_epoch(self, case):
+        """A drift by 25 posterior sd to either side, or a shift of few rows by 3 sd of a row."""
+        rows = np.random.default_rng(9).normal(size=(N_ROWS, 1))
+        if case == "last rows of an array":
+            rows[-WINDOW // 20 :] += 3
+            source = rows
+        else:
+            source = in_sequence(rows + np.linspace(-25, 25, N_ROWS)[:, None] / np.sqrt(N_ROWS))
+        buffer = shuffle_buffer(source, buffer_size=WINDOW, seed=0)
         ds = StreamingDataset(buffer, batch_size=2_000, total_size=N_ROWS, order_check="raise")
         with ds, pm.Model():
             observe_mean(ds.as_tensor())
