@@ -75,10 +75,10 @@ class FitCallback(Callback):
             observed = streams_of(factors.model, factors.model.observed_RVs)
             factors = factors if any(is_of(one, buffer) for one in observed) else None
         try:
+            ds._reader.compare_by(factors, buffer)
             if not ds._reader.is_open:
                 if factors or must_observe:
                     ds._reader.hold_to(None)  # the contract may be that of another model
-                ds._order.use_model(factors, buffer)
                 is_full = ds._advance()
             if factors and (factors.model.observed_RVs or factors.model.potentials):
                 self.check(factors)
@@ -89,14 +89,12 @@ class FitCallback(Callback):
 
     def check(self, factors: Factors) -> None:
         """Refuse a wrong model; one that has not changed since is not checked again."""
-        model = factors.model
+        model, ds = factors.model, self.dataset
         # Those that PyMC has frozen or replaced are no shared variables.
         data = (
             var.get_value(borrow=True) if isinstance(var, SharedVariable) else var
             for var in model.data_vars
         )
-        model, ds = factors.model, self.dataset
-        data = (var.get_value(borrow=True) for var in model.data_vars)
         variables = (model, *model.basic_RVs, *model.potentials, *data)
         if list(map(id, variables)) != list(map(id, self._checked)):
             place = ds._reader.position.offset

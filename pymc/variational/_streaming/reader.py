@@ -24,10 +24,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from pytensor.compile.sharedvalue import SharedVariable
+
 from pymc.variational._streaming.batches.prefetch import Prefetcher, read_epochs
 from pymc.variational._streaming.batches.rebatch import Batch, Chunk, EpochEnd, rebatch
 from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.errors import StreamError, warn
+from pymc.variational._streaming.likelihood import Factors
 from pymc.variational._streaming.order.check import OrderCheck
 from pymc.variational._streaming.sources.base import Source
 from pymc.variational._streaming.utils import EpochLog, positive_int
@@ -82,6 +85,12 @@ class BatchReader:
     def go_to(self, position: Position) -> None:
         """Make the batch at *position* the current one; to be called before :meth:`open`."""
         self.position, self.ended = position, False
+
+    def compare_by(self, factors: Factors | None, buffer: SharedVariable) -> None:
+        """Compare the rows from the current batch on by a model that is not known yet."""
+        if factors is not None and not self.order.knows(factors):
+            self.stop()
+            self.order.use_model(factors, buffer)
 
     def open(self) -> None:
         """Start reading at the position of the current batch, which comes next."""

@@ -158,8 +158,7 @@ def resumable_fit(
         raise ValueError(WITHOUT_LOSS)
     if isinstance(inference.state.step.maker.linker, JAXLinker):
         raise ValueError(
-            "JAX keeps the state of its random draws where it cannot be saved; "
-            'pass backend="numba"'
+            'JAX keeps the state of its random draws where it cannot be saved; pass backend="numba"'
         )
     checkpoint = _Checkpoint(inference, streams, callbacks, kwargs, Path(path), every, n)
     try:

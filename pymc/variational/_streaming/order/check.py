@@ -15,7 +15,6 @@
 
 import logging
 
-from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -73,7 +72,7 @@ def check_order(
     StreamError
         If a value that is read is NaN or infinite; the message names its place.
     ValueError
-        If *model* observes no stream, or several.
+        If *model* observes no stream, or several, or one with other columns.
 
     Notes
     -----
@@ -104,7 +103,9 @@ def check_order(
     rows.probe()
     check = OrderCheck(rows, min(window, _USUAL_BATCH), rows.n_rows, "warn")
     if model is not None:
-        check.use_model(Factors(model), _stream_of(model))
+        buffer = _stream_of(model)
+        _require_columns(rows, buffer)
+        check.use_model(Factors(model), buffer)
     stream = Stream(rows, window, rows.n_rows)
     report = preflight(stream, check.make_statistic, seed)
     if report is not None:
@@ -135,43 +136,55 @@ class OrderCheck:
         rows, window = _windows(source, batch_size)
         self._stream = Stream(rows, window, rows.n_rows or n_rows)
         self._action = action
+        self._is_off = action == "off" or (rows.n_rows is not None and rows.n_rows <= window)
+        """Whether there is nothing to compare, also because one window holds all rows."""
+        self._told = self._told_the_rest = False
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Forget what was compared, and by which model."""
+        self._variables: list[Any] = []
+        """The model and its variables, if there is one."""
         self._model: ModelScore | None = None
         self._statistic: Statistic | None = None
         self._finding: OrderReport | None = None
-        self._told = self._told_the_rest = False
-        self._sampled = action == "off" or rows.shuffled
+        self._sampled = self._is_off or self._stream.source.shuffled
         self._sample: OrderReport | None = None
         """What the sample has shown, if one was taken."""
         self._monitor: Monitor | None = None
-        self._watched = action == "off"
+        self._watched = self._is_off
         """Whether the monitor has compared all of an epoch; others would count twice."""
 
-    def use_model(self, factors: Factors | None, buffer: SharedVariable) -> None:
-        """Compare the rows that are still to come by the score of a model that observes *buffer*.
+    def knows(self, factors: Factors) -> bool:
+        """Whether rows are compared by this model, which has not changed since, if they are."""
+        known = map(id, self._variables)
+        return self._is_off or list(map(id, _variables(factors.model))) == list(known)
+
+    def use_model(self, factors: Factors, buffer: SharedVariable) -> None:
+        """Compare rows by the score of a model that observes *buffer*, all anew.
 
         A model that cannot be used is refused by name when it is checked.
         """
-        n_rows, window = self._stream.n_rows, self._stream.window
-        if factors and not (self._watched or (n_rows and n_rows <= window)):
-            with suppress(Exception):
-                self._model, self._monitor = ModelScore(factors, buffer), None
+        self._start_over()
+        self._variables = _variables(factors.model)
+        try:
+            self._model = ModelScore(factors, buffer)
+        except Exception as error:
+            _log_fallback(error)
 
     def make_statistic(self, pilot: np.ndarray) -> Statistic:
         """Return what is compared: the score of the model, if one is known that any rows fit."""
         if self._statistic is None and self._model is not None:
-            n_rows = self._stream.n_rows or len(pilot)
             try:
-                self._statistic = self._model.at(pilot, n_rows)
+                self._statistic = self._model.at(pilot, self._stream.n_rows or len(pilot))
             except Exception as error:
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                logger.info(
-                    "The order of the rows is judged by their columns: the likelihood cannot be "
-                    f"evaluated with {len(pilot)} rows ({reason})"
-                )
+                self._model = None
+                _log_fallback(error)
         return self._statistic or Features(pilot, self._stream.source.columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_statistic": None, "_monitor": None}
+        compiled = dict.fromkeys(("_model", "_statistic", "_monitor"))
+        return {**self.__dict__, **compiled, "_variables": []}
 
     def check_sample(self) -> None:
         """Sample the source, once, and raise or warn if its rows are in an order."""
@@ -188,12 +201,9 @@ class OrderCheck:
         if self._finding is not None or self._watched or (monitor and epoch < monitor.epoch):
             return self._finding
         ends = isinstance(item, EpochEnd)
-        if monitor is None or epoch > monitor.epoch:
-            start = item.n_rows if isinstance(item, EpochEnd) else item.offset
-            sampled = self._sample is not None or self._stream.source.shuffled
-            monitor = Monitor(
-                self._stream, self.make_statistic, start, epoch=epoch, sampled=sampled
-            )
+        start = item.n_rows if isinstance(item, EpochEnd) else item.offset
+        if monitor is None or epoch > monitor.epoch or start > monitor.stop:
+            monitor = Monitor(self._stream, self.make_statistic, start, epoch=epoch)
             self._monitor = monitor
         if isinstance(item, Chunk):
             monitor.add(item.offset, item.rows)
@@ -243,6 +253,32 @@ def _windows(source: Source, batch_size: int) -> tuple[Source, int]:
     if isinstance(source, ShuffleBuffer):
         return source.source, source.buffer_size
     return source, batch_size
+
+
+def _variables(model: Model) -> list[Any]:
+    """Return what the density of a model depends on, but for data."""
+    return [model, *model.basic_RVs]
+
+
+def _log_fallback(error: Exception) -> None:
+    """Tell that a model is not asked, and why."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    logger.info(
+        "The order of the rows is judged by their columns: the score of the model cannot be "
+        f"evaluated ({reason})"
+    )
+
+
+def _require_columns(rows: Source, buffer: SharedVariable) -> None:
+    """Refuse rows that have other columns than the stream in *buffer*."""
+    reference = buffer.tag.fit_callback.dataset
+    dataset = reference and reference()
+    expected = (dataset and dataset.columns) or rows.columns, buffer.type.shape[1:]
+    if (rows.columns or expected[0], rows.sample_shape) != expected:
+        raise ValueError(
+            f"source has rows of {rows.columns or rows.sample_shape} where the stream of the model "
+            f"has {expected[0] or expected[1]}; pass the source of its StreamingDataset"
+        )
 
 
 def _stream_of(model: Model) -> SharedVariable:

@@ -27,12 +27,11 @@ __all__ = ["Monitor"]
 _MAX_UNITS = 1_280
 """As soon as there are more units, pairs of neighbours become one."""
 _PER_WINDOW = 64
-"""Units of a window, unless there are too many in all; half as many of a large one, to call less often."""
-_LARGE_WINDOW = 1 << 16
+"""Number of units of a window, unless there are too many in all."""
 _MAX_GROUPS = 40
-_MIN_ROWS, _MIN_ROWS_ALONE = 16, 128
-"""Number of rows of a unit that are used, if it has as many, with a sample and without: 128 rows of
-small models take as long as 16."""
+_MIN_ROWS = 128
+"""Number of rows of a unit that are used, if it has as many; those of small models take no longer
+than one."""
 _MAX_ROWS = 1 << 12
 """Number of rows of a unit that are used at most, if all rows are compared."""
 _FIRST_COMPARISON = 4
@@ -48,8 +47,7 @@ class Monitor:
 
     The rows from *start* on are cut into units of equal length.  From each, the first rows are
     summed up, and all that have a rare value in a column that takes part, in sums of their own.
-    Where the order is known from a sample (*sampled*), the first windows need no fine units.  With
-    *whole*, up to 4,096 rows of each unit are used, not only the share that a fit waits for.
+    With *whole*, up to 4,096 rows of each unit are used, not only the share that a fit waits for.
     """
 
     def __init__(
@@ -59,7 +57,6 @@ class Monitor:
         start: int = 0,
         *,
         epoch: int = 0,
-        sampled: bool = False,
         whole: bool = False,
     ):
         self.start = self.stop = start
@@ -68,14 +65,11 @@ class Monitor:
         self._stream = stream
         self._make_statistic = make_statistic
         self._whole = whole
-        self._least = _MIN_ROWS if sampled else _MIN_ROWS_ALONE
         self._statistic: Any = None
         """What is compared, once there is a pilot sample."""
         self._waiting: list[np.ndarray] = []
         """Rows that are too few for a pilot sample."""
-        fine = stream.window // (_PER_WINDOW if stream.window < _LARGE_WINDOW else _PER_WINDOW // 2)
-        coarse = -(-(stream.n_rows or 0) // _MAX_UNITS)
-        self._span = max(1, fine, coarse if sampled else min(coarse, stream.window // 32))
+        self._span = max(1, stream.window // _PER_WINDOW)
         """Number of rows of the table in a unit."""
         self._units: list[np.ndarray] = []
         """Sums over each unit, first of any rows and then of those with rare values."""
@@ -110,27 +104,29 @@ class Monitor:
         self._next_comparison = int(_GROWTH * self.stop)
         first = -(-self.start // self._span)
         places = np.arange(first, len(self._units)) * self._span
-        windows = places // self._stream.window
-        per_group = 1
-        while len(places) and windows[-1] // per_group - windows[0] // per_group >= _MAX_GROUPS:
-            per_group *= 2
-        groups = np.unique(windows // per_group, return_inverse=True)[1]
-        n_groups = groups.max(initial=0) + 1
-        if n_groups < 2 or len(groups) < 2 * n_groups:
+        windows = (places + self._used // 2) // self._stream.window
+        sizes = [size for size in _group_sizes(windows) if _can_compare(windows // size)]
+        if not sizes:
             return None
         self._n_comparisons += 1
         n_rows = self._stream.n_rows or self.stop
-        return compare(
-            self._stream._replace(n_rows=n_rows),
-            self._statistic,
-            self._parts_of(np.array(self._units[first:])),
-            groups,
-            span=min(self._stream.window * per_group, n_rows),
-            rows_read=self._rows_read,
-            middles=np.bincount(groups, places + self._span / 2) / np.bincount(groups),
-            # The shares of all comparisons sum up to ALPHA, as those of 1 / (m (m + 1)) do to 1.
-            alpha=ALPHA / (self._n_comparisons * (self._n_comparisons + 1)),
-        )
+        parts = self._parts_of(np.array(self._units[first:]))
+        for size in sizes:
+            groups = np.unique(windows // size, return_inverse=True)[1]
+            report = compare(
+                self._stream._replace(n_rows=n_rows),
+                self._statistic,
+                parts,
+                groups,
+                span=min(self._stream.window * size, n_rows),
+                rows_read=self._rows_read,
+                middles=np.bincount(groups, places + self._span / 2) / np.bincount(groups),
+                # The shares of all comparisons sum up to ALPHA, as those of 1 / (m (m + 1)) do to 1.
+                alpha=ALPHA / (self._n_comparisons * (self._n_comparisons + 1) * len(sizes)),
+            )
+            if report.ordered:
+                break
+        return report
 
     def _parts_of(self, units: np.ndarray) -> list[Part]:
         names = self._statistic.names
@@ -147,7 +143,7 @@ class Monitor:
         origin = first = self.stop - len(rows)
         if self._statistic is None:
             self._statistic = self._make_statistic(rows[:: -(-len(rows) // PILOT_ROWS)])
-            self._used = min(self._span, max(self._least, self._enough_rows()))
+            self._used = min(self._span, max(_MIN_ROWS, self._enough_rows()))
             self._find_rare(rows[:PILOT_ROWS])
             self._units = [self._no_sums()] * (first // self._span)
         rare = self._rare_among(rows)
@@ -187,7 +183,7 @@ class Monitor:
         units = np.array(self._units).reshape(-1, 2, *self._units[0].shape)
         joined = units.sum(axis=1)
         self._span *= 2
-        if self._used < self._least or 2 * self._used <= self._enough_rows():
+        if self._used < _MIN_ROWS or 2 * self._used <= self._enough_rows():
             self._used *= 2
         else:  # the least number of rows is still more than the share
             joined[:, 0] = units[:, 0, 0]
@@ -213,3 +209,19 @@ class Monitor:
     def _have_rare_values(self, rows: np.ndarray) -> np.ndarray:
         flat = rows.reshape(len(rows), -1)
         return np.any([flat[:, j] != value for j, value in self._rare], axis=0)
+
+
+def _group_sizes(windows: np.ndarray) -> list[int]:
+    """Return how many adjacent windows to compare as one: one, and as many as leave few groups.
+
+    A slow drift shows in large groups, in which changes from window to window cancel out.
+    """
+    size = 1
+    while len(windows) and windows[-1] // size - windows[0] // size >= _MAX_GROUPS:
+        size *= 2
+    return sorted({1, size})
+
+
+def _can_compare(groups: np.ndarray) -> bool:
+    """Whether there are several groups, and twice as many units."""
+    return 2 <= len(np.unique(groups)) <= len(groups) / 2

@@ -274,7 +274,10 @@ def _repair(source: Source) -> str:
 
 
 def _shuffled(path: Any) -> str:
-    """Return a literal of a path beside *path*, or in the working directory if it is no single one."""
-    if not isinstance(path, str) or re.search(r"[*?\[]", path):
+    """Return a literal of a path beside the rows, or in the working directory if they are in many."""
+    is_glob = isinstance(path, str) and re.search(r"[*?\[]", path)
+    if not isinstance(path, str) or (is_glob and "://" in path):
         return '"shuffled"'
-    return json.dumps(f"{path.rstrip('/').removesuffix('.parquet')}-shuffled")
+    folder = path[: is_glob.start()].rpartition("/")[0] if is_glob else path
+    name = folder.rstrip("/").removesuffix(".parquet")
+    return json.dumps(f"{name}-shuffled" if name.strip("./") else "../shuffled")

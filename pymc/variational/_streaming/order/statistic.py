@@ -141,15 +141,15 @@ class ModelScore:
         types = [var.type.dtype for var in inputs]
         self.density: Callable = lambda *values: function(*map(np.asarray, values, types))
 
-    def at(self, pilot: np.ndarray, n_rows: int) -> "Score | None":
-        """Return the score at two points near which *pilot* has a finite likelihood, if any."""
+    def at(self, pilot: np.ndarray, n_rows: int) -> "Score":
+        """Return the score at two points near which *pilot* has a finite likelihood."""
         rng = np.random.default_rng(0)
         for jitter in _JITTERS:
             point = self.initial + jitter * rng.normal(size=self.initial.shape)
             value, gradient = self.density(pilot, point, 1.0, 1.0)
             if np.isfinite(value) and np.isfinite(gradient).all():
                 return Score(self, point, pilot, n_rows)
-        return None
+        raise ValueError("it is not finite near the initial point")
 
 
 def _likelihood_and_prior(factors: Factors, buffer: SharedVariable) -> tuple[Any, Any]:

@@ -22,9 +22,11 @@ A table that fits in memory does not need it: ``pm.Minibatch`` draws from all ro
 import contextlib
 import logging
 import os
+import re
 import time
+import weakref
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -47,13 +49,14 @@ from pymc.variational._streaming.preshuffle.write import (
     flush,
     open_workspace,
     publish,
+    refuse_to_replace,
 )
 from pymc.variational._streaming.sources.arrow import group_columns
-from pymc.variational._streaming.sources.parquet.files import pa
-from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark
+from pymc.variational._streaming.sources.parquet.files import pa, warn_of_copies
+from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark, check_marks
 from pymc.variational._streaming.sources.parquet.paths import resolve
 from pymc.variational._streaming.sources.rows import PIECE_ROWS
-from pymc.variational._streaming.sources.summary import Summary
+from pymc.variational._streaming.sources.summary import Summary, is_dictionary, is_text
 from pymc.variational._streaming.sources.tables import Batches, Files, open_table
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
@@ -66,6 +69,8 @@ _CODECS = {
 }
 _WIDE = 16
 """Columns of numbers from which on row-major files are read at least twice as fast."""
+_begun: "weakref.WeakSet[Iterator[Any]]" = weakref.WeakSet()
+"""Iterators that a run has read from, so that the next run would miss rows."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -192,13 +197,18 @@ def preshuffle(
     start = time.monotonic()
     codec = _choose_codec(format, compression)
     fractions = {"": 1.0} if split is None else _check_split(split)
+    seed, limit = draw_seed(seed), parse_bytes(memory_limit)
+    fs, path = resolve(destination, filesystem)
+    if isinstance(source, Iterator):
+        refuse_to_replace(fs, path, overwrite=overwrite)
+        _begin(source)
     table = open_table(source, columns, filesystem)
     if format == "arrow":
         group_columns(table.schema)
-    plan = make_plan(table, seed=draw_seed(seed), memory_limit=parse_bytes(memory_limit))
-    fs, path = resolve(destination, filesystem)
+    plan = make_plan(table, seed=seed, memory_limit=limit)
     if isinstance(table, Files):
-        table.refuse_overlap(fs, path)
+        table.refuse_overlap(fs, path, fractions)
+        _refuse_doubled_rows(table)
     threads = ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1))
     with (
         open_workspace(fs, path, scratch=scratch, overwrite=overwrite) as work,
@@ -226,6 +236,27 @@ def preshuffle(
         peak_memory=max(scattered.peak, gathered.peak),
         destination=path,
     )
+
+
+def _begin(rows: Iterator[Any]) -> None:
+    """Refuse an iterator of which an earlier run has read some rows, and failed."""
+    if rows in _begun:
+        raise StreamError(
+            "source is an iterator that an earlier run has read from, so that rows are missing; "
+            "make a new one, or pass a function that makes it"
+        )
+    with contextlib.suppress(TypeError):  # no weak reference can be made to a map, for instance
+        _begun.add(rows)
+
+
+def _refuse_doubled_rows(table: Files) -> None:
+    """Refuse files of one shuffle that are missing or there twice, and warn of other copies."""
+    shuffles = defaultdict(list)
+    for file in table.files:
+        shuffles[file.mark and file.mark.shuffle].append(file)
+    for files in shuffles.values():
+        check_marks(files)
+    warn_of_copies(table.fs, table.files)
 
 
 def _choose_codec(format: str, compression: str | None) -> str | None:
@@ -271,7 +302,7 @@ def _check_split(split: Mapping[str, float]) -> dict[str, float]:
     for folder, fraction in split.items():
         if not fraction > 0:
             raise ValueError(f"split={dict(split)}: {folder!r} must be more than 0")
-        if not folder or folder[0] in "._" or "/" in folder or os.sep in folder:
+        if not isinstance(folder, str) or not re.fullmatch(r"[^._/\\][^/\\]*", folder):
             raise ValueError(
                 f"split={dict(split)}: {folder!r} is not a name for a folder of data; "
                 'pass names such as "train" and "valid"'
@@ -296,10 +327,9 @@ def _scatter(
         tasks = ((plan, work.scratch, index, table.fs, run) for index, run in pieces)
         done = _run(scatter_pieces, pool, tasks, advance)
     else:
-        with _as_stream_error():
-            done = scatter(
-                plan, work.scratch, 0, table.read(plan.batch_rows, lambda n: advance(n / 2))
-            )
+        batches = table.read(plan.batch_rows, lambda n: advance(n / 2))
+        with _as_stream_error("run it again, with a new iterator if the source was one"):
+            done = scatter(plan, work.scratch, 0, batches)
     assert done.summary is not None
     dictionaries = done.summary.dictionaries()
     size = sum(values.nbytes for values in dictionaries.values())
@@ -323,7 +353,7 @@ def _make_writer(
     assert scattered.summary is not None
     summary, dictionaries = scattered.summary.finish(), scattered.summary.dictionaries()
     if format == "arrow":
-        dictionaries = _find_levels(summary, plan.plain)
+        dictionaries = _find_levels(summary, plan)
     fingerprint = digest(table.contents, summary)
     marks = {
         folder: PreshuffleMark(
@@ -342,23 +372,24 @@ def _make_writer(
     return Writer(plan.schema, dictionaries, summary, compression, marks, format, batch_rows)
 
 
-def _find_levels(summary: Summary, plain: "pa.Schema") -> dict[str, "pa.Array"]:
-    """Return the levels of all columns that are no numbers; refuse what has no code or number."""
+def _find_levels(summary: Summary, plan: Plan) -> dict[str, "pa.Array"]:
+    """Return the levels of categories and strings; refuse what has no code or number."""
     levels = {}
-    for name, column in summary.items():
+    for field, plain in zip(plan.schema, plan.plain):
+        name, column = field.name, summary[field.name]
         ends = [0 if end is None else end for end in (column.min, column.max)]
         if column.nulls or not np.isfinite(ends).all():
             raise StreamError(
                 f"column {name!r} holds {column.nulls} nulls or NaN, and {column.min} to "
                 f'{column.max}; filter such rows, or pass format="parquet"'
             )
-        if column.min is None:
+        if is_dictionary(field.type) or is_text(field.type):
             if column.levels is None:
                 raise StreamError(
                     f"column {name!r} has more than 4,096 levels; leave it out with columns=[...], "
                     'or pass format="parquet"'
                 )
-            levels[name] = pa.array(column.levels, plain.field(name).type)
+            levels[name] = pa.array(column.levels, plain.type)
     return levels
 
 
@@ -398,7 +429,7 @@ def _log_pass(verb: str, rows: int, start: float) -> float:
 
 
 @contextlib.contextmanager
-def _as_stream_error() -> Iterator[None]:
+def _as_stream_error(remedy: str = "run it again") -> Iterator[None]:
     try:
         yield
     except StreamError:
@@ -408,5 +439,5 @@ def _as_stream_error() -> Iterator[None]:
         if isinstance(err, CancelledError):
             text = "a task was cancelled, as when the scheduler of a cluster is lost"
         raise StreamError(
-            f"preshuffle stopped ({text}); nothing was published; remove the cause and run it again"
+            f"preshuffle stopped ({text}); nothing was published; remove the cause and {remedy}"
         ) from err

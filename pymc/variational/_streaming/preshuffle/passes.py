@@ -246,7 +246,7 @@ def _shuffle(
         os.remove(path)
     elif n_rows:
         rows = _concatenate(list(batches))
-        order = _generator(plan.seed, _ORDER, *place).permutation(n_rows)
+        order = _generator(plan.seed, _ORDER, *place).permutation(rows.num_rows)
         for chosen in np.array_split(order, math.ceil(len(order) / plan.row_group_rows)):
             yield _take(rows, chosen)
 

@@ -141,9 +141,10 @@ def cut_parts(
     the size that was asked for.
     """
     n_rows, parts, start, share = sum(partition_rows), [], 0, 0.0
+    whole = sum(split.values())  # 1, but for what floats lose
     for folder, fraction in split.items():
         share += fraction
-        stop = min(round(share * n_rows), n_rows)
+        stop = round(share / whole * n_rows)
         pieces = list(_pieces(partition_rows, start, stop))
         if not pieces:
             raise ValueError(

@@ -45,7 +45,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Workspace", "Writer", "flush", "open_workspace", "publish"]
+__all__ = ["Workspace", "Writer", "flush", "open_workspace", "publish", "refuse_to_replace"]
 
 _LATER_PART = re.compile(r"part-(?!0+-)\d{5,}-of-\d{5,}\.\w+")
 """Names of the files that are uploaded before the first of their folder."""
@@ -120,7 +120,11 @@ class Writer:
         options = pa.ipc.IpcWriteOptions(compression=self.compression)
         rows = 0
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as out:
-            for number, arrays in enumerate(self._interleave(groups, batches)):
+            for number, piece in enumerate(_recut(batches, self.batch_rows)):
+                arrays = [
+                    np.stack([self._codes(name, piece[name]) for name in names], 1, dtype=dtype)
+                    for dtype, names in groups.items()
+                ]
                 lists = [
                     pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
                     for array in arrays
@@ -129,28 +133,6 @@ class Writer:
                 out.write_batch(batch, custom_metadata=checksum(arrays, number))
                 rows += batch.num_rows
         return rows
-
-    def _interleave(
-        self, groups: Mapping[str, list[str]], batches: Iterable["pa.RecordBatch"]
-    ) -> Iterator[list[np.ndarray]]:
-        """Yield the rows of each dtype, ``batch_rows`` at a time, in memory that is used again."""
-        held = [np.empty((self.batch_rows, len(names)), dtype) for dtype, names in groups.items()]
-        filled = 0
-        for batch in batches:
-            start = 0
-            while start < batch.num_rows:
-                piece = batch.slice(start, self.batch_rows - filled)
-                for rows, names in zip(held, groups.values()):
-                    for j, name in enumerate(names):
-                        numbers = self._codes(name, piece.column(name))
-                        place = slice(filled, filled + piece.num_rows)
-                        rows[place, j] = numbers.to_numpy(zero_copy_only=False)
-                start, filled = start + piece.num_rows, filled + piece.num_rows
-                if filled == self.batch_rows:
-                    yield held
-                    filled = 0
-        if filled:
-            yield [rows[:filled] for rows in held]
 
     def _encode(self, batch: "pa.RecordBatch") -> "pa.RecordBatch":
         """Make dictionaries of the columns that are written as codes."""
@@ -168,6 +150,18 @@ class Writer:
         if name not in self.dictionaries:
             return column
         return pa.compute.index_in(column, value_set=self.dictionaries[name])
+
+
+def _recut(batches: Iterable["pa.RecordBatch"], n_rows: int) -> Iterator["pa.Table"]:
+    """Yield the rows of *batches* in tables of *n_rows*; the last may be shorter."""
+    held: list[pa.Table] = []
+    for batch in batches:
+        rows = pa.concat_tables([*held, pa.Table.from_batches([batch])])
+        while len(rows) >= n_rows:
+            yield rows.slice(0, n_rows)
+            rows = rows.slice(n_rows)
+        held = [rows]
+    yield from (rows for rows in held if len(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +190,7 @@ def open_workspace(
         raise ValueError("scratch is a URI; pass a directory, which all workers reach")
     if is_local(fs):
         destination = os.path.realpath(destination)
-        _require_replaceable(destination)
+    refuse_to_replace(fs, destination, overwrite=overwrite)
     elsewhere = os.path.abspath(scratch or tempfile.gettempdir())
     folders = [f"{elsewhere}/preshuffle-{digest(destination)}"]
     if is_local(fs):
@@ -210,7 +204,7 @@ def open_workspace(
         work = Workspace(
             fs, destination, overwrite, f"{folders[0]}/{run}", f"{folders[-1]}/{run}.scratch"
         )
-        _refuse_to_replace(work)
+        refuse_to_replace(fs, destination, overwrite=overwrite)
         os.mkdir(work.parts)
         os.mkdir(work.scratch)
         yield work
@@ -218,7 +212,7 @@ def open_workspace(
 
 def publish(work: Workspace, files: Mapping[str, str]) -> None:
     """Make the contents of the destination these files, whose names may begin with a folder."""
-    _refuse_to_replace(work)
+    refuse_to_replace(work.fs, work.destination, overwrite=work.overwrite)
     (_rename if is_local(work.fs) else _upload)(work, files)
 
 
@@ -228,11 +222,11 @@ def _rename(work: Workspace, files: Mapping[str, str]) -> None:
         os.makedirs(os.path.dirname(f"{finished}/{name}"), exist_ok=True)
         os.rename(path, f"{finished}/{name}")
     for folder in {os.path.dirname(f"{finished}/{name}") for name in files} | {finished}:
-        flush(folder)
+        _flush_folder(folder)
     if os.path.lexists(work.destination):
         os.rename(work.destination, f"{os.path.dirname(work.parts)}/{_REPLACED}")
     os.rename(finished, work.destination)
-    flush(os.path.dirname(work.destination))
+    _flush_folder(os.path.dirname(work.destination))
 
 
 def _upload(work: Workspace, files: Mapping[str, str]) -> None:
@@ -256,31 +250,32 @@ def _upload(work: Workspace, files: Mapping[str, str]) -> None:
         raise
 
 
-def _refuse_to_replace(work: Workspace) -> None:
-    """Refuse a destination with contents other than those of an upload that was killed."""
-    pafs, local = pa.fs, is_local(work.fs)
-    selector = pafs.FileSelector(work.destination, allow_not_found=True, recursive=not local)
+def refuse_to_replace(fs: "pa.fs.FileSystem", destination: str, *, overwrite: bool) -> None:
+    """Refuse a destination that no rename can replace, or whose contents are not to be replaced.
+
+    The contents of an upload that was killed are replaced in any case.
+    """
+    pafs, local = pa.fs, is_local(fs)
+    if local:
+        destination = os.path.realpath(destination)
+        if os.path.lexists(destination) and not os.path.isdir(destination):
+            raise NotADirectoryError(f"destination={destination!r} is a file; pass a directory")
+        if os.path.ismount(destination) or destination == os.path.realpath(os.getcwd()):
+            raise ValueError(
+                f"destination={destination!r} is a mount point or the current directory, which "
+                "cannot be replaced as a whole; pass a directory inside it"
+            )
+    selector = pafs.FileSelector(destination, allow_not_found=True, recursive=not local)
     infos = [
         info
-        for info in work.fs.get_file_info(selector)
+        for info in fs.get_file_info(selector)
         if local or (info.type == pafs.FileType.File and info.base_name)
     ]
     unfinished = not local and all(_LATER_PART.fullmatch(info.base_name) for info in infos)
-    if infos and not unfinished and not work.overwrite:
+    if infos and not unfinished and not overwrite:
         raise FileExistsError(
-            f"destination={work.destination!r} exists and is not empty; "
+            f"destination={destination!r} exists and is not empty; "
             "pass overwrite=True to replace it, or choose another"
-        )
-
-
-def _require_replaceable(destination: str) -> None:
-    """Refuse what no rename can put a folder in the place of."""
-    if os.path.lexists(destination) and not os.path.isdir(destination):
-        raise NotADirectoryError(f"destination={destination!r} is a file; pass a directory")
-    if os.path.ismount(destination) or destination == os.path.realpath(os.getcwd()):
-        raise ValueError(
-            f"destination={destination!r} is a mount point or the current directory, which cannot "
-            "be replaced as a whole; pass a directory inside it"
         )
 
 
@@ -308,7 +303,7 @@ def _clear(folder: str, destination: str) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: str, destination: str) -> Iterator[None]:
-    """Lock a folder until the end, or until the process dies."""
+    """Lock a folder until the end, or until the process dies, where the system has locks."""
     busy = StreamError(
         f"destination={destination!r}: another preshuffle is writing it; "
         "wait until it is done, or choose another destination"
@@ -316,25 +311,31 @@ def _locked(folder: str, destination: str) -> Iterator[None]:
     ours = object()
     if _locked_here.setdefault(folder, ours) is not ours:
         raise busy
-    try:
-        with open(f"{folder}/lock", "w") as handle:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_locked_here.pop, folder)
+        if fcntl is not None:
+            handle = stack.enter_context(open(f"{folder}/lock", "w"))
             try:
-                if fcntl is not None:
-                    # Unlike flock, this lock is not inherited by workers, which may live on.
-                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                # Unlike flock, this lock is not inherited by workers, which may live on.
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
                 raise busy from None
-            yield
-    finally:
-        del _locked_here[folder]
+            except OSError:
+                pass  # some shared filesystems have no locks
+        yield
 
 
 def flush(path: str) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
-    if os.path.isdir(path) and os.name != "posix":
-        return  # Windows cannot open folders.
-    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Wait until a file is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: str) -> None:
+    """Wait until the list of names in a folder is on the disk, where the system can tell."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, some mounts flush none
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -416,12 +416,14 @@ def group_columns(schema: "pa.Schema") -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for field in schema:
         kind = field.type
-        if is_.is_integer(kind) or is_.is_floating(kind):
-            dtype = np.dtype(kind.to_pandas_dtype()).name
+        values = kind.value_type if is_dictionary(kind) else kind
+        is_number = is_.is_integer(values) or is_.is_floating(values) or is_.is_boolean(values)
+        if is_text(values) or (is_dictionary(kind) and is_number):
+            dtype = "int32"  # of the codes of levels
         elif is_.is_boolean(kind):
             dtype = "uint8"
-        elif is_dictionary(kind) or is_text(kind):
-            dtype = "int32"
+        elif is_number:
+            dtype = np.dtype(kind.to_pandas_dtype()).name
         else:
             raise ValueError(
                 f'column {field.name!r} has type {kind}, which format="arrow" cannot hold; '

@@ -162,7 +162,7 @@ class Summarizer:
         for column in self._encoded:
             values = batch.column(column.name)
             if is_dictionary(values.type):
-                column.add_levels(dictionary_of(values))
+                column.add_levels(dictionary_of(values).cast(column.kind.value_type).drop_null())
         return batch
 
     def merge(self, later: "Summarizer") -> None:

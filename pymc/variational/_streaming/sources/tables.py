@@ -20,7 +20,7 @@ are read as plain values, of which a writer makes dictionaries again.
 import math
 import os
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from typing import Any
 
@@ -197,7 +197,9 @@ class Files:
                 "nothing was published; run preshuffle again when it is at rest"
             )
 
-    def refuse_overlap(self, fs: "pa.fs.FileSystem", destination: str) -> None:
+    def refuse_overlap(
+        self, fs: "pa.fs.FileSystem", destination: str, folders: Iterable[str]
+    ) -> None:
         """Refuse to write where the source is read, or where a glob would look for it next time."""
         if is_local(self.fs) != is_local(fs):
             return
@@ -205,8 +207,10 @@ class Files:
         roots = [real(resolve(entry, self._filesystem)[1]) for entry in self._source]
         place = real(destination)
         files = [file.path for file in self.files if _is_inside(real(file.path), place)]
+        parts = [os.path.join(place, folder, "part.parquet") for folder in folders]
         for root in roots:
-            if _is_inside(place, root) or stands_for(fs, root, f"{place}/part.parquet") or files:
+            found = any(stands_for(fs, root, part) for part in parts)
+            if _is_inside(place, root) or found or files:
                 raise ValueError(
                     f"destination={destination!r} overlaps with source={root!r}; "
                     "write to a directory outside it"

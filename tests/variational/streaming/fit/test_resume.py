@@ -255,7 +255,7 @@ class TestRefusals:
 
     def test_a_backend_whose_random_state_cannot_be_saved_is_refused(self, rows, tmp_path):
         pytest.importorskip("jax")
-        with pytest.raises(ValueError, match='JAX keeps the state .* pass backend="numba"'):
+        with pytest.raises(ValueError, match=r'JAX keeps the state .* pass backend="numba"'):
             fit(rows, tmp_path / "f", 9, compile_kwargs={"mode": "JAX"})
 
     def test_callbacks_of_streams_are_left_to_it(self, rows, tmp_path):

@@ -148,6 +148,22 @@ class TestDetection:
         steady = in_sequence(np.random.default_rng(3).normal(size=(200_000, 1)))
         assert not check_order(steady, buffer_size=5_000).ordered
 
+    def test_what_changes_from_window_to_window_is_not_averaged_out(self):
+        """As day and night do, in a buffer of half a day; also if it begins late."""
+        window = np.arange(N_ROWS) // 1_000
+        changes = 0.2 * (-1.0) ** window * (window > 250)
+        rows = np.random.default_rng(4).normal(changes)[:, None]
+        for source in (rows, in_sequence(rows)):
+            assert check_order(source, buffer_size=1_000).ordered
+        ds = StreamingDataset(
+            shuffle_buffer(in_sequence(rows), buffer_size=1_000, seed=0),
+            batch_size=500,
+            total_size=N_ROWS,
+            order_check="raise",
+        )
+        with ds, pytest.raises(OrderError, match="windows of 1,000 rows"):
+            advance_through(ds)
+
     def test_two_windows_are_compared_though_one_is_short(self):
         rows = np.sort(draw("normal", 48_000), axis=0)
         for source in (rows, in_sequence(rows)):
@@ -336,14 +352,17 @@ class TestReport:
         [
             ("table/rows.parquet", "table/rows-shuffled"),
             ("table/", "table-shuffled"),
+            ("table/**/*.parquet", "table-shuffled"),
+            ("**/*.parquet", "../shuffled"),
+            (".", "../shuffled"),
             (["table/*"], "shuffled"),
         ],
-        ids=["file", "folder", "globs"],
+        ids=["file", "folder", "glob", "glob of all", "working directory", "globs"],
     )
     def test_the_repair_of_parquet_files_shuffles_them(self, tmp_path, monkeypatch, path, shuffled):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "table").mkdir()
-        write(tmp_path / "table", np.linspace(0, 1, 20_000)[:, None], 20_000)
+        (tmp_path / "here" / "table").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "here")
+        write(tmp_path / "here" / "table", np.linspace(0, 1, 20_000)[:, None], 20_000)
         report = check_order(parquet_source(path), buffer_size=1_000)
         assert report.ordered
         exec(report.repair, {"preshuffle": functools.partial(preshuffle, progressbar=False)})

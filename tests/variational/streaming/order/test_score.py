@@ -29,6 +29,7 @@ import pymc as pm
 from pymc.variational.streaming import (
     OrderError,
     StreamingDataset,
+    arrow_source,
     check_order,
     shuffle_buffer,
 )
@@ -195,11 +196,16 @@ class TestScore:
                 ds.fit_callback()
         assert "judged by their columns" in caplog.text
 
-    def test_a_slow_drift_of_a_generator_shows_in_the_first_epoch(self):
-        """By 25 posterior sd to either side, in rows of which no sample can be taken."""
-        mean = np.linspace(-25, 25, N_ROWS) / np.sqrt(N_ROWS)
-        rows = in_sequence(np.random.default_rng(9).normal(mean)[:, None])
-        buffer = shuffle_buffer(rows, buffer_size=WINDOW, seed=0)
+    @pytest.mark.parametrize("case", ["slow drift of a generator", "last rows of an array"])
+    def test_what_no_sample_shows_is_found_in_the_first_epoch(self, case):
+        """A drift by 25 posterior sd to either side, or a shift of few rows by 3 sd of a row."""
+        rows = np.random.default_rng(9).normal(size=(N_ROWS, 1))
+        if case == "last rows of an array":
+            rows[-WINDOW // 20 :] += 3
+            source = rows
+        else:
+            source = in_sequence(rows + np.linspace(-25, 25, N_ROWS)[:, None] / np.sqrt(N_ROWS))
+        buffer = shuffle_buffer(source, buffer_size=WINDOW, seed=0)
         ds = StreamingDataset(buffer, batch_size=2_000, total_size=N_ROWS, order_check="raise")
         with ds, pm.Model():
             observe_mean(ds.as_tensor())
@@ -208,6 +214,18 @@ class TestScore:
                 while ds.epoch < 1:
                     ds.advance()
         del callback
+
+    def test_rows_of_other_columns_than_those_of_the_model_are_refused(self):
+        rng = np.random.default_rng(10)
+        table = pa.table({name: rng.normal(size=20_000) for name in ("id", "x", "y")})
+        ds = StreamingDataset(arrow_source(table, columns=["x", "y"]), batch_size=500)
+        with pm.Model() as model:
+            slope = pm.Normal("slope")
+            pm.Normal("o", slope * ds["x"], observed=ds["y"], total_size=ds.total_size)
+        for columns in (None, ["y", "x"], ["x"]):
+            with pytest.raises(ValueError, match=r"where the stream of the model has \('x', 'y'\)"):
+                check_order(arrow_source(table, columns=columns), model=model)
+        assert not check_order(arrow_source(table, columns=["x", "y"]), model=model).ordered
 
     def test_a_model_without_a_stream_is_refused(self):
         with pm.Model() as model:

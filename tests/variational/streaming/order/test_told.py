@@ -159,6 +159,50 @@ class TestStreaming:
         with pytest.warns(OrderWarning):
             fit(ds, 30)
 
+    @pytest.mark.parametrize("is_sequence", [False, True], ids=["array", "sequence"])
+    @pytest.mark.parametrize("is_kept", [False, True], ids=["closed", "open"])
+    def test_each_model_is_asked_of_the_rows_that_it_reads(self, is_sequence, is_kept):
+        """Also after a fit of a model that does not read the column that is in an order."""
+        rows = np.column_stack([np.random.default_rng(12).normal(size=20_000), self.drifting])
+        source = in_sequence(rows) if is_sequence else rows
+        ds = self.dataset(source, total_size=20_000)
+        kept = []
+        for column in (0, 1):
+            with pm.Model():
+                mu = pm.Normal("mu")
+                pm.Normal("y", mu, observed=ds.as_tensor()[:, column], total_size=20_000)
+                if column:
+                    with pytest.warns(OrderWarning, match="gradient of mu"):
+                        pm.fit(90, callbacks=[ds.fit_callback()], **QUICK)
+                else:
+                    callback = ds.fit_callback()
+                    pm.fit(50, callbacks=[callback], **QUICK)
+                    kept += [callback] * is_kept
+                    del callback
+
+    def test_a_second_fit_of_a_model_goes_on_with_the_comparison(self, monkeypatch):
+        rows = np.random.default_rng(11).normal(size=(20_000, 1))
+        rows[4_000:] += 3
+        ds = self.dataset(in_sequence(rows), total_size=20_000, prefetch=False)
+        with pm.Model():
+            mu = pm.Normal("mu")
+            pm.Normal("y", mu, observed=ds.as_tensor()[:, 0], total_size=20_000)
+            pm.fit(6, callbacks=[ds.fit_callback()], **QUICK)
+            with pytest.warns(OrderWarning):
+                pm.fit(6, callbacks=[ds.fit_callback()], **QUICK)
+
+    def test_rows_that_a_position_passes_over_are_not_made_up(self):
+        """Other rows would stand for those in the gap, and an alarm would follow."""
+        rows = np.random.default_rng(0).normal(size=(200_000, 2))
+        source = in_sequence(rows)
+        ds = self.dataset(source, total_size=200_000, order_check="raise", prefetch=False)
+        for _ in range(3):
+            ds.advance()
+        position = ds.state_dict()
+        ds.load_state_dict(position | {"offset": 51_000, "rows_seen": 51_000})
+        advance_through(ds)
+        ds.close()
+
     def test_a_callback_that_is_kept_until_python_ends_tells_then(self):
         code = f"""if True:
             import tests

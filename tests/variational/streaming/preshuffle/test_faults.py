@@ -13,7 +13,9 @@
 #   limitations under the License.
 """What a shuffle leaves behind when something goes wrong: nothing, and the next run works."""
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 
@@ -27,7 +29,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from pymc.variational._streaming.preshuffle import write
+from pymc.variational._streaming.preshuffle import passes, write
 from pymc.variational.streaming import StreamError, parquet_source, preshuffle
 from tests.variational.streaming.preshuffle.preshuffled import (
     Inline,
@@ -256,6 +258,19 @@ def test_damaged_scratch_files_are_not_published(source, tmp_path, scratch, plac
     require_whole(tmp_path)
 
 
+def test_a_wrong_number_of_rows_in_the_index_is_not_believed(source, tmp_path, scratch):
+    """Rows would be taken from beyond the end of a partition."""
+
+    def damage():
+        for file in scratch.rglob("*.rows"):
+            data = bytearray(file.read_bytes())
+            data[int.from_bytes(data[-16:-8], "little") + 17] ^= 1
+            file.write_bytes(data)
+
+    shuffle(source, executor=at(16, damage), scratch=scratch)
+    require_whole(tmp_path)
+
+
 def test_rows_that_scratch_loses_are_missed(source, tmp_path, scratch):
     """An index of zeros has no messages, and so none whose checksum is wrong."""
 
@@ -335,3 +350,75 @@ def test_the_source_is_never_written_to(source):
         shuffle(source, executor=fail_at(20, OSError("gone")))
     shuffle(source)
     assert (digests(source), [p.stat().st_mtime_ns for p in sorted(source.iterdir())]) == before
+
+
+def in_batches():
+    """Return record batches, of which an iterator would lose some in a run that fails."""
+    return pa.table({"row": np.arange(N_ROWS)}).to_batches(max_chunksize=1000)
+
+
+@pytest.mark.parametrize(
+    "make", [iter, lambda rows: map(pa.record_batch, rows)], ids=["iter", "map"]
+)
+def test_an_iterator_keeps_its_rows_where_the_destination_is_refused(tmp_path, source, make):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    rows = make(in_batches())
+    options = {"seed": 0, "progressbar": False}
+    for wrong in ({}, {"overwrite": True, "memory_limit": "much"}, {"overwrite": True, "seed": -1}):
+        with pytest.raises((FileExistsError, ValueError)):
+            preshuffle(rows, tmp_path / "out", **(options | wrong))
+    preshuffle(rows, tmp_path / "out", overwrite=True, **options)
+    require_whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rows: (batch for batch in rows),
+        lambda rows: pa.RecordBatchReader.from_batches(rows[0].schema, rows),
+    ],
+    ids=["generator", "reader"],
+)
+def test_an_iterator_that_a_failed_run_has_read_from_is_refused(
+    tmp_path, source, monkeypatch, make
+):
+    rows = make(in_batches())
+    options = {"seed": 0, "progressbar": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "_write_block", fail_after(passes._write_block, 2))
+        with pytest.raises(StreamError, match=r"gone.* with a new iterator if the source was one"):
+            preshuffle(rows, tmp_path / "out", **options)
+    with pytest.raises(StreamError, match="so that rows are missing; make a new one"):
+        preshuffle(rows, tmp_path / "out", **options)
+    preshuffle(make(in_batches()), tmp_path / "out", **options)
+    require_whole(tmp_path)
+
+
+def test_filesystems_without_locks_or_flushed_folders_are_written_to(source, tmp_path, monkeypatch):
+    """As Lustre without its option, and many mounts of object stores."""
+
+    def no_locks(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def files_only(handle, fsync=os.fsync):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    pytest.importorskip("fcntl")
+    monkeypatch.setattr(write.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(write.os, "fsync", files_only)
+    shuffle(source)
+    require_whole(tmp_path)
+
+
+def test_without_locks_no_file_is_held_open_in_a_folder_that_is_deleted(
+    source, tmp_path, monkeypatch
+):
+    """Windows deletes no file that is open."""
+    found = []
+    monkeypatch.setattr(write, "fcntl", None)
+    shuffle(source, executor=at(3, lambda: found.extend(tmp_path.rglob("lock"))))
+    assert not found
+    require_whole(tmp_path)

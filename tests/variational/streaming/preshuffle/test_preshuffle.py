@@ -25,7 +25,7 @@ import pytest
 from hypothesis import given, settings
 
 from pymc.variational._streaming.preshuffle import cli, plan
-from pymc.variational.streaming import StreamError, parquet_source, preshuffle
+from pymc.variational.streaming import StreamError, StreamWarning, parquet_source, preshuffle
 from tests.variational.streaming import strategies
 from tests.variational.streaming.preshuffle.preshuffled import (
     cut_small,
@@ -215,6 +215,34 @@ def test_mixed_missing_doubled_and_unmarked_files_are_noticed(tmp_path):
 
 
 @pytest.mark.usefixtures("small_tasks")
+def test_files_of_one_shuffle_that_are_missing_or_there_twice_are_not_shuffled_again(tmp_path):
+    """Their rows would be lost, or used twice, and the mark of the result would hide that."""
+    source = numbered(tmp_path / "in", 5000)
+    for seed in (1, 2):
+        shuffle(source, tmp_path / str(seed), seed=seed)
+    files = sorted((tmp_path / "1").iterdir())
+    (tmp_path / "copy.parquet").write_bytes(files[0].read_bytes())
+    for paths, message in (
+        (files[1:], "1 of the .* are missing; pass all of them, or partial=True to a source"),
+        ([*files, tmp_path / "copy.parquet"], "are the same file of a shuffle; remove one"),
+    ):
+        with pytest.raises(StreamError, match=message):
+            shuffle(paths, tmp_path / "out")
+    part = parquet_source(files[1:], partial=True)
+    assert shuffle(part, tmp_path / "part").rows == part.n_rows
+    more = numbered(tmp_path / "more", 100)
+    report = shuffle([tmp_path / "1", tmp_path / "2", more], tmp_path / "all")
+    assert report.rows == 5000 + 5000 + 100
+
+
+def test_a_copy_of_a_file_is_warned_of(tmp_path):
+    source = numbered(tmp_path / "in", 100)
+    (source / "copy.parquet").write_bytes((source / "0.parquet").read_bytes())
+    with pytest.warns(StreamWarning, match=r"copy\.parquet looks like a copy of .*0\.parquet"):
+        shuffle(source, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("small_tasks")
 def test_pages_carry_checksums_that_are_verified(tmp_path):
     shuffle(numbered(tmp_path / "in", 5000), tmp_path / "out")
     file = min((tmp_path / "out").iterdir())
@@ -255,6 +283,7 @@ def test_the_report_is_short_and_right(tmp_path):
         ({"split": {"a": 1.0, "b": 0.0}}, "'b' must be more than 0"),
         ({"split": {"a/b": 1.0}}, "'a/b' is not a name for a folder"),
         ({"split": {"_a": 1.0}}, "'_a' is not a name for a folder"),
+        ({"split": {0: 0.5, 1: 0.5}}, "0 is not a name for a folder"),
         ({"split": {"a": 0.999, "b": 0.001}}, "leaves 'b' without rows, of 100"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
@@ -264,6 +293,12 @@ def test_wrong_arguments_are_refused_and_leave_nothing(tmp_path, options, messag
     with pytest.raises((TypeError, ValueError), match=message):
         shuffle(source, tmp_path / "out", **options)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_no_row_is_lost_to_fractions_with_few_digits():
+    split = dict.fromkeys("abc", 0.3333333333)
+    parts = plan.cut_parts([10**10], split, row_bytes=1.0)
+    assert sum(part.n_rows for part in parts) == 10**10
 
 
 def test_the_smallest_limit_that_the_message_names_is_enough(tmp_path):
@@ -318,6 +353,15 @@ def test_a_destination_that_overlaps_the_source_is_refused(tmp_path, inside):
     source = numbered(tmp_path / "in", 100)
     with pytest.raises(ValueError, match=r"overlaps with source=.*; write to a directory outside"):
         shuffle(source, tmp_path / inside, overwrite=True)
+
+
+def test_a_glob_that_would_find_the_parts_of_a_split_is_refused(tmp_path):
+    """The next shuffle of it would use every row twice."""
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    numbered(tmp_path / "data" / "a" / "b", 100)
+    options = {"split": {"train": 0.5, "valid": 0.5}}
+    with pytest.raises(ValueError, match=r"overlaps with source=.*; write to a directory outside"):
+        shuffle(tmp_path / "data" / "*" / "*" / "*.parquet", tmp_path / "data" / "out", **options)
 
 
 @pytest.mark.parametrize(

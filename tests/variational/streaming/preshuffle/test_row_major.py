@@ -89,6 +89,19 @@ class TestRows:
         assert summary["carrier"].levels == ("UA", "AA", "DL")
         assert summary["dest"].levels == ("a", "b")
 
+    @pytest.mark.parametrize(
+        "categories", [[2, 1, 0], [2010, 2009], [0.5, 2.5], [3_000_000_000, 1]], ids=str
+    )
+    def test_categories_that_are_numbers_are_stored_as_codes_too(self, tmp_path, categories):
+        row = np.arange(200)
+        codes = row % len(categories)
+        category = pd.Categorical.from_codes(codes, categories)
+        shuffle(pd.DataFrame({"category": category, "row": row}), tmp_path / "out")
+        source = arrow_source(tmp_path / "out", categories=["category"])
+        assert source.levels["category"] == tuple(categories)
+        found, rows = rows_of(source).T.astype(int)
+        np.testing.assert_array_equal(found, codes[rows])
+
     def test_they_are_read_from_any_row_on_and_in_part(self, tmp_path, frame):
         shuffle(frame, tmp_path / "out")
         source = arrow_source(tmp_path / "out")
@@ -196,6 +209,11 @@ class TestGuarantees:
             ([None, 1.0], StreamError, "'bad' holds 1 nulls or NaN.*filter such rows"),
             ([np.inf, 1.0], StreamError, "'bad' holds 0 nulls or NaN, and 1.0 to inf"),
             ([[1], [2]], ValueError, "'bad' has type list.*leave it out with columns="),
+            (
+                pa.array([1, 2], pa.timestamp("s")).dictionary_encode(),
+                ValueError,
+                "'bad' has type dictionary<values=timestamp.*leave it out with columns=",
+            ),
         ],
     )
     def test_what_it_cannot_hold_is_refused_with_a_remedy(self, tmp_path, column, error, message):

@@ -384,6 +384,15 @@ def test_dictionaries_and_views_inside_of_others_become_plain(tmp_path, nest, ki
     assert found["words"].to_pylist() == nest(words).to_pylist()
 
 
+def test_dictionaries_of_batches_may_differ_in_type_and_hold_nulls(tmp_path):
+    words = [pa.array(["a", "b"]), pa.array(["b", "c"], pa.large_string())]
+    with_null = pa.DictionaryArray.from_arrays([0, 1, None], pa.array(["d", None]))
+    columns = [*(values.dictionary_encode() for values in words), with_null]
+    shuffle([pa.record_batch({"word": column}) for column in columns], tmp_path / "out")
+    found = pq.read_table(tmp_path / "out")["word"]
+    assert sorted(map(str, found.to_pylist())) == ["None", "None", "a", "b", "b", "c", "d"]
+
+
 def test_each_pass_is_told_of_in_one_line(tmp_path, frame, caplog):
     with caplog.at_level(logging.INFO, logger="pymc"):
         shuffle(frame, tmp_path / "out")

@@ -112,7 +112,7 @@ def check_marks(files: Iterable[Any], *, partial: bool = False) -> PreshuffleMar
     if missing and not partial:
         raise StreamError(
             f"{first}: {missing} of the {expected.n_files} files of its shuffle are missing; "
-            "pass all of them, or partial=True if the others are left out on purpose"
+            "pass all of them, or partial=True to a source if the others are left out on purpose"
         )
     return expected
 
