@@ -54,7 +54,7 @@ def server():
 @pytest.fixture(scope="module")
 def bucket(server, rows):
     """Put a folder of two files in a bucket, and one with page checksums in another folder."""
-    fs = connect(server, allow_bucket_creation=True)
+    fs = connect(server, allow_bucket_creation=True, request_timeout=60)
     fs.create_dir("bucket")
     for number, half in enumerate(np.split(rows, 2)):
         write(fs, f"bucket/in/{number}.parquet", half)
