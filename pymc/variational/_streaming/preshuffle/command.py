@@ -324,7 +324,7 @@ def _make_writer(
     summary, dictionaries = scattered.summary.finish(), scattered.summary.dictionaries()
     if format == "arrow":
         dictionaries = _find_levels(summary, plan.plain)
-    fingerprint = digest(table.contents, summary)
+    fingerprint = digest(table.contents, summary.to_metadata())
     marks = {
         folder: PreshuffleMark(
             shuffle=digest(fingerprint, plan, format, compression, parts, folder),

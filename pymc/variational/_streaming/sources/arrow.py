@@ -43,7 +43,12 @@ from pymc.variational._streaming.sources.parquet.mark import (
     parse_mark,
 )
 from pymc.variational._streaming.sources.parquet.paths import is_path, list_ipc
-from pymc.variational._streaming.sources.rows import FileSource, RowFormat, exact_limit
+from pymc.variational._streaming.sources.rows import (
+    FileSource,
+    RowFormat,
+    exact_limit,
+    value_type,
+)
 from pymc.variational._streaming.sources.summary import (
     Categories,
     Located,
@@ -52,7 +57,6 @@ from pymc.variational._streaming.sources.summary import (
     find_levels,
     given_columns,
     given_levels,
-    is_dictionary,
     is_text,
 )
 from pymc.variational._streaming.utils import crc_of_sums, digest, positive_int
@@ -345,11 +349,16 @@ class _RowMajorSource(FileSource):
 
     def _kept_levels(self, given: Mapping[str, Any], where: str) -> dict[str, tuple[Any, ...]]:
         """Return the levels whose codes the files hold, which those that are given must be."""
-        kept = {name: column.levels for name, column in self.summary.items() if column.levels}
+        kept = {
+            name: column.levels
+            for name, column in self.summary.items()
+            # Of a dictionary of numbers, the files hold the values.
+            if column.levels and (column.min is None or column.type == "bool")
+        }
         for name, levels in given.items():
             if name not in kept or (levels is not None and tuple(levels.to_pylist()) != kept[name]):
                 raise ValueError(
-                    f"{where}: column {name!r} holds codes of the levels {kept.get(name)}; "
+                    f"{where}: column {name!r} was written with {describe_levels(kept.get(name))}; "
                     "leave other levels out of categories, or shuffle to Parquet"
                 )
         return kept
@@ -415,16 +424,16 @@ def group_columns(schema: "pa.Schema") -> dict[str, list[str]]:
     is_: Any = pa.types
     groups: dict[str, list[str]] = {}
     for field in schema:
-        kind = field.type
+        kind = value_type(field.type)
         if is_.is_integer(kind) or is_.is_floating(kind):
             dtype = np.dtype(kind.to_pandas_dtype()).name
         elif is_.is_boolean(kind):
             dtype = "uint8"
-        elif is_dictionary(kind) or is_text(kind):
+        elif is_text(kind):
             dtype = "int32"
         else:
             raise ValueError(
-                f'column {field.name!r} has type {kind}, which format="arrow" cannot hold; '
+                f'column {field.name!r} has type {field.type}, which format="arrow" cannot hold; '
                 "leave it out with columns=[...], or write it as numbers"
             )
         groups.setdefault(dtype, []).append(field.name)

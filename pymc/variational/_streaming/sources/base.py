@@ -153,9 +153,7 @@ def is_finite(rows: np.ndarray) -> bool:
 
 def require_finite(rows: np.ndarray, offset: int) -> None:
     """Raise StreamError if a value is NaN or infinite; *offset* is the position of the first row."""
-    if rows.dtype.kind != "f":
-        return
-    if is_finite(rows):
+    if rows.dtype.kind != "f" or is_finite(rows):
         return
     places = np.argwhere(~np.isfinite(rows))
     if len(places):
@@ -189,5 +187,6 @@ def match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[i
         raise ValueError(
             f"sample_shape={shape} but a row of the source has shape {source.sample_shape}"
             + (f", columns {list(source.columns)}" if source.columns else "")
+            + "; leave it out"
         )
     return shape

@@ -31,7 +31,6 @@ from pymc.variational._streaming.sources.summary import (
     PER_SECOND,
     describe_levels,
     encode,
-    is_dictionary,
     is_text,
 )
 
@@ -45,6 +44,7 @@ __all__ = [
     "is_pandas_index",
     "piece_rows",
     "skip_rows",
+    "value_type",
 ]
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
@@ -126,8 +126,8 @@ class RowFormat:
         index = [name for name in names if is_pandas_index(name)]
         if columns is None and index:
             raise ValueError(
-                f"{where}: column {index[0]!r} is pandas' index; leave it out with columns=[...], "
-                "or write the rows with index=False"
+                f"{where}: column {index[0]!r} is pandas' index; drop it with "
+                f"reset_index(drop=True), or pass columns={[n for n in names if n not in index]}"
             )
         for name in levels.keys() - set(names):
             raise ValueError(f"{where}: categories names {name!r}, which is not in {list(names)}")
@@ -190,7 +190,9 @@ class RowFormat:
     def to_rows(self, batch: "pa.RecordBatch", where: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Interleave the columns of *batch*, and mark values that are not finite or exact, if any."""
         arrays = [self._numbers(name, batch.column(name), where) for name in self.columns]
-        values = [_to_numpy(array) for array in arrays]
+        # Nulls become zeros here.
+        filled = [a.fill_null(pa.scalar(0).cast(a.type)) if a.null_count else a for a in arrays]
+        values = [array.to_numpy(zero_copy_only=False) for array in filled]
         rows = _interleave(values, self.dtype)
         invalid = [self._invalid(j, *pair) for j, pair in enumerate(zip(arrays, values))]
         if is_finite(rows) and not any(mask.any() for mask in invalid):
@@ -233,7 +235,7 @@ class RowFormat:
         """Return numbers, and null for what is no number or none of the levels."""
         if name in self.levels:
             return encode(name, array, self.levels[name], where)
-        if is_dictionary(array.type):
+        if pa.types.is_dictionary(array.type):
             array = array.dictionary_decode()  # a value can be null in the dictionary itself
         if pa.types.is_temporal(array.type):
             return _seconds(array)
@@ -343,7 +345,7 @@ def _types(
     schema: "pa.Schema", names: Sequence[str], where: str, levels: Mapping[str, Any]
 ) -> tuple[_Type, ...]:
     """Return the types of these columns, or name all that cannot be used."""
-    kinds = {name: _value_type(schema.field(name).type) for name in names}
+    kinds = {name: value_type(schema.field(name).type) for name in names}
     types = {name: _number_type(kind) for name, kind in kinds.items() if name not in levels}
     unusable = [name for name, kind in types.items() if kind is None]
     unusable += [name for name in levels if pa.types.is_nested(kinds[name])]
@@ -359,8 +361,9 @@ def _types(
     return tuple(types.get(name) or _level_type(levels[name]) for name in names)
 
 
-def _value_type(kind: "pa.DataType") -> "pa.DataType":
-    return kind.value_type if is_dictionary(kind) else kind
+def value_type(kind: "pa.DataType") -> "pa.DataType":
+    """Return the type of the values, which may be those of a dictionary."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _level_type(levels: Any) -> _Type:
@@ -384,7 +387,7 @@ def _number_type(kind: "pa.DataType") -> _Type | None:
 def _seconds(array: "pa.Array") -> "pa.Array":
     """Return times as seconds since 1970, and null for those that cannot be got back exactly."""
     if pa.types.is_date(array.type):
-        array = array.cast(pa.timestamp("s"))
+        array = array.cast(pa.timestamp("ms"))
     unit = PER_SECOND[array.type.unit]
     is_null = array.is_null().to_numpy(zero_copy_only=False)
     ticks = array.cast(pa.int64()).fill_null(0).to_numpy()
@@ -394,16 +397,6 @@ def _seconds(array: "pa.Array") -> "pa.Array":
     seconds = ticks / unit
     lost |= np.rint(seconds * unit).astype(np.int64) != ticks
     return pa.array(seconds, mask=lost | is_null)
-
-
-def _to_numpy(array: "pa.Array") -> np.ndarray:
-    """Return the values of an array, and zeros for its nulls."""
-    if array.null_count:
-        array = array.fill_null(pa.scalar(0).cast(array.type))
-    if pa.types.is_boolean(array.type):
-        return array.to_numpy(zero_copy_only=False).view(np.uint8)
-    values = np.from_dlpack(array)
-    return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:

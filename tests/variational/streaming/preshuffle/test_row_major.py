@@ -89,6 +89,20 @@ class TestRows:
         assert summary["carrier"].levels == ("UA", "AA", "DL")
         assert summary["dest"].levels == ("a", "b")
 
+    @pytest.mark.parametrize(
+        "values",
+        [[0.5, 2.5, 1.5], [1, 2, 0], [2**40, 3, 2**40], [True, False, True]],
+        ids=["fractions", "small", "large", "booleans"],
+    )
+    def test_dictionaries_of_numbers_are_their_values(self, tmp_path, values):
+        table = pa.table({"row": [0, 1, 2], "x": pa.array(values).dictionary_encode()})
+        shuffle(table, tmp_path / "out")
+        source = arrow_source(tmp_path / "out")
+        assert not source.levels
+        assert sorted(map(tuple, rows_of(source))) == list(enumerate(values))
+        with pytest.raises(ValueError, match="'x' was written with no levels; leave other"):
+            arrow_source(tmp_path / "out", categories=["x"])
+
     def test_they_are_read_from_any_row_on_and_in_part(self, tmp_path, frame):
         shuffle(frame, tmp_path / "out")
         source = arrow_source(tmp_path / "out")
@@ -196,6 +210,11 @@ class TestGuarantees:
             ([None, 1.0], StreamError, "'bad' holds 1 nulls or NaN.*filter such rows"),
             ([np.inf, 1.0], StreamError, "'bad' holds 0 nulls or NaN, and 1.0 to inf"),
             ([[1], [2]], ValueError, "'bad' has type list.*leave it out with columns="),
+            (
+                pa.array([0, 1], pa.timestamp("s")).dictionary_encode(),
+                ValueError,
+                "'bad' has type dictionary.*timestamp.*leave it out with columns=",
+            ),
         ],
     )
     def test_what_it_cannot_hold_is_refused_with_a_remedy(self, tmp_path, column, error, message):

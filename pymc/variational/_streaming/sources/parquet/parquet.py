@@ -121,7 +121,8 @@ def parquet_source(
     Integer, floating, boolean, decimal and dictionary-of-number columns are accepted, and
     converted to the smallest type that holds all of them exactly, also where it differs between
     files (decimals with a fraction are rounded to float64). Timestamps and dates become float64
-    seconds since 1970, and must come back from there to their own unit.
+    seconds since 1970, and must come back from there to their own unit; that of INT96 timestamps
+    counts as microseconds.
 
     Memory is bounded by one read of 262,144 rows or fewer and one decoded page per column, whatever
     the size of files and row groups. Page checksums are verified where the files have them;
@@ -179,7 +180,7 @@ class _ParquetSource(FileSource):
         self.shuffled = self.mark is not None
         if self.shuffled and summary is not None:  # others need not be of these rows
             self.summary = summary.select(frozen.columns)
-            kept = levels_of(self.summary)
+            kept = levels_of(self.summary.select(levels))
             levels = {n: kept.get(n) if own is None else own for n, own in levels.items()}
         self._format = frozen.with_levels(find_levels(levels, self._read_columns, self.n_rows))
         self._format.describe(self)
@@ -195,6 +196,11 @@ class _ParquetSource(FileSource):
                 counts.append(sum(len(block) for block in self._read(file, [group], None)))
                 add(file.part_rows[group])
         self.n_dropped = n_rows - sum(counts)
+        if not any(counts):
+            raise ValueError(
+                f"{self._files[0].path}: all {n_rows} rows hold a value that is invalid; "
+                "leave the column that does out with columns=[...]"
+            )
         self._set_rows(counts)
 
     @property
