@@ -108,11 +108,6 @@ class RowFormat:
         """Which columns hold integers, and so must survive every later cast."""
         return tuple(kind.integral for kind in self.types)
 
-    @property
-    def times(self) -> dict[str, bool | str]:
-        """The columns of times, with "UTC" where their zone is known."""
-        return {name: kind.is_time for name, kind in zip(self.columns, self.types) if kind.is_time}
-
     @classmethod
     def from_schema(
         cls,
@@ -170,7 +165,10 @@ class RowFormat:
     def describe(self, source: Source) -> None:
         """Tell what the columns of a source are, once the levels are known."""
         source.columns, source.sample_shape = self.columns, (len(self.columns),)
-        source.integral, source.times = self.integral, self.times
+        source.integral = self.integral
+        source.times = {
+            n: kind.is_time for n, kind in zip(self.columns, self.types) if kind.is_time
+        }
         source.levels = {n: tuple(levels.to_pylist()) for n, levels in self.levels.items()}
 
     def pieces(self, batch: "pa.RecordBatch", where: str) -> Iterator[np.ndarray]:
@@ -355,8 +353,9 @@ def _types(
         text = [name for name in unusable if is_text(kinds[name])]
         remedies = [f"leave them out with columns={usable}"] if usable else []
         remedies += [f"stream levels with categories={text}"] if text else []
+        remedy = f"{' or '.join(remedies)}, which arrow_source and parquet_source take"
         raise ValueError(
-            f"{where}: not numbers: {found}; {' or '.join(remedies) or 'write them as numbers'}"
+            f"{where}: not numbers: {found}; {remedy if remedies else 'write them as numbers'}"
         )
     return tuple(types.get(name) or _level_type(levels[name]) for name in names)
 
@@ -401,10 +400,7 @@ def _seconds(array: "pa.Array") -> "pa.Array":
 
 def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     """Return the rows of some columns."""
-    if len(values) > _FEW_COLUMNS:
-        columns = np.concatenate(values, dtype=dtype, casting="unsafe").reshape(len(values), -1)
-        return np.ascontiguousarray(columns.T)
-    rows = np.empty((len(values[0]), len(values)), dtype)
-    for j, column in enumerate(values):
-        rows[:, j] = column
-    return rows
+    if len(values) <= _FEW_COLUMNS:
+        return np.stack(values, axis=1, dtype=dtype, casting="unsafe")
+    columns = np.concatenate(values, dtype=dtype, casting="unsafe").reshape(len(values), -1)
+    return np.ascontiguousarray(columns.T)
