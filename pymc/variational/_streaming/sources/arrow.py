@@ -31,7 +31,7 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import IterableSource, as_source, is_table
-from pymc.variational._streaming.sources.base import Source, is_arrow
+from pymc.variational._streaming.sources.base import Source, is_arrow, value_type
 from pymc.variational._streaming.sources.parquet.files import (
     as_stream_error,
     pa,
@@ -43,12 +43,7 @@ from pymc.variational._streaming.sources.parquet.mark import (
     parse_mark,
 )
 from pymc.variational._streaming.sources.parquet.paths import is_path, list_ipc
-from pymc.variational._streaming.sources.rows import (
-    FileSource,
-    RowFormat,
-    exact_limit,
-    value_type,
-)
+from pymc.variational._streaming.sources.rows import FileSource, RowFormat, exact_limit
 from pymc.variational._streaming.sources.summary import (
     Categories,
     Located,
@@ -135,13 +130,13 @@ def arrow_source(
     size = None if n_rows is None else positive_int("n_rows", n_rows)
     if is_path(make_reader):
         paths = list_ipc(make_reader)
+        source: FileSource
         with _reading(paths[0]) as reader:
-            is_row_major = _ROWS_KEY in (reader.schema.metadata or {})
-        source: Source = (
-            _RowMajorSource(paths, columns, levels, partial)
-            if is_row_major
-            else _IpcSource(paths, columns, levels)
-        )
+            metadata = reader.schema.metadata or {}
+        if _ROWS_KEY in metadata:
+            source = _RowMajorSource(paths, columns, levels, partial)
+        else:
+            source = _IpcSource(paths, columns, levels)
         if size not in (None, source.n_rows):
             raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
         return source
@@ -404,7 +399,7 @@ class _RowMajorSource(FileSource):
             raise StreamError(
                 f"{path}: record batch {number} is not what preshuffle wrote; shuffle the rows again"
             )
-        if len(self._groups) == 1 and self._moves[0][1:] == (slice(0, len(self._groups[0])),) * 2:
+        if list(self._format.columns) == self._groups[0]:
             return arrays[0]
         rows = np.empty((batch.num_rows, len(self._format.columns)), self._format.dtype)
         for group, source, target in self._moves:

@@ -34,6 +34,7 @@ __all__ = [
     "match_shape",
     "require_finite",
     "shorten",
+    "value_type",
 ]
 
 
@@ -138,6 +139,11 @@ def as_batch(
 def is_arrow(block: Any) -> bool:
     """Whether *block* can be read through Arrow's C interface."""
     return hasattr(block, "__arrow_c_array__") or hasattr(block, "__arrow_c_stream__")
+
+
+def value_type(kind: "pa.DataType") -> "pa.DataType":
+    """Return the type of the values, which may be those of a dictionary."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def shorten(names: Sequence[str], n: int = 8) -> list[str]:

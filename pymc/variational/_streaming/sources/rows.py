@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.base import Source, is_finite
+from pymc.variational._streaming.sources.base import Source, is_finite, value_type
 from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.summary import (
     PER_SECOND,
@@ -44,7 +44,6 @@ __all__ = [
     "is_pandas_index",
     "piece_rows",
     "skip_rows",
-    "value_type",
 ]
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
@@ -358,11 +357,6 @@ def _types(
             f"{where}: not numbers: {found}; {remedy if remedies else 'write them as numbers'}"
         )
     return tuple(types.get(name) or _level_type(levels[name]) for name in names)
-
-
-def value_type(kind: "pa.DataType") -> "pa.DataType":
-    """Return the type of the values, which may be those of a dictionary."""
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _level_type(levels: Any) -> _Type:

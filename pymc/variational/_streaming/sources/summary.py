@@ -45,10 +45,9 @@ __all__ = [
     "given_columns",
     "given_levels",
     "is_text",
-    "levels_of",
 ]
 
-Categories = Sequence[str] | Mapping[str, Sequence[Any]]
+Categories = Sequence[str] | Mapping[str, Sequence[Any] | None]
 Located = tuple[str, "pa.RecordBatch"]
 """A record batch, after the name of its file or its place in the source."""
 
@@ -118,13 +117,12 @@ class Summary(Mapping[str, ColumnSummary]):
             return None
         try:
             values = json.loads(entry)
+            for kept in values["columns"].values():
+                kept["levels"] = None if kept["levels"] is None else tuple(kept["levels"])
             columns = {name: ColumnSummary(**kept) for name, kept in values["columns"].items()}
+            return cls(values["rows"], columns)
         except (KeyError, TypeError, ValueError) as err:
             raise StreamError(f"{path}: its summary cannot be read ({err})") from err
-        for name, column in columns.items():
-            if column.levels is not None:
-                columns[name] = dataclasses.replace(column, levels=tuple(column.levels))
-        return cls(values["rows"], columns)
 
     def __repr__(self) -> str:
         return self._as_text().to_string()
@@ -353,12 +351,6 @@ def _add_levels(name: str, known: Any, array: "pa.Array", where: str) -> Any:
     if known is not None:
         values = cast_exactly(name, values, known.type, where)
     return _append_new(known, values) if len(values) else known
-
-
-def levels_of(summary: Summary) -> dict[str, Any]:
-    """Return the levels of the columns that :func:`preshuffle` kept in the summary of a table."""
-    kept = {name: column.levels for name, column in summary.items()}
-    return {name: _as_levels(name, list(levels)) for name, levels in kept.items() if levels}
 
 
 def encode(name: str, array: "pa.Array", levels: "pa.Array", where: str) -> "pa.Array":

@@ -41,7 +41,6 @@ from pymc.variational._streaming.sources.summary import (
     find_levels,
     given_columns,
     given_levels,
-    levels_of,
 )
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
@@ -180,8 +179,8 @@ class _ParquetSource(FileSource):
         self.shuffled = self.mark is not None
         if self.shuffled and summary is not None:  # others need not be of these rows
             self.summary = summary.select(frozen.columns)
-            kept = levels_of(self.summary.select(levels))
-            levels = {n: kept.get(n) if own is None else own for n, own in levels.items()}
+            kept = given_levels({name: self.summary[name].levels or None for name in levels})
+            levels = {name: kept[name] if own is None else own for name, own in levels.items()}
         self._format = frozen.with_levels(find_levels(levels, self._read_columns, self.n_rows))
         self._format.describe(self)
         self._piece_rows = piece_rows(len(frozen.columns))
