@@ -56,7 +56,7 @@ from pymc.variational._streaming.sources.parquet.files import pa, warn_of_copies
 from pymc.variational._streaming.sources.parquet.mark import PreshuffleMark, check_marks
 from pymc.variational._streaming.sources.parquet.paths import resolve
 from pymc.variational._streaming.sources.rows import PIECE_ROWS
-from pymc.variational._streaming.sources.summary import Summary, is_dictionary, is_text
+from pymc.variational._streaming.sources.summary import Summary
 from pymc.variational._streaming.sources.tables import Batches, Files, open_table
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
@@ -353,8 +353,8 @@ def _make_writer(
     assert scattered.summary is not None
     summary, dictionaries = scattered.summary.finish(), scattered.summary.dictionaries()
     if format == "arrow":
-        dictionaries = _find_levels(summary, plan)
-    fingerprint = digest(table.contents, summary)
+        dictionaries = _find_levels(summary, plan.plain)
+    fingerprint = digest(table.contents, summary.to_metadata())
     marks = {
         folder: PreshuffleMark(
             shuffle=digest(fingerprint, plan, format, compression, parts, folder),
@@ -372,24 +372,23 @@ def _make_writer(
     return Writer(plan.schema, dictionaries, summary, compression, marks, format, batch_rows)
 
 
-def _find_levels(summary: Summary, plan: Plan) -> dict[str, "pa.Array"]:
-    """Return the levels of categories and strings; refuse what has no code or number."""
+def _find_levels(summary: Summary, plain: "pa.Schema") -> dict[str, "pa.Array"]:
+    """Return the levels of all columns that are no numbers; refuse what has no code or number."""
     levels = {}
-    for field, plain in zip(plan.schema, plan.plain):
-        name, column = field.name, summary[field.name]
+    for name, column in summary.items():
         ends = [0 if end is None else end for end in (column.min, column.max)]
         if column.nulls or not np.isfinite(ends).all():
             raise StreamError(
                 f"column {name!r} holds {column.nulls} nulls or NaN, and {column.min} to "
                 f'{column.max}; filter such rows, or pass format="parquet"'
             )
-        if is_dictionary(field.type) or is_text(field.type):
+        if column.min is None:
             if column.levels is None:
                 raise StreamError(
                     f"column {name!r} has more than 4,096 levels; leave it out with columns=[...], "
                     'or pass format="parquet"'
                 )
-            levels[name] = pa.array(column.levels, plain.type)
+            levels[name] = pa.array(column.levels, plain.field(name).type)
     return levels
 
 

@@ -87,7 +87,8 @@ def scatter(plan: Plan, folder: str, index: int, batches: Iterable[Located]) -> 
     path = f"{folder}/{index:06}.rows"
     summary = Summarizer(plan.schema)
     plain = (
-        conform(summary.add_dictionaries(batch), plan.plain, where) for where, batch in batches
+        conform(summary.add_dictionaries(batch, where), plan.plain, where)
+        for where, batch in batches
     )
     blocks = map(summary.add, _join(plain, plan.block_bytes))
     with _memory_for_a_task(plan.at_once):

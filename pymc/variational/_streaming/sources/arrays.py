@@ -30,7 +30,7 @@ from pymc.variational._streaming.sources.base import (
 )
 from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.parquet.paths import is_path
-from pymc.variational._streaming.sources.rows import RowFormat, skip_rows
+from pymc.variational._streaming.sources.rows import RowFormat, choose_columns, skip_rows
 from pymc.variational._streaming.sources.summary import Located, find_levels
 from pymc.variational._streaming.utils import digest
 
@@ -52,6 +52,8 @@ def as_source(data: Any) -> Source:
     if is_path(data):
         path = data if isinstance(data, list | tuple) else os.fspath(data)
         raise TypeError(f"source={path!r} is a path; pass parquet_source({path!r})")
+    if is_table(data):
+        return IterableSource(lambda: data, n_rows=len(data))
     if hasattr(data, "toarray"):
         raise TypeError(
             f"source={type(data).__name__} is sparse; pass a function that yields blocks of its "
@@ -59,8 +61,6 @@ def as_source(data: Any) -> Source:
         )
     if hasattr(data, "as_tensor"):
         raise TypeError("source is a StreamingDataset; pass the source that it was made of")
-    if is_table(data):
-        return IterableSource(lambda: data, n_rows=len(data))
     if all(hasattr(data, name) for name in ("shape", "dtype", "__getitem__")):
         return _ArraySource(data)
     if isinstance(data, Iterator):  # readers of Arrow among them
@@ -147,17 +147,24 @@ class IterableSource(Source):
         self._probed: Any = None
         """What *make* returned to be probed, until it is called again."""
 
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """Digest of what was asked for; nobody can know whether the rows are the same."""
+        self._find_levels()
+        levels = {name: known.to_pylist() for name, known in self._levels.items()}
+        return digest(self.n_rows, self._names, levels)
+
     def probe(self) -> None:
         if self.sample_shape is None:
             self._find_levels()
             self._probed = self._open()
-            _first_of(self._convert(_arrow_batches(self._probed)))
+            _require_block(self._convert(self._probed))
 
     def blocks(
         self, epoch: int = 0, start: int = 0, *, block_rows: int | None = None
     ) -> Generator[np.ndarray]:
         self._find_levels()
-        return skip_rows(self._counted(self._convert(_arrow_batches(self._open()))), start)
+        return skip_rows(self._convert(self._open()), start)
 
     def _open(self) -> Any:
         made, probed, self._probed = self._make(), self._probed, None
@@ -173,38 +180,31 @@ class IterableSource(Source):
 
     def _first_pass(self, names: Sequence[str]) -> Iterator[Located]:
         """Yield batches whose columns hold what levels can be found of."""
-        self._probed = self._open()
-        for number, block in enumerate(_arrow_batches(self._probed)):
-            where = f"block {number}"
-            self._require_names(block, where)
-            RowFormat.from_schema(block.schema, self._names, where, self._levels)
-            yield where, block
+        for where, batch in self.batches():
+            RowFormat.from_schema(batch.schema, self._names, where, self._levels)
+            yield where, batch
 
     def batches(self) -> Iterator[Located]:
-        for number, block in enumerate(_arrow_batches(self._open())):
+        self._probed = self._open()
+        for where, block in self._numbered(self._probed):
             batch = block if is_arrow(block) else as_batch(_as_rows(block), None)
-            names = batch.schema.names if self._names is None else list(self._names)
-            yield f"block {number}", batch.select(names)
+            yield where, batch.select(choose_columns(batch.schema, self._names, where))
 
-    def _counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """Pass blocks on as long as they keep what ``n_rows`` promises."""
-        n_rows = 0
-        for block in blocks:
-            n_rows += len(block)
-            if self.n_rows is not None and n_rows > self.n_rows:
-                break
-            yield block
-        if self.n_rows not in (None, n_rows):
-            raise StreamError(
-                f"source gave {n_rows} rows where n_rows={self.n_rows}; pass the number of rows of "
-                "one pass, and a function that reads them all each time"
-            )
+    def _numbered(self, made: Any) -> Iterator[tuple[str, Any]]:
+        """Yield blocks after their places, and refuse to choose columns of those without names."""
+        names = list(self._names or self._levels)
+        for number, block in enumerate(_arrow_batches(made)):
+            if names and not is_arrow(block):
+                raise TypeError(
+                    f"columns={names} are chosen from Arrow blocks by name, and block {number} is "
+                    f"{type(block).__name__}; leave columns and categories out, and choose by "
+                    "place in the function, or yield Arrow record batches"
+                )
+            yield f"block {number}", block
 
-    def _convert(self, blocks: Iterable[Any]) -> Iterator[np.ndarray]:
+    def _convert(self, made: Any) -> Iterator[np.ndarray]:
         n_rows = 0
-        for number, block in enumerate(blocks):
-            where = f"block {number}"
-            self._require_names(block, where)
+        for where, block in self._numbered(made):
             # An iterable may write its next block to the memory of this one.
             own = self._arrow_rows(block, where) if is_arrow(block) else [_as_rows(block).copy()]
             for rows in own:
@@ -213,16 +213,17 @@ class IterableSource(Source):
                 _require_kind(rows, self._kind, where)
                 require_finite(rows, n_rows)
                 n_rows += len(rows)
+                self._compare(n_rows, whole=False)
                 yield rows
+        self._compare(n_rows, whole=True)
 
-    def _require_names(self, block: Any, where: str) -> None:
-        """Refuse to choose columns by name from what has none."""
-        names = list(self._names or self._levels)
-        if names and not is_arrow(block):
-            raise TypeError(
-                f"columns={names} are chosen from Arrow blocks by name, and {where} is "
-                f"{type(block).__name__}; leave columns and categories out, and choose by place "
-                "in the function, or yield Arrow record batches"
+    def _compare(self, n_rows: int, *, whole: bool) -> None:
+        """Compare the rows of a pass, or of the part that was read, with what was promised."""
+        promised = n_rows if self.n_rows is None else self.n_rows
+        if n_rows > promised or (whole and n_rows < promised):
+            raise StreamError(
+                f"source gave {n_rows} rows where n_rows={promised}; pass the number of rows of "
+                "one pass, and a function that reads them all each time"
             )
 
     def _arrow_rows(self, batch: Any, where: str) -> Iterator[np.ndarray]:
@@ -243,7 +244,7 @@ class _OneShotSource(IterableSource):
     def probe(self) -> None:
         if self.sample_shape is None and self._unread is not None:
             first, self._unread = tee(self._unread)
-            _first_of(self._convert(first))
+            _require_block(self._convert(first))
 
     def _open(self) -> Iterator[Any]:
         if self._unread is None:
@@ -292,10 +293,9 @@ def _as_rows(block: Any) -> np.ndarray:
     return np.asarray(block)
 
 
-def _first_of(blocks: Iterator[np.ndarray]) -> np.ndarray:
-    for block in blocks:
-        return block
-    raise ValueError("source yields no blocks, so the shape of a row is unknown")
+def _require_block(blocks: Iterator[np.ndarray]) -> None:
+    if next(blocks, None) is None:
+        raise ValueError("source yields no blocks, so the shape of a row is unknown")
 
 
 def _kind(rows: np.ndarray) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.sources.arrays import IterableSource, as_source, is_table
-from pymc.variational._streaming.sources.base import Source, is_arrow
+from pymc.variational._streaming.sources.base import Source, is_arrow, value_type
 from pymc.variational._streaming.sources.parquet.files import (
     as_stream_error,
     pa,
@@ -52,7 +52,6 @@ from pymc.variational._streaming.sources.summary import (
     find_levels,
     given_columns,
     given_levels,
-    is_dictionary,
     is_text,
 )
 from pymc.variational._streaming.utils import crc_of_sums, digest, positive_int
@@ -131,13 +130,13 @@ def arrow_source(
     size = None if n_rows is None else positive_int("n_rows", n_rows)
     if is_path(make_reader):
         paths = list_ipc(make_reader)
+        source: FileSource
         with _reading(paths[0]) as reader:
-            is_row_major = _ROWS_KEY in (reader.schema.metadata or {})
-        source: Source = (
-            _RowMajorSource(paths, columns, levels, partial)
-            if is_row_major
-            else _IpcSource(paths, columns, levels)
-        )
+            metadata = reader.schema.metadata or {}
+        if _ROWS_KEY in metadata:
+            source = _RowMajorSource(paths, columns, levels, partial)
+        else:
+            source = _IpcSource(paths, columns, levels)
         if size not in (None, source.n_rows):
             raise ValueError(f"n_rows={n_rows} but the files hold {source.n_rows}; leave it out")
         return source
@@ -345,11 +344,16 @@ class _RowMajorSource(FileSource):
 
     def _kept_levels(self, given: Mapping[str, Any], where: str) -> dict[str, tuple[Any, ...]]:
         """Return the levels whose codes the files hold, which those that are given must be."""
-        kept = {name: column.levels for name, column in self.summary.items() if column.levels}
+        kept = {
+            name: column.levels
+            for name, column in self.summary.items()
+            # Of a dictionary of numbers, the files hold the values.
+            if column.levels and (column.min is None or column.type == "bool")
+        }
         for name, levels in given.items():
             if name not in kept or (levels is not None and tuple(levels.to_pylist()) != kept[name]):
                 raise ValueError(
-                    f"{where}: column {name!r} holds codes of the levels {kept.get(name)}; "
+                    f"{where}: column {name!r} was written with {describe_levels(kept.get(name))}; "
                     "leave other levels out of categories, or shuffle to Parquet"
                 )
         return kept
@@ -395,7 +399,7 @@ class _RowMajorSource(FileSource):
             raise StreamError(
                 f"{path}: record batch {number} is not what preshuffle wrote; shuffle the rows again"
             )
-        if len(self._groups) == 1 and self._moves[0][1:] == (slice(0, len(self._groups[0])),) * 2:
+        if list(self._format.columns) == self._groups[0]:
             return arrays[0]
         rows = np.empty((batch.num_rows, len(self._format.columns)), self._format.dtype)
         for group, source, target in self._moves:
@@ -415,18 +419,16 @@ def group_columns(schema: "pa.Schema") -> dict[str, list[str]]:
     is_: Any = pa.types
     groups: dict[str, list[str]] = {}
     for field in schema:
-        kind = field.type
-        values = kind.value_type if is_dictionary(kind) else kind
-        is_number = is_.is_integer(values) or is_.is_floating(values) or is_.is_boolean(values)
-        if is_text(values) or (is_dictionary(kind) and is_number):
-            dtype = "int32"  # of the codes of levels
+        kind = value_type(field.type)
+        if is_.is_integer(kind) or is_.is_floating(kind):
+            dtype = np.dtype(kind.to_pandas_dtype()).name
         elif is_.is_boolean(kind):
             dtype = "uint8"
-        elif is_number:
-            dtype = np.dtype(kind.to_pandas_dtype()).name
+        elif is_text(kind):
+            dtype = "int32"
         else:
             raise ValueError(
-                f'column {field.name!r} has type {kind}, which format="arrow" cannot hold; '
+                f'column {field.name!r} has type {field.type}, which format="arrow" cannot hold; '
                 "leave it out with columns=[...], or write it as numbers"
             )
         groups.setdefault(dtype, []).append(field.name)

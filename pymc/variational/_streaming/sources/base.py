@@ -34,6 +34,7 @@ __all__ = [
     "match_shape",
     "require_finite",
     "shorten",
+    "value_type",
 ]
 
 
@@ -140,6 +141,11 @@ def is_arrow(block: Any) -> bool:
     return hasattr(block, "__arrow_c_array__") or hasattr(block, "__arrow_c_stream__")
 
 
+def value_type(kind: "pa.DataType") -> "pa.DataType":
+    """Return the type of the values, which may be those of a dictionary."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def shorten(names: Sequence[str], n: int = 8) -> list[str]:
     """Return the first *n* names, and how many more there are."""
     return [*names[:n], *([f"{len(names) - n} more"] if len(names) > n else [])]
@@ -153,9 +159,7 @@ def is_finite(rows: np.ndarray) -> bool:
 
 def require_finite(rows: np.ndarray, offset: int) -> None:
     """Raise StreamError if a value is NaN or infinite; *offset* is the position of the first row."""
-    if rows.dtype.kind != "f":
-        return
-    if is_finite(rows):
+    if rows.dtype.kind != "f" or is_finite(rows):
         return
     places = np.argwhere(~np.isfinite(rows))
     if len(places):
@@ -189,5 +193,6 @@ def match_shape(source: Source, sample_shape: tuple[int, ...] | None) -> tuple[i
         raise ValueError(
             f"sample_shape={shape} but a row of the source has shape {source.sample_shape}"
             + (f", columns {list(source.columns)}" if source.columns else "")
+            + "; leave it out"
         )
     return shape

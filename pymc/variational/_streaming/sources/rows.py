@@ -25,13 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.sources.base import Source, is_finite
+from pymc.variational._streaming.sources.base import Source, is_finite, value_type
 from pymc.variational._streaming.sources.parquet.files import pa
 from pymc.variational._streaming.sources.summary import (
     PER_SECOND,
     describe_levels,
     encode,
-    is_dictionary,
     is_text,
 )
 
@@ -108,11 +107,6 @@ class RowFormat:
         """Which columns hold integers, and so must survive every later cast."""
         return tuple(kind.integral for kind in self.types)
 
-    @property
-    def times(self) -> dict[str, bool | str]:
-        """The columns of times, with "UTC" where their zone is known."""
-        return {name: kind.is_time for name, kind in zip(self.columns, self.types) if kind.is_time}
-
     @classmethod
     def from_schema(
         cls,
@@ -126,8 +120,8 @@ class RowFormat:
         index = [name for name in names if is_pandas_index(name)]
         if columns is None and index:
             raise ValueError(
-                f"{where}: column {index[0]!r} is pandas' index; leave it out with columns=[...], "
-                "or write the rows with index=False"
+                f"{where}: column {index[0]!r} is pandas' index; drop it with "
+                f"reset_index(drop=True), or pass columns={[n for n in names if n not in index]}"
             )
         for name in levels.keys() - set(names):
             raise ValueError(f"{where}: categories names {name!r}, which is not in {list(names)}")
@@ -170,7 +164,10 @@ class RowFormat:
     def describe(self, source: Source) -> None:
         """Tell what the columns of a source are, once the levels are known."""
         source.columns, source.sample_shape = self.columns, (len(self.columns),)
-        source.integral, source.times = self.integral, self.times
+        source.integral = self.integral
+        source.times = {
+            n: kind.is_time for n, kind in zip(self.columns, self.types) if kind.is_time
+        }
         source.levels = {n: tuple(levels.to_pylist()) for n, levels in self.levels.items()}
 
     def pieces(self, batch: "pa.RecordBatch", where: str) -> Iterator[np.ndarray]:
@@ -190,7 +187,9 @@ class RowFormat:
     def to_rows(self, batch: "pa.RecordBatch", where: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Interleave the columns of *batch*, and mark values that are not finite or exact, if any."""
         arrays = [self._numbers(name, batch.column(name), where) for name in self.columns]
-        values = [_to_numpy(array) for array in arrays]
+        # Nulls become zeros here.
+        filled = [a.fill_null(pa.scalar(0).cast(a.type)) if a.null_count else a for a in arrays]
+        values = [array.to_numpy(zero_copy_only=False) for array in filled]
         rows = _interleave(values, self.dtype)
         invalid = [self._invalid(j, *pair) for j, pair in enumerate(zip(arrays, values))]
         if is_finite(rows) and not any(mask.any() for mask in invalid):
@@ -233,7 +232,7 @@ class RowFormat:
         """Return numbers, and null for what is no number or none of the levels."""
         if name in self.levels:
             return encode(name, array, self.levels[name], where)
-        if is_dictionary(array.type):
+        if pa.types.is_dictionary(array.type):
             array = array.dictionary_decode()  # a value can be null in the dictionary itself
         if pa.types.is_temporal(array.type):
             return _seconds(array)
@@ -343,7 +342,7 @@ def _types(
     schema: "pa.Schema", names: Sequence[str], where: str, levels: Mapping[str, Any]
 ) -> tuple[_Type, ...]:
     """Return the types of these columns, or name all that cannot be used."""
-    kinds = {name: _value_type(schema.field(name).type) for name in names}
+    kinds = {name: value_type(schema.field(name).type) for name in names}
     types = {name: _number_type(kind) for name, kind in kinds.items() if name not in levels}
     unusable = [name for name, kind in types.items() if kind is None]
     unusable += [name for name in levels if pa.types.is_nested(kinds[name])]
@@ -353,14 +352,11 @@ def _types(
         text = [name for name in unusable if is_text(kinds[name])]
         remedies = [f"leave them out with columns={usable}"] if usable else []
         remedies += [f"stream levels with categories={text}"] if text else []
+        remedy = f"{' or '.join(remedies)}, which arrow_source and parquet_source take"
         raise ValueError(
-            f"{where}: not numbers: {found}; {' or '.join(remedies) or 'write them as numbers'}"
+            f"{where}: not numbers: {found}; {remedy if remedies else 'write them as numbers'}"
         )
     return tuple(types.get(name) or _level_type(levels[name]) for name in names)
-
-
-def _value_type(kind: "pa.DataType") -> "pa.DataType":
-    return kind.value_type if is_dictionary(kind) else kind
 
 
 def _level_type(levels: Any) -> _Type:
@@ -384,7 +380,7 @@ def _number_type(kind: "pa.DataType") -> _Type | None:
 def _seconds(array: "pa.Array") -> "pa.Array":
     """Return times as seconds since 1970, and null for those that cannot be got back exactly."""
     if pa.types.is_date(array.type):
-        array = array.cast(pa.timestamp("s"))
+        array = array.cast(pa.timestamp("ms"))
     unit = PER_SECOND[array.type.unit]
     is_null = array.is_null().to_numpy(zero_copy_only=False)
     ticks = array.cast(pa.int64()).fill_null(0).to_numpy()
@@ -396,22 +392,9 @@ def _seconds(array: "pa.Array") -> "pa.Array":
     return pa.array(seconds, mask=lost | is_null)
 
 
-def _to_numpy(array: "pa.Array") -> np.ndarray:
-    """Return the values of an array, and zeros for its nulls."""
-    if array.null_count:
-        array = array.fill_null(pa.scalar(0).cast(array.type))
-    if pa.types.is_boolean(array.type):
-        return array.to_numpy(zero_copy_only=False).view(np.uint8)
-    values = np.from_dlpack(array)
-    return values.astype(np.float32) if values.dtype == np.float16 else values
-
-
 def _interleave(values: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     """Return the rows of some columns."""
-    if len(values) > _FEW_COLUMNS:
-        columns = np.concatenate(values, dtype=dtype, casting="unsafe").reshape(len(values), -1)
-        return np.ascontiguousarray(columns.T)
-    rows = np.empty((len(values[0]), len(values)), dtype)
-    for j, column in enumerate(values):
-        rows[:, j] = column
-    return rows
+    if len(values) <= _FEW_COLUMNS:
+        return np.stack(values, axis=1, dtype=dtype, casting="unsafe")
+    columns = np.concatenate(values, dtype=dtype, casting="unsafe").reshape(len(values), -1)
+    return np.ascontiguousarray(columns.T)

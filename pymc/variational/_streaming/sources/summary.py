@@ -44,12 +44,10 @@ __all__ = [
     "find_levels",
     "given_columns",
     "given_levels",
-    "is_dictionary",
     "is_text",
-    "levels_of",
 ]
 
-Categories = Sequence[str] | Mapping[str, Sequence[Any]]
+Categories = Sequence[str] | Mapping[str, Sequence[Any] | None]
 Located = tuple[str, "pa.RecordBatch"]
 """A record batch, after the name of its file or its place in the source."""
 
@@ -119,13 +117,12 @@ class Summary(Mapping[str, ColumnSummary]):
             return None
         try:
             values = json.loads(entry)
+            for kept in values["columns"].values():
+                kept["levels"] = None if kept["levels"] is None else tuple(kept["levels"])
             columns = {name: ColumnSummary(**kept) for name, kept in values["columns"].items()}
+            return cls(values["rows"], columns)
         except (KeyError, TypeError, ValueError) as err:
             raise StreamError(f"{path}: its summary cannot be read ({err})") from err
-        for name, column in columns.items():
-            if column.levels is not None:
-                columns[name] = dataclasses.replace(column, levels=tuple(column.levels))
-        return cls(values["rows"], columns)
 
     def __repr__(self) -> str:
         return self._as_text().to_string()
@@ -148,7 +145,7 @@ class Summarizer:
     def __init__(self, schema: "pa.Schema"):
         self.rows = 0
         self._columns = [_Column(field.name, field.type) for field in schema]
-        self._encoded = [column for column in self._columns if is_dictionary(column.kind)]
+        self._encoded = [column for column in self._columns if pa.types.is_dictionary(column.kind)]
 
     def add(self, batch: "pa.RecordBatch") -> "pa.RecordBatch":
         """Add and return rows, whose dictionaries were decoded after :meth:`add_dictionaries`."""
@@ -157,12 +154,14 @@ class Summarizer:
             column.add(values)
         return batch
 
-    def add_dictionaries(self, batch: "pa.RecordBatch") -> "pa.RecordBatch":
+    def add_dictionaries(self, batch: "pa.RecordBatch", where: str) -> "pa.RecordBatch":
         """Add the dictionaries of a batch, which is returned, without its rows."""
         for column in self._encoded:
-            values = batch.column(column.name)
-            if is_dictionary(values.type):
-                column.add_levels(dictionary_of(values).cast(column.kind.value_type).drop_null())
+            array = batch.column(column.name)
+            # A column that is a dictionary in the first batch can be plain in others.
+            is_plain = not pa.types.is_dictionary(array.type)
+            values = (array.unique() if is_plain else dictionary_of(array)).drop_null()
+            column.add_levels(cast_exactly(column.name, values, column.kind.value_type, where))
         return batch
 
     def merge(self, later: "Summarizer") -> None:
@@ -253,7 +252,7 @@ class _Column:
         levels = self.levels.drop_null().to_pylist()
         if not all(isinstance(level, str | int | float) for level in levels):
             return None
-        return tuple(levels if is_dictionary(self.kind) else sorted(levels))
+        return tuple(levels if pa.types.is_dictionary(self.kind) else sorted(levels))
 
 
 def _describe(column: ColumnSummary) -> list[str]:
@@ -279,7 +278,7 @@ def _as_numbers(array: "pa.Array") -> Any:
     """Return values without nulls as numbers, times in seconds; None for values of other kinds."""
     is_, kind = pa.types, array.type
     if is_.is_date(kind):
-        array = array.cast(pa.timestamp("s"))
+        array = array.cast(pa.timestamp("ms"))
     if unit := getattr(array.type, "unit", None):
         ticks = array.view(f"int{array.type.bit_width}").to_numpy()
         return pa.array(ticks / PER_SECOND[unit])
@@ -302,7 +301,7 @@ def given_levels(categories: Categories | None) -> dict[str, Any]:
     if isinstance(categories, str):
         raise TypeError(f"categories={categories!r} is a string; pass a list of names")
     if not isinstance(categories, Mapping):
-        return dict.fromkeys(categories or ())
+        return dict.fromkeys(() if categories is None else categories)
     for name, levels in categories.items():
         if isinstance(levels, str):
             raise TypeError(f"categories[{name!r}]={levels!r} is a string; pass a list of levels")
@@ -332,7 +331,7 @@ def find_levels(
             for name in missing:
                 array = batch.column(name)
                 found[name] = _add_levels(name, found[name], array, where)
-                if is_dictionary(array.type):
+                if pa.types.is_dictionary(array.type):
                     ordered.add(name)
             add(batch.num_rows)
     for name, values in found.items():
@@ -345,18 +344,13 @@ def find_levels(
 
 def _add_levels(name: str, known: Any, array: "pa.Array", where: str) -> Any:
     """Return the levels that are known, if any, and those that *array* or its dictionary adds."""
-    values = _unify(array.dictionary if is_dictionary(array.type) else array.unique()).drop_null()
+    values = array.dictionary if pa.types.is_dictionary(array.type) else array.unique()
+    values = _unify(values).drop_null()
     if pa.types.is_floating(values.type):
         values = values.filter(pa.compute.is_finite(values))
-    if known is None:
-        return values if len(values) else None
-    return _append_new(known, cast_exactly(name, values, known.type, where))
-
-
-def levels_of(summary: Summary) -> dict[str, Any]:
-    """Return the levels of the columns that :func:`preshuffle` kept in the summary of a table."""
-    kept = {name: column.levels for name, column in summary.items()}
-    return {name: _as_levels(name, list(levels)) for name, levels in kept.items() if levels}
+    if known is not None:
+        values = cast_exactly(name, values, known.type, where)
+    return _append_new(known, values) if len(values) else known
 
 
 def encode(name: str, array: "pa.Array", levels: "pa.Array", where: str) -> "pa.Array":
@@ -364,7 +358,7 @@ def encode(name: str, array: "pa.Array", levels: "pa.Array", where: str) -> "pa.
 
     Null is a value like any other.
     """
-    if not is_dictionary(array.type):
+    if not pa.types.is_dictionary(array.type):
         values = cast_exactly(name, _unify(array), levels.type, where)
         return pa.compute.index_in(values, value_set=levels)
     codes = encode(name, array.dictionary, levels, where).take(array.indices)
@@ -379,9 +373,10 @@ def describe_levels(levels: Sequence[Any] | None) -> str:
 
 
 def _as_levels(name: str, levels: list[Any]) -> "pa.Array":
+    is_large = any(isinstance(level, int | np.integer) and level >= 2**63 for level in levels)
     try:
-        array = _unify(pa.array(levels))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as err:
+        array = _unify(pa.array(levels, pa.uint64() if is_large else None))
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as err:
         raise ValueError(f"categories[{name!r}] mixes levels of several types ({err})") from None
     if not levels or len(array.unique()) < len(levels):
         problem = "holds a level twice" if levels else "has no levels"
@@ -428,21 +423,19 @@ def _equal(one: "pa.Array", other: "pa.Array") -> np.ndarray:
 
 
 def _append_new(known: Any, values: "pa.Array") -> "pa.Array":
-    """Return the values that are known, if any, and after them the others."""
-    if known is None or values.equals(known):
-        return values
+    """Return the values that are known, if any, and after them the others, each once."""
+    if known is None:
+        return values.unique()
+    if values.equals(known):
+        return known
     new = values.filter(pa.compute.invert(pa.compute.is_in(values, value_set=known)))
-    return pa.concat_arrays([known, new])
+    return pa.concat_arrays([known, new.unique()])
 
 
 def dictionary_of(array: "pa.DictionaryArray") -> "pa.Array":
     """Return the values of a dictionary, which Arrow could not take if they were views."""
     values = array.dictionary
     return values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values
-
-
-def is_dictionary(kind: "pa.DataType") -> bool:
-    return pa.types.is_dictionary(kind)
 
 
 def is_text(kind: "pa.DataType") -> bool:

@@ -20,7 +20,7 @@ are read as plain values, of which a writer makes dictionaries again.
 import math
 import os
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from typing import Any
 
@@ -57,7 +57,6 @@ from pymc.variational._streaming.sources.summary import (
     cast_exactly,
     dictionary_of,
     given_columns,
-    is_dictionary,
 )
 from pymc.variational._streaming.utils import progress_bar
 
@@ -119,7 +118,7 @@ def summarize(source: Any, *, progressbar: bool = True) -> Summary:
     plain, summarizer = plain_schema(table.schema), Summarizer(table.schema)
     with progress_bar("Summarizing", table.n_rows, show=progressbar) as advance:
         for where, batch in table.read(_SUMMARIZED_ROWS, advance):
-            summarizer.add(conform(summarizer.add_dictionaries(batch), plain, where))
+            summarizer.add(conform(summarizer.add_dictionaries(batch, where), plain, where))
     return summarizer.finish()
 
 
@@ -147,7 +146,6 @@ class Files:
         found: Summary | None = None
         for file, schema, metadata in inspect_all(self.fs, paths):
             schemas.append(_choose(schema, columns, file.path))
-            _refuse_int96(metadata, schemas[-1].names, file.path)
             self._measure(metadata, set(schemas[-1].names))
             self.files.append(file)
             found = found or Summary.from_metadata(metadata.metadata, file.path)
@@ -216,15 +214,15 @@ class Files:
                     "write to a directory outside it"
                 )
 
-    def _measure(self, metadata: Any, columns: Collection[str]) -> None:
+    def _measure(self, metadata: Any, columns: set[str]) -> None:
         """Learn how wide encoded rows are, and how large the pages that reading holds at once."""
         copies = 2 if is_local(self.fs) else 3  # as stored, as decoded, and in a read buffer
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             chunks = map(group.column, range(group.num_columns))
             sizes = [
                 chunk.total_uncompressed_size
-                for chunk in chunks
-                if _is_chosen(chunk.path_in_schema, columns)
+                for chunk in chunks  # each of a column, or of a field inside one
+                if columns & {chunk.path_in_schema, chunk.path_in_schema.partition(".")[0]}
             ]
             rows = max(group.num_rows, 1)
             pages = [min(size, max(_PAGE_BYTES, _PAGE_ROWS * size // rows)) for size in sizes]
@@ -245,7 +243,7 @@ class Batches:
         batches = ((where, batch) for where, batch in opened.batches() if batch.num_rows)
         first = next(batches, None)
         if first is None:
-            raise ValueError(f"source={self.name} holds no rows; there is nothing to shuffle")
+            raise ValueError(f"source={self.name} holds no rows")
         self._batches = chain([first], batches)
         self._first, batch = first
         chosen = _choose(batch.schema, columns, self._first)
@@ -295,21 +293,6 @@ def _unify(schemas: Sequence["pa.Schema"], paths: Sequence[str]) -> "pa.Schema":
                 "write them with one type, or pass columns=[...] to leave them out"
             ) from None
     return merged
-
-
-def _refuse_int96(metadata: Any, columns: Collection[str], path: str) -> None:
-    """Refuse timestamps that Arrow reads as nanoseconds, which end in 2262, and would wrap around."""
-    for leaf in map(metadata.schema.column, range(metadata.num_columns)):
-        if leaf.physical_type == "INT96" and _is_chosen(leaf.path, columns):
-            raise ValueError(
-                f"{path}: column {leaf.path!r} holds INT96 timestamps; rewrite it as "
-                "timestamp[us], or pass columns=[...] to leave it out"
-            )
-
-
-def _is_chosen(leaf: str, columns: Collection[str]) -> bool:
-    """Return whether a leaf of a Parquet schema is one of *columns*, or inside one of them."""
-    return leaf in columns or leaf.partition(".")[0] in columns
 
 
 def _is_inside(path: str, folder: str) -> bool:
@@ -372,7 +355,7 @@ def _plain_field(field: "pa.Field") -> "pa.Field":
 def _plain_type(kind: "pa.DataType") -> "pa.DataType":
     """Return the type of the values themselves: of no dictionary and no view, nor with any inside."""
     is_: Any = pa.types
-    if is_dictionary(kind):
+    if is_.is_dictionary(kind):
         return _plain_type(kind.value_type)
     if is_.is_string_view(kind):
         return pa.large_string()

@@ -17,6 +17,8 @@ import contextlib
 import sys
 import warnings
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -34,6 +36,7 @@ from pymc.variational.streaming import (
     arrow_source,
     parquet_source,
     shuffle_buffer,
+    summarize,
 )
 from tests.variational.streaming.strategies import numbered, rows_of, table
 
@@ -142,9 +145,13 @@ class TestOtherSources:
         frame = pd.DataFrame({"x": [1.0, 2.0, 3.0], "up": [0, 1, 1]}).iloc[[2, 0, 1]]
         frame.to_parquet(tmp_path / "a.parquet")
         for source in (lambda: parquet_source(tmp_path), lambda: arrow_source(lambda: frame)):
-            with pytest.raises(ValueError, match=r"'__index_level_0__' is pandas' index"):
+            with pytest.raises(
+                ValueError,
+                match=r"'__index_level_0__' is pandas' index; drop it .* columns=\['x', 'up'\]",
+            ):
                 StreamingDataset(source(), batch_size=2)
         assert parquet_source(tmp_path, columns=["x", "up"]).columns == ("x", "up")
+        assert StreamingDataset(frame.reset_index(drop=True), batch_size=2).columns == ("x", "up")
 
     def test_invalid_arrow_values_are_refused_with_their_place(self):
         batches = [table(2), table(2).set_column(1, "twice", [pa.array([1, None], pa.int32())])]
@@ -254,8 +261,14 @@ class TestOtherSources:
     def test_columns_are_not_chosen_from_arrays(self):
         for option in ({"columns": ["twice"]}, {"categories": {"twice": [0, 2, 4, 6]}}):
             source = arrow_source(lambda: [numbered(4)], **option)
-            with pytest.raises(TypeError, match=r"columns=\['twice'\] .* by name, and block 0 is"):
-                StreamingDataset(source, batch_size=2, total_size=4)
+            for use in (partial(StreamingDataset, batch_size=2, total_size=4), summarize):
+                with pytest.raises(TypeError, match=r"columns=\['twice'\] .* by name, and block 0"):
+                    use(source)
+
+    def test_a_column_that_a_block_lacks_is_named(self):
+        for use in (rows_of, summarize):
+            with pytest.raises(ValueError, match=r"block 0: has no column 'up'; its columns are"):
+                use(arrow_source(lambda: table(4), columns=["up"]))
 
     def test_masked_values_are_refused(self):
         rows = np.ma.masked_array(numbered(4).astype(float), mask=numbered(4) == 2)
@@ -358,6 +371,16 @@ class TestFingerprint:
         with pytest.raises(ValueError, match="fingerprint="), warnings.catch_warnings():
             warnings.simplefilter("ignore", StreamWarning)  # of total_size
             self.resume(*sources)
+
+    def test_other_levels_of_a_function_are_another_stream(self):
+        """In which the same row would be of another group."""
+        one, other, again = (
+            arrow_source(partial(pa.table, {"x": list(groups)}), categories={"x": list(levels)})
+            for groups, levels in (("ab", "ab"), ("ab", "ba"), ("ba", "ab"))
+        )
+        self.resume(one, again)
+        with pytest.raises(ValueError, match=r"fingerprint=.* make the dataset as it was then"):
+            self.resume(one, other)
 
     def test_the_same_rows_are_known_in_another_process(self, tmp_path):
         np.save(tmp_path / "rows.npy", numbered(100))

@@ -314,6 +314,19 @@ class TestCategories:
         source = arrow_source(table, categories=["id"])
         assert np.concatenate(list(source)).ravel().tolist() == [1, 0, 1]
         assert source.levels == {"id": (5, 2**63 + 1)}
+        again = arrow_source(table, categories=source.levels)
+        assert np.concatenate(list(again)).ravel().tolist() == [1, 0, 1]
+
+    def test_a_dictionary_that_holds_a_value_twice_has_it_as_one_level(self, tmp_path):
+        values = pa.DictionaryArray.from_arrays(pa.array([2, 1, 0]), ["b", "a", "b"])
+        table = pa.table({"x": values})
+        preshuffle(table, tmp_path / "out", seed=0, progressbar=False)
+        for source in (
+            arrow_source(table, categories=["x"]),
+            parquet_source(tmp_path / "out", categories=["x"]),
+        ):
+            assert sorted(rows_of(source)[:, 0]) == [0, 0, 1]
+            assert source.levels == {"x": ("b", "a")}
 
     def test_rows_of_other_levels_are_dropped_on_demand(self, tmp_path, flights):
         pq.write_table(flights, tmp_path / "a.parquet")
@@ -342,6 +355,11 @@ class TestCategories:
         with pytest.raises(StreamError, match=r"^block 0: column 'x' is int64 .*01 would become 1"):
             rows_of(arrow_source(codes, categories={"x": [1]}))
         assert rows_of(arrow_source(codes, categories={"x": None})).tolist() == [[1], [0]]
+
+    @pytest.mark.parametrize("make", [np.array, tuple, iter], ids=["array", "tuple", "iterator"])
+    def test_their_names_come_in_any_sequence(self, flights, make):
+        source = arrow_source(flights, categories=make(["carrier", "late"]))
+        assert rows_of(source).tolist() == [[2, 1, 5], [0, 0, 6], [1, 1, 5], [0, 1, 7]]
 
     @pytest.mark.parametrize(
         "categories, error, message",
@@ -395,7 +413,9 @@ class TestTables:
         found = run("sources.md", "Strings, dates and types that change")
         assert found["ds"].coords == {"carrier": ("AA", "B6", "UA")}
 
-    @pytest.mark.parametrize("names", [["x", "dtype"], ["shape", "x"], ["dtype", "shape"]])
+    @pytest.mark.parametrize(
+        "names", [["x", "dtype"], ["shape", "toarray"], ["dtype", "as_tensor"]]
+    )
     def test_columns_may_be_called_like_attributes_of_arrays(self, names):
         frame = pd.DataFrame({name: [1.0, 2.0, 3.0] for name in names})
         polars = pytest.importorskip("polars")

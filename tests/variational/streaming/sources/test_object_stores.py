@@ -54,11 +54,13 @@ def server():
 @pytest.fixture(scope="module")
 def bucket(server, rows):
     """Put a folder of two files in a bucket, and one with page checksums in another folder."""
-    fs = connect(server, allow_bucket_creation=True)
+    fs = connect(server, allow_bucket_creation=True, request_timeout=60)
     fs.create_dir("bucket")
     for number, half in enumerate(np.split(rows, 2)):
         write(fs, f"bucket/in/{number}.parquet", half)
     write(fs, "bucket/checked/0.parquet", rows, write_page_checksum=True)
+    for number in range(20):
+        write(fs, f"bucket/many/{number:02}.parquet", rows[number : number + 1])
     return fs
 
 
@@ -133,15 +135,12 @@ def test_globs_and_lists_of_uris_are_paths(proxy, rows, path):
 
 
 @clients
-def test_many_footers_are_read_at_once_and_asked_for_once(proxy, bucket, client):
-    for number in range(40):
-        table = pa.table({"x": [float(number)]})
-        pq.write_table(table, f"bucket/many/{number:02}.parquet", filesystem=bucket)
+def test_many_footers_are_read_at_once_and_asked_for_once(proxy, client):
     proxy.fail("wait")
-    assert client("many", proxy.endpoint).n_rows == 40
+    assert client("many", proxy.endpoint).n_rows == 20
     assert proxy.most_reading >= 8
     reads = Counter(r.path for r in proxy.requests if r.method == "GET" and "many/" in r.path)
-    assert list(reads.values()) == [1] * 40
+    assert list(reads.values()) == [1] * 20
 
 
 def test_anonymous_requests_are_not_signed(proxy, rows):
@@ -258,7 +257,7 @@ def test_short_answers_that_pyarrow_hides_are_caught_by_page_checksums(proxy):
 @pytest.mark.parametrize("when", ["between epochs", "while it is read"])
 def test_an_object_that_changed_is_noticed(proxy, bucket, rows, client, when):
     """The new object has the same size and footer; its time has moved by a second or more."""
-    fs, folder = bucket, f"changing-{when.split()[0]}"
+    fs, folder, rows = bucket, f"changing-{when.split()[0]}", rows[:1_000]
     write(fs, f"bucket/{folder}/0.parquet", rows, write_statistics=False)
     source = client(folder, proxy.endpoint)
     first = fs.get_file_info(f"bucket/{folder}/0.parquet").mtime

@@ -231,6 +231,12 @@ class TestFilesThatChange:
         with pytest.raises(ValueError, match=r"000.parquet: no rows to stream in 2 file"):
             parquet_source(tmp_path)
 
+    def test_a_table_of_invalid_rows_alone_is_refused(self, tmp_path):
+        pq.write_table(pa.table({"x": [1.0, 2.0], "empty": pa.nulls(2)}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=r"a.parquet: all 2 rows hold a value that is invalid"):
+            parquet_source(tmp_path, invalid="drop")
+        assert parquet_source(tmp_path, columns=["x"], invalid="drop").n_dropped == 0
+
     def test_corrupt_pages_are_noticed_where_pages_have_checksums(self, tmp_path):
         path = tmp_path / "a.parquet"
         values = pa.table({"x": np.random.default_rng(0).normal(size=1000)})

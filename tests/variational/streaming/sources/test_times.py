@@ -24,6 +24,8 @@ from pymc.variational.streaming import (
     StreamingDataset,
     arrow_source,
     parquet_source,
+    preshuffle,
+    summarize,
 )
 from tests.variational.streaming.strategies import rows_of
 
@@ -55,6 +57,24 @@ class TestTimes:
     def test_the_last_day_of_a_calendar_is_exact(self):
         end = datetime.datetime(9999, 12, 31, 23, 59, 59)
         assert self.rows([end], pa.timestamp("us")).tolist() == [253402300799]
+
+    def test_a_date_of_milliseconds_keeps_them(self):
+        ticks = pa.array([1_500, 86_400_000], pa.int64()).view(pa.date64())
+        table = pa.table({"t": ticks})
+        assert rows_of(arrow_source(table)).tolist() == [[1.5], [86400]]
+        assert summarize(table, progressbar=False)["t"].min == 1.5
+
+    def test_those_without_a_unit_are_right_beyond_the_range_of_nanoseconds(self, tmp_path):
+        """Arrow reads INT96 as nanoseconds by default, which wrap around after 2262."""
+        times = [datetime.datetime(year, 12, 31, 1, 2, 3) for year in (1600, 2026, 9999)]
+        table = pa.table({"t": pa.array(times, pa.timestamp("us"))})
+        pq.write_table(table, tmp_path / "a.parquet", use_deprecated_int96_timestamps=True)
+        expected = self.rows(times, pa.timestamp("us")).tolist()
+        assert rows_of(parquet_source(tmp_path / "a.parquet"))[:, 0].tolist() == expected
+        preshuffle(tmp_path / "a.parquet", tmp_path / "out", seed=0, progressbar=False)
+        shuffled = pq.read_table(tmp_path / "out")["t"]
+        assert shuffled.type == pa.timestamp("us")
+        assert sorted(shuffled.to_pylist()) == times
 
     def test_they_are_not_rounded_to_a_narrow_batch(self):
         source = arrow_source(pa.table({"t": pa.array([1_356_998_401], pa.timestamp("s"))}))

@@ -57,6 +57,8 @@ _REMOTE_READ_BUFFER = 1 << 20
 """Bytes.  Each read from an object store is a request, which takes many milliseconds."""
 _MAX_REQUESTS = 32
 """Files of an object store that are opened at once."""
+_TIMES = {"coerce_int96_timestamp_unit": "us"}
+"""INT96 timestamps are read in microseconds; in nanoseconds, those after 2262 would wrap around."""
 _UNREADABLE = "not a readable Parquet file"
 _ENCRYPTED = (
     "it is encrypted; pass arrow_source a function that returns "
@@ -135,7 +137,7 @@ def is_local(fs: "pa.fs.FileSystem") -> bool:
 
 def _inspect(fs: "pa.fs.FileSystem", path: str) -> Inspected:
     """Read the footer of *path*; one that cannot be read is a StreamError."""
-    with _open(fs, path) as (_, footer, identity), as_stream_error(path, _UNREADABLE):
+    with _open(fs, path) as (handle, footer, identity), as_stream_error(path, _UNREADABLE):
         metadata = _parse(footer)
         if len(footer) == metadata.serialized_size + 8 + _SIGNATURE:  # Arrow would abort later
             raise OSError(_ENCRYPTED)
@@ -143,7 +145,8 @@ def _inspect(fs: "pa.fs.FileSystem", path: str) -> Inspected:
         if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
             raise OSError("its footer and its row groups hold different numbers of rows; corrupt")
         file = ParquetInput(path, *identity, rows, read_mark(path, metadata))
-        return file, metadata.schema.to_arrow_schema(), metadata
+        schema = pa.parquet.ParquetFile(handle, metadata=metadata, **_TIMES).schema_arrow
+        return file, schema, metadata
 
 
 def _parse(footer: bytes) -> "pa.parquet.FileMetaData":
@@ -223,6 +226,7 @@ def open_parquet(fs: "pa.fs.FileSystem", known: ParquetInput) -> Iterator["pa.pa
                 pre_buffer=False,
                 buffer_size=_READ_BUFFER if is_local(fs) else _REMOTE_READ_BUFFER,
                 page_checksum_verification=True,
+                **_TIMES,
             ) as file,
         ):
             if not known.checked:

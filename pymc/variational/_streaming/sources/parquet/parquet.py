@@ -41,7 +41,6 @@ from pymc.variational._streaming.sources.summary import (
     find_levels,
     given_columns,
     given_levels,
-    levels_of,
 )
 from pymc.variational._streaming.utils import digest, draw_seed, progress_bar
 
@@ -121,7 +120,8 @@ def parquet_source(
     Integer, floating, boolean, decimal and dictionary-of-number columns are accepted, and
     converted to the smallest type that holds all of them exactly, also where it differs between
     files (decimals with a fraction are rounded to float64). Timestamps and dates become float64
-    seconds since 1970, and must come back from there to their own unit.
+    seconds since 1970, and must come back from there to their own unit; that of INT96 timestamps
+    counts as microseconds.
 
     Memory is bounded by one read of 262,144 rows or fewer and one decoded page per column, whatever
     the size of files and row groups. Page checksums are verified where the files have them;
@@ -179,8 +179,8 @@ class _ParquetSource(FileSource):
         self.shuffled = self.mark is not None
         if self.shuffled and summary is not None:  # others need not be of these rows
             self.summary = summary.select(frozen.columns)
-            kept = levels_of(self.summary)
-            levels = {n: kept.get(n) if own is None else own for n, own in levels.items()}
+            kept = given_levels({name: self.summary[name].levels or None for name in levels})
+            levels = {name: kept[name] if own is None else own for name, own in levels.items()}
         self._format = frozen.with_levels(find_levels(levels, self._read_columns, self.n_rows))
         self._format.describe(self)
         self._piece_rows = piece_rows(len(frozen.columns))
@@ -195,6 +195,11 @@ class _ParquetSource(FileSource):
                 counts.append(sum(len(block) for block in self._read(file, [group], None)))
                 add(file.part_rows[group])
         self.n_dropped = n_rows - sum(counts)
+        if not any(counts):
+            raise ValueError(
+                f"{self._files[0].path}: all {n_rows} rows hold a value that is invalid; "
+                "leave the column that does out with columns=[...]"
+            )
         self._set_rows(counts)
 
     @property

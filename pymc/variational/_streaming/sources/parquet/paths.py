@@ -154,7 +154,7 @@ def _list(kind: _Format, path: Any, filesystem: Any) -> tuple["pa.fs.FileSystem"
         if real in known:
             raise ValueError(
                 f"path names {real} more than once, as {known[real]!r} and {file!r}; "
-                "its rows would be used as often"
+                "name it once, or its rows are used twice"
             )
         known[real] = file
     return fs, files
