@@ -190,7 +190,7 @@ def open_workspace(
         raise ValueError("scratch is a URI; pass a directory, which all workers reach")
     if is_local(fs):
         destination = os.path.realpath(destination)
-    refuse_to_replace(fs, destination, overwrite=overwrite)
+        _require_replaceable(destination)
     elsewhere = os.path.abspath(scratch or tempfile.gettempdir())
     folders = [f"{elsewhere}/preshuffle-{digest(destination)}"]
     if is_local(fs):
@@ -258,13 +258,7 @@ def refuse_to_replace(fs: "pa.fs.FileSystem", destination: str, *, overwrite: bo
     pafs, local = pa.fs, is_local(fs)
     if local:
         destination = os.path.realpath(destination)
-        if os.path.lexists(destination) and not os.path.isdir(destination):
-            raise NotADirectoryError(f"destination={destination!r} is a file; pass a directory")
-        if os.path.ismount(destination) or destination == os.path.realpath(os.getcwd()):
-            raise ValueError(
-                f"destination={destination!r} is a mount point or the current directory, which "
-                "cannot be replaced as a whole; pass a directory inside it"
-            )
+        _require_replaceable(destination)
     selector = pafs.FileSelector(destination, allow_not_found=True, recursive=not local)
     infos = [
         info
@@ -276,6 +270,17 @@ def refuse_to_replace(fs: "pa.fs.FileSystem", destination: str, *, overwrite: bo
         raise FileExistsError(
             f"destination={destination!r} exists and is not empty; "
             "pass overwrite=True to replace it, or choose another"
+        )
+
+
+def _require_replaceable(destination: str) -> None:
+    """Refuse what no rename can put a folder in the place of."""
+    if os.path.lexists(destination) and not os.path.isdir(destination):
+        raise NotADirectoryError(f"destination={destination!r} is a file; pass a directory")
+    if os.path.ismount(destination) or destination == os.path.realpath(os.getcwd()):
+        raise ValueError(
+            f"destination={destination!r} is a mount point or the current directory, which cannot "
+            "be replaced as a whole; pass a directory inside it"
         )
 
 
