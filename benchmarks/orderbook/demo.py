@@ -83,7 +83,6 @@ def run(exact: "Posterior", rows: Path, columns: tuple[str, ...], work: Path, n_
             seed=SEED,
             columns=columns,
             examine=name == SHUFFLED,
-            check_last=False,
         )
         for warning in fits[name]["warnings"]:
             say(f"StreamWarning: {warning}")
