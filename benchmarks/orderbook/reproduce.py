@@ -64,11 +64,11 @@ WAYS = FIRST, SECOND, ORDERED, SHUFFLED = (
     *("in order of time", "preshuffled"),
 )
 ORIGINAL = {
-    ORDERED: {1_000_000: 0.045, 20_000_000: 0.69, 26_000_000: 1.65},
-    SHUFFLED: {20_000_000: 0.027, 122_000_000: 0.022},
+    ORDERED: {1e6: 0.045, 20e6: 0.69, 26e6: 1.65},
+    SHUFFLED: {20e6: 0.027, 121.8e6: 0.022},
 }
 """max|Δ| of the posterior means against in memory, as the first experiment had it."""
-ORIGINAL_MB = {FIRST: {122_000_000: 9_100.0}, SHUFFLED: {122_000_000: 570.0}}
+ORIGINAL_MB = {FIRST: {121.8e6: 9_100.0}, SHUFFLED: {121.8e6: 570.0}}
 
 SEEDS = {FIRST: 1, SECOND: 2, ORDERED: SEED, SHUFFLED: SEED}
 COMMAND = "make reproduce"
@@ -174,11 +174,6 @@ def _lines(case: Case) -> Iterator[tuple[str, list[Any]]]:
     """Yield the cells of each line about a case, and the table that it belongs to."""
     exact, shuffling = case[EXACT]["result"], case[PRESHUFFLE]["result"]
     last, averaged = _means(case, "last"), _means(case, "averaged")
-    # What the first experiment had at about as many rows.
-    original = {
-        way: next((f"{v:g}" for n, v in known.items() if abs(n / exact["n_rows"] - 1) < 0.01), None)
-        for way, known in ORIGINAL.items()
-    }
 
     def off(mean: list[float] | None) -> float | None:
         """Return the error of the worst mean in posterior standard deviations."""
@@ -186,8 +181,10 @@ def _lines(case: Case) -> Iterator[tuple[str, list[Any]]]:
         return float(np.abs(error).max()) if mean else None
 
     if FIRST in case:
-        ordered, shuffled = _apart(last, ORDERED), _apart(last, SHUFFLED)
-        means = [_apart(last, SECOND), ordered, original[ORDERED], shuffled, original[SHUFFLED]]
+        means = [_apart(last, SECOND)]
+        for way, original in ORIGINAL.items():
+            value = original.get(exact["n_rows"])
+            means += [_apart(last, way), None if value is None else f"{value:g}"]
         yield "means", [*means, _apart(averaged, SECOND), _apart(averaged, SHUFFLED)]
     errors = [off(each.get(w)) for w in (FIRST, ORDERED, SHUFFLED) for each in (last, averaged)]
     examined = case[SHUFFLED]["result"]["examination"]
