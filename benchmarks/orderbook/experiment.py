@@ -75,6 +75,10 @@ class Posterior:
     sd: tuple[float, ...]
     n_rows: int
 
+    def errors(self, mean: Sequence[float]) -> np.ndarray:
+        """Return how far a mean is from the exact one, in posterior standard deviations."""
+        return np.subtract(mean, self.mean) / self.sd
+
 
 class Tail:
     """Average the variational means over the second half of a fit, and keep a trace."""
@@ -143,7 +147,7 @@ def fit_model(
         warnings.simplefilter("always")
         began = time.perf_counter()
         ds = build_model(rows, buffer_size, seed, columns)
-        order = _order(_buffer(rows, buffer_size, seed, columns)) if examine else {}
+        order = check_order(_buffer(rows, buffer_size, seed, columns)) if examine else None
         average = EpochAverage(ds) if examine else None
         callbacks = [tail, average, ds.fit_callback() if ds is not None else None]
         ready = time.perf_counter()
@@ -156,7 +160,7 @@ def fit_model(
             progressbar=progressbar,
         )
         ended, memory, last = time.perf_counter(), peak_mb(), approx.mean.eval().tolist()
-        examination = {"order": order, **_examine(approx, ds, average)} if examine else None
+        examination = _examine(approx, ds, average, order) if examine else None
     return {
         "last": last,
         "averaged": (tail.total / tail.n_averaged).tolist(),
@@ -196,14 +200,16 @@ def logistic(columns: list, total_size: int | None) -> None:
     pm.Bernoulli("up", logit_p=logit, observed=columns[-1], total_size=total_size)
 
 
-def _examine(approx: Any, ds: Any, average: Any) -> dict[str, Any]:
+def _examine(approx: Any, ds: Any, average: Any, order: Any) -> dict[str, Any]:
     """Check *approx*, then improve it as its user would, and tell how it went.
 
     ``last``, ``averaged`` and ``corrected`` are its states after the last step, after
     ``EpochAverage.apply`` and after ``polish``, which is None if that refused; ``refusal`` is why.
     With no whole ``epochs`` averaged, these are steps of a part of one.
     """
-    found = {"epochs": average.epochs, "corrected": None, "refusal": None}
+    names = "ordered", "feature", "design_effect", "drift"
+    found: dict[str, Any] = {"order": {name: getattr(order, name) for name in names}}
+    found |= {"epochs": average.epochs, "corrected": None, "refusal": None}
     found["last"], _ = _checked(approx, ds)
     average.apply(approx)
     found["averaged"], *said = _checked(approx, ds)
@@ -222,12 +228,6 @@ def _checked(approx: Any, ds: Any) -> tuple[dict[str, Any], str]:
     seconds, worst = time.perf_counter() - began, float(np.abs(check.z).max())
     mean = approx.mean.eval().tolist()
     return {"mean": mean, "verdict": check.verdict, "z": worst, "seconds": seconds}, str(check)
-
-
-def _order(source: Any) -> dict[str, Any]:
-    report = check_order(source)
-    names = "ordered", "feature", "design_effect", "drift"
-    return {name: getattr(report, name) for name in names}
 
 
 def _buffer(rows: Path, buffer_size: Any, seed: int, columns: Sequence[str] | None) -> Any:

@@ -52,7 +52,7 @@ from benchmarks.orderbook.book import (
     Events,
     MessageError,
 )
-from benchmarks.orderbook.columns import MESSAGES, PARQUET, visible_files
+from benchmarks.orderbook.columns import MESSAGES, visible_files
 
 __all__ = ["DamageError", "Gap", "Part", "find_files", "first_ms", "read_parts"]
 
@@ -103,8 +103,8 @@ class Gap:
 
 def find_files(directory: str | Path) -> list[Path]:
     """List the message files below *directory*."""
-    wanted = re.compile(f"{MESSAGES.pattern}|{PARQUET.pattern}")
-    return visible_files(Path(directory), wanted, "messages (.ndjson or .jsonl, also .gz or .zst)")
+    endings = *MESSAGES, ".parquet"
+    return visible_files(Path(directory), endings, "messages (.ndjson or .jsonl, also .gz or .zst)")
 
 
 def first_ms(path: Path) -> int:

@@ -37,7 +37,7 @@ import numpy as np
 
 from benchmarks.harness import about, filled, in_process, load, markdown, run_command, save
 from benchmarks.orderbook.columns import holds_messages
-from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, fit_model
+from benchmarks.orderbook.experiment import BATCH_SIZE, Posterior, exact_posterior, fit_model
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import write_rows
 from benchmarks.orderbook.reading import find_files
@@ -172,18 +172,17 @@ def publish(found: dict[str, Any], results: Path, page: Path | None) -> None:
 
 def _lines(case: Case) -> Iterator[tuple[str, list[Any]]]:
     """Yield the cells of each line about a case, and the table that it belongs to."""
-    exact, shuffling = case[EXACT]["result"], case[PRESHUFFLE]["result"]
+    exact = Posterior(*(case[EXACT]["result"][name] for name in Posterior.__slots__))
+    shuffling = case[PRESHUFFLE]["result"]
     last, averaged = _means(case, "last"), _means(case, "averaged")
 
     def off(mean: list[float] | None) -> float | None:
-        """Return the error of the worst mean in posterior standard deviations."""
-        error = np.subtract(mean or np.nan, exact["mean"]) / exact["sd"]
-        return float(np.abs(error).max()) if mean else None
+        return float(np.abs(exact.errors(mean)).max()) if mean else None
 
     if FIRST in case:
-        means = [_apart(last, SECOND)]
+        means: list[Any] = [_apart(last, SECOND)]
         for way, original in ORIGINAL.items():
-            value = original.get(exact["n_rows"])
+            value = original.get(exact.n_rows)
             means += [_apart(last, way), None if value is None else f"{value:g}"]
         yield "means", [*means, _apart(averaged, SECOND), _apart(averaged, SHUFFLED)]
     errors = [off(each.get(w)) for w in (FIRST, ORDERED, SHUFFLED) for each in (last, averaged)]
