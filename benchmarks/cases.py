@@ -20,7 +20,6 @@ it is returned.
 import logging
 import subprocess
 import sys
-import warnings
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +36,6 @@ import pyarrow.parquet as pq
 import pytensor
 
 import pymc as pm
-import tests  # noqa: F401  # puts the checkout before an installed wheel
 
 from benchmarks.harness import Runner, published
 from benchmarks.orderbook.experiment import BATCH_SIZE, PRIOR_SD, build_model, logistic
@@ -48,6 +46,7 @@ from pymc.variational.streaming import (
     preshuffle,
     shuffle_buffer,
 )
+from tests.variational.streaming.memory import forget_peak, peak_mb
 
 WIDE = 64
 ROWS_PER_FILE = 500_000
@@ -259,19 +258,13 @@ def stream(case: Case) -> StreamingDataset:
     return StreamingDataset(shuffle_buffer(case.source, **cut, seed=0), batch_size=case.batch_size)
 
 
-def epoch(source: Callable[[], Any], **options: Any) -> None:
-    """Stream all rows of a source once through a small buffer, without a model."""
-    buffer = shuffle_buffer(source(), buffer_size=SMALL_BUFFER, batch_size=BATCH_SIZE, seed=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the epoch ends with rows left over
-        with StreamingDataset(buffer, batch_size=BATCH_SIZE, cycle=False, **options) as ds:
-            while ds.advance():
-                pass
-
-
-def run_steps(make: Callable[[Case], Runner], case: Case, n_steps: int) -> None:
+def peak_growth(make: Callable[[Case], Runner], case: Case, n_steps: int) -> float:
+    """Return by how many MB the peak memory of this process grows in so many steps."""
+    forget_peak()
+    before = peak_mb()
     run, _ = make(case)
     run(n_steps)
+    return peak_mb() - before
 
 
 def _fitted(case: Case, *callbacks: Callable) -> Runner:

@@ -69,21 +69,10 @@ class Lane:
 
     def __init__(self, make: Callable[..., Runner], *args: Any, flags: str = ""):
         self.turns: list[Turn] = []
-        self._process = _process()
+        self.process = _process()
         flags = ",".join(filter(None, [os.environ.get("PYTENSOR_FLAGS"), flags]))
         with patch.dict(os.environ, PYTENSOR_FLAGS=flags):
-            self._made = self._process.submit(_make, make, args)
-
-    def wait(self) -> None:
-        """Return when the process is ready for its first turn."""
-        self._made.result()
-
-    def run(self) -> None:
-        """Let the process take a turn."""
-        self.turns.append(self._process.submit(_turn).result())
-
-    def close(self) -> None:
-        self._process.shutdown()
+            self.made = self.process.submit(_make, make, args)
 
     def median(self, quantity: str) -> float:
         return statistics.median(getattr(turn, quantity) for turn in self.turns)
@@ -93,12 +82,12 @@ def race(lanes: Iterable[Lane], *, turns: int) -> None:
     """Let all lanes take turns when they are ready, and end them."""
     lanes = list(lanes)
     for lane in lanes:
-        lane.wait()
+        lane.made.result()
     for _ in range(turns):
         for lane in lanes:
-            lane.run()
+            lane.turns.append(lane.process.submit(_turn).result())
     for lane in lanes:
-        lane.close()
+        lane.process.shutdown()
 
 
 def ratio(ours: Lane, theirs: Lane) -> str:
@@ -132,20 +121,6 @@ def in_process(function: Callable[..., T], /, *args: Any, **options: Any) -> T:
     """Call *function* in a fresh process, so that its memory can be told from that of others."""
     with _process() as process:
         return process.submit(function, *args, **options).result()
-
-
-def peak_growth(function: Callable[..., object], *args: Any) -> float:
-    """Return by how many MB the peak memory of a fresh process grows in a call."""
-    return in_process(_growth, function, args)
-
-
-def _growth(function: Callable[..., object], args: tuple) -> float:
-    from tests.variational.streaming.memory import forget_peak, peak_mb
-
-    forget_peak()
-    before = peak_mb()
-    function(*args)
-    return peak_mb() - before
 
 
 def _process() -> ProcessPoolExecutor:

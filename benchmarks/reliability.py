@@ -87,8 +87,8 @@ ALLOWED_MB = 20.0
 """Between the medians of two quarters; the allocator alone moves single readings by ten."""
 MOST_STEPS_PER_SECOND = 4_000
 """Of the model of the soak, which ends when the time is up; PyMC keeps room for all losses."""
-READINGS = 720
-READ = "rss_mb", "files", "threads"
+READ_EVERY = 5
+"""Seconds between two readings of the process."""
 
 
 def orders(data: Data, repeats: int, results: Path, **_: Any) -> str:
@@ -275,8 +275,8 @@ def soak(data: Data, minutes: float, results: Path, **_: Any) -> str:
     file = results / "soak.json"
     if minutes:
         readings = _readings(data, 60 * minutes)
-        report = {"about": about("pymc", "pytensor"), "minutes": minutes, "rows": data.n_rows}
-        save({**report, **_growth(readings), "readings": readings}, file)
+        fit = {"about": about("pymc", "pytensor"), "minutes": minutes, "rows": data.n_rows}
+        save({**fit, **_growth(readings), "readings": readings}, file)
     found = load(file)
     grown = found["growth"]
     return (
@@ -289,15 +289,16 @@ def soak(data: Data, minutes: float, results: Path, **_: Any) -> str:
 def _readings(data: Data, seconds: float) -> list[dict[str, float]]:
     """Fit until the time is up, and return what was read of the process meanwhile."""
     readings: list[dict[str, float]] = []
-    start = time.monotonic()
+    process, start = psutil.Process(), 0.0
 
-    def read(approx, losses, i: int) -> None:
+    def read(approx: Any, losses: Any, i: int) -> None:
         nonlocal start
-        if i == 1:
-            start = time.monotonic()
+        start = start or time.monotonic()
         passed = time.monotonic() - start
-        if passed * READINGS >= len(readings) * seconds:
-            readings.append({"seconds": round(passed, 1), "steps": i, **_resources()})
+        if passed >= READ_EVERY * len(readings):
+            memory = round(process.memory_info().rss / 2**20, 2)
+            counts = {"files": process.num_fds(), "threads": threading.active_count()}
+            readings.append({"seconds": round(passed, 1), "steps": i, "rss_mb": memory, **counts})
         if passed >= seconds:
             raise StopIteration("the time is up")
 
@@ -317,25 +318,15 @@ def _readings(data: Data, seconds: float) -> list[dict[str, float]]:
     return readings
 
 
-def _resources() -> dict[str, float]:
-    process = psutil.Process()
-    rss_mb = round(process.memory_info().rss / 2**20, 2)
-    return {"rss_mb": rss_mb, "files": process.num_fds(), "threads": threading.active_count()}
-
-
 def _growth(readings: list[dict[str, float]]) -> dict[str, Any]:
     """Return what the readings come to."""
-    early, late = (
-        {name: [reading[name] for reading in quarter] for name in READ}
-        for quarter in np.array_split(np.array(readings), 4)[1::2]
-    )
-    megabytes = float(np.median(late["rss_mb"]) - np.median(early["rss_mb"]))
-    counts = {name: max(late[name]) - max(early[name]) for name in ("files", "threads")}
-    return {
-        "steps": readings[-1]["steps"],
-        "growth": {"mb": round(megabytes, 1), **counts},
-        "flat": megabytes < ALLOWED_MB and max(counts.values()) <= 0,
-    }
+    _, early, _, late = np.array_split(np.array(readings), 4)
+    memory = [np.median([each["rss_mb"] for each in quarter]) for quarter in (early, late)]
+    growth = {"mb": round(float(memory[1] - memory[0]), 1)}
+    for name in ("files", "threads"):
+        growth[name] = max(each[name] for each in late) - max(each[name] for each in early)
+    flat = growth["mb"] < ALLOWED_MB and growth["files"] <= 0 and growth["threads"] <= 0
+    return {"steps": readings[-1]["steps"], "growth": growth, "flat": flat}
 
 
 TABLES: dict[str, Callable[..., str]] = {

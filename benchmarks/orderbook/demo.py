@@ -83,7 +83,6 @@ def run(exact: "Posterior", rows: Path, columns: tuple[str, ...], work: Path, n_
             seed=SEED,
             columns=columns,
             examine=name == SHUFFLED,
-            check_last=False,
         )
         for warning in fits[name]["warnings"]:
             say(f"StreamWarning: {warning}")
@@ -96,20 +95,15 @@ def say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
-def errors(means: list[float], exact: "Posterior") -> np.ndarray:
-    """Return how far means are from the exact ones, in posterior standard deviations."""
-    return (np.array(means) - exact.mean) / exact.sd
-
-
 def markdown_table(exact: "Posterior", fits: Fits) -> str:
     """Return the results as a table for the README."""
     lines = []
     for name, fit in fits.items():
-        cells = [name, *(f"{e:+.2f}" for e in errors(fit["averaged"], exact))]
-        cells += [f"{abs(errors(fit['last'], exact)).max():.1f}"]
+        cells = [name, *(f"{e:+.2f}" for e in exact.errors(fit["averaged"]))]
+        cells += [f"{abs(exact.errors(fit['last'])).max():.1f}"]
         lines.append([*cells, f"{fit['peak_mb']:.0f} MB", f"{fit['steps_per_second']:.0f}"])
     if corrected := fits[SHUFFLED]["examination"]["corrected"]:
-        cells = [f"{e:+.2f}" for e in errors(corrected["mean"], exact)]
+        cells = [f"{e:+.2f}" for e in exact.errors(corrected["mean"])]
         lines.append(["polished", *cells, "", "", ""])
     heads = ["Rows", *exact.names, "last step", "memory", "steps/s"]
     return markdown(" | ".join(heads), lines)
@@ -121,7 +115,7 @@ def plot(exact: "Posterior", fits: Fits, file: Path) -> None:
 
     from benchmarks.orderbook.experiment import TRACED_EVERY
 
-    worst = int(np.abs(errors(fits[ORDERED]["averaged"], exact)).argmax())
+    worst = int(np.abs(exact.errors(fits[ORDERED]["averaged"])).argmax())
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
     for (legend, color), fit in zip(WAYS.values(), fits.values()):

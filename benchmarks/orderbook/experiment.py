@@ -75,6 +75,10 @@ class Posterior:
     sd: tuple[float, ...]
     n_rows: int
 
+    def errors(self, mean: Sequence[float]) -> np.ndarray:
+        """Return how far a mean is from the exact one, in posterior standard deviations."""
+        return np.subtract(mean, self.mean) / self.sd
+
 
 class Tail:
     """Average the variational means over the second half of a fit, and keep a trace."""
@@ -125,14 +129,12 @@ def fit_model(
     seed: int,
     columns: Sequence[str] | None = None,
     examine: bool = False,
-    check_last: bool = True,
     progressbar: bool = True,
 ) -> dict[str, Any]:
     """Fit in this process, and return the fit and what it cost, as JSON can hold it.
 
     Without a *buffer_size* in rows, these are held in memory. With *examine*, the order of a stream
-    is checked before the fit, and the fit after it: when it is averaged and, with *check_last*,
-    also as the last step left it.
+    is checked before the fit, and the fit after it: as the last step left it, and averaged.
 
     In the result, ``last`` are the posterior means of the last step, ``averaged`` those averaged
     over the second half of the steps, and ``trace`` those of every 20th; ``steps_per_second`` is
@@ -145,7 +147,7 @@ def fit_model(
         warnings.simplefilter("always")
         began = time.perf_counter()
         ds = build_model(rows, buffer_size, seed, columns)
-        order = _order(_buffer(rows, buffer_size, seed, columns)) if examine else {}
+        order = check_order(_buffer(rows, buffer_size, seed, columns)) if examine else None
         average = EpochAverage(ds) if examine else None
         callbacks = [tail, average, ds.fit_callback() if ds is not None else None]
         ready = time.perf_counter()
@@ -158,7 +160,7 @@ def fit_model(
             progressbar=progressbar,
         )
         ended, memory, last = time.perf_counter(), peak_mb(), approx.mean.eval().tolist()
-        examination = _examine(approx, ds, average, order, check_last) if examine else None
+        examination = _examine(approx, ds, average, order) if examine else None
     return {
         "last": last,
         "averaged": (tail.total / tail.n_averaged).tolist(),
@@ -198,44 +200,34 @@ def logistic(columns: list, total_size: int | None) -> None:
     pm.Bernoulli("up", logit_p=logit, observed=columns[-1], total_size=total_size)
 
 
-def _examine(
-    approx: Any, ds: Any, average: Any, order: dict[str, Any], check_last: bool
-) -> dict[str, Any]:
+def _examine(approx: Any, ds: Any, average: Any, order: Any) -> dict[str, Any]:
     """Check *approx*, then improve it as its user would, and tell how it went.
 
     ``last``, ``averaged`` and ``corrected`` are its states after the last step, after
     ``EpochAverage.apply`` and after ``polish``, which is None if that refused; ``refusal`` is why.
     With no whole ``epochs`` averaged, these are steps of a part of one.
     """
-    found = {"order": order, "epochs": average.epochs, "corrected": None, "refusal": None}
-    found["last"] = _checked(approx, ds)[0] if check_last else _state(approx)
+    names = "ordered", "feature", "design_effect", "drift"
+    found: dict[str, Any] = {"order": {name: getattr(order, name) for name in names}}
+    found |= {"epochs": average.epochs, "corrected": None, "refusal": None}
+    found["last"], _ = _checked(approx, ds)
     average.apply(approx)
     found["averaged"], *said = _checked(approx, ds)
     try:
         said.append(str(polish(approx, ds, progressbar=False)))
-        found["corrected"] = _state(approx)
+        found["corrected"] = {"mean": approx.mean.eval().tolist()}
     except StreamError as error:
         found["refusal"] = str(error)
     return found | {"said": said}
 
 
 def _checked(approx: Any, ds: Any) -> tuple[dict[str, Any], str]:
-    """Return what ``check_fit`` says, with the z of the worst mean, and its report."""
+    """Return means and what ``check_fit`` says of them, with the z of the worst, and its report."""
     began = time.perf_counter()
     check = check_fit(approx, ds, progressbar=False)
     seconds, worst = time.perf_counter() - began, float(np.abs(check.z).max())
-    return _state(approx) | {"verdict": check.verdict, "z": worst, "seconds": seconds}, str(check)
-
-
-def _order(source: Any) -> dict[str, Any]:
-    report = check_order(source)
-    names = "ordered", "feature", "design_effect", "drift"
-    return {name: getattr(report, name) for name in names}
-
-
-def _state(approx: Any) -> dict[str, Any]:
-    """Return what one approximation is; nobody has checked it yet."""
-    return {"mean": approx.mean.eval().tolist(), "verdict": None, "z": None}
+    mean = approx.mean.eval().tolist()
+    return {"mean": mean, "verdict": check.verdict, "z": worst, "seconds": seconds}, str(check)
 
 
 def _buffer(rows: Path, buffer_size: Any, seed: int, columns: Sequence[str] | None) -> Any:

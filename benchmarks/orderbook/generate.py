@@ -126,17 +126,11 @@ def generate(
     suffix, write_messages = WRITERS[format]
     markets = plan(messages, seed)
     with published(destination, overwrite=overwrite) as (content, _):
-
-        def write(market: Market) -> None:
+        for market in followed(markets, "Generating messages", len(markets), progressbar):
             (content / market.ticker).mkdir()
             day = datetime.fromtimestamp(market.open_ms / 1000, UTC).date()
             path = content / market.ticker / f"{day}{suffix}"
             write_messages(path, market.ticker, simulate(market))
-
-        with ThreadPoolExecutor(2) as pool:
-            done = pool.map(write, markets)
-            for _ in followed(done, "Generating messages", len(markets), progressbar):
-                pass
 
 
 def plan(messages: int, seed: int) -> list[Market]:

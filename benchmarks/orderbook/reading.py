@@ -20,6 +20,7 @@ Prices and sizes never pass through floating point where they are written as str
 
 import contextlib
 import gzip
+import io
 import json
 import re
 import zlib
@@ -51,7 +52,7 @@ from benchmarks.orderbook.book import (
     Events,
     MessageError,
 )
-from benchmarks.orderbook.columns import MESSAGES, PARQUET, visible_files
+from benchmarks.orderbook.columns import MESSAGES, visible_files
 
 __all__ = ["DamageError", "Gap", "Part", "find_files", "first_ms", "read_parts"]
 
@@ -102,8 +103,8 @@ class Gap:
 
 def find_files(directory: str | Path) -> list[Path]:
     """List the message files below *directory*."""
-    wanted = re.compile(f"{MESSAGES.pattern}|{PARQUET.pattern}")
-    return visible_files(Path(directory), wanted, "messages (.ndjson or .jsonl, also .gz or .zst)")
+    endings = *MESSAGES, ".parquet"
+    return visible_files(Path(directory), endings, "messages (.ndjson or .jsonl, also .gz or .zst)")
 
 
 def first_ms(path: Path) -> int:
@@ -132,8 +133,8 @@ def read_parts(path: Path, *, salvage: bool = False) -> Iterator[Part | Counter 
             yield from _read_parquet(path)
             return
         reader = _LineReader(path)
-        for text, ends in _whole_lines(path, salvage):
-            yield from reader.parts(text, ends)
+        for text in _blocks(path, salvage):
+            yield from reader.parts(text)
     except UNREADABLE as error:
         raise DamageError(f"{path} is damaged or cut short: {error}") from error
 
@@ -167,48 +168,37 @@ def _check_times(path: Path, lines: np.ndarray, **times: np.ndarray) -> None:
 def _opened(path: Path) -> Any:
     if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
         raise OSError("it is empty")
-    return GZIP.open(path) if path.suffix == ".gz" else pa.input_stream(path)
+    return GZIP.open(path) if path.suffix == ".gz" else io.BufferedReader(pa.input_stream(path))
 
 
-def _whole_lines(path: Path, salvage: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield whole lines, and where each ends, in an array that is used again for the next ones."""
-    text, n = np.empty(BLOCK_BYTES + 1, np.uint8), 0
-    n_read, position, damage = 1, 0, None
-    with _opened(path) as file:
-        while n_read:
-            try:
-                n_read = file.readinto(text[n:-1])
-            except UNREADABLE as error:
-                n_read, damage = 0, error
-                n += _salvaged(path, position, text[n:-1]) if salvage else 0
-            n, position = n + n_read, position + n_read
-            if n_read and n < BLOCK_BYTES:
-                continue
-            if n and n_read == 0 and damage is None and text[n - 1] != NEWLINE:
-                text[n], n = NEWLINE, n + 1
-            ends = np.flatnonzero(text[:n] == NEWLINE) + 1
-            if len(ends):
-                yield text[: ends[-1]], ends
-                text[: n - ends[-1]] = text[ends[-1] : n]
-                n -= ends[-1]
-            elif n >= BLOCK_BYTES:
-                raise DamageError(f"{path}: a line must be shorter than {BLOCK_BYTES} bytes")
-    if damage is not None:
-        raise damage
+def _blocks(path: Path, salvage: bool) -> Iterator[bytes | memoryview]:
+    """Yield blocks of whole lines in memory that is used again, with *salvage* up to damage."""
+    position, block = 0, memoryview(np.empty(2 * BLOCK_BYTES, "B"))  # type: ignore[arg-type]
+    try:
+        with _opened(path) as file:
+            while piece := file.read(BLOCK_BYTES):
+                rest = file.readline(BLOCK_BYTES)
+                n = len(piece) + len(rest)
+                block[: len(piece)], block[len(piece) : n] = piece, rest
+                yield block[:n]
+                position += n
+    except UNREADABLE:
+        if salvage and (text := _salvaged(path, position)):
+            yield text
+        raise
 
 
-def _salvaged(path: Path, position: int, room: np.ndarray) -> int:
-    """Read from *position* to the damage in small pieces, since a read that fails gives nothing."""
-    n = 0
+def _salvaged(path: Path, position: int) -> bytes:
+    """Read whole lines from *position* on in small pieces, since a read that fails gives nothing."""
+    text = bytearray()
     # Of what comes before damage, isal loses more than the standard library does.
     file: Any = gzip.open(path) if path.suffix == ".gz" else pa.input_stream(path)
     with file, contextlib.suppress(*UNREADABLE):
         while position and (piece := file.read(min(position, BLOCK_BYTES))):
             position -= len(piece)
-        while piece := file.read1(min(64, len(room) - n)):
-            room[n : n + len(piece)] = np.frombuffer(piece, np.uint8)
-            n += len(piece)
-    return n
+        while piece := file.read1(64):
+            text += piece
+    return bytes(text[: text.rfind(b"\n") + 1])
 
 
 class _LineReader:
@@ -220,7 +210,10 @@ class _LineReader:
         self._last_seq: int | None = None
         self._n_steps = self._n_skips = 0
 
-    def parts(self, text: np.ndarray, ends: np.ndarray) -> Iterator[Part | Counter | Gap]:
+    def parts(self, text: bytes | memoryview) -> Iterator[Part | Counter | Gap]:
+        ends = np.flatnonzero(np.frombuffer(text, np.uint8) == NEWLINE) + 1
+        if text[-1] != NEWLINE:  # the last line of a file
+            ends = np.append(ends, len(text))
         starts = np.concatenate([[0], ends]).astype(np.int32)
         lines = pa.StringArray.from_buffers(len(ends), pa.py_buffer(starts), pa.py_buffer(text))
         numbers = np.arange(self._n_lines + 1, self._n_lines + len(ends) + 1)

@@ -18,28 +18,26 @@
 
 Each part of the first table is fitted from memory, in order of time through a buffer, and after
 ``preshuffle``, each in a process of its own; so are real captures, if there are any, and the last
-way a billion rows. A run that was stopped goes on: finished stages are in ``records.json`` in the
-work folder, and only what the others need is made again.
+way a billion rows. A run that was stopped goes on: finished tables are in ``records.json`` in the
+work folder.
 """
 
 import json
 import math
 import shutil
 import sys
-import time
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from benchmarks.harness import about, filled, in_process, load, markdown, run_command, save
-from benchmarks.orderbook.columns import holds_messages, parquet_files
-from benchmarks.orderbook.experiment import BATCH_SIZE, exact_posterior, fit_model
+from benchmarks.orderbook.columns import holds_messages
+from benchmarks.orderbook.experiment import BATCH_SIZE, Posterior, exact_posterior, fit_model
 from benchmarks.orderbook.fold import fold
 from benchmarks.orderbook.generate import write_rows
 from benchmarks.orderbook.reading import find_files
@@ -55,23 +53,24 @@ BILLION = 1_000_000_000
 BUFFER_SIZE = 1_000_000
 STEPS = 20_000
 """Of each fit, at least; two whole epochs if those are more."""
-CHECKED_TWICE = 30_000_000
 WINDOW_SHARE = 20
+"""What part of captures, whose number of rows is not known before, the buffer holds."""
 SEED = 0
 
 CAPTURES = "Kalshi captures"
-ROWS, EXACT, PRESHUFFLE, FOLD = "rows", "exact", "preshuffle", "fold"
+EXACT, PRESHUFFLE = "exact", "preshuffle"
 WAYS = FIRST, SECOND, ORDERED, SHUFFLED = (
     *("in memory", "in memory again"),
     *("in order of time", "preshuffled"),
 )
 ORIGINAL = {
-    ORDERED: {1_000_000: 0.045, 20_000_000: 0.69, 26_000_000: 1.65},
-    SHUFFLED: {20_000_000: 0.027, 122_000_000: 0.022},
+    ORDERED: {1e6: 0.045, 20e6: 0.69, 26e6: 1.65},
+    SHUFFLED: {20e6: 0.027, 121.8e6: 0.022},
 }
 """max|Δ| of the posterior means against in memory, as the first experiment had it."""
-ORIGINAL_MB = {FIRST: {122_000_000: 9_100.0}, SHUFFLED: {122_000_000: 570.0}}
+ORIGINAL_MB = {FIRST: {121.8e6: 9_100.0}, SHUFFLED: {121.8e6: 570.0}}
 
+SEEDS = {FIRST: 1, SECOND: 2, ORDERED: SEED, SHUFFLED: SEED}
 COMMAND = "make reproduce"
 COLORS = {FIRST: "tab:gray", SECOND: "tab:gray", ORDERED: "tab:red", SHUFFLED: "tab:blue"}
 CHECKS = "`check_order` before the fit | `check_fit` at the last step | `check_fit` when averaged"
@@ -86,125 +85,72 @@ HEADS = {
 }
 
 Case = dict[str, dict[str, Any]]
-"""By kind of a stage its "parameters", its "result" and its "seconds"."""
+"""By kind of a result, of one table, its "parameters" and its "result"."""
 Records = dict[str, Case]
-
-
-class Stage(NamedTuple):
-    """A part of the experiment, whose result depends on nothing but its parameters."""
-
-    kind: str
-    parameters: dict[str, Any]
-    run: Callable[[], dict[str, Any]]
-    """Return the result, as JSON can hold it."""
-    is_read: bool = False
-    """Whether later stages of the same case read what it makes."""
 
 
 def run(
     work: Path, *, sizes: Sequence[int], captures: Path | None = None, billion: bool = True
 ) -> Records:
-    """Run all stages that have no record in *work*, and return the records of all."""
+    """Fit all tables that have no records in *work*, and return the records of all."""
     file, folder = work / "records.json", work / "tables"
     work.mkdir(parents=True, exist_ok=True)
     kept: Records = load(file)
     records: Records = {}
-    for case, stages in _cases(folder, sizes, captures, billion):
-        shutil.rmtree(folder, ignore_errors=True)
-        done = kept.setdefault(case, {})
-        missing = {s.kind for s in stages if done.get(s.kind, {}).get("parameters") != s.parameters}
-        todo = [s for s in stages if missing and (s.is_read or s.kind in missing)]
-        for kind, parameters, take, _ in todo:
-            began = time.perf_counter()
-            result = take()
-            seconds = time.perf_counter() - began
-            sys.stderr.write(f"{case} {kind}: {seconds:.1f} s\n")
-            if kind in missing:
-                done[kind] = {"parameters": parameters, "seconds": seconds, "result": result}
-                save(kept, file)
-        records[case] = {stage.kind: done[stage.kind] for stage in stages}
-    shutil.rmtree(folder, ignore_errors=True)
+    for name, table, make in _tables(sizes, captures, billion):
+        # Enough that one whole epoch remains when the first half is left out.
+        n_steps = max(STEPS, 2 * math.ceil((table["rows"] or 0) / BATCH_SIZE) + 1)
+        parameters = {**table, "n_steps": n_steps, "buffer_size": BUFFER_SIZE}
+        if kept.get(name, {}).get(EXACT, {}).get("parameters") != parameters:
+            shutil.rmtree(folder, ignore_errors=True)
+            in_process(make, folder / "rows")
+            results = dict(_results(folder, parameters))
+            shutil.rmtree(folder)
+            kept[name] = {
+                kind: {"parameters": parameters, "result": result}
+                for kind, result in results.items()
+            }
+            save(kept, file)
+        records[name] = kept[name]
     return records
 
 
-def _cases(
-    folder: Path, sizes: Sequence[int], captures: Path | None, billion: bool
-) -> Iterator[tuple[str, list[Stage]]]:
-    """Yield the stages of each case, which make their tables in *folder*."""
-    rows = folder / "rows"
-    for size in sorted(sizes):
-        yield _case_name(size), _of_rows(rows, size, TABLE, WAYS)
+def _tables(
+    sizes: Sequence[int], captures: Path | None, billion: bool
+) -> Iterator[tuple[str, dict[str, Any], Callable[[Path], object]]]:
+    """Yield the name of each table, what its rows depend on, and what writes them."""
+    planned = dict.fromkeys(sorted(sizes), TABLE) | ({BILLION: BILLION} if billion else {})
+    for size, of in planned.items():
+        make = partial(write_rows, rows=size, planned=of, seed=SEED)
+        yield _table_name(size), {"of": of, "seed": SEED, "rows": size}, make
     if captures is not None:
-        table = {"files": len(find_files(captures)), "bytes": _bytes(captures)}
-        made = Stage(FOLD, table, partial(_fold, captures, rows), is_read=True)
-        yield CAPTURES, [made, *_fits(rows, None, table, WAYS)]
-    if billion:
-        ways = (SHUFFLED,)
-        yield _case_name(BILLION), _of_rows(rows, BILLION, BILLION, ways)
+        files = find_files(captures)
+        table = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+        yield CAPTURES, {**table, "rows": None}, partial(fold, captures, progressbar=False)
 
 
-def _of_rows(rows: Path, size: int, planned: int, ways: Sequence[str]) -> list[Stage]:
-    table = {"of": planned, "seed": SEED}
-    make = partial(_write_rows, rows, size, planned)
-    made = Stage(ROWS, {**table, "rows": size}, make, is_read=True)
-    return [made, *_fits(rows, size, table, ways)]
-
-
-def _fits(rows: Path, n_rows: int | None, table: dict, ways: Sequence[str]) -> list[Stage]:
-    """Give the stages of one table of rows; the buffer holds a twentieth of an unknown number."""
-    parameters = {**table, "rows": n_rows}
-    shuffled = rows.with_name("shuffled")
-    stages = [Stage(EXACT, parameters, partial(_exact, rows))]
-    for way in ways:
+def _results(folder: Path, parameters: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Fit the rows in *folder*; yield the kind of each result, and it, as JSON can hold it."""
+    rows, shuffled = folder / "rows", folder / "shuffled"
+    exact = in_process(exact_posterior, rows)
+    yield EXACT, asdict(exact)
+    size = max(exact.n_rows // WINDOW_SHARE, BATCH_SIZE)
+    if parameters["rows"]:
+        size = parameters["buffer_size"]
+    for way in WAYS if parameters["rows"] != BILLION else (SHUFFLED,):
         if way == SHUFFLED:
-            make = partial(_preshuffle, rows, shuffled)
-            stages.append(Stage(PRESHUFFLE, parameters, make, is_read=True))
-        options: dict[str, Any] = {
-            # Enough that one whole epoch remains when the first half is left out.
-            "n_steps": max(STEPS, 2 * math.ceil((n_rows or 0) / BATCH_SIZE) + 1),
-            "seed": {FIRST: 1, SECOND: 2}.get(way, SEED),
-            "buffer_size": BUFFER_SIZE if n_rows else None,
-            "streamed": way in (ORDERED, SHUFFLED),
-            "check_last": (n_rows or 0) <= CHECKED_TWICE,
-        }
-        fit = partial(_fit, shuffled if way == SHUFFLED else rows, **options)
-        stages.append(Stage(way, {**parameters, **options}, fit))
-    return stages
-
-
-def _write_rows(rows: Path, size: int, planned: int) -> dict[str, Any]:
-    write_rows(rows, rows=size, planned=planned, seed=SEED)
-    return {"rows": size, "bytes": _bytes(rows)}
-
-
-def _exact(rows: Path) -> dict[str, Any]:
-    return asdict(in_process(exact_posterior, rows))
-
-
-def _fit(rows: Path, *, buffer_size: int | None, streamed: bool, **options: Any) -> dict[str, Any]:
-    n_rows = sum(pq.read_metadata(file).num_rows for file in parquet_files(rows))
-    size = (buffer_size or max(n_rows // WINDOW_SHARE, BATCH_SIZE)) if streamed else None
-    fit = partial(in_process, fit_model, rows, buffer_size=size, progressbar=False)
-    # Whoever comes first compiles for the others, which would show in its memory and seconds.
-    fit(**{**options, "n_steps": 1})
-    result = fit(**options, examine=streamed)
-    # Warnings name files of this machine.
-    return {**result, "trace": None, "buffer_size": size, "warnings": len(result["warnings"])}
-
-
-def _preshuffle(rows: Path, shuffled: Path) -> dict[str, Any]:
-    report = in_process(preshuffle, rows, shuffled, seed=SEED, progressbar=False)
-    return {**asdict(report), "destination": None}
-
-
-def _fold(messages: Path, rows: Path) -> dict[str, Any]:
-    report = in_process(fold, messages, rows, overwrite=True, progressbar=False)
-    # What was found names files of this machine.
-    return {**vars(report), "findings": None}
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            report = in_process(preshuffle, rows, shuffled, seed=SEED, progressbar=False)
+            yield PRESHUFFLE, {**asdict(report), "destination": None}
+            rows = shuffled
+        streamed = way in (ORDERED, SHUFFLED)
+        options = {"buffer_size": size if streamed else None, "seed": SEEDS[way]}
+        fit = partial(in_process, fit_model, rows, progressbar=False, **options)
+        # Whoever comes first compiles for the others, which would show in its memory and seconds.
+        fit(n_steps=1)
+        result = fit(n_steps=parameters["n_steps"], examine=streamed)
+        sys.stderr.write(f"{exact.n_rows:,} rows, {way}: {result['seconds']['fit']:.1f} s\n")
+        # Warnings name files of this machine.
+        yield way, {**result, "trace": None, "warnings": len(result["warnings"])}
 
 
 def publish(found: dict[str, Any], results: Path, page: Path | None) -> None:
@@ -226,22 +172,18 @@ def publish(found: dict[str, Any], results: Path, page: Path | None) -> None:
 
 def _lines(case: Case) -> Iterator[tuple[str, list[Any]]]:
     """Yield the cells of each line about a case, and the table that it belongs to."""
-    exact, shuffling = case[EXACT]["result"], case[PRESHUFFLE]["result"]
+    exact = Posterior(*(case[EXACT]["result"][name] for name in Posterior.__slots__))
+    shuffling = case[PRESHUFFLE]["result"]
     last, averaged = _means(case, "last"), _means(case, "averaged")
-    # What the first experiment had at about as many rows.
-    original = {
-        way: next((f"{v:g}" for n, v in known.items() if abs(n / exact["n_rows"] - 1) < 0.01), None)
-        for way, known in ORIGINAL.items()
-    }
 
     def off(mean: list[float] | None) -> float | None:
-        """Return the error of the worst mean in posterior standard deviations."""
-        error = np.subtract(mean or np.nan, exact["mean"]) / exact["sd"]
-        return float(np.abs(error).max()) if mean else None
+        return float(np.abs(exact.errors(mean)).max()) if mean else None
 
     if FIRST in case:
-        ordered, shuffled = _apart(last, ORDERED), _apart(last, SHUFFLED)
-        means = [_apart(last, SECOND), ordered, original[ORDERED], shuffled, original[SHUFFLED]]
+        means: list[Any] = [_apart(last, SECOND)]
+        for way, original in ORIGINAL.items():
+            value = original.get(exact.n_rows)
+            means += [_apart(last, way), None if value is None else f"{value:g}"]
         yield "means", [*means, _apart(averaged, SECOND), _apart(averaged, SHUFFLED)]
     errors = [off(each.get(w)) for w in (FIRST, ORDERED, SHUFFLED) for each in (last, averaged)]
     examined = case[SHUFFLED]["result"]["examination"]
@@ -297,7 +239,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds:,.0f} s"
 
 
-def _case_name(n_rows: float) -> str:
+def _table_name(n_rows: float) -> str:
     """Name a table by its rows: 121.8M."""
     return f"{n_rows / 1e9:g}B" if n_rows >= 1e9 else f"{n_rows / 1e6:g}M"
 
@@ -325,7 +267,7 @@ def _draw(cases: list[Case], file: Path) -> None:
         ax.yaxis.set_major_formatter("{x:,g}")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes[1].xaxis.set_major_formatter(lambda n, _: _case_name(n))
+    axes[1].xaxis.set_major_formatter(lambda n, _: _table_name(n))
     axes[1].set_xlabel("rows")
     figure.savefig(file, dpi=120)
 

@@ -13,12 +13,10 @@
 #   limitations under the License.
 """Benchmarks that Airspeed Velocity runs: ``make bench``.
 
-One pass over a table, to read, shuffle, check or preshuffle it, and steps of fits; beside each
-number are its baselines.  Peaks of memory are tracked in processes of their own: those that
-``peakmem_`` would tell include what the parent process once held.
+One pass over a table, to read, shuffle or check it, and steps of fits; beside each number is its
+baseline.  Peaks of memory are tracked in processes of their own: those that ``peakmem_`` would tell
+include what the parent process once held.
 """
-
-import shutil
 
 from collections import deque
 from collections.abc import Callable
@@ -29,14 +27,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks import cases
-from benchmarks.cases import Case, Data, epoch
-from benchmarks.harness import Runner, peak_growth
-from benchmarks.speed import copy_plain, shuffle_ours
+from benchmarks.cases import Case, Data
+from benchmarks.harness import Runner, in_process
 from pymc.variational.streaming import check_order, parquet_source
 
 N_STEPS = 500
 WINDOWS = 20
-MEMORY_LIMIT = "128MB"
 exhaust: Callable[..., object] = partial(deque, maxlen=0)
 
 
@@ -59,44 +55,24 @@ class TableSuite:
 
     def setup(self, data: Data, n_rows: int) -> None:
         self.ordered = data.order_book(n_rows)
-        self.shuffled = data.shuffled(self.ordered)
+        self.case = Case(data.shuffled(self.ordered), buffer_size=cases.SMALL_BUFFER)
 
 
 class ReadingSuite(TableSuite):
     def time_preshuffled(self, data: Data, n_rows: int) -> None:
-        exhaust(parquet_source(self.shuffled))
+        exhaust(self.case.source)
 
     def time_raw_scan(self, data: Data, n_rows: int) -> None:
         """Decode a table with pyarrow alone."""
-        for file in sorted(self.shuffled.glob("*.parquet")):
+        for file in sorted(self.case.rows.glob("*.parquet")):
             with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as parquet:
                 exhaust(parquet.iter_batches(use_threads=False))
 
-
-class EpochSuite(TableSuite):
     def time_shuffle_buffer(self, data: Data, n_rows: int) -> None:
-        epoch(partial(parquet_source, self.shuffled), order_check="off")
-
-    def time_watched(self, data: Data, n_rows: int) -> None:
-        epoch(partial(parquet_source, self.shuffled))
+        exhaust(cases.stream(self.case))
 
     def time_check_order(self, data: Data, n_rows: int) -> None:
         check_order(parquet_source(self.ordered), buffer_size=n_rows // WINDOWS)
-
-
-class PreshuffleSuite(TableSuite):
-    def setup(self, data: Data, n_rows: int) -> None:
-        super().setup(data, n_rows)
-        self.arguments = self.ordered, data.folder / "target", MEMORY_LIMIT
-
-    def teardown(self, data: Data, n_rows: int) -> None:
-        shutil.rmtree(data.folder / "target", ignore_errors=True)
-
-    def time_preshuffle(self, data: Data, n_rows: int) -> None:
-        shuffle_ours(*self.arguments)
-
-    def time_plain_copy(self, data: Data, n_rows: int) -> None:
-        copy_plain(*self.arguments)
 
 
 class StreamSuite(TableSuite):
@@ -106,7 +82,6 @@ class StreamSuite(TableSuite):
 
     def setup(self, data: Data, n_rows: int) -> None:
         super().setup(data, n_rows)
-        self.case = Case(self.shuffled, buffer_size=cases.SMALL_BUFFER)
         self.run, _ = self.make(self.case)
 
     def time_steps(self, data: Data, n_rows: int) -> None:
@@ -114,14 +89,10 @@ class StreamSuite(TableSuite):
 
     def track_memory(self, data: Data, n_rows: int) -> float:
         """Return the growth of the peak memory from before the model is built to the end."""
-        return peak_growth(cases.run_steps, self.make, self.case, N_STEPS)
+        return in_process(cases.peak_growth, self.make, self.case, N_STEPS)
 
     track_memory.unit = "MB"  # type: ignore[attr-defined]
 
 
 class OneBatchSuite(StreamSuite):
     make = staticmethod(cases.on_one_batch)
-
-
-class MinibatchSuite(StreamSuite):
-    make = staticmethod(cases.in_memory_columns)

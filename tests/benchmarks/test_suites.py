@@ -53,11 +53,8 @@ def test_a_suite_runs_on_a_small_table(tmp_path, monkeypatch):
     """The others run in the smoke run of ASV itself."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(TableSuite, "params", [[20_000]])
-    suite = SUITES["PreshuffleSuite"]()
+    suite = SUITES["ReadingSuite"]()
     data = suite.setup_cache()
-    for benchmark in suite.time_preshuffle, suite.time_plain_copy:
-        suite.setup(data, 20_000)
-        benchmark(data, 20_000)
-        assert [*data.folder.glob("target/*.parquet")]
-        suite.teardown(data, 20_000)
-        assert not (data.folder / "target").exists()
+    suite.setup(data, 20_000)
+    for name in benchmarks(SUITES["ReadingSuite"]):
+        getattr(suite, name)(data, 20_000)

@@ -15,7 +15,7 @@
 
 python -m tests.orderbook.small_reproduce WORK STEPS
 
-All steps run in this process, so that PyMC is imported and a model compiled once.
+All of it runs in this process, so that PyMC is imported and a model compiled once.
 """
 
 import sys
