@@ -63,15 +63,15 @@ class Turn(NamedTuple):
 class Lane:
     """A process of its own, and the turns that it has run.
 
-    *make* is called there with *args* and returns a `Runner`, which keeps to the process; *flags*
-    are for PyTensor, such as "floatX=float32".
+    *make* is called there with *args* and returns a `Runner`, which keeps to the process.  Variables
+    of the *environment* are set there; those of PYTENSOR_FLAGS are added to what is set already.
     """
 
-    def __init__(self, make: Callable[..., Runner], *args: Any, flags: str = ""):
+    def __init__(self, make: Callable[..., Runner], *args: Any, **environment: str):
         self.turns: list[Turn] = []
         self.process = _process()
-        flags = ",".join(filter(None, [os.environ.get("PYTENSOR_FLAGS"), flags]))
-        with patch.dict(os.environ, PYTENSOR_FLAGS=flags):
+        flags = os.environ.get("PYTENSOR_FLAGS"), environment.pop("PYTENSOR_FLAGS", "")
+        with patch.dict(os.environ, environment, PYTENSOR_FLAGS=",".join(filter(None, flags))):
             self.made = self.process.submit(_make, make, args)
 
     def median(self, quantity: str) -> float:

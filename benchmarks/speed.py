@@ -54,6 +54,7 @@ __all__ = ["COMMAND", "TABLES"]
 COMMAND = "python -m benchmarks.speed"
 LIMIT, STREAM = "one batch, again and again", "stream, preshuffled"
 READY = "batches that are in memory already"
+ONE_THREAD = "one thread of BLAS"
 MEMORY, PEER = "`pm.Minibatch`, in memory", "pymc-extras DataLoader, as it comes"
 HEADS = "steps/s | ms per step | CPU ms per step | speed / limit | speed / `pm.Minibatch`"
 
@@ -83,24 +84,25 @@ def shapes(data: Data, turns: int) -> str:
     """Measure other models and tables, each beside its own limit."""
     book = data.shuffled(data.order_book())
     columns = Case(data.shuffled(data.wide()), cases.wide, buffer_size=cases.SMALL_BUFFER)
-    many = partial(cases.wide, width=256)
+    rows, more_rows = (data.shuffled(data.wide(width), "arrow") for width in (64, 256))
+    many = replace(columns, rows=more_rows, model=partial(cases.wide, width=256))
     models = {
         "64 columns": columns,
-        '64 columns, format="arrow"': replace(columns, rows=data.shuffled(data.wide(), "arrow")),
-        '256 columns, format="arrow"': replace(
-            columns, rows=data.shuffled(data.wide(256), "arrow"), model=many
-        ),
+        '64 columns, format="arrow"': replace(columns, rows=rows),
+        '256 columns, format="arrow"': many,
+        f'256 columns, format="arrow", {ONE_THREAD}': many,
         "batches of 256": Case(book, batch_size=256),
     }
     lines = []
     for name, case in models.items():
+        environment = {"OPENBLAS_NUM_THREADS": "1"} if ONE_THREAD in name else {}
         ways = {
             LIMIT: cases.on_one_batch,
             READY: cases.on_ready_batches,
             STREAM: cases.on_stream,
             MEMORY: cases.in_memory,
         }
-        lanes = {way: Lane(make, case) for way, make in ways.items()}
+        lanes = {way: Lane(make, case, **environment) for way, make in ways.items()}
         race(lanes.values(), turns=turns)
         lines += [[name, *line] for line in speeds(lanes)]
     return markdown(f"model | rows | {HEADS}", lines)
@@ -160,7 +162,8 @@ def ladder(data: Data, turns: int) -> str:
             ways = {way: partial(on_numpyro, way) for way in (LIMIT, STREAM, "in memory")}
         if backend in ("numba", "c") or find_spec(backend):
             for way, make in ways.items():
-                lane = Lane(make, replace(case, backend=backend), flags=f"floatX={dtype}")
+                flags = {"PYTENSOR_FLAGS": f"floatX={dtype}"}
+                lane = Lane(make, replace(case, backend=backend), **flags)
                 lanes[setting, way] = lane
     race(lanes.values(), turns=turns)
     lines = []

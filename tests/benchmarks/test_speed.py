@@ -48,7 +48,7 @@ def test_lanes_take_turns_in_processes_of_their_own(small_lanes):
     flags = os.environ.get("PYTENSOR_FLAGS")
     lanes = {
         "short": Lane(small_lanes.sleeper, 0.01),
-        "spin": Lane(small_lanes.spinner, flags="floatX=float32"),
+        "spin": Lane(small_lanes.spinner, PYTENSOR_FLAGS="floatX=float32"),
     }
     assert os.environ.get("PYTENSOR_FLAGS") == flags
     race(lanes.values(), turns=2)
