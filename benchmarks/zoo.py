@@ -29,6 +29,7 @@ import time
 import warnings
 
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -72,7 +73,10 @@ def run(data: Data, fits: str, limit: float, results: Path) -> Found:
                 continue
             if name == "statsmodels" and entry.model not in STATSMODELS:
                 continue
-            fit = in_process(_one, model, name, data, reference, limit)
+            try:
+                fit = in_process(_one, model, name, data, reference, limit)
+            except BrokenProcessPool:
+                fit = {"failed": "its process was killed"}
             found |= {f"{model}: {name}": fit, "about": {**about(*PACKAGES), "limit": limit}}
             save(found, results)
     return found
