@@ -95,12 +95,13 @@ def _numpyro(case: Case) -> Estimates:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     x, y = map(jax.numpy.asarray, _parts(case))
     density, start = log_density(case.model, len(y))
-    weights = np.full(case.batch_size, len(y) / case.batch_size)
+    n_rows = len(y)
     any_value = numpyro.distributions.ImproperUniform(
         numpyro.distributions.constraints.real_vector, (), event_shape=start.shape
     )
 
     def model(x: Any, y: Any) -> None:
+        weights = np.full(len(y), n_rows / len(y))
         numpyro.factor("density", density(numpyro.sample("z", any_value), x, y, weights))
 
     begin = init_to_value(values={"z": start})
