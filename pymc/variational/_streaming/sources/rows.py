@@ -326,7 +326,7 @@ def choose_columns(
     schema: "pa.Schema", columns: Sequence[str] | None, where: str
 ) -> tuple[str, ...]:
     """Return *columns*, by default all, each of which must be there once."""
-    names = tuple(schema.names if columns is None else columns)
+    names = tuple(schema.names if columns is None else map(str, columns))  # pandas has numbers
     if not names:
         raise ValueError(f"{where}: no columns to stream; columns={columns!r}")
     for name in names:

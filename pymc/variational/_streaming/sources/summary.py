@@ -395,12 +395,16 @@ def _unify(array: "pa.Array") -> "pa.Array":
 def cast_exactly(name: str, values: "pa.Array", kind: "pa.DataType", where: str) -> "pa.Array":
     """Return the values of a column in another type, from which all of them can be got back.
 
-    Arrow casts 2 to True, "01" to 1, times to dates, and float64 to float32 without a word.
+    Arrow casts 2 to True, "01" to 1, times to dates, and float64 to float32 without a word, and
+    takes times without a zone for those of UTC.
     """
     if values.type.equals(kind):
         return values
-    is_primitive = pa.types.is_primitive
+    is_primitive, is_temporal = pa.types.is_primitive, pa.types.is_temporal
+    has_zone = [getattr(one, "tz", None) is not None for one in (values.type, kind)]
     try:
+        if is_temporal(kind) and is_temporal(values.type) and has_zone[0] != has_zone[1]:
+            raise pa.ArrowInvalid("times without a zone beside some with one")
         found = values.cast(kind)
         if (is_primitive(kind) or is_primitive(values.type)) and values.null_count < len(values):
             changed = np.flatnonzero(~_equal(found.cast(values.type), values))

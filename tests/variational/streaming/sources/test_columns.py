@@ -423,6 +423,15 @@ class TestTables:
             ds = StreamingDataset(table, batch_size=2, order_check="off")
             assert (ds.columns, ds.total_size) == (tuple(names), 3)
 
+    def test_columns_that_pandas_numbers_are_chosen_by_number(self):
+        frame = pd.DataFrame(np.arange(6.0).reshape(2, 3))
+        source = arrow_source(frame, columns=[2, 0])
+        assert (source.n_rows, rows_of(source).tolist()) == (2, [[2, 0], [5, 3]])
+        with pytest.raises(
+            ValueError, match=r"has no column '3'; its columns are \['0', '1', '2'\]"
+        ):
+            rows_of(arrow_source(frame, columns=[3]))
+
     def test_a_batch_size_is_said_once(self):
         rows = np.arange(10.0).reshape(-1, 1)
         buffer = shuffle_buffer(rows, buffer_size=5, seed=0)

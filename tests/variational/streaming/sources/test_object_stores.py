@@ -238,6 +238,16 @@ def test_a_store_that_is_gone_in_the_middle_of_an_epoch_is_not_a_changed_file(mo
         list(blocks)
 
 
+def test_a_file_of_unknown_size_is_named(monkeypatch):
+    """Such as one of a server that makes its answers while it sends them."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    memory.pipe("/unsized/a.parquet", b"PAR1")
+    info = {"name": "/unsized/a.parquet", "type": "file", "size": None}
+    monkeypatch.setattr(memory, "info", lambda *args, **kwargs: info)
+    with pytest.raises(StreamError, match=r"a\.parquet: .* does not tell its size; copy it to a"):
+        parquet_source("/unsized/a.parquet", filesystem=memory)
+
+
 def test_short_answers_are_asked_for_again_and_logged(proxy, rows, caplog):
     source = open_fsspec("in", proxy.endpoint)
     proxy.fail("truncate", times=2, only="1.parquet", span=MIDDLE)

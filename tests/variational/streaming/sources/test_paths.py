@@ -167,6 +167,10 @@ class TestPaths:
             parquet_source(arrow)
         with pytest.raises(ValueError, match="but Parquet files; pass it to parquet_source"):
             arrow_source(parquet)
+        with pytest.raises(ValueError, match="has the name of Arrow IPC; pass it to arrow_source"):
+            parquet_source(sorted(arrow.iterdir()))
+        with pytest.raises(ValueError, match="has the name of Parquet; pass it to parquet_source"):
+            arrow_source(parquet / "a.parquet")
         assert arrow_source(arrow).n_rows == parquet_source(parquet).n_rows
 
     def test_missing_paths_and_empty_directories_are_named(self, folder):

@@ -96,6 +96,8 @@ class TestTimes:
         pq.write_table(pa.table({"t": zoned}), tmp_path / "b.parquet")
         with pytest.raises(ValueError, match=r"b.parquet: column 't' .* without a zone beside"):
             parquet_source(tmp_path)
+        with pytest.raises(StreamError, match=r"b.parquet: column 't' .* without a zone beside"):
+            parquet_source(tmp_path, categories=["t"])
         for rows, own, has in ((hour, zoned, "a"), (zoned, hour, "no")):
             ds = StreamingDataset(pa.table({"t": rows}), batch_size=1)
             with pytest.raises(ValueError, match=f"rows has {has} time zone in 't'"):

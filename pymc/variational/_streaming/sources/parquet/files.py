@@ -338,6 +338,8 @@ def _size_and_mtime(fs: "pa.fs.FileSystem", path: str) -> tuple[int, int | None]
     info = retried(lambda: fs.get_file_info(path))
     if info.type != pa.fs.FileType.File:
         raise FileNotFoundError(f"no such file: {path}")
+    if info.size is None:
+        raise OSError("the filesystem does not tell its size; copy it to a disk")
     if fsspec is None or info.mtime_ns is not None:
         return info.size, info.mtime_ns
     try:  # fsspec has a method of its own for the time

@@ -165,6 +165,11 @@ def _find(kind: _Format, fs: "pa.fs.FileSystem", path: str) -> list[str]:
     types = pa.fs.FileType
     found = fs.get_file_info(path).type
     if found == types.File:
+        for other in (_PARQUET, _IPC):
+            if other is not kind and path.endswith(other.suffixes):
+                raise ValueError(
+                    f"path={path!r} has the name of {other.name}; pass it to {other.reader}"
+                )
         return [path]
     if found == types.NotFound and not _WILDCARD.search(path):
         raise FileNotFoundError(f"path={path!r} does not exist")
