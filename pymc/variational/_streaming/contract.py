@@ -214,7 +214,11 @@ def derive_contract(graph: LikelihoodGraph, names: tuple[str, ...] | None) -> Co
     """
     found = [(*one, False) for one in (*_casts(graph), *_indices(graph), *_parameters(graph))]
     for rv, term in zip(graph.likelihoods, graph.terms):
-        found += [(bad, axis, _outside(rv), True) for bad, axis in _supports(term, graph)]
+        text = (
+            f", outside the support of {rv.name!r}, so that its log-likelihood is -inf; leave such "
+            "rows out of the source"
+        )
+        found += [(bad, axis, text, True) for bad, axis in _supports(term, graph)]
     conditions = []
     for bad, axis, text, is_support in found:
         for separate in _by_row(bad, axis, graph):
@@ -347,13 +351,6 @@ def _is_minus_infinity(var: Variable) -> bool:
     while var.owner and isinstance(var.owner.op, DimShuffle | Alloc):
         var = var.owner.inputs[0]
     return isinstance(var, Constant) and bool(np.all(var.data == -np.inf))
-
-
-def _outside(rv: Variable) -> str:
-    return (
-        f", outside the support of {rv.name!r}, so that its log-likelihood is -inf; leave such "
-        "rows out of the source"
-    )
 
 
 def _by_row(bad: Any, axis: int, graph: LikelihoodGraph) -> Iterator[Any]:
