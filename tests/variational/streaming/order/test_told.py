@@ -134,6 +134,17 @@ class TestStreaming:
         assert len(found) == bool(told)
         assert all(told in text for text in found)
 
+    def test_a_fit_that_goes_on_in_a_later_epoch_and_sees_a_part_of_it_says_so(self, caplog):
+        """Of a sequence, the rest of the table was compared in another process, if at all."""
+        ds = StreamingDataset(
+            in_sequence(draw("normal", 4_000)), batch_size=500, total_size=4_000, prefetch=False
+        )
+        position = ds.state_dict() | {"epoch": 2, "offset": 1_000, "rows_seen": 9_000}
+        ds.load_state_dict(position)
+        fit(ds, 2)
+        (text,) = (text for text in caplog.messages if "less than one epoch" in text)
+        assert "The check of the order used 1,590 rows" in text and "was not compared" in text
+
     def test_a_short_fit_to_rows_that_are_known_to_be_shuffled_is_silent(self, tmp_path, caplog):
         source = parquet_source(write(tmp_path, draw("normal", 4_000), 1_000))
         source.shuffled = True
