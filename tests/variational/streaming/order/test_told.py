@@ -191,6 +191,21 @@ class TestStreaming:
                     kept += [callback] * is_kept
                     del callback
 
+    def test_a_model_that_is_offered_the_callback_of_a_stream_is_asked_too(self):
+        """As PyMC does for a fit that passes none, while that of another fit is kept."""
+        rows = np.column_stack([np.random.default_rng(12).normal(size=20_000), self.drifting])
+        ds = self.dataset(rows)
+        kept = []
+        for column in (0, 1):
+            with pm.Model():
+                mu = pm.Normal("mu")
+                pm.Normal("y", mu, observed=ds.as_tensor()[:, column], total_size=20_000)
+                if column:
+                    with pytest.warns(OrderWarning, match="gradient of mu"):
+                        ds.as_tensor().tag.fit_callback()
+                else:
+                    kept.append(ds.fit_callback())
+
     def test_a_second_fit_of_a_model_goes_on_with_the_comparison(self, monkeypatch):
         rows = np.random.default_rng(11).normal(size=(20_000, 1))
         rows[4_000:] += 3
