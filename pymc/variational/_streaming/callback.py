@@ -22,7 +22,6 @@ import numpy as np
 
 from pytensor.compile.sharedvalue import SharedVariable
 
-from pymc.model.core import Model
 from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.errors import StreamError, warn
 from pymc.variational._streaming.guards import (
@@ -68,8 +67,7 @@ class FitCallback(Callback):
         A model that does not observe the stream is an error, or else left alone. False means that
         the source has ended.
         """
-        ds, model, is_full = self.dataset, Model.get_context(error_if_none=False), True
-        factors = Factors(model) if isinstance(model, Model) else None
+        ds, factors, is_full = self.dataset, Factors.of_context(), True
         buffer = ds.as_tensor()
         if factors and not must_observe:
             observed = streams_of(factors.model, factors.model.observed_RVs)
@@ -195,7 +193,9 @@ class Offer:
         callback = _OfferedCallback(dataset)
         is_open, is_driven = dataset._reader.is_open, dataset._driver is not None
         # The callback that drives the stream may be among those of the fit, even wrapped.
-        if not (is_open and is_driven):
+        factors = Factors.of_context()
+        is_known = factors is None or dataset._order.knows(factors)
+        if not (is_open and is_driven and is_known):
             callback.begin()
         if not (is_open or is_driven):
             dataset._driver = callback

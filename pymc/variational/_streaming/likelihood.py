@@ -94,6 +94,12 @@ class Factors:
         self.model = model.root
         """The outermost model: a nested one lacks the variables of those around it."""
 
+    @classmethod
+    def of_context(cls) -> "Factors | None":
+        """Return those of the model in whose context this is called, if any."""
+        model = Model.get_context(error_if_none=False)
+        return cls(model) if isinstance(model, Model) else None
+
     @cached_property
     def logp(self) -> dict[Variable, Any]:
         """Log-probability of each random variable, and each potential, for single entries."""

@@ -138,7 +138,7 @@ class OrderCheck:
         self._action = action
         self._is_off = action == "off" or (rows.n_rows is not None and rows.n_rows <= window)
         """Whether there is nothing to compare, also because one window holds all rows."""
-        self._told = self._told_the_rest = False
+        self._told = False
         self._start_over()
 
     def _start_over(self) -> None:
@@ -152,6 +152,7 @@ class OrderCheck:
         self._sample: OrderReport | None = None
         """What the sample has shown, if one was taken."""
         self._monitor: Monitor | None = None
+        self._told_the_rest = False
         self._watched = self._is_off
         """Whether the monitor has compared all of an epoch; others would count twice."""
 
@@ -232,17 +233,20 @@ class OrderCheck:
             if not self._told:
                 self._told = True
                 warn(f"{self._finding}; found when the last step had been made", OrderWarning)
-        elif rows_used and not watched and (monitor is None or monitor.epoch == 0):
+        elif rows_used and not watched and not self._stream.source.shuffled:
             told, self._told_the_rest = self._told_the_rest, True
-            if told or self._stream.source.shuffled:
+            if told:
                 return
+            user = "fit"
+            if monitor is not None and monitor.epoch > 0:  # of a fit that was resumed
+                user, rows_used = "check of the order", monitor.stop - monitor.start
             level, known = logging.WARNING, "was not compared"
             if self._sample is not None:
                 level = logging.INFO
                 known = f"is known from a sample of {self._sample.rows_read:,} rows only"
             logger.log(
                 level,
-                f"The fit used {rows_used:,} rows, less than one epoch, and the order of the rows "
+                f"The {user} used {rows_used:,} rows, less than one epoch, and the order of the rows "
                 f"beyond them {known}; if they may be in an order, run check_fit, which reads all "
                 "rows, or fit one epoch at least",
             )

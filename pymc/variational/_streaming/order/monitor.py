@@ -40,6 +40,8 @@ _GROWTH = 1.5
 """Factor by which the rows grow from one comparison to the next."""
 _RARE = 0.1
 """Columns that depart from their most frequent value in fewer rows than this have rare values."""
+_FREQUENT = 4
+"""Values that come so many times as often as in the pilot sample are not rare."""
 
 
 class Monitor:
@@ -204,6 +206,9 @@ class Monitor:
         found = np.flatnonzero(self._have_rare_values(rows))
         chosen = found[-self._n_rare % self._every :: self._every]
         self._n_rare += len(found)
+        expected = self._every * self._statistic.rare_share * (self.stop - self.start)
+        if self._n_rare > _FREQUENT * expected:
+            self._rare = []  # as where a column is constant only in the pilot sample
         return chosen
 
     def _have_rare_values(self, rows: np.ndarray) -> np.ndarray:

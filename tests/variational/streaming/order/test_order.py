@@ -21,6 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pymc.variational._streaming.order.monitor import Monitor
+from pymc.variational._streaming.order.report import Stream
+from pymc.variational._streaming.order.statistic import Features
+from pymc.variational._streaming.sources.arrays import as_source
 from pymc.variational.streaming import (
     OrderError,
     StreamError,
@@ -285,6 +289,17 @@ class TestUnits:
         assert 20 <= len(positions) <= 40
         assert positions[0] == pytest.approx(0.5 * np.diff(positions)[0])
         matplotlib.pyplot.close(ax.figure)
+
+
+def test_few_rows_are_compared_though_a_column_is_constant_at_first():
+    """All rows that differ from that constant would count as rare ones, each of which is compared."""
+    rows = draw("normal").copy()
+    rows[:5_000, 0] = 0
+    stream = Stream(as_source(rows), WINDOW, N_ROWS)
+    monitor = Monitor(stream, lambda pilot: Features(pilot, None))
+    for first in range(0, N_ROWS, WINDOW):
+        monitor.add(first, rows[first : first + WINDOW])
+    assert monitor.compare(last=True).rows_read < 0.5 * N_ROWS
 
 
 def write(folder, rows: np.ndarray, row_group_size: int) -> str:

@@ -22,7 +22,6 @@ from pymc.variational._streaming.order.ranks import compare_groups
 
 MARGINALS = {
     "Cauchy": lambda rng, shape: rng.standard_cauchy(shape),
-    "log-normal": lambda rng, shape: rng.lognormal(0, 9, shape),
     "one in 1,000": lambda rng, shape: rng.random(shape) < 1e-3,
 }
 LEVELS = 0.3, 0.1, 0.03, 0.01

@@ -134,6 +134,17 @@ class TestStreaming:
         assert len(found) == bool(told)
         assert all(told in text for text in found)
 
+    def test_a_fit_that_goes_on_in_a_later_epoch_and_sees_a_part_of_it_says_so(self, caplog):
+        """Of a sequence, the rest of the table was compared in another process, if at all."""
+        ds = StreamingDataset(
+            in_sequence(draw("normal", 4_000)), batch_size=500, total_size=4_000, prefetch=False
+        )
+        position = ds.state_dict() | {"epoch": 2, "offset": 1_000, "rows_seen": 9_000}
+        ds.load_state_dict(position)
+        fit(ds, 2)
+        (text,) = (text for text in caplog.messages if "less than one epoch" in text)
+        assert "The check of the order used 1,590 rows" in text and "was not compared" in text
+
     def test_a_short_fit_to_rows_that_are_known_to_be_shuffled_is_silent(self, tmp_path, caplog):
         source = parquet_source(write(tmp_path, draw("normal", 4_000), 1_000))
         source.shuffled = True
@@ -179,6 +190,21 @@ class TestStreaming:
                     pm.fit(50, callbacks=[callback], **QUICK)
                     kept += [callback] * is_kept
                     del callback
+
+    def test_a_model_that_is_offered_the_callback_of_a_stream_is_asked_too(self):
+        """As PyMC does for a fit that passes none, while that of another fit is kept."""
+        rows = np.column_stack([np.random.default_rng(12).normal(size=20_000), self.drifting])
+        ds = self.dataset(rows)
+        kept = []
+        for column in (0, 1):
+            with pm.Model():
+                mu = pm.Normal("mu")
+                pm.Normal("y", mu, observed=ds.as_tensor()[:, column], total_size=20_000)
+                if column:
+                    with pytest.warns(OrderWarning, match="gradient of mu"):
+                        ds.as_tensor().tag.fit_callback()
+                else:
+                    kept.append(ds.fit_callback())
 
     def test_a_second_fit_of_a_model_goes_on_with_the_comparison(self, monkeypatch):
         rows = np.random.default_rng(11).normal(size=(20_000, 1))
