@@ -159,7 +159,9 @@ class TestCode:
         assert 0.88 < last.names["inside"].mean() < 0.92
 
     @quietly
-    def test_each_verdict_is_met_and_its_step_leads_out_of_it(self):
+    @pytest.mark.usefixtures("quick_compilation")
+    def test_each_verdict_is_met_and_its_step_leads_out_of_it(self, monkeypatch):
+        monkeypatch.setattr(streaming, "polish", polish_on_numba)
         page = FOLDER / "remedies.md"
         met = "\n".join(block.printed for block in run_as_shown(page)).splitlines()
         verdicts = set(get_args(Verdict))
@@ -187,6 +189,7 @@ class TestCode:
         (block,) = run_shorter(FOLDER / "index.md")
         assert len(block.names["approx"].hist) == 500
 
+    @pytest.mark.usefixtures("quick_compilation")
     @pytest.mark.parametrize("name", streaming.__all__)
     def test_examples_of_docstrings_run(self, name):
         flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
