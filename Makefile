@@ -43,6 +43,9 @@ reproduce: $(INSTALLED)  ## The experiment at 121.8 million and a billion rows, 
 	$(RUN) benchmarks.orderbook.reproduce --results docs/source/results --page docs/source/evidence.md \
 	    $(if $(DATA),--captures "$(DATA)")
 
+# Each process of the tests has a core; threads of the linear algebra would wait for each other.
+test pymc: export OPENBLAS_NUM_THREADS ?= 1
+
 test: $(INSTALLED)  ## Run the test suite on the built wheel (PYTEST_ARGS, PYTHON)
 	$(RUN) pytest $(PYTEST_ARGS)
 

@@ -11,6 +11,7 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
+import gc
 import os
 import sysconfig
 
@@ -48,3 +49,9 @@ def pytest_sessionstart() -> None:
             raise pytest.UsageError(
                 f"expected {name} in {expected}, found {found}; try `make test`"
             )
+
+
+def pytest_collection_finish() -> None:
+    """Hide what was imported from the garbage collector, which takes a tenth of the time with it."""
+    gc.collect()
+    gc.freeze()

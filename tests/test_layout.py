@@ -104,6 +104,11 @@ class TestModules:
         most = MOST_LINES_OF_FACADE if name == FACADE else MOST_LINES
         assert len(SOURCES[name].splitlines()) <= most
 
+    def test_those_of_tests_are_short_too(self):
+        files = Path(__file__).parent.glob("**/*.py")
+        lengths = {file.name: len(file.read_text().splitlines()) for file in files}
+        assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}
+
     def test_all_lie_in_a_part_that_has_its_position_in_the_order(self):
         found = {part(name) for name in SOURCES if name not in (FACADE, PACKAGE)}
         assert found <= set(ORDER)

@@ -39,6 +39,7 @@ from tests.variational.streaming.tell_tale import (
     tell_tale,
 )
 
+MODE = "NUMBA"
 REWRITTEN = Mode(linker="py", optimizer="fast_run")
 """As in the default mode, the total_size scales a sum of terms, so that no terms give NaN."""
 

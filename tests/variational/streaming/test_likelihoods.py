@@ -24,6 +24,7 @@ import pymc as pm
 
 from pymc.variational.streaming import StreamingDataset
 
+MODE = pytensor.config.mode
 N = 40
 COLUMNS = ("x", "z", "binary", "count", "group", "positive", "share", "level", "trials")
 

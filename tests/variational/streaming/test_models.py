@@ -36,16 +36,7 @@ from pymc.variational.streaming import (
 )
 from tests.variational.streaming.sources.libraries import ROOT
 
-QUICK = "FAST_COMPILE"
-
 pytestmark = pytest.mark.filterwarnings("ignore:Numba will use object mode:UserWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Run in Python what takes longer to compile than to run."""
-    with pytensor.config.change_flags(mode=QUICK):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +75,10 @@ class TestGroups:
         plain = in_memory(table)
         point = {"alpha": np.linspace(-1, 1, 5), "slope": np.array(0.3)}
         expected = (
-            plain.compile_logp(mode=QUICK)(point),
-            plain.compile_dlogp(mode=QUICK)(point),
+            plain.compile_logp()(point),
+            plain.compile_dlogp()(point),
         )
-        logp, dlogp = model.compile_logp(mode=QUICK), model.compile_dlogp(mode=QUICK)
+        logp, dlogp = model.compile_logp(), model.compile_dlogp()
         with ds.rows(table):
             np.testing.assert_allclose(logp(point), expected[0])
             np.testing.assert_allclose(dlogp(point), expected[1])
@@ -103,7 +94,7 @@ class TestGroups:
         ds = StreamingDataset(exact, batch_size=2, dtype=dtype)
         with ds:
             ds.advance()
-            index = ds.as_tensor()[:, 0].astype("int64").eval(mode=QUICK)
+            index = ds.as_tensor()[:, 0].astype("int64").eval()
             assert index.tolist() == [limit - 1, limit]
         with pytest.raises(StreamError, match=f"holds {limit + 1} .* cannot hold exactly"):
             ds.rows(exact + 1)
@@ -152,9 +143,9 @@ class TestNumbersFromRows:
         y = self.TABLE["y"].to_numpy()
         resident = build(self.X[:, None], y, contextlib.nullcontext())
         point = {name: value + 1 for name, value in resident.initial_point().items()}
-        expected = resident.compile_logp(mode=QUICK)(point)
+        expected = resident.compile_logp()(point)
         with ds.rows(self.TABLE):
-            np.testing.assert_allclose(streamed.compile_logp(mode=QUICK)(point), expected)
+            np.testing.assert_allclose(streamed.compile_logp()(point), expected)
 
 
 class TestAfterTheFit:
@@ -186,15 +177,10 @@ class TestOtherDataBesideStreams:
         counts = np.arange(30).reshape(-1, 1)
         point = {"level": np.array(0.2)}
         with ds.rows(rows), visits.rows(counts):
-            y, n_visits = (
-                joint.compile_fn(joint.logp(joint[v]), mode=QUICK) for v in ("y", "visits")
-            )
+            y, n_visits = (joint.compile_fn(joint.logp(joint[v])) for v in ("y", "visits"))
             found = y(point), n_visits(point)
-        normal = (
-            pm.logp(pm.Normal.dist(0.2 + rows[:, 1], 1), rows[:, 2]).eval(mode=QUICK).mean()
-            * 20_000
-        )
-        poisson = pm.logp(pm.Poisson.dist(np.exp(0.7)), counts).eval(mode=QUICK).mean() * 3_000
+        normal = pm.logp(pm.Normal.dist(0.2 + rows[:, 1], 1), rows[:, 2]).eval().mean() * 20_000
+        poisson = pm.logp(pm.Poisson.dist(np.exp(0.7)), counts).eval().mean() * 3_000
         np.testing.assert_allclose(found, [normal, poisson])
 
     def test_the_joint_fit_took_batches_of_both_streams(self, page):
@@ -205,15 +191,13 @@ class TestOtherDataBesideStreams:
     def test_images_are_rows(self, page):
         images, pixels = page["images"], page["pixels"]
         np.testing.assert_array_equal(np.concatenate(list(pixels)), images)
-        logp = page["pictures"].compile_fn(
-            page["pictures"].logp(page["pictures"]["pixels"]), mode=QUICK
-        )
+        logp = page["pictures"].compile_fn(page["pictures"].logp(page["pictures"]["pixels"]))
         with page["pictures"]:
             callback = pixels.fit_callback()
         with pixels.rows(images[:30]):
             scaled = logp({"mean": np.eye(8)})
         expected = pm.logp(pm.Normal.dist(np.eye(8), 1), images[:30]).sum() * (2_000 / 30)
-        np.testing.assert_allclose(scaled, expected.eval(mode=QUICK))
+        np.testing.assert_allclose(scaled, expected.eval())
         del callback
 
 

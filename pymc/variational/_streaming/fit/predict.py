@@ -134,7 +134,7 @@ def log_score(
     >>> with pm.Model():
     ...     mu = pm.Normal("mu", 0, 10)
     ...     y = pm.Normal("y", mu, 2, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
-    ...     approx = pm.fit(callbacks=[ds.fit_callback()], progressbar=False)
+    ...     approx = pm.fit(1_000, callbacks=[ds.fit_callback()], progressbar=False)
     >>> log_score(approx, table[10_000:], progressbar=False).rows
     1000
     """
@@ -226,7 +226,7 @@ def predict(
     >>> with pm.Model():
     ...     mu = pm.Normal("mu", 0, 10)
     ...     y = pm.Normal("y", mu, 2, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
-    ...     approx = pm.fit(callbacks=[ds.fit_callback()], progressbar=False)
+    ...     approx = pm.fit(1_000, callbacks=[ds.fit_callback()], progressbar=False)
     >>> predict(approx, table[:3], to="predictions.parquet", progressbar=False)
     >>> pq.read_table("predictions.parquet").column_names
     ['y_mean', 'y_sd', 'y_q5', 'y_q50', 'y_q95']

@@ -12,19 +12,11 @@
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
 
-import pytensor
 import pytest
 
 import pymc as pm
 
 from tests.variational.streaming.fit.exact import Regression, place, stream
-
-
-@pytest.fixture
-def quick_compilation():
-    """Compile for a few calls."""
-    with pytensor.config.change_flags(mode="FAST_COMPILE"):
-        yield
 
 
 @pytest.fixture(scope="module")

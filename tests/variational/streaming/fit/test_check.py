@@ -15,10 +15,7 @@
 import itertools
 import re
 
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from importlib import import_module
-from multiprocessing import get_context
 
 import numpy as np
 import pytensor
@@ -26,12 +23,11 @@ import pytensor.tensor as pt
 import pytest
 
 from scipy import optimize
-from scipy.special import expit
 
 import pymc as pm
 
 from pymc.variational import streaming
-from pymc.variational.streaming import StreamError, StreamingDataset, shuffle_buffer
+from pymc.variational.streaming import StreamError, StreamingDataset
 from tests.variational.streaming.fit.exact import place, stream
 
 check_fit = partial(streaming.check_fit, progressbar=False)
@@ -43,7 +39,6 @@ def assert_errors(report, z, s, atol) -> None:
     np.testing.assert_allclose(report.s, s, atol=atol)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 class TestNormalPosterior:
     """Everything is exact where the posterior is normal."""
 
@@ -116,7 +111,6 @@ def best_normal(log_density, start: tuple[float, float]) -> tuple[float, float]:
     return best[0], np.exp(best[1])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 class TestOtherPosteriors:
     def test_beta_binomial(self):
         """The best normal approximation is found by quadrature; draws see it within 0.01."""
@@ -149,7 +143,6 @@ def hierarchical(y, group, **kwargs) -> pm.Model:
     return model
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_hierarchical_models_agree_with_thousands_of_draws():
     """Of independent draws; either side is off by 0.07 or less at the variance of the funnel."""
     rng = np.random.default_rng(5)
@@ -182,7 +175,6 @@ def brute_force(model, mean, sd, draws) -> tuple[np.ndarray, np.ndarray]:
     return z, 1 + sd**2 * np.diag(slopes)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 class TestStreams:
     def test_buffer_and_position_are_left_alone_and_do_not_matter(self, fit):
         ds, approx = fit
@@ -377,76 +369,3 @@ class TestStreams:
             particles = pm.Empirical(size=10)
         with pytest.raises(TypeError, match="neither a MeanField nor a FullRank"):
             check_fit(particles, ds)
-
-
-@pytest.fixture(scope="module")
-def rare():
-    """Return rows of a level that 1 of 3,000 rows has, and the posterior."""
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=150_000)
-    level = rng.random(len(x)) < 1 / 3_000
-    design = np.column_stack([np.ones(len(x)), x, level])
-    up = rng.random(len(x)) < expit(design @ [0.2, -0.5, 0.8])
-    b = np.zeros(3)
-    for _ in range(8):
-        p = expit(design @ b)
-        precision = design.T @ (design * (p * (1 - p))[:, None]) + np.eye(3) / 9
-        b = b + np.linalg.solve(precision, design.T @ (up - p) - b / 9)
-    return np.column_stack([x, level, up]), b, precision
-
-
-class TestSamples:
-    """Curvature of 150,000 rows, of which 32,768 are held in memory."""
-
-    def fit(self, rows):
-        ds = StreamingDataset(
-            shuffle_buffer(rows, buffer_size=10_000, batch_size=500, seed=0),
-            batch_size=500,
-            order_check="off",
-        )
-        buf = ds.as_tensor()
-        with pm.Model():
-            b = pm.Normal("b", 0, 3, shape=3)
-            logit = b[0] + b[1] * buf[:, 0] + b[2] * buf[:, 1]
-            pm.Bernoulli("up", logit_p=logit, observed=buf[:, 2], total_size=ds.total_size)
-            approx = pm.MeanField()
-        return ds, approx
-
-    @pytest.mark.usefixtures("quick_compilation")
-    def test_a_level_that_the_sample_has_few_rows_of(self, rare):
-        rows, mode, precision = rare
-        sd = np.diag(np.linalg.inv(precision)) ** 0.5
-        ds, approx = self.fit(rows)
-        place(approx, mode + np.array([0, 0.5, 0.5]) * sd, np.diag(precision) ** -0.5)
-        report = check_fit(approx, ds)
-        np.testing.assert_allclose(report.z, [0, 0.5, 0.5], atol=0.12)
-        np.testing.assert_allclose(report.s, 0, atol=0.12)
-        np.testing.assert_allclose(report.sd, sd, rtol=0.06)
-
-    @pytest.mark.usefixtures("quick_compilation")
-    def test_a_quick_look_has_an_error_that_covers_it(self, rare):
-        """Of a tenth of the rows, by which the means are known to 3 posterior sd."""
-        rows, mode, precision = rare
-        ds, approx = self.fit(rows)
-        place(approx, mode, np.diag(precision) ** -0.5)
-        report = check_fit(approx, ds, rows=15_000)
-        assert report.rows == 15_000
-        assert 1.5 < report.z_error < 6
-        assert np.abs(report.z).max() < 3 * report.z_error
-        assert report.verdict == "unknown"
-        assert "Check all rows" in str(report)
-        whole = check_fit(approx, ds)
-        assert abs(report.elbo - whole.elbo) < 3 * report.elbo_error
-
-    def test_workers_give_the_same_numbers(self, rare):
-        ds, approx = self.fit(rare[0])
-        expected = check_fit(approx, ds)
-        spawn = get_context("spawn")
-        processes = ProcessPoolExecutor(
-            1, mp_context=spawn, initializer=import_module, initargs=("tests",)
-        )
-        with ThreadPoolExecutor(2) as threads, processes:
-            for executor in (threads, processes):
-                report = check_fit(approx, ds, executor=executor)
-                np.testing.assert_array_equal(report.z, expected.z)
-                assert (report.elbo, report.rows) == (expected.elbo, expected.rows)

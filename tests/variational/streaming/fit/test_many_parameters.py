@@ -27,8 +27,6 @@ from tests.variational.streaming.fit.exact import Regression, place, stream
 
 check_fit = partial(streaming.check_fit, progressbar=False)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_a_vector_alone_has_no_parameter_of_its_own():
     rng = np.random.default_rng(0)

@@ -32,6 +32,7 @@ from pymc.variational.streaming import (
 )
 from tests.variational.streaming.fit.exact import position
 
+MODE = "NUMBA"
 N_ROWS = 300_000
 """More than a sample, so that the last steps are on all rows."""
 
@@ -341,7 +342,6 @@ def test_an_interrupt_keeps_the_fit(logistic):
     assert before.shape == position(approx)[0].shape
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_fit_ends_at_the_noise_floor_of_its_means():
     """The scale, which polish finds in closed form, is still on its way; polishing again is idle."""
     rows = np.random.default_rng(0).normal(1.0, 2.0, size=(100_000, 1))

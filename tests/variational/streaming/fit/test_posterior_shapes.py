@@ -28,6 +28,8 @@ from pymc.variational.streaming import (
 )
 from tests.variational.streaming.fit.exact import position
 
+MODE = "NUMBA"
+
 
 def funnel(ds, centred: bool) -> pm.Model:
     """Return a model of nine values that no row is about, and of the scale of these."""

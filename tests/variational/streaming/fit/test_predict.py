@@ -31,8 +31,6 @@ from pymc.variational.streaming import (
     shuffle_buffer,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RNG = np.random.default_rng(5)
 N_ROWS = 10_000
 TABLE = pa.table(

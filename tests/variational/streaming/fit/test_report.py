@@ -27,8 +27,6 @@ from tests.variational.streaming.fit.exact import place, position, stream
 
 check_fit = partial(streaming.check_fit, progressbar=False)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_a_full_rank_approximation_has_the_covariance_of_the_posterior(regression, fit):
     """It is ready for predictions; the mean-field fit is up to 3 times too narrow."""

@@ -31,6 +31,7 @@ from pymc.variational.streaming import (
     shuffle_buffer,
 )
 
+MODE = "NUMBA"
 N_ROWS = 200_000
 BATCH_SIZE = 1_000
 COLUMNS = ["mid", "spread", "imbalance", "up"]

@@ -35,6 +35,7 @@ from pymc.variational.streaming import (
 )
 from tests.variational.streaming.order.test_order import in_sequence
 
+MODE = "NUMBA"
 N_ROWS = 200_000
 WINDOW = 10_000
 FLIP = np.where(np.arange(N_ROWS) < N_ROWS / 2, 1, -1)

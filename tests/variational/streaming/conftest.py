@@ -1,0 +1,22 @@
+#   Copyright 2026 - present The PyMC Developers
+#
+#   Licensed under the Apache License, Version 2.0 (the "License");
+#   you may not use this file except in compliance with the License.
+#   You may obtain a copy of the License at
+#
+#       http://www.apache.org/licenses/LICENSE-2.0
+#
+#   Unless required by applicable law or agreed to in writing, software
+#   distributed under the License is distributed on an "AS IS" BASIS,
+#   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+#   See the License for the specific language governing permissions and
+#   limitations under the License.
+import pytensor
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request):
+    """Run in Python what takes longer to compile than to run; other modules have a ``MODE``."""
+    with pytensor.config.change_flags(mode=getattr(request.module, "MODE", "FAST_COMPILE")):
+        yield
