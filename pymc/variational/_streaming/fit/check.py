@@ -179,6 +179,7 @@ def measure(
     *,
     rows: int | None = None,
     target: Target | None = None,
+    sample: Sample | None = None,
     shared: Sequence[int] = (),
     remedy: str = POLISH,
     executor: Executor | None,
@@ -187,8 +188,8 @@ def measure(
 ) -> FitReport:
     """Compare the Gaussian with the mean of *group*, and these scales, with all rows.
 
-    The curvature near the mean is that of *target*, if it is known, or of a sample. Of many
-    parameters, the *shared* ones get exact standard deviations. The *remedy* is what to do where
+    The curvature near the mean is that of *target*, or of a *sample*, or else of one that is drawn.
+    Of many parameters, the *shared* ones get exact standard deviations. The *remedy* is what to do where
     the Gaussian is off.
     """
     at, rng = mean(group), np.random.default_rng(seed)
@@ -196,13 +197,13 @@ def measure(
     n_known = sum(min(stream.total_size or 0, rows or math.inf) for stream in density.streams)
     with progress_bar("Checking", int(n_known) or None, show=progressbar) as advance:
         read = partial(_read_all, density, rows=rows, executor=executor, advance=advance)
-        n_kept = 0 if target else _sample_size(density.streams, scales)
+        n_kept = 0 if target or sample else _sample_size(density.streams, scales)
         passes = read(partial(_score, x=at), keep=n_kept, min_blocks=_MIN_BLOCKS)
         if target:
             sample, error = target.density.sample, 0.0
             correction: tuple[Any, Any] = target.density.difference, 1.0
         else:
-            sample = _sample(density, passes)
+            sample = sample or _sample(density, passes)
             error = sample.relative_error
             correction = _correction(sample, passes, at, marginal_sd(scales), shared, read, rng)
     value = sum(part.weight * part.sums[0] for part in passes)

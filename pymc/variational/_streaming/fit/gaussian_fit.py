@@ -59,7 +59,7 @@ _WIDER = 0.4
 """By how much it is wider, times the root of the number of parameters: draws reach the tails, and
 whatever that number, three quarters of them remain effective."""
 
-_STANDARD_ERRORS = 2.0
+_STANDARD_ERRORS = 1.0
 """Standard errors up to which a correction of a moment is taken for noise."""
 
 _MAX_STEPS = 100

@@ -254,8 +254,8 @@ class Products:
         Gauss quadrature gives (Golub and Welsch 1969).
         """
         known = self._errors < 0.1 * np.abs(self.values)
-        shares = self.vectors[:, known] ** 2
-        rest = np.average(1 / self.values, weights=np.where(known, 1e-12, self._weights))
+        shares, stand_out = self.vectors[:, known] ** 2, known & (np.abs(np.log2(self.values)) > 1)
+        rest = np.average(1 / self.values, weights=self._weights * ~stand_out + 1e-12)
         return shares @ (1 / self.values[known]) + (1 - shares.sum(axis=1)) * rest
 
     def solve(self, target: np.ndarray) -> np.ndarray:

@@ -71,6 +71,9 @@ _FAR_STARTS = 20
 _FIRST_SCALE = 0.05
 """Largest scale at which a fit of many parameters begins."""
 
+_DRAWS_OF_SCALES = 32
+"""Absolute values of the draws that give scales by the curvature of a whole sample."""
+
 _MAX_CORRECTIONS = 16
 """Passes in which a sample is corrected; a few are enough where it has the curvature."""
 
@@ -141,7 +144,7 @@ def polish(
 
     *Cost*: two or three passes for the gradient and one or two for the Hessian, which takes two
     gradients of each row for each parameter, or for each set of parameters without second
-    derivatives among them; beyond 512 parameters, 8 or 16 gradients of each row in each of some
+    derivatives among them; beyond 512 parameters, 16 or 32 gradients of each row in each of some
     five passes, as long as a sample in memory has many rows for each parameter. *Memory*: a sample
     of up to 32 MB of rows, a block of rows for each part, and matrices of the parameters, or beyond
     512 parameters some hundred vectors.
@@ -305,7 +308,12 @@ def _fit_mean_field(run: Search, x: np.ndarray) -> None:
     heights = partial(map, lambda x: sum(part(x, q.scales)[0] for part in parts))
     if mirrored(run.names, q.mean, q.scales, heights):
         run.found["several modes"] = SEVERAL_MODES
-    if inflation > 1:
+    if inflation == 1:
+        # Correlated parameters whose draws are not orthogonal make noise in the scales.
+        draws = moment_draws(len(x), _DRAWS_OF_SCALES, run.rng, run.shared)
+        precision = -run.sample.expected(draws, q.mean, q.scales)[2] - prior(q.mean, q.scales)[2]
+        run.keep_independent(q._replace(scales=q.scales / np.sqrt(np.clip(precision, 0.25, 4))))
+    else:
         q = _fit_by_corrections(run, draws, prior, q)
         if q.distance >= run.tolerance:
             parts[0] = partial(run.expected, draws)
@@ -338,7 +346,8 @@ def _fit_by_corrections(run: Search, draws: np.ndarray, prior: Part, q: MeanFiel
 def _measured(run: Search, group: Group, **kwargs: Any) -> FitReport:
     """Check the result, which has the covariance of the posterior if that was found."""
     if run.covariance is None:
-        return measure(group, run.density, scale(group), shared=run.shared, **kwargs)
+        scales, sample = scale(group), None if scale(group).ndim == 2 else run.sample
+        return measure(group, run.density, scales, sample=sample, shared=run.shared, **kwargs)
     scales = np.linalg.cholesky(run.covariance)
     report = measure(group, run.density, scales, target=run.target, **kwargs)
     optimum = report.optimum._replace(covariance=run.covariance, principal_s=report.s)

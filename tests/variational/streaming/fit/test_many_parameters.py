@@ -188,3 +188,29 @@ def test_a_mean_that_no_gaussian_has_is_told_of():
     assert abs(approx.mean.eval()[0] - mean) > 0.2 * sd
     assert report.verdict == "not Gaussian"
     assert "the mean of spread_log__ by about" in str(report)
+
+
+def test_crossed_effects_have_the_sd_of_the_posterior():
+    """Level and effects of users and items are known together only; everything is normal."""
+    rng, n_users, n_items, n_rows = np.random.default_rng(0), 300, 250, 20_000
+    user, item = rng.integers(n_users, size=n_rows), rng.integers(n_items, size=n_rows)
+    y = 1 + rng.normal(size=n_users)[user] + rng.normal(size=n_items)[item]
+    y += rng.normal(size=n_rows)
+    ds = stream(np.column_stack([user, item, y]), 1_000, order_check="off")
+    with pm.Model() as model:
+        place, other = (ds.as_tensor()[:, k].astype("int64") for k in (0, 1))
+        mean = pm.Normal("level", 0, 10) + pm.Normal("a", shape=n_users)[place]
+        mean, y_rows = mean + pm.Normal("b", shape=n_items)[other], ds.as_tensor()[:, 2]
+        pm.Normal("y", mean, 1, observed=y_rows, total_size=ds.total_size)
+    approx = pm.MeanField(model=model)
+    report = polish(approx, ds)
+    precision = np.diag(np.r_[0.01, np.ones(n_users + n_items)])
+    places = np.column_stack([np.zeros(n_rows, int), 1 + user, 1 + n_users + item])
+    for j, k in np.ndindex(3, 3):
+        np.add.at(precision, (places[:, j], places[:, k]), 1)
+    sums = np.bincount(places.ravel(), np.repeat(y, 3))
+    sd = np.diag(np.linalg.inv(precision)) ** 0.5
+    z = (approx.mean.eval() - np.linalg.solve(precision, sums)) / sd
+    np.testing.assert_allclose(z, 0, atol=0.1)
+    np.testing.assert_allclose(report.sd, sd, rtol=0.05)
+    assert report.verdict == "fine"
