@@ -119,13 +119,15 @@ def _path(run: Search, mode: Mode) -> _Path:
     """
     sample, steps = run.sample.first(_DRAW_ROWS), RELATIVE_STEP * mode.curvature.scale
     x, curved, spread = mode.x, list[int](), np.zeros((0, 0))
-    covariance = mode.curvature.covariance()
+    covariance, tried = mode.curvature.covariance(), set[int]()
     sd = np.sqrt(np.diag(covariance))
     while len(curved) < min(_MAX_CURVED, len(x) - 1):
         k = _most_drawn(run, x, covariance)
         if k is None:
             break
-        more = [*curved, k]
+        # A scale serves for an effect that was taken before it, but not the other way round.
+        more = [k] if len(curved) == 1 and k not in tried else [*curved, k]
+        tried.add(k)
         found = Ridge(sample, more, steps).climb(x, sd[more] / 2)
         if found is None:
             break
