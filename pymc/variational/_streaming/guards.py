@@ -199,10 +199,12 @@ def infinite_row(
                 row, names = int(np.argmax(bad)), columns or range(batch[0].size)
                 read = columns_read(graph.terms, graph.rows)[:_MOST_SHOWN]
                 values = ", ".join(f"{names[c]}: {batch[row].flat[c]:g}" for c in read)
+                remedy = "leave such rows out of the source"
+                if graph.is_possible(batch, row):
+                    remedy = "set initval of the parameters on which its support depends"
                 return (
                     f"row {offset + row} of the stream has no finite log-likelihood around the "
-                    "model's initial point; leave such rows out of the source, or set initval "
-                    f"(it has {values})"
+                    f"model's initial point; {remedy} (it has {values})"
                 )
         offset += len(batch)
     return ""

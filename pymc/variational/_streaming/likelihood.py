@@ -74,6 +74,9 @@ compiling = threading.Lock()
 _JITTERS = (0.1, 0.1, 0.1, 0.01, 0.01, 0.001)
 """How far from the initial point to look for one where the log-likelihood is finite."""
 
+_FAR = (1.0, 1.0, 3.0, 3.0, 10.0, 10.0)
+"""How far from there to look for a point where the log-likelihood of a row is finite."""
+
 _FEW_ROWS = 7
 """Rows that a graph is tried on, where it does not need as many as a batch has."""
 
@@ -170,6 +173,12 @@ class LikelihoodGraph:
     def evaluate(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return the log-likelihood of each row, for each term, at a random point."""
         return self._logps(rows, *self._point)
+
+    def is_possible(self, rows: np.ndarray, row: int) -> bool:
+        """Whether a row has a finite log-likelihood at a point far from the initial one."""
+        rng = np.random.default_rng(0)
+        points = ([_jitter(value, size, rng) for value in self._point] for size in _FAR)
+        return any(all(np.isfinite(t[row]).all() for t in self._logps(rows, *x)) for x in points)
 
     def axis(self, var: Variable) -> int | None:
         """Return the axis of the rows, or None where the variable does not depend on them.

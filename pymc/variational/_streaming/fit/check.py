@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from scipy.sparse import csr_array, diags_array, issparse
+from scipy.sparse import issparse
 from scipy.stats import f as f_distribution
 
 from pymc.variational._streaming.dataset import StreamingDataset
-from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.density import Density, Part, Term, add_up, sum_over_rows
 from pymc.variational._streaming.fit.gaussian import (
     as_streams,
@@ -39,11 +38,12 @@ from pymc.variational._streaming.fit.gaussian import (
     scale,
     widening,
 )
+from pymc.variational._streaming.fit.mean_field import moment_draws
 from pymc.variational._streaming.fit.newton import Optimum, Rows, find_optimum, is_dense
-from pymc.variational._streaming.fit.report import FitReport, StreamRows
+from pymc.variational._streaming.fit.report import POLISH, FitReport, StreamRows
 from pymc.variational._streaming.fit.ridge import Target
-from pymc.variational._streaming.fit.sample import Corrected, Sample, rescaling
-from pymc.variational._streaming.fit.trust_region import Function
+from pymc.variational._streaming.fit.sample import Corrected, Sample, expected_of_rows
+from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Function
 from pymc.variational._streaming.utils import positive_int, progress_bar
 from pymc.variational.opvi import Approximation, Group
 
@@ -179,38 +179,36 @@ def measure(
     *,
     rows: int | None = None,
     target: Target | None = None,
+    sample: Sample | None = None,
     shared: Sequence[int] = (),
-    remedy: str = "call polish(approx, ds)",
+    remedy: str = POLISH,
     executor: Executor | None,
     seed: int,
     progressbar: bool,
 ) -> FitReport:
     """Compare the Gaussian with the mean of *group*, and these scales, with all rows.
 
-    The curvature near the mean is that of *target*, if it is known, or of a sample. Of many
-    parameters, the *shared* ones get exact standard deviations. The *remedy* is for a density that
-    is not finite there.
+    The curvature near the mean is that of *target*, or of a *sample*, or else of one that is drawn.
+    Of many parameters, the *shared* ones get exact standard deviations. The *remedy* is what to do where
+    the Gaussian is off.
     """
     at, rng = mean(group), np.random.default_rng(seed)
     prior: Function = density.prior.value_and_gradient
     n_known = sum(min(stream.total_size or 0, rows or math.inf) for stream in density.streams)
     with progress_bar("Checking", int(n_known) or None, show=progressbar) as advance:
         read = partial(_read_all, density, rows=rows, executor=executor, advance=advance)
-        n_kept = 0 if target else _sample_size(density.streams, scales)
+        n_kept = 0 if target or sample else _sample_size(density.streams, scales)
         passes = read(partial(_score, x=at), keep=n_kept, min_blocks=_MIN_BLOCKS)
-        sample = target.density.sample if target else _sample(density, passes)
-        error, factors = 0.0, np.ones(len(at))
-        difference: Any = np.zeros(len(at))
-        if target is None:
-            error = sample.relative_error
-            factors, difference = _correction(
-                sample, passes, at, marginal_sd(scales), shared, read, rng
-            )
+        if target:
+            sample, error = target.density.sample, 0.0
+            correction: tuple[Any, Any] = target.density.difference, 1.0
         else:
-            difference = target.density.difference
+            sample = sample or _sample(density, passes)
+            error = sample.relative_error
+            correction = _correction(sample, passes, at, marginal_sd(scales), shared, read, rng)
     value = sum(part.weight * part.sums[0] for part in passes)
     gradient = sum(part.weight * part.sums[1] for part in passes)
-    corrected = Corrected(sample, at, value, gradient, difference, factors)
+    corrected = Corrected(sample, at, value, gradient, *correction)
     gradient = gradient + prior(at)[1]
     likelihood: Function = corrected.likelihood
     if target is not None:
@@ -218,19 +216,16 @@ def measure(
         at, scales = target.mean, np.linalg.cholesky(target.covariance)
         likelihood, prior = target.likelihood, target.prior
     optimum = find_optimum(at, scales, Rows(likelihood, prior, sample.n_rows, error, shared), rng)
-    if issparse(difference) and optimum.precisions[0] <= 0:
+    if issparse(correction[0]) and optimum.precisions[0] <= 0:
         # Columns of all rows beside those of a sample need not make a precision.
-        diagonal = difference.diagonal()
-        plain = Corrected(sample, at, value, gradient - prior(at)[1], diagonal, factors)
+        diagonal = correction[0].diagonal()
+        plain = Corrected(sample, at, value, gradient - prior(at)[1], diagonal, correction[1])
         rows_of_sample = Rows(plain.likelihood, prior, sample.n_rows, error, shared)
         optimum = find_optimum(at, scales, rows_of_sample, rng)
     if not (np.isfinite(optimum.step).all() and np.isfinite(optimum.elbo)):
-        raise StreamError(
-            density.infinite_row()
-            or "the log density is not finite at draws from approx, or has no finite gradient "
-            f"there; {remedy}"
-        )
-    return _report(group, density, scales, passes, gradient, optimum)
+        raise density.not_finite(remedy)
+    report = _report(group, density, scales, passes, gradient, optimum)
+    return replace(report, remedy=remedy)
 
 
 def _report(
@@ -372,39 +367,20 @@ def _correction(
     shared: Sequence[int],
     read: Callable[..., list[_Pass]],
     rng: np.random.Generator,
-) -> tuple[np.ndarray, Any]:
-    """Return factors and addends that make second derivatives those of all rows.
+) -> tuple[Any, Any]:
+    """Return addends and factors that make second derivatives at *x* those of all rows.
 
     Those of parameters of which the sample has few rows are corrected, and those of the *shared*
     ones with all others: the noise of a sample in them adds up over many parameters. Only if there
     are such, all rows are read again.
     """
     few = [rare & (part.sums[3] > 0) for rare, part in zip(sample.is_rare(x), passes)]
-    rare = np.any(few, axis=0)
-    columns = list(shared) if sample.relative_error else []
-    if not (rare.any() or columns):
-        return np.ones(len(x)), np.zeros(len(x))
-    offset = np.where(rare, rng.choice([-1.0, 1.0], len(x)) * sd, 0)
-    units = csr_array(
-        (np.ones(len(columns)), (columns, range(len(columns)))), (len(x), len(columns))
-    )
-    sides = np.vstack([offset, (units * sd[:, None]).T.toarray()])
-
-    def products(term: Term, rows: np.ndarray) -> tuple[np.ndarray]:
-        """Return the Hessian times each of the *sides*, averaged along it."""
-
-        def slope(y: np.ndarray) -> np.ndarray:
-            return term.value_and_gradient(y, rows)[1]
-
-        return (np.array([(slope(x + side) - slope(x - side)) / 2 for side in sides]),)
-
-    true = sum(part.weight * part.sums[0] for part in read(products))
-    [sampled] = sample.sum(products)
-    factors = np.where(rare, rescaling(true[0], sampled[0]), 1)
-    diagonal = np.where(factors == 0, true[0] / np.where(rare, offset, 1), 0)
-    if not columns:
-        return factors, diagonal
-    border = (true[1:] - factors[columns, None] * sampled[1:] * factors).T / sd[columns]
-    border[columns] /= 2  # they are both rows and columns
-    half = csr_array(border) @ units.T
-    return factors, half + half.T + diags_array(diagonal)
+    chosen, places = np.any(few, axis=0), list(shared) if sample.relative_error else []
+    chosen[places] = True
+    if not chosen.any():
+        return np.zeros(len(x)), 1.0
+    scales = np.where(chosen, RELATIVE_STEP * sd, 0)
+    draws = moment_draws(len(x), 1, rng, places)
+    ask = partial(expected_of_rows, draws=draws, mean=x, scales=scales, places=places)
+    rows = add_up([part.weight * total for total in part.sums] for part in read(ask))
+    return sample.correction(draws, x, scales, places, rows)

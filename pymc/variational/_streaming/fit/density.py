@@ -147,14 +147,15 @@ class Density:
             self._contracts[number] = found
         return self._contracts[number]
 
-    def infinite_row(self) -> str:
-        """Say which row has no finite log-likelihood around the initial point, or return ""."""
+    def not_finite(self, remedy: str) -> StreamError:
+        """Return an error that names a row without a finite log-likelihood, or else a *remedy*."""
+        text = "the log density is not finite at draws from approx, or has no finite gradient there"
         for stream in self.streams:
             batches: Iterable[np.ndarray] = [] if stream._endless else stream
             found = infinite_row(self._factors, stream.as_tensor(), batches, stream.columns)
             if found:
-                return found
-        return ""
+                return StreamError(found)
+        return StreamError(f"{text}; {remedy[0].lower()}{remedy[1:-1]}")
 
     def _term(
         self,
@@ -165,7 +166,8 @@ class Density:
         """Return the sum of *factors*, in the flat parameters of *names*, as a function of rows."""
         values = {v.name: v for v in self.model.value_vars}
         # Sums of many rows need more digits than the values in them.
-        totals = [pt.cast(factor, "float64").sum() for factor in factors]
+        tensors = [pt.as_tensor(factor, allow_xtensor_conversion=True) for factor in factors]
+        totals = [pt.cast(tensor, "float64").sum() for tensor in tensors]
         [total], flat = join_nonshared_inputs(
             self._factors.initial_point,
             [pt.add(*totals) if totals else pt.zeros((), "float64")],

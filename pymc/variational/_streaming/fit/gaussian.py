@@ -28,15 +28,14 @@ from pymc.variational.opvi import Approximation, Group
 __all__ = [
     "as_streams",
     "gaussian_group",
-    "keep_widening",
     "log_volume",
     "marginal_sd",
     "mean",
     "names",
+    "place",
     "refuse_endless",
     "scale",
     "set_mean",
-    "set_scale",
     "times",
     "widening",
 ]
@@ -113,13 +112,24 @@ def scale(group: Group) -> np.ndarray:
     return factor
 
 
-def keep_widening(group: Group, ratio: np.ndarray) -> None:
-    """Note that the scales stand for those of the nearest Gaussian times *ratio*."""
+def place(group: Group, means: np.ndarray, scales: np.ndarray, ratio: np.ndarray) -> None:
+    """Set the means, and the scales in the form that :func:`scale` returns.
+
+    It is noted that the scales stand for those of the Gaussian nearest to the posterior times
+    *ratio*, shape (d,).
+    """
+    set_mean(group, means)
+    if isinstance(group, MeanFieldGroup):
+        _set(_parameter(group, "rho"), _inverse_softplus(scales))
+    else:
+        factor = scales.copy()
+        np.fill_diagonal(factor, _inverse_softplus(np.diag(scales)))
+        _set(_parameter(group, "L_tril"), factor[np.tril_indices(group.ddim)])
     _parameter(group, "mu").tag.widening = mean(group), scale(group), ratio
 
 
 def widening(group: Group) -> np.ndarray:
-    """Return what :func:`keep_widening` noted, ones if another mean or scale was set since."""
+    """Return the ratio that :func:`place` noted, ones if another mean or scale was set since."""
     noted: Any = getattr(_parameter(group, "mu").tag, "widening", (None, None, None))
     is_same = all(map(np.array_equal, noted[:2], (mean(group), scale(group))))
     return noted[2] if is_same else np.ones(group.ddim)
@@ -138,16 +148,6 @@ def log_volume(scale: np.ndarray) -> float:
 def times(scale: np.ndarray, draw: np.ndarray) -> np.ndarray:
     """Return a scale times a standard normal draw."""
     return scale @ draw if scale.ndim == 2 else scale * draw
-
-
-def set_scale(group: Group, values: np.ndarray) -> None:
-    """Set the scales in the form that :func:`scale` returns."""
-    if isinstance(group, MeanFieldGroup):
-        _set(_parameter(group, "rho"), _inverse_softplus(values))
-    else:
-        factor = values.copy()
-        np.fill_diagonal(factor, _inverse_softplus(np.diag(values)))
-        _set(_parameter(group, "L_tril"), factor[np.tril_indices(group.ddim)])
 
 
 def _parameter(group: Group, name: str) -> SharedVariable:

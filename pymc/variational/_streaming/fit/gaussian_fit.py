@@ -25,7 +25,21 @@ from scipy.stats import norm
 from pymc.variational._streaming.fit.gaussian import log_volume, times
 from pymc.variational._streaming.fit.trust_region import Function
 
-__all__ = ["PosteriorMoments", "Probe", "best_gaussian", "importance_moments", "normal_draws"]
+__all__ = [
+    "PosteriorMoments",
+    "Probe",
+    "best_gaussian",
+    "importance_moments",
+    "normal_draws",
+    "number_of_pairs",
+]
+
+_PAIRS = 8
+"""Least number of pairs of draws at which likelihoods of rows are evaluated."""
+
+_PRIOR_PAIRS = 384
+"""Least number of pairs for what does not depend on rows: it costs nothing beside them, and the
+priors of hierarchical models are far from quadratic."""
 
 _ROUNDS = 4
 
@@ -35,10 +49,17 @@ _ENOUGH = 0.5
 _SMALL = 0.03
 """Relative change of moments that is little."""
 
-_KEPT = 0.8
+_KEPT = 0.6
 """Share of the draws that another round must leave effective."""
 
-_STANDARD_ERRORS = 2.0
+_NEARLY_GAUSSIAN = 0.95
+"""Share of effective draws below which the next ones are taken from a wider Gaussian."""
+
+_WIDER = 0.4
+"""By how much it is wider, times the root of the number of parameters: draws reach the tails, and
+whatever that number, three quarters of them remain effective."""
+
+_STANDARD_ERRORS = 1.0
 """Standard errors up to which a correction of a moment is taken for noise."""
 
 _MAX_STEPS = 100
@@ -65,6 +86,15 @@ class PosteriorMoments(NamedTuple):
     skewness: np.ndarray
     efficiency: float
     """Effective number of draws over their number, 1 for a Gaussian density."""
+
+
+def number_of_pairs(size: int, n_rows: int, n_likelihoods: int) -> tuple[int, int]:
+    """Return how many pairs of draws likelihoods of rows get, and what has no rows.
+
+    As many likelihoods of single rows as are given cost nothing.
+    """
+    most = max(_PRIOR_PAIRS, 8 * size)
+    return min(max(_PAIRS, n_likelihoods // n_rows), most), most
 
 
 def normal_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
@@ -183,9 +213,9 @@ def importance_moments(
     """
     half = normal_draws(len(mean), pairs, rng)
     draws = np.concatenate([half, -half])
-    best = PosteriorMoments(mean, covariance, np.zeros(len(mean)), 0.0)
+    best, wide = PosteriorMoments(mean, covariance, np.zeros(len(mean)), 0.0), 1.0
     for _ in range(_ROUNDS):
-        offsets = draws @ np.linalg.cholesky(covariance).T
+        offsets = wide * draws @ np.linalg.cholesky(covariance).T
         logs = np.array([log_density(mean + offset) for offset in offsets])
         logs = np.nan_to_num(logs, nan=-np.inf) + (draws**2).sum(axis=1) / 2
         weights = np.exp(logs - logs.max())
@@ -199,7 +229,7 @@ def importance_moments(
         variance = weights @ squares
         skewness = weights @ (squares * (offsets - shift)) / variance**1.5
         # Ratios of weighted to unweighted draws, in which most of the noise cancels.
-        excess = variance / (offsets**2).mean(axis=0) - 1
+        excess = wide**2 * variance / (offsets**2).mean(axis=0) - 1
         spread = (weights - 1 / len(weights)) ** 2
         shift = _beyond_noise(shift, np.sqrt(spread @ squares))
         ratio = np.sqrt(1 + _beyond_noise(excess, np.sqrt(spread @ (squares / variance - 1) ** 2)))
@@ -208,6 +238,7 @@ def importance_moments(
         change = max(np.abs(shift / np.sqrt(variance)).max(), np.abs(np.log(ratio)).max())
         if efficiency > _ENOUGH and change < _SMALL:
             break
+        wide = 1 + (efficiency < _NEARLY_GAUSSIAN) * _WIDER / math.sqrt(len(mean))
     return best
 
 

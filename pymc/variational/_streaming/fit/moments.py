@@ -13,8 +13,6 @@
 #   limitations under the License.
 """Moments of a posterior that is near a Gaussian, along a path that may be curved."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from pymc.variational._streaming.fit.gaussian_fit import (
@@ -22,6 +20,7 @@ from pymc.variational._streaming.fit.gaussian_fit import (
     best_gaussian,
     importance_moments,
     normal_draws,
+    number_of_pairs,
 )
 from pymc.variational._streaming.fit.report import COMPARE
 from pymc.variational._streaming.fit.ridge import Ridge, RidgeTransform, Target
@@ -34,13 +33,13 @@ __all__ = ["fit_moments"]
 _DRAW_ROWS = 65_536
 """Rows at which likelihoods are evaluated for draws of the approximation."""
 
+_FEW_LIKELIHOODS = 2**17
+"""Likelihoods of rows that cost little in each step to the nearest Gaussian."""
+
 _WEIGHTED_ROWS = 2**25
 """Likelihoods of rows that a round of importance sampling takes, within bounds on the pairs."""
 
 _WEIGHTED_PAIRS = (500, 4_000)
-
-_PRIOR_PAIRS = 128
-"""Least number of pairs of draws for what does not depend on rows."""
 
 _MIN_EFFICIENCY = 0.2
 """Share of effective draws below which importance sampling is not trusted."""
@@ -64,34 +63,25 @@ _ROUNDS = 4
 _SETTLED = 0.5
 """Standard deviations from such a point to the mean up to which it is the last one."""
 
-
-class _Path(NamedTuple):
-    """A point of a path along which a posterior may lie."""
-
-    x: np.ndarray
-    curved: list[int]
-    """Parameters along which the path runs."""
-    spread: np.ndarray
-    """Covariance of these."""
+_Path = tuple[np.ndarray, list[int], np.ndarray]
+"""A point, the parameters along which a path runs through it, and the covariance of these."""
 
 
 def fit_moments(run: Search, mode: Mode) -> bool:
     """Keep the moments of the posterior, if it is near a Gaussian along a path or at its mode."""
-    path = _path(run, mode)
-    at_mode = path._replace(x=mode.x, curved=[], spread=np.zeros((0, 0)))
-    return _fit_along(run, mode, path) or (bool(path.curved) and _fit_along(run, mode, at_mode))
+    path, at_mode = _path(run, mode), (mode.x, list[int](), np.zeros((0, 0)))
+    return _fit_along(run, mode, path) or (bool(path[1]) and _fit_along(run, mode, at_mode))
 
 
 def _fit_along(run: Search, mode: Mode, path: _Path) -> bool:
     """Keep the moments of a density that is near a Gaussian in coordinates that follow a path."""
-    x, curved = path.x, path.curved
+    x, curved, spread = path
     for n in range(_ROUNDS):
-        target = _target(run, mode, path._replace(x=x))
+        target = _target(run, mode, (x, curved, spread))
         size, transform = len(x), target.transform
-        parts = [
-            (target.likelihood, normal_draws(size, max(8, size), run.rng)),
-            (target.prior, normal_draws(size, max(_PRIOR_PAIRS, 8 * size), run.rng)),
-        ]
+        pairs = number_of_pairs(size, target.density.sample.n_rows, _FEW_LIKELIHOODS)
+        draws = [normal_draws(size, n, run.rng) for n in pairs]
+        parts = list(zip((target.likelihood, target.prior), draws))
         best = best_gaussian(parts, target.mean, target.covariance)
         if best is None:
             return False
@@ -105,19 +95,19 @@ def _fit_along(run: Search, mode: Mode, path: _Path) -> bool:
 
 def _target(run: Search, mode: Mode, path: _Path) -> Target:
     """Return the density of a sample, corrected to all rows, in coordinates that follow a path."""
-    x, steps = path.x, RELATIVE_STEP * mode.curvature.scale
+    (x, curved, spread), steps = path, RELATIVE_STEP * mode.curvature.scale
     sample, (height, slope) = run.sample.first(_DRAW_ROWS), run.prior(x)
-    if path.curved:
+    if curved:
         value, gradient = run.value_and_gradient(x)
         mode = Mode(x, value, gradient, Curvature(run.hessian(x, steps)), x, np.inf)
     difference = np.zeros((len(x), len(x)))
     if sample.inflation > 1:
         difference = mode.curvature.hessian - sample.hessian(mode.at, steps)
     density = Corrected(sample, x, mode.value - height, mode.gradient - slope, difference)
-    if path.curved:
-        transform = Ridge(density, path.curved, steps).transform(x, path.spread)
+    if curved:
+        transform = Ridge(density, curved, steps).transform(x, spread)
     else:
-        transform = RidgeTransform([], x, path.spread, mode, [])
+        transform = RidgeTransform([], x, spread, mode, [])
     return Target(density, transform, x, transform.covariance)
 
 
@@ -128,19 +118,21 @@ def _path(run: Search, mode: Mode) -> _Path:
     either. Of most posteriors there are none, and the path is the mode.
     """
     sample, steps = run.sample.first(_DRAW_ROWS), RELATIVE_STEP * mode.curvature.scale
-    path, covariance = _Path(mode.x, [], np.zeros((0, 0))), mode.curvature.covariance()
+    x, curved, spread = mode.x, list[int](), np.zeros((0, 0))
+    covariance, tried = mode.curvature.covariance(), set[int]()
     sd = np.sqrt(np.diag(covariance))
-    while len(path.curved) < min(_MAX_CURVED, len(mode.x) - 1):
-        k = _most_drawn(run, path.x, covariance)
+    while len(curved) < min(_MAX_CURVED, len(x) - 1):
+        k = _most_drawn(run, x, covariance)
         if k is None:
             break
-        curved = [*path.curved, k]
-        found = Ridge(sample, curved, steps).climb(path.x, sd[curved] / 2)
+        # A scale serves for an effect that was taken before it, but not the other way round.
+        more = [k] if len(curved) == 1 and k not in tried else [*curved, k]
+        tried.add(k)
+        found = Ridge(sample, more, steps).climb(x, sd[more] / 2)
         if found is None:
             break
-        x, spread, covariance = found
-        path = _Path(x, curved, spread)
-    return path
+        (x, spread, covariance), curved = found, more
+    return x, curved, spread
 
 
 def _most_drawn(run: Search, x: np.ndarray, covariance: np.ndarray) -> int | None:

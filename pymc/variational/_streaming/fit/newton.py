@@ -29,8 +29,8 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator, cg
 
 from pymc.variational._streaming.fit.gaussian import log_volume
-from pymc.variational._streaming.fit.gaussian_fit import Probe, normal_draws
-from pymc.variational._streaming.fit.mean_field import MeanField, response_sd
+from pymc.variational._streaming.fit.gaussian_fit import Probe, normal_draws, number_of_pairs
+from pymc.variational._streaming.fit.mean_field import MeanField, moment_draws, response
 from pymc.variational._streaming.fit.trust_region import Function, hessp
 
 __all__ = ["MAX_DENSE", "Optimum", "Rows", "find_optimum", "is_dense"]
@@ -38,19 +38,11 @@ __all__ = ["MAX_DENSE", "Optimum", "Rows", "find_optimum", "is_dense"]
 MAX_DENSE = 512
 """Parameters up to which the whole Hessian is estimated."""
 
-_PAIRS = 8
-"""Least number of pairs of draws at which the likelihoods of the sample are evaluated."""
-
 _PAIRS_OF_MANY = 16
 """Pairs of draws of many parameters."""
 
-_FEW_ROWS = 2**19
-"""Likelihoods of rows below which more pairs cost nothing."""
-
-_PRIOR_PAIRS = 384
-"""The same of what does not depend on rows: it costs nothing beside them, and the priors of
-hierarchical models are far from quadratic."""
-
+_FEW_LIKELIHOODS = 2**19
+"""Likelihoods of rows that cost little beside a pass over all rows."""
 
 _STEPS = 40
 """Products that find the extreme directions."""
@@ -106,6 +98,8 @@ class Optimum(NamedTuple):
     """Part of each parameter in the direction of the smallest of them, shape (d,)."""
     step_error: float
     """Standard deviations by which the step may miss, the log density not being quadratic."""
+    shifts: np.ndarray
+    """Standard deviations by which means of the shared parameters are higher than a Gaussian's."""
     elbo: float
     elbo_error: float
     """Standard error of the evidence lower bound, by draws and by the sample of rows."""
@@ -130,9 +124,7 @@ def _dense_optimum(
     mean: np.ndarray, scale: np.ndarray, rows: Rows, rng: np.random.Generator
 ) -> Optimum:
     size, factor = len(mean), scale if scale.ndim == 2 else np.diag(scale)
-    most = max(_PRIOR_PAIRS, 4 * size)
-    pairs = min(max(_PAIRS, _FEW_ROWS // rows.n_rows), most)
-    parts = (rows.likelihood, pairs), (rows.prior, most)
+    parts = zip((rows.likelihood, rows.prior), number_of_pairs(size, rows.n_rows, _FEW_LIKELIHOODS))
     probes = [Probe(f, normal_draws(size, n, rng), mean, factor) for f, n in parts]
     gradient = probes[0].gradient + probes[1].gradient
     of_rows = probes[0].precision()
@@ -160,6 +152,7 @@ def _dense_optimum(
         precisions=eigenvalues,
         weakest=np.abs(factor @ vectors[:, 0]) / np.linalg.norm(factor, axis=1),
         step_error=_step_error(probes, covariance, step, s) if concave else math.inf,
+        shifts=np.zeros(0),
         elbo=probes[0].value + probes[1].value,
         elbo_error=math.sqrt(variance + (rows.error * np.trace(of_rows)) ** 2),
     )
@@ -189,7 +182,7 @@ def _iterative_optimum(
         return -scale * hessp(lambda x: rows.value_and_gradient(x)[1], mean, scale * v, scale)
 
     size = len(mean)
-    probe = Probe(rows.value_and_gradient, _moment_draws(size, _PAIRS_OF_MANY, rng), mean, scale)
+    probe = Probe(rows.value_and_gradient, moment_draws(size, _PAIRS_OF_MANY, rng), mean, scale)
     products = np.array([product(draw) for draw in probe.draws])
     # The diagonal of A differs from that at the mean by what the draws have beyond it.
     departure = -(probe.draws * (scale * probe.odd + products)).mean(axis=0)
@@ -203,8 +196,9 @@ def _iterative_optimum(
     sd = scale / np.sqrt(np.where(diagonal > 0, diagonal, 1))
     sd = sd * np.sqrt(np.maximum(solver.inverse_diagonal(), 1))
     q = MeanField(mean, scale, np.inf)
-    sd[list(rows.shared)] = response_sd(rows.value_and_gradient, q, rows.shared, rng)
-    miss = np.abs(solve(probe.even.std(axis=0)) / sd).max() / math.sqrt(_PAIRS_OF_MANY)
+    sd[list(rows.shared)], shifts = response(rows.value_and_gradient, q, rows.shared, rng)
+    noise = rng.choice([-1.0, 1.0], _PAIRS_OF_MANY) @ (probe.even - probe.even.mean(axis=0))
+    miss = np.abs(solve(noise) / sd).max() / _PAIRS_OF_MANY
     trace = (diagonal - departure).sum()
     variance = rest.var(ddof=1) / _PAIRS_OF_MANY + (solver.diagonal_error**2).sum() / 4
     return Optimum(
@@ -219,20 +213,10 @@ def _iterative_optimum(
         precisions=solver.values,
         weakest=np.abs(solver.vectors[:, 0]),
         step_error=float(miss) if concave else math.inf,
+        shifts=shifts,
         elbo=probe.value - probe.gains.mean() + rest.mean() - trace / 2,
         elbo_error=math.sqrt(variance + (rows.error * trace) ** 2),
     )
-
-
-def _moment_draws(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw halves of antithetic pairs with the first five moments of a normal, shape (n, size).
-
-    Each coordinate has two absolute values, the larger of them in one pair.
-    """
-    small = 1 - math.sqrt(2 / (pairs - 1))
-    squares = np.full((pairs, size), small)
-    squares[rng.integers(0, pairs, size), np.arange(size)] = pairs - (pairs - 1) * small
-    return np.sqrt(squares) * rng.choice([-1.0, 1.0], squares.shape)
 
 
 class Products:
@@ -249,7 +233,7 @@ class Products:
         rng: np.random.Generator,
     ):
         self.product = product
-        values, vectors, errors = _eigenpairs(product, rng.normal(size=size))
+        values, vectors, errors, _ = _eigenpairs(product, rng.normal(size=size))
         known = errors < 0.01 * np.abs(values)
         # A multiple of the identity has no noise; vectors that do not stand out would add some.
         excess, vectors = (values - np.median(values))[known], vectors[:, known]
@@ -258,19 +242,21 @@ class Products:
         self.diagonal = vectors**2 @ excess + np.mean(rests, axis=0)
         self.diagonal_error = np.std(rests, axis=0, ddof=1) / np.sqrt(_SIGNS)
         self._root = np.sqrt(np.where(self.diagonal > 0, self.diagonal, 1))
-        self.values, self.vectors, self._errors = _eigenpairs(self._scaled, rng.normal(size=size))
+        found = _eigenpairs(self._scaled, rng.normal(size=size))
+        self.values, self.vectors, self._errors, self._weights = found
         """Eigenpairs of the precision scaled to a diagonal of ones, the smallest value first."""
         self.concave = bool((self.diagonal > 0).all() and self.values[0] > 0)
 
     def inverse_diagonal(self) -> np.ndarray:
         """Return the diagonal of the inverse of the scaled precision.
 
-        Other directions than those that stand out enter it by the mean of their values.
+        Other directions than those that stand out enter it by the mean of their inverses, which
+        Gauss quadrature gives (Golub and Welsch 1969).
         """
         known = self._errors < 0.1 * np.abs(self.values)
-        values, shares = self.values[known], self.vectors[:, known] ** 2
-        rest = len(shares) - values.sum(), len(shares) - len(values)
-        return shares @ (1 / values) + (1 - shares.sum(axis=1)) * rest[1] / rest[0]
+        shares, stand_out = self.vectors[:, known] ** 2, known & (np.abs(np.log2(self.values)) > 1)
+        rest = np.average(1 / self.values, weights=self._weights * ~stand_out + 1e-12)
+        return shares @ (1 / self.values[known]) + (1 - shares.sum(axis=1)) * rest
 
     def solve(self, target: np.ndarray) -> np.ndarray:
         operator = LinearOperator(
@@ -284,8 +270,11 @@ class Products:
 
 def _eigenpairs(
     product: Callable[[np.ndarray], np.ndarray], start: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return approximate eigenvalues in order, vectors and errors, by Lanczos's method."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return approximate eigenvalues in order, vectors, errors, and shares in *start*.
+
+    They are found by Lanczos's method.
+    """
     q, basis, diagonal, beside = start / np.linalg.norm(start), [], [], []
     while True:
         basis.append(q)
@@ -300,4 +289,4 @@ def _eigenpairs(
         beside.append(rest)
         q = w / rest
     values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
-    return values, np.array(basis).T @ vectors, rest * np.abs(vectors[-1])
+    return values, np.array(basis).T @ vectors, rest * np.abs(vectors[-1]), vectors[0] ** 2

@@ -25,35 +25,36 @@ from typing import Any
 
 import numpy as np
 
+from scipy.linalg import hadamard
+
 from pymc.variational._streaming.dataset import StreamingDataset
-from pymc.variational._streaming.errors import StreamError
 from pymc.variational._streaming.fit.check import measure
 from pymc.variational._streaming.fit.gaussian import (
     as_streams,
     gaussian_group,
-    keep_widening,
     marginal_sd,
+    place,
     refuse_endless,
     scale,
-    set_mean,
-    set_scale,
 )
 from pymc.variational._streaming.fit.mean_field import (
     MeanField,
     Part,
     best_mean_field,
     expected,
-    sign_draws,
+    moment_draws,
 )
 from pymc.variational._streaming.fit.moments import fit_moments
 from pymc.variational._streaming.fit.newton import MAX_DENSE
 from pymc.variational._streaming.fit.report import COMPARE, POLISH_AGAIN, FitReport
 from pymc.variational._streaming.fit.sample import Sample
 from pymc.variational._streaming.fit.search import (
+    SEVERAL_MODES,
     SIZES,
     PassesSpent,
     Search,
     find_mode,
+    mirrored,
     note_flat,
 )
 from pymc.variational._streaming.utils import positive_int, progress_bar
@@ -70,10 +71,14 @@ _FAR_STARTS = 20
 _FIRST_SCALE = 0.05
 """Largest scale at which a fit of many parameters begins."""
 
+_DRAWS_OF_SCALES = 32
+"""Absolute values of the draws that give scales by the curvature of a whole sample."""
+
 _MAX_CORRECTIONS = 16
 """Passes in which a sample is corrected; a few are enough where it has the curvature."""
 
-_COMPARE = COMPARE[0].lower() + COMPARE[1:-1]
+_MAX_SHIFT = 0.2
+"""Standard deviations by which a posterior that is no Gaussian may move a mean."""
 
 _ROUNDING = 1e-11
 """Relative error of the bound."""
@@ -139,7 +144,7 @@ def polish(
 
     *Cost*: two or three passes for the gradient and one or two for the Hessian, which takes two
     gradients of each row for each parameter, or for each set of parameters without second
-    derivatives among them; beyond 512 parameters, 8 or 16 gradients of each row in each of some
+    derivatives among them; beyond 512 parameters, 16 or 32 gradients of each row in each of some
     five passes, as long as a sample in memory has many rows for each parameter. *Memory*: a sample
     of up to 32 MB of rows, a block of rows for each part, and matrices of the parameters, or beyond
     512 parameters some hundred vectors.
@@ -199,12 +204,18 @@ def polish(
         remedy = _search(run, group)
         note_flat(run)
         if run.best is not None and run.is_better(run.best):
-            _place(group, run.best)
-            keep_widening(group, run.widening)
+            place(group, *run.best, run.widening)
         else:
             run.covariance = None
             run.notes.append("no better fit was found, and approx is left as it was")
-    report = _measured(run, group, executor=executor, seed=seed, progressbar=progressbar)
+    report = _measured(
+        run, group, remedy=remedy, executor=executor, seed=seed, progressbar=progressbar
+    )
+    shifts = np.abs(report.optimum.shifts)
+    if len(shifts) and shifts.max() > _MAX_SHIFT:
+        name = run.names[run.shared[int(np.argmax(shifts))]]
+        why = f"it moves the mean of {name} by about {shifts.max():.2g} sd"
+        run.note_not_gaussian(why, COMPARE)
     return replace(
         report,
         moved=True,
@@ -212,7 +223,6 @@ def polish(
         seconds=time.perf_counter() - started,
         found=run.found,
         notes=tuple(run.notes),
-        remedy=remedy,
     )
 
 
@@ -227,7 +237,8 @@ def _search(run: Search, group: Group) -> str:
     except KeyboardInterrupt:
         if run.best is not None:
             after, before = run.sample.values([run.best[0], run.before[0]])
-            _place(group, run.before if after < before else run.best)
+            best = run.before if after < before else run.best
+            place(group, *best, np.ones(run.density.size))
         raise
     run.max_passes = math.inf
     return remedy
@@ -254,26 +265,28 @@ def _find(run: Search) -> None:
 
 def _finite_start(run: Search, jitter: np.ndarray) -> np.ndarray:
     """Return a point near that of *approx* with a finite gradient: large features may need it."""
-    few, at = run.sample.first(SIZES[0]), run.before[0]
+    few, at = run.sample.first(SIZES[0]), np.nan_to_num(run.before[0])
     near = (share * jitter for share in np.geomspace(1, 1e-12, 13))
     far = (run.rng.normal(size=len(at)) for _ in range(_FAR_STARTS))
     for offset in itertools.chain(near, far):
         if np.isfinite(few.value_and_gradient(at + offset)[1]).all():
             return at + offset
-    raise StreamError(
-        run.density.infinite_row()
-        or f"the log density has no finite gradient where approx is; {_COMPARE}"
-    )
+    raise run.density.not_finite(COMPARE)
 
 
 def _fit_few_rows(run: Search, q: MeanField) -> None:
     """Fit a mean-field Gaussian by samples, where there is nothing better."""
-    draws = sign_draws(len(q.mean), 32, run.rng)
-    prior = partial(expected, run.prior, sign_draws(len(q.mean), 64, run.rng))
+    draws = _signs(len(q.mean), 32, run.rng)
+    prior = partial(expected, run.prior, _signs(len(q.mean), 64, run.rng))
     for n_rows in SIZES[:2]:
         parts: list[Any] = [partial(run.sample.first(n_rows).expected, draws), prior]
         q = best_mean_field(parts, q, tolerance=run.tolerance, show=run.show)
     run.keep_independent(q)
+
+
+def _signs(size: int, pairs: int, rng: np.random.Generator) -> np.ndarray:
+    """Return half of antithetic draws of signs, of which up to *pairs* parameters are orthogonal."""
+    return hadamard(pairs)[:, rng.permutation(size) % pairs] * rng.choice([-1.0, 1.0], size)
 
 
 def _fit_mean_field(run: Search, x: np.ndarray) -> None:
@@ -282,57 +295,60 @@ def _fit_mean_field(run: Search, x: np.ndarray) -> None:
     The shared parameters are held at first: the scale of a group's effects would else shrink to
     those of the start.
     """
-    draws = sign_draws(len(x), 4 if len(run.shared) < 4 else 8, run.rng, run.shared)
-    prior = partial(expected, run.prior, sign_draws(len(x), 16, run.rng, run.shared))
+    draws = moment_draws(len(x), 4, run.rng, run.shared)
+    prior = partial(expected, run.prior, moment_draws(len(x), 16, run.rng, run.shared))
     parts: list[Any] = [partial(run.sample.expected, draws), prior]
-    q = MeanField(x, np.minimum(marginal_sd(run.before[1]), _FIRST_SCALE), np.inf)
+    q = MeanField(x, np.fmin(marginal_sd(run.before[1]), _FIRST_SCALE), np.inf)
     q = best_mean_field(parts, q, tolerance=1.0, show=run.show, held=run.shared)
     curvature = -sum(part(q.mean, q.scales)[2] for part in parts)  # in units of the scales
     q = q._replace(scales=q.scales / np.sqrt(np.maximum(curvature, 1)))
     inflation = run.sample.inflation
     show = run.keep_independent if inflation == 1 else run.show
     q = best_mean_field(parts, q, tolerance=run.tolerance * inflation, show=show)
-    if inflation > 1 and (left := _fit_by_corrections(run, draws, prior, q)) is not None:
-        parts[0] = partial(run.expected, draws)
-        best_mean_field(parts, left, tolerance=run.tolerance, show=run.keep_independent)
+    heights = partial(map, lambda x: sum(part(x, q.scales)[0] for part in parts))
+    if mirrored(run.names, q.mean, q.scales, heights):
+        run.found["several modes"] = SEVERAL_MODES
+    if inflation == 1:
+        # Correlated parameters whose draws are not orthogonal make noise in the scales.
+        draws = moment_draws(len(x), _DRAWS_OF_SCALES, run.rng, run.shared)
+        precision = -run.sample.expected(draws, q.mean, q.scales)[2] - prior(q.mean, q.scales)[2]
+        run.keep_independent(q._replace(scales=q.scales / np.sqrt(np.clip(precision, 0.25, 4))))
+    else:
+        q = _fit_by_corrections(run, draws, prior, q)
+        if q.distance >= run.tolerance:
+            parts[0] = partial(run.expected, draws)
+            best_mean_field(parts, q, tolerance=run.tolerance, show=run.keep_independent)
 
 
-def _fit_by_corrections(
-    run: Search, draws: np.ndarray, prior: Part, q: MeanField
-) -> MeanField | None:
+def _fit_by_corrections(run: Search, draws: np.ndarray, prior: Part, q: MeanField) -> MeanField:
     """Fit a mean-field Gaussian to all rows by passes that correct their sample.
 
-    The best one is returned where this does not end, for lack of rows in the sample.
+    Where this does not end, for lack of rows in the sample, its distance is above the tolerance.
     """
     best = q = q._replace(distance=np.inf)
-    bound, shared = -np.inf, run.shared[: len(draws) - 1]
+    bound = -np.inf
     for _ in range(_MAX_CORRECTIONS):
-        rows = run.expected(draws, q.mean, q.scales, shared)
+        rows = run.expected(draws, q.mean, q.scales, run.shared)
         last, bound = bound, rows[0] + prior(q.mean, q.scales)[0] + np.log(q.scales).sum()
         if not bound > last - _ROUNDING * abs(bound):
             break
         run.keep_independent(best := q)
-        parts = [run.sample.corrected(draws, q, shared, rows), prior]
+        parts = [run.sample.corrected(draws, q, run.shared, rows), prior]
         tolerance = max(run.tolerance, min(1, q.distance / 4))
         new = best_mean_field(parts, q, tolerance=tolerance, show=run.show)
         q = new.measured_from(q)
         if q.distance < run.tolerance:
             run.keep_independent(q)
-            return None
+            return q
     return best
 
 
 def _measured(run: Search, group: Group, **kwargs: Any) -> FitReport:
     """Check the result, which has the covariance of the posterior if that was found."""
-    kwargs["remedy"] = _COMPARE
     if run.covariance is None:
-        return measure(group, run.density, scale(group), shared=run.shared, **kwargs)
+        scales, sample = scale(group), None if scale(group).ndim == 2 else run.sample
+        return measure(group, run.density, scales, sample=sample, shared=run.shared, **kwargs)
     scales = np.linalg.cholesky(run.covariance)
     report = measure(group, run.density, scales, target=run.target, **kwargs)
     optimum = report.optimum._replace(covariance=run.covariance, principal_s=report.s)
     return replace(report, sd=np.sqrt(np.diag(run.covariance)), optimum=optimum)
-
-
-def _place(group: Group, fit: tuple[np.ndarray, np.ndarray]) -> None:
-    set_mean(group, fit[0])
-    set_scale(group, fit[1])

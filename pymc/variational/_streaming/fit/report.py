@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.fit.gaussian import mean, names, set_mean, set_scale
+from pymc.variational._streaming.fit.gaussian import mean, names, place, widening
 from pymc.variational._streaming.fit.newton import Optimum
 from pymc.variational.approximations import FullRank, FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import Approximation, Group
@@ -28,7 +28,7 @@ from pymc.variational.opvi import Approximation, Group
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COMPARE", "POLISH_AGAIN", "Finding", "FitReport", "StreamRows", "Verdict"]
+__all__ = ["COMPARE", "POLISH", "POLISH_AGAIN", "Finding", "FitReport", "StreamRows", "Verdict"]
 
 Verdict = Literal[
     "fine",
@@ -71,7 +71,7 @@ _MAX_LINES = 12
 _MAX_NAMES = 60
 """Parameters whose names fit beside the figure."""
 
-_POLISH = "Call polish(approx, ds)."
+POLISH = "Call polish(approx, ds)."
 POLISH_AGAIN = "Call polish(approx, ds) with a higher max_passes."
 COMPARE = "Compare with pm.sample on a part of the rows."
 
@@ -176,8 +176,8 @@ class FitReport:
     """What :func:`polish` found of the posterior that makes its numbers doubtful, by verdict."""
     notes: tuple[str, ...] = ()
     """What else :func:`polish` has to say about how it ended."""
-    remedy: str = COMPARE
-    """What to do if a polished fit is off still."""
+    remedy: str = POLISH
+    """What to do if means or scales are off, or may be."""
 
     @property
     def rows(self) -> int:
@@ -258,13 +258,12 @@ class FitReport:
                 approx = Approximation([whole, MeanFieldGroup(None)])
         if sorted(name for group in approx.groups for name in names(group)) != sorted(self.names):
             raise StreamError("the model has changed since the fit; fit and check it again")
+        ratio = widening(self.group)
         for group in approx.groups:
             chosen = [self.names.index(name) for name in names(group)]
-            set_mean(group, self.start[chosen])
-            if isinstance(group, FullRankGroup):
-                set_scale(group, np.linalg.cholesky(self._covariance(chosen)))
-            else:
-                set_scale(group, self.sd[chosen])
+            is_full = isinstance(group, FullRankGroup)
+            scales = np.linalg.cholesky(self._covariance(chosen)) if is_full else self.sd[chosen]
+            place(group, self.start[chosen], scales, ratio[chosen])
         return approx
 
     def covariance(self) -> np.ndarray:
@@ -274,8 +273,8 @@ class FitReport:
     def _covariance(self, chosen: list[int]) -> np.ndarray:
         size, block = len(self.names), np.ix_(chosen, chosen)
         if self.optimum.covariance is not None:
-            return self.optimum.covariance[block]
-        if size <= _MAX_DENSE:
+            covariance = self.optimum.covariance[block]
+        elif size <= _MAX_DENSE:
             precision = np.array([self.optimum.precision(unit) for unit in np.eye(size)])
             inverse = np.linalg.inv((precision + precision.T) / 2)
             covariance = (self.family_sd[:, None] * inverse * self.family_sd)[block]
@@ -371,9 +370,7 @@ class FitReport:
         """Return the next step where means or scales are off, or may be."""
         if self.verdict == "unknown" and self.z_error > _FINE_Z:
             return "Check all rows."
-        if self.is_polished:
-            return self.remedy
-        return _POLISH
+        return self.remedy
 
     def _numbers(self) -> list[str]:
         lines = [f"{self.rows:,} rows; ELBO {self.elbo:,.2f} ± {self.elbo_error:.2g}"]

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from scipy.sparse import csr_array, diags_array
+
 from pymc.variational._streaming.batches.window import ShuffleBuffer
 from pymc.variational._streaming.contract import Contract
 from pymc.variational._streaming.dataset import StreamingDataset
@@ -29,7 +31,7 @@ from pymc.variational._streaming.fit.gaussian import times
 from pymc.variational._streaming.fit.mean_field import MeanField, Part, expected
 from pymc.variational._streaming.fit.trust_region import differences
 
-__all__ = ["Corrected", "LogDensity", "Sample", "rescaling"]
+__all__ = ["Corrected", "LogDensity", "Sample", "expected_of_rows"]
 
 _MAX_VALUES = 2**22
 """Values of a sample that are held in memory, 32 MB of float64."""
@@ -72,12 +74,8 @@ class LogDensity:
         places: Sequence[int] = (),
     ) -> Any:
         """Return the likelihood's expected value and gradients, as :func:`expected` does."""
-
-        def of_rows(term: Term, rows: np.ndarray) -> tuple[Any, ...]:
-            function = partial(term.value_and_gradient, rows=rows)
-            return expected(function, draws, mean, scales, places)
-
-        return self.sum(of_rows)
+        ask = partial(expected_of_rows, draws=draws, mean=mean, scales=scales, places=places)
+        return self.sum(ask)
 
     def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         (value, gradient), (more, slope) = self.likelihood(x), self.prior(x)
@@ -139,40 +137,51 @@ class Sample(LogDensity):
         terms = zip(self.density.likelihoods, self._rows, self._weights)
         return add_up([w * value for value in function(term, rows)] for term, rows, w in terms)
 
+    def correction(
+        self,
+        draws: np.ndarray,
+        mean: np.ndarray,
+        scales: np.ndarray,
+        places: list[int],
+        rows: Sequence[Any],
+    ) -> tuple[Any, np.ndarray]:
+        """Return addends and factors that make second derivatives those of all *rows*.
+
+        Those of single parameters are, and those of some *places* with all others; the sample has
+        the rest of the curvature (Shamir, Srebro and Zhang 2014). The *rows* are what
+        :meth:`expected` returns of all rows, for the same arguments.
+        """
+        _, _, true, *columns = rows
+        _, _, sampled, *others = self.expected(draws, mean, scales, places)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(true == sampled, 1, true / sampled)
+            known = (ratio > 1 / _MAX_FACTOR) & (ratio < _MAX_FACTOR)
+            addends = np.where(known, 0, np.minimum(true, 0) / scales**2)
+        factors = np.sqrt(np.where(known, ratio, 0))
+        if not places:
+            return addends, factors
+        border = np.array(columns) - factors[places, None] * np.array(others) * factors
+        border[:, places] /= 2  # they are both rows and columns
+        border[range(len(places)), places] = 0
+        unit = np.ones(len(places)), (places, range(len(places)))
+        half = csr_array(unit, (len(mean), len(places))) @ csr_array(border)
+        return half + half.T + diags_array(addends), factors
+
     def corrected(
         self, draws: np.ndarray, q: MeanField, places: list[int], rows: Sequence[Any]
     ) -> Part:
-        """Return expected values of this sample with the gradients of all *rows* at *q*.
+        """Return expected values of this sample with the derivatives of all *rows* at *q*.
 
-        The second derivatives of single parameters, and those of some *places* with all others, are
-        those of all rows, too; the sample has the rest of the curvature (Shamir, Srebro and Zhang
-        2014). The *rows* are what :meth:`expected` returns of them.
+        The *rows* are what :meth:`expected` returns of all rows at *q*.
         """
-        shape = len(places), len(q.mean)
-        _, by_mean, by_scale, *columns = rows
-        _, _, sampled, *others = self.expected(draws, q.mean, q.scales, places)
-        factors = rescaling(by_scale, sampled)
-        rest = np.where(factors == 0, np.maximum(-by_scale, 0) / q.scales**2, 0)
-        border = np.reshape(columns, shape)
-        border -= factors[places, None] * np.reshape(others, shape) * factors
-        border[:, places] /= 2  # they are both rows and columns
-        border[range(len(places)), places] = 0
-
-        def rescaled(mean: np.ndarray, scales: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-            step = mean - q.mean
-            value, slope, slope_of_scale = self.expected(
-                draws, q.mean + factors * step, factors * scales
-            )
-            value += step[places] @ border @ step - rest @ (step**2 + scales**2) / 2
-            slope = factors * slope + step[places] @ border - rest * step
-            slope[places] += border @ step
-            return value, slope, slope_of_scale - rest * scales**2
-
-        _, at_mean, at_scale = rescaled(q.mean, q.scales)
+        value, by_mean, by_scale, *_ = rows
+        correction = self.correction(draws, q.mean, q.scales, places, rows)
+        likelihood = Corrected(self, q.mean, value, by_mean, *correction).likelihood
+        _, at_mean, at_scale = expected(likelihood, draws, q.mean, q.scales)
         tilt, tilt_of_scale = by_mean - at_mean, by_scale - at_scale
 
         def part(mean: np.ndarray, scales: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-            value, slope, slope_of_scale = rescaled(mean, scales)
+            value, slope, slope_of_scale = expected(likelihood, draws, mean, scales)
             value += tilt @ (mean - q.mean) + tilt_of_scale @ np.log(scales / q.scales)
             return value, slope + tilt, slope_of_scale + tilt_of_scale
 
@@ -224,14 +233,9 @@ class Corrected(LogDensity):
         return self.sample.likelihood_hessian(x, steps) + self.difference
 
 
-def rescaling(true: np.ndarray, sampled: np.ndarray) -> np.ndarray:
-    """Return factors that make second derivatives of a sample those of all rows.
-
-    They are 0 where the sample has so few rows that it cannot be rescaled.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.nan_to_num(true / sampled)
-    return np.sqrt(np.where((ratio > 1 / _MAX_FACTOR) & (ratio < _MAX_FACTOR), ratio, 0))
+def expected_of_rows(term: Term, rows: np.ndarray, **kwargs: Any) -> tuple[Any, ...]:
+    """Return what :func:`expected` returns of the likelihood of some rows."""
+    return expected(partial(term.value_and_gradient, rows=rows), **kwargs)
 
 
 def _random_rows(

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
+from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from pymc.variational._streaming.fit.gaussian import (
     scale,
     times,
 )
-from pymc.variational._streaming.fit.mean_field import MeanField, sign_draws
+from pymc.variational._streaming.fit.mean_field import MeanField, moment_draws
 from pymc.variational._streaming.fit.newton import MAX_DENSE
 from pymc.variational._streaming.fit.report import COMPARE, Finding, Verdict
 from pymc.variational._streaming.fit.ridge import Target
@@ -42,13 +43,13 @@ from pymc.variational._streaming.fit.sample import LogDensity, Sample
 from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Mode, Pattern, maximize
 from pymc.variational.opvi import Group
 
-__all__ = ["SIZES", "PassesSpent", "Search", "find_mode", "note_flat"]
+__all__ = ["SEVERAL_MODES", "SIZES", "PassesSpent", "Search", "find_mode", "mirrored", "note_flat"]
 
 SIZES = (4_096, 32_768, 262_144)
 """Rows of the samples, each of which starts from the optimum of the one before."""
 
 _MAX_SHARED = 8
-"""Scalars among many parameters whose standard deviations are computed one by one."""
+"""Parameters among many whose standard deviations are computed one by one."""
 
 _COMPARED_PAIRS = 4
 """Pairs of draws at which the fit before and after are compared on all rows."""
@@ -82,6 +83,12 @@ _NON_CENTRED = (
     "times the scale."
 )
 
+SEVERAL_MODES = Finding(
+    "the posterior has another mode that is as high, and means and standard deviations are those of "
+    "one",
+    "Order or bound the parameters, so that one mode is left.",
+)
+
 Fit = tuple[np.ndarray, np.ndarray]
 """Means, and scales in the form of the approximation."""
 
@@ -110,8 +117,8 @@ class Search(LogDensity):
         self._executor, self._advance = executor, advance
         self.passes = 0
         self.sample = Sample(self.density, [], [])
-        self.shared = [k for k, name in enumerate(self.names) if "[" not in name][:_MAX_SHARED]
-        """Scalars, on which others may depend."""
+        self.shared = _smallest_variables(group)
+        """Parameters on which many others may depend."""
         self.mode: Mode | None = None
         self.best: Fit | None = None
         self.covariance: np.ndarray | None = None
@@ -153,7 +160,7 @@ class Search(LogDensity):
 
     def is_better(self, after: Fit) -> bool:
         """Whether the evidence lower bound on all rows has not fallen, at the same draws."""
-        draws = sign_draws(len(after[0]), _COMPARED_PAIRS, self.rng)
+        draws = moment_draws(len(after[0]), _COMPARED_PAIRS, self.rng)
         fits, signs = (after, self.before), (1, -1)
         points = [x + s * times(scale, d) for x, scale in fits for d in draws for s in signs]
         bounds = self.values(points).reshape(2, len(draws), 2).mean(axis=2)
@@ -175,6 +182,16 @@ class Search(LogDensity):
     def note_not_gaussian(self, why: str, remedy: str) -> None:
         text = f"the posterior is not near a Gaussian ({why}), and means and sd may be off"
         self.found.setdefault("not Gaussian", Finding(text, remedy))
+
+
+def _smallest_variables(group: Group) -> list[int]:
+    """Return the parameters of scalars and short vectors, as scales of effects are."""
+    found: list[int] = []
+    for _, place, shape, _ in sorted(group.ordering.values(), key=lambda v: math.prod(v[2])):
+        if len(found) + math.prod(shape) > _MAX_SHARED:
+            break
+        found += range(place.start, place.stop)
+    return sorted(found)
 
 
 def find_mode(run: Search, x: np.ndarray) -> Mode:
@@ -210,30 +227,41 @@ def find_mode(run: Search, x: np.ndarray) -> Mode:
 
 def _highest_mode(run: Search, find: Callable[..., Mode], x: np.ndarray, mode: Mode) -> Mode:
     """Return the highest mode from some starts, and note that there are several."""
+    few = run.sample.first(SIZES[0])
     starts = [x + run.rng.normal(size=len(x)) for _ in range(_OTHER_STARTS)]
-    for start in (*starts, *_mirrored(run, mode)):
+    starts = [x for x in starts if np.isfinite(few.value_and_gradient(x)[1]).all()]
+    if mode.curvature.is_concave:
+        sd = np.sqrt(np.diag(mode.curvature.covariance()))
+        starts += mirrored(run.names, mode.x, sd, few.values)
+    for start in starts:
         other = find(start, max_steps=50)
         low, high = sorted((mode, other), key=lambda mode: mode.log_evidence)
         gap = high.log_evidence - low.log_evidence
         if gap < _MODE_GAP and low.curvature.distance(other.x - mode.x) > _SEPARATE:
-            run.found["several modes"] = Finding(
-                "the posterior has another mode that is as high, and means and standard deviations "
-                "are those of one",
-                "Order or bound the parameters, so that one mode is left.",
-            )
+            run.found["several modes"] = SEVERAL_MODES
             return high
         mode = high if np.isfinite(high.log_evidence) else mode
     return mode
 
 
-def _mirrored(run: Search, mode: Mode) -> list[np.ndarray]:
-    """Return points that are as high as a mode, with the sign of one of its parameters or of all."""
-    if not mode.curvature.is_concave:
-        return []
-    signs = np.vstack([1 - 2 * np.eye(len(mode.x)), -np.ones(len(mode.x))])
-    far = [x for x in mode.x * signs if mode.curvature.distance(x - mode.x) > _SEPARATE]
-    top, *heights = run.sample.first(SIZES[0]).values([mode.x, *far])
-    return [x for x, height in zip(far, heights) if height > top - _MODE_GAP]
+def mirrored(
+    names: Sequence[str],
+    x: np.ndarray,
+    sd: np.ndarray,
+    heights: Callable[[Sequence[np.ndarray]], Any],
+) -> list[np.ndarray]:
+    """Return points whose *heights* are about that of *x*, and many *sd* away, where signs change.
+
+    They are those of a parameter, of one or two variables, such as factors, or of all.
+    """
+    variables = np.array([name.partition("[")[0] for name in names])
+    pairs = combinations_with_replacement(dict.fromkeys(variables), 2)
+    flips = [*np.eye(len(x) if len(x) <= MAX_DENSE else 0, len(x), dtype=bool)]
+    flips += [np.isin(variables, pair) for pair in pairs]
+    flips.append(np.ones(len(x), bool))
+    far = [np.where(f, -x, x) for f in flips if np.abs(2 * x / sd)[f].max() > _SEPARATE]
+    top, *others = heights([x, *far])
+    return [x for x, height in zip(far, others) if height > top - _MODE_GAP]
 
 
 def note_flat(run: Search) -> None:

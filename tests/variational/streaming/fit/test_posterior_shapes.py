@@ -87,6 +87,12 @@ def test_a_posterior_with_tails_ends_fine_and_a_check_agrees(family):
     for report in (polish(approx, ds, progressbar=False), check_fit(approx, ds, progressbar=False)):
         assert report.verdict == "fine"
         np.testing.assert_allclose(report.sd, exact, rtol=0.05)
+        full = report.full_rank()
+        np.testing.assert_allclose(np.diag(position(full)[1]) ** 0.5, report.sd)
+    if family is pm.MeanField:
+        report = check_fit(full, ds, progressbar=False)
+        assert report.verdict == "fine"
+        np.testing.assert_allclose(report.sd, exact, rtol=0.05)
 
 
 @pytest.mark.parametrize("rows", [[3.0], [-5.0, -5.3, 6.0, 6.4, 5.9]], ids=["one", "two clumps"])
@@ -115,6 +121,23 @@ def test_moments_are_those_of_a_skewed_posterior():
     sd = np.sqrt(np.average((x - mean) ** 2, weights=weights))
     assert approx.mean.eval()[0] == pytest.approx(mean, abs=0.02 * sd)
     assert report.sd[0] == pytest.approx(sd, rel=0.04)
+
+
+@pytest.mark.parametrize("n_users, n_items", [(60, 10), (500, 40)])
+def test_factors_whose_signs_can_change_have_several_modes(n_users, n_items):
+    """Of few parameters and of many; the sign of the level is known."""
+    rng, n_rows = np.random.default_rng(0), 50 * n_users
+    user, item = rng.integers(n_users, size=n_rows), rng.integers(n_items, size=n_rows)
+    product = rng.normal(size=n_users)[user] * rng.normal(size=n_items)[item]
+    y = 0.5 + product + rng.normal(size=n_rows)
+    ds = StreamingDataset(np.column_stack([user, item, y]), batch_size=500, order_check="off")
+    with pm.Model() as model:
+        place, other = (ds.as_tensor()[:, k].astype("int64") for k in (0, 1))
+        a, b = pm.Normal("a", shape=n_users)[place], pm.Normal("b", shape=n_items)[other]
+        mean, y = pm.Normal("level") + a * b, ds.as_tensor()[:, 2]
+        pm.Normal("y", mean, 1, observed=y, total_size=ds.total_size)
+    report = polish(pm.MeanField(model=model), ds, progressbar=False)
+    assert report.verdict == "several modes"
 
 
 def test_a_second_mode_is_told_of():
