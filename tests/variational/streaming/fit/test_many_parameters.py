@@ -25,6 +25,8 @@ import pymc as pm
 from pymc.variational import streaming
 from tests.variational.streaming.fit.exact import Regression, place, stream
 
+MODE = "NUMBA"
+
 check_fit = partial(streaming.check_fit, progressbar=False)
 polish = partial(streaming.polish, progressbar=False)
 
