@@ -206,7 +206,8 @@ def predict(
         If a variable does not depend on the stream, or on another one too, or has not one value or
         vector per row that depends on that row alone, or it is not clear which stream is meant.
     ValueError
-        If there are no rows, or they lack a column that is read, or have other levels.
+        If there are no rows, or they lack a column that is read, or have other levels; or of one
+        draw, which has no standard deviation.
     KeyError
         If the model has no variable of a name.
 
@@ -234,6 +235,8 @@ def predict(
     probabilities = np.ravel(quantiles)
     if not np.all((probabilities >= 0) & (probabilities <= 1)):
         raise ValueError(f"quantiles={quantiles} must lie between 0 and 1")
+    if draws == 1:
+        raise ValueError("draws=1 gives no standard deviation; pass 2 at least")
     to = Path(to)
     if to.is_dir():
         raise IsADirectoryError(f"{to} is a folder; pass the name of a file")

@@ -192,6 +192,11 @@ def test_columns_that_a_prediction_does_not_read_may_be_missing(ds, approx, tmp_
         predict(approx, arrow_source(new.drop_columns(["x"])), **options)
 
 
+def test_one_draw_is_refused(ds, approx, tmp_path):
+    with pytest.raises(ValueError, match="draws=1 gives no standard deviation"):
+        predict(approx, TABLE, to=tmp_path / "p", ds=ds, draws=1, progressbar=False)
+
+
 def test_a_folder_is_no_file(ds, approx, tmp_path):
     with pytest.raises(IsADirectoryError, match="pass the name of a file"):
         predict(approx, TABLE, to=tmp_path, ds=ds, overwrite=True, progressbar=False)
