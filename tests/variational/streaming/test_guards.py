@@ -343,24 +343,14 @@ def test_what_is_added_after_the_callback_is_checked_at_its_first_call(ds):
             pm.fit(1, callbacks=[callback], **QUICK)
 
 
-def test_data_that_change_after_the_callback_are_checked_at_its_first_call(ds):
-    with pm.Model():
-        offset = pm.Data("offset", np.zeros(12))
-        mean = pm.Normal("b") + offset
-        pm.Normal("y", mean, observed=ds.as_tensor()[:, 0], total_size=60)
-        callback = ds.fit_callback()
-        pm.set_data({"offset": np.arange(12.0)})
-        with pytest.raises(StreamError, match=r"'y' ties .* a value for each place"):
-            pm.fit(1, callbacks=[callback], **QUICK)
-
-
-def test_data_that_change_before_refine_are_checked_again(ds):
+@pytest.mark.parametrize("n_steps", [0, 2], ids=["first call", "refine"])
+def test_data_that_change_are_checked_at_the_next_step(ds, n_steps):
     with pm.Model():
         offset = pm.Data("offset", np.zeros(12))
         mean = pm.Normal("b") + offset
         pm.Normal("y", mean, observed=ds.as_tensor()[:, 0], total_size=60)
         inference = pm.ADVI()
-        inference.fit(2, callbacks=[ds.fit_callback()], **QUICK)
+        inference.fit(n_steps, callbacks=[ds.fit_callback()], **QUICK)
         pm.set_data({"offset": np.arange(12.0)})
         with pytest.raises(StreamError, match=r"'y' ties .* a value for each place"):
             inference.refine(2, progressbar=False)

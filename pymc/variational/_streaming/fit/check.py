@@ -189,8 +189,8 @@ def measure(
     """Compare the Gaussian with the mean of *group*, and these scales, with all rows.
 
     The curvature near the mean is that of *target*, or of a *sample*, or else of one that is drawn.
-    Of many parameters, the *shared* ones get exact standard deviations. The *remedy* is what to do where
-    the Gaussian is off.
+    Of many parameters, the *shared* ones get exact standard deviations. The *remedy* is what to do
+    where the Gaussian is off.
     """
     at, rng = mean(group), np.random.default_rng(seed)
     prior: Function = density.prior.value_and_gradient
@@ -201,14 +201,15 @@ def measure(
         passes = read(partial(_score, x=at), keep=n_kept, min_blocks=_MIN_BLOCKS)
         if target:
             sample, error = target.density.sample, 0.0
-            correction: tuple[Any, Any] = target.density.difference, 1.0
+            addends, factors = target.density.difference, 1.0
         else:
             sample = sample or _sample(density, passes)
             error = sample.relative_error
-            correction = _correction(sample, passes, at, marginal_sd(scales), shared, read, rng)
+            sd = marginal_sd(scales)
+            addends, factors = _correction(sample, passes, at, sd, shared, read, rng)
     value = sum(part.weight * part.sums[0] for part in passes)
     gradient = sum(part.weight * part.sums[1] for part in passes)
-    corrected = Corrected(sample, at, value, gradient, *correction)
+    corrected = Corrected(sample, at, value, gradient, addends, factors)
     gradient = gradient + prior(at)[1]
     likelihood: Function = corrected.likelihood
     if target is not None:
@@ -216,10 +217,10 @@ def measure(
         at, scales = target.mean, np.linalg.cholesky(target.covariance)
         likelihood, prior = target.likelihood, target.prior
     optimum = find_optimum(at, scales, Rows(likelihood, prior, sample.n_rows, error, shared), rng)
-    if issparse(correction[0]) and optimum.precisions[0] <= 0:
+    if issparse(addends) and optimum.precisions[0] <= 0:
         # Columns of all rows beside those of a sample need not make a precision.
-        diagonal = correction[0].diagonal()
-        plain = Corrected(sample, at, value, gradient - prior(at)[1], diagonal, correction[1])
+        diagonal = addends.diagonal()
+        plain = Corrected(sample, at, value, gradient - prior(at)[1], diagonal, factors)
         rows_of_sample = Rows(plain.likelihood, prior, sample.n_rows, error, shared)
         optimum = find_optimum(at, scales, rows_of_sample, rng)
     if not (np.isfinite(optimum.step).all() and np.isfinite(optimum.elbo)):

@@ -200,15 +200,13 @@ def preshuffle(
     seed, limit = draw_seed(seed), parse_bytes(memory_limit)
     fs, path = resolve(destination, filesystem)
     if isinstance(source, Iterator):
-        refuse_to_replace(fs, path, overwrite=overwrite)
-        _begin(source)
+        _begin(source, fs, path, overwrite=overwrite)
     table = open_table(source, columns, filesystem)
     if format == "arrow":
         group_columns(table.schema)
     plan = make_plan(table, seed=seed, memory_limit=limit)
     if isinstance(table, Files):
-        table.refuse_overlap(fs, path, fractions)
-        _refuse_doubled_rows(table)
+        _check_files(table, fs, path, fractions)
     threads = ThreadPoolExecutor(min(plan.at_once, os.cpu_count() or 1))
     with (
         open_workspace(fs, path, scratch=scratch, overwrite=overwrite) as work,
@@ -238,8 +236,11 @@ def preshuffle(
     )
 
 
-def _begin(rows: Iterator[Any]) -> None:
-    """Refuse an iterator of which an earlier run has read some rows, and failed."""
+def _begin(
+    rows: Iterator[Any], fs: "pa.fs.FileSystem", destination: str, *, overwrite: bool
+) -> None:
+    """Refuse a destination before rows are lost for it, and an iterator that a run has begun."""
+    refuse_to_replace(fs, destination, overwrite=overwrite)
     if rows in _begun:
         raise StreamError(
             "source is an iterator that an earlier run has read from, so that rows are missing; "
@@ -249,8 +250,11 @@ def _begin(rows: Iterator[Any]) -> None:
         _begun.add(rows)
 
 
-def _refuse_doubled_rows(table: Files) -> None:
-    """Refuse files of one shuffle that are missing or there twice, and warn of other copies."""
+def _check_files(
+    table: Files, fs: "pa.fs.FileSystem", destination: str, folders: Iterable[str]
+) -> None:
+    """Refuse a destination among the files, and a shuffle that is not whole; warn of copies."""
+    table.refuse_overlap(fs, destination, folders)
     shuffles = defaultdict(list)
     for file in table.files:
         shuffles[file.mark and file.mark.shuffle].append(file)

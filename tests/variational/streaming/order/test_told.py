@@ -35,10 +35,15 @@ from tests.variational.streaming.order.test_order import advance_through, draw, 
 QUICK = {"progressbar": False, "compile_kwargs": {"mode": "FAST_COMPILE"}}
 
 
-def fit(ds: StreamingDataset, n_steps: int = 40, callback: Any = None):
-    with pm.Model():
+def model_of(ds: StreamingDataset, column: int = 0) -> pm.Model:
+    with pm.Model() as model:
         mu = pm.Normal("mu")
-        pm.Normal("y", mu, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+        pm.Normal("y", mu, observed=ds.as_tensor()[:, column], total_size=ds.total_size)
+    return model
+
+
+def fit(ds: StreamingDataset, n_steps: int = 40, callback: Any = None):
+    with model_of(ds):
         return pm.fit(n_steps, callbacks=[callback or ds.fit_callback()], **QUICK)
 
 
@@ -46,6 +51,7 @@ class TestStreaming:
     drifting = (
         np.random.default_rng(9).normal(size=(20_000, 1)) + np.linspace(0, 2, 20_000)[:, None]
     )
+    second_drifts = np.column_stack([np.random.default_rng(12).normal(size=20_000), drifting])
 
     def dataset(self, rows, **kwargs) -> StreamingDataset:
         buffer = shuffle_buffer(rows, buffer_size=1_000, batch_size=500, seed=0)
@@ -174,37 +180,24 @@ class TestStreaming:
     @pytest.mark.parametrize("is_kept", [False, True], ids=["closed", "open"])
     def test_each_model_is_asked_of_the_rows_that_it_reads(self, is_sequence, is_kept):
         """Also after a fit of a model that does not read the column that is in an order."""
-        rows = np.column_stack([np.random.default_rng(12).normal(size=20_000), self.drifting])
-        source = in_sequence(rows) if is_sequence else rows
+        source = in_sequence(self.second_drifts) if is_sequence else self.second_drifts
         ds = self.dataset(source, total_size=20_000)
-        kept = []
-        for column in (0, 1):
-            with pm.Model():
-                mu = pm.Normal("mu")
-                pm.Normal("y", mu, observed=ds.as_tensor()[:, column], total_size=20_000)
-                if column:
-                    with pytest.warns(OrderWarning, match="gradient of mu"):
-                        pm.fit(90, callbacks=[ds.fit_callback()], **QUICK)
-                else:
-                    callback = ds.fit_callback()
-                    pm.fit(50, callbacks=[callback], **QUICK)
-                    kept += [callback] * is_kept
-                    del callback
+        with model_of(ds):
+            callback = ds.fit_callback()
+            pm.fit(50, callbacks=[callback], **QUICK)
+        if not is_kept:
+            del callback
+        with model_of(ds, 1), pytest.warns(OrderWarning, match="gradient of mu"):
+            pm.fit(90, callbacks=[ds.fit_callback()], **QUICK)
 
     def test_a_model_that_is_offered_the_callback_of_a_stream_is_asked_too(self):
         """As PyMC does for a fit that passes none, while that of another fit is kept."""
-        rows = np.column_stack([np.random.default_rng(12).normal(size=20_000), self.drifting])
-        ds = self.dataset(rows)
-        kept = []
-        for column in (0, 1):
-            with pm.Model():
-                mu = pm.Normal("mu")
-                pm.Normal("y", mu, observed=ds.as_tensor()[:, column], total_size=20_000)
-                if column:
-                    with pytest.warns(OrderWarning, match="gradient of mu"):
-                        ds.as_tensor().tag.fit_callback()
-                else:
-                    kept.append(ds.fit_callback())
+        ds = self.dataset(self.second_drifts)
+        with model_of(ds):
+            kept = ds.fit_callback()
+        with model_of(ds, 1), pytest.warns(OrderWarning, match="gradient of mu"):
+            ds.as_tensor().tag.fit_callback()
+        del kept
 
     def test_a_second_fit_of_a_model_goes_on_with_the_comparison(self, monkeypatch):
         rows = np.random.default_rng(11).normal(size=(20_000, 1))
