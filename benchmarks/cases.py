@@ -187,8 +187,8 @@ def _on_batches(case: Case, next_batch: Callable[[], np.ndarray], n_rows: int | 
         return _fitted(case, put_next)
 
 
-def on_stream(case: Case) -> Runner:
-    ds = stream(case)
+def on_stream(case: Case, *, buffered: bool = True) -> Runner:
+    ds = stream(case, buffered=buffered)
     with pm.Model():
         case.observe(ds.as_tensor(), ds.total_size)
         return _fitted(case, ds.fit_callback())
@@ -253,9 +253,11 @@ def on_dataloader(case: Case) -> Runner:
     return run, case.window_steps
 
 
-def stream(case: Case) -> StreamingDataset:
-    cut = {"buffer_size": case.buffer_size, "batch_size": case.batch_size}
-    return StreamingDataset(shuffle_buffer(case.source, **cut, seed=0), batch_size=case.batch_size)
+def stream(case: Case, *, buffered: bool = True) -> StreamingDataset:
+    rows = case.source
+    if buffered:
+        rows = shuffle_buffer(rows, buffer_size=case.buffer_size, seed=0)
+    return StreamingDataset(rows, batch_size=case.batch_size)
 
 
 def peak_growth(make: Callable[[Case], Runner], case: Case, n_steps: int) -> float:

@@ -53,6 +53,7 @@ __all__ = ["COMMAND", "TABLES"]
 
 COMMAND = "python -m benchmarks.speed"
 LIMIT, STREAM = "one batch, again and again", "stream, preshuffled"
+UNBUFFERED = f"{STREAM}, without a shuffle buffer"
 READY = "batches that are in memory already"
 ONE_THREAD = "one thread of BLAS"
 MEMORY, PEER = "`pm.Minibatch`, in memory", "pymc-extras DataLoader, as it comes"
@@ -69,6 +70,7 @@ def speed(data: Data, turns: int) -> str:
         LIMIT: Lane(cases.on_one_batch, shuffled),
         READY: Lane(cases.on_ready_batches, shuffled),
         STREAM: Lane(cases.on_stream, shuffled),
+        UNBUFFERED: Lane(partial(cases.on_stream, buffered=False), shuffled),
         "stream, as it comes (zstd, dictionaries)": Lane(cases.on_stream, ordered),
         MEMORY: Lane(cases.in_memory_columns, shuffled),
         PEER: Lane(cases.on_dataloader, ordered),
@@ -100,6 +102,7 @@ def shapes(data: Data, turns: int) -> str:
             LIMIT: cases.on_one_batch,
             READY: cases.on_ready_batches,
             STREAM: cases.on_stream,
+            UNBUFFERED: partial(cases.on_stream, buffered=False),
             MEMORY: cases.in_memory,
         }
         lanes = {way: Lane(make, case, **environment) for way, make in ways.items()}

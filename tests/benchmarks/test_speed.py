@@ -118,7 +118,7 @@ def test_every_lane_of_the_race_takes_its_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "on_dataloader", cases.on_one_batch)
     with pytensor.config.change_flags(mode="FAST_COMPILE"), pytest.warns(OrderWarning):
         table = speed.speed(Data(tmp_path, 10_000), 1)
-    assert len(table.splitlines()) == 2 + 9
+    assert len(table.splitlines()) == 2 + 10
 
 
 def test_the_first_batch_of_a_stream_is_timed(tmp_path):
