@@ -38,6 +38,7 @@ FOLDERS = (ROOT / "upstream" / "files", ROOT)
 """Folders of the files; those in the first exist only in PyMC's tree."""
 RELEASE = "pymc-6.4.0"
 NAME = re.compile(r"\w+")
+PAGE = re.compile(r"docs/source/streaming/\w+\.md")
 IMPORT = re.compile(r"^ *from (?P<module>[\w.]+) import (?P<names>\([^)]*\)|.*)\n", re.MULTILINE)
 
 
@@ -93,8 +94,9 @@ def place_files() -> dict[str, int]:
 
 
 def imported(path: str, paths: Iterable[str]) -> set[str]:
-    """Return those of *paths* that a file imports, or runs by their names."""
+    """Return those of *paths* that a file imports, also by pages that it names, or runs."""
     text = read(path).decode()
+    text += "".join(read(page).decode() for page in PAGE.findall(text))
     names = set(re.findall(r"\btests\.variational[\w.]*", text))
     for line in IMPORT.finditer(text):
         names.add(line["module"])

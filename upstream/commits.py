@@ -145,17 +145,14 @@ COMMITS = (
         tuple(f"{MODULES}/{name}.py" for name in ("likelihood", "contract", "guards")),
     ),
     Commit("Check whether the windows of a stream are exchangeable", _subpackage("order", "order")),
-    Commit(
-        "Feed minibatches from a stream to pm.fit",
-        (f"{MODULES}/*.py", f"{PAGES}/models.md"),
-    ),
+    Commit("Feed minibatches from a stream to pm.fit", (f"{MODULES}/*.py",)),
     Commit(
         "Shuffle tables on disk, exactly and in bounded memory",
         _subpackage("preshuffle", "preshuffle"),
     ),
     Commit(
         "Check and polish fits with all rows, average them over epochs, and predict rows",
-        _subpackage("fit", "averaging", "fit_check", "polish"),
+        _subpackage("fit", "averaging", "fit_check", "models", "polish"),
     ),
     Commit(
         "Save fits on streams, so that they survive a kill",

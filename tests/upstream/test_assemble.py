@@ -73,6 +73,11 @@ def test_no_file_imports_one_of_a_later_commit_and_subpackages_stay_whole():
         assert len({placed[path] for path in placed if path.startswith(folder)}) == 1
 
 
+def test_a_test_comes_with_what_the_page_that_it_runs_imports():
+    needs = imported("tests/variational/streaming/test_models.py", place_files())
+    assert "pymc/variational/_streaming/fit/predict.py" in needs
+
+
 def test_each_commit_brings_its_files_as_they_are_and_lists_its_tests(checkout, tmp_path):
     tree = make_branch(checkout, tmp_path)
     messages = git(tree, "log", "--format=%s", "--reverse", "main..streaming")
