@@ -33,7 +33,7 @@ from pytensor.graph.replace import clone_replace
 from pytensor.graph.rewriting.basic import in2out, node_rewriter
 from pytensor.graph.rewriting.utils import rewrite_graph
 from pytensor.graph.traversal import ancestors, explicit_graph_inputs, toposort
-from pytensor.tensor.basic import Join, MakeVector, ScalarFromTensor
+from pytensor.tensor.basic import AllocEmpty, Join, MakeVector, ScalarFromTensor
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.math import All
@@ -77,8 +77,8 @@ _JITTERS = (0.1, 0.1, 0.1, 0.01, 0.01, 0.001)
 _FAR = (1.0, 1.0, 3.0, 3.0, 10.0, 10.0)
 """How far from there to look for a point where the log-likelihood of a row is finite."""
 
-_FEW_ROWS = 7
-"""Rows that a graph is tried on, where it does not need as many as a batch has."""
+_MOST_ROWS = 512
+"""Rows that a graph is tried on, at most, where it does not need as many as a batch has."""
 
 
 class TiedError(Exception):
@@ -240,7 +240,7 @@ class LikelihoodGraph:
         variables = [self.rows, *self._parameters]
         variables += [v for node in self.nodes for v in node.outputs]
         compute = self._compile(variables)
-        few = batch[:_FEW_ROWS]
+        few = batch[:_MOST_ROWS]
         for rows in (few, np.zeros_like(few), batch, np.zeros_like(batch)):
             try:
                 return dict(zip(variables, compute(rows, *self._point)))
@@ -299,9 +299,13 @@ class LikelihoodGraph:
         values: list[tuple[Any, int | None]],
         draw: Callable[[np.ndarray], np.ndarray],
     ) -> list[int]:
-        """Return the axis of each output that moves with the rows, and keeps them apart."""
-        n, rng = len(self._values[self.rows]), self._rng
-        order, kept = rng.permutation(n), np.arange(0, n, 2)
+        """Return the axis of each output that moves with the rows, and keeps them apart.
+
+        What moves with a shift by one place, and has a first half that depends on the first half
+        of the rows alone, depends on one row at each place.
+        """
+        n = len(self._values[self.rows])
+        order, kept = np.roll(np.arange(n), 1), np.arange((n + 1) // 2)
         rows = [value if axis is None else draw(value) for value, axis in values]
         moved = [v if axis is None else v.take(order, axis) for v, (_, axis) in zip(rows, values)]
         others = list(rows)
@@ -402,6 +406,12 @@ def _inline(fgraph: FunctionGraph, node: Apply) -> list[Variable]:
     return inline_ofg_node(node)
 
 
+@node_rewriter([AllocEmpty])
+def _fill(fgraph: FunctionGraph, node: Apply) -> list[Variable]:
+    """Fill what a scan writes to, where each place would have what was in memory there."""
+    return [pt.zeros(node.inputs, dtype=node.op.dtype)]
+
+
 def _simplify(
     graphs: Sequence[Variable], rows: Variable
 ) -> tuple[list[Variable], dict[Variable, str]]:
@@ -412,7 +422,7 @@ def _simplify(
     """
     lowered: Any = rewrite_graph(list(graphs), include=("lower_xtensor",))
     fgraph = FunctionGraph(outputs=list(lowered), clone=False)
-    in2out(_inline).rewrite(fgraph)
+    in2out(_inline, _fill).rewrite(fgraph)
     names = []
     for node in fgraph.toposort():
         if isinstance(node.op, CheckParameterValue):

@@ -16,8 +16,11 @@
 import warnings
 
 import numpy as np
+import pytensor
 import pytensor.tensor as pt
 import pytest
+
+from pytensor.tensor.basic import AllocEmpty
 
 import pymc as pm
 
@@ -170,6 +173,18 @@ RARE = {
         lambda buf, b, z: b * pt.maximum(buf[:, 0] - 90, 0) * np.arange(12.0),
         "'y' ties .* a value for each place in the batch is used",
     ),
+    "places that few batches have": (
+        lambda buf, b, z: b * pt.switch(pt.arange(buf.shape[0]) < 10, buf[:, 0], 0),
+        "'y' ties .* a value for each place in the batch is used",
+    ),
+    "weights of places that few batches have": (
+        lambda buf, b, z: b * buf[:, 0] * pt.repeat([1.0, 0], [10, 90])[: buf.shape[0]],
+        "'y' ties .* a value for each place in the batch is used",
+    ),
+    "the first ten places": (
+        lambda buf, b, z: b * pt.set_subtensor(buf[:, 0][:10], 0),
+        "'y' ties .* SetSubtensor.* does not keep the rows apart",
+    ),
     "the number of rare rows": (
         lambda buf, b, z: b * (buf[:, 0] > 90) * (buf[:, 0] > 90).sum(),
         "'y' ties .* Sum.* does not keep the rows apart",
@@ -188,6 +203,21 @@ def test_ties_through_values_that_no_row_has_are_refused(ds, mean, message):
         z = pm.Normal("z", shape=12) if message is _LATENT else None
         pm.Normal("y", mean(buf, b, z), 1, observed=buf[:, 1], total_size=60)
         with pytest.raises(StreamError, match=message):
+            ds.fit_callback()
+
+
+@pytest.mark.parametrize(
+    "tie",
+    [pt.cumsum, lambda x: x[::-1], lambda x: pt.roll(x, 1), lambda x: pt.set_subtensor(x[0], 0)],
+    ids=["sum", "reverse", "roll", "first"],
+)
+@pytest.mark.parametrize("batch_size", [2, 3, 4])
+def test_ties_within_small_batches_are_refused(batch_size, tie):
+    rows = np.random.default_rng(0).normal(size=(12, 2))
+    with StreamingDataset(rows, batch_size=batch_size) as ds, pm.Model():
+        buf = ds.as_tensor()
+        pm.Normal("y", pm.Normal("b") * tie(buf[:, 0]), observed=buf[:, 1], total_size=12)
+        with pytest.raises(StreamError, match="'y' ties the rows of a batch together"):
             ds.fit_callback()
 
 
@@ -228,6 +258,23 @@ def test_right_models_are_accepted_and_the_batch_is_left_alone(ds, build):
         callback = ds.fit_callback()
         np.testing.assert_array_equal(ds.as_tensor().get_value(), next(iter(ds)))
         del callback
+
+
+def test_a_scan_along_the_columns_is_accepted_whatever_was_in_memory(ds, monkeypatch):
+    def leave_what_was_in_memory(op, node, shape, outputs):
+        outputs[0][0] = np.random.default_rng(0).normal(size=shape)
+
+    monkeypatch.setattr(AllocEmpty, "perform", leave_what_was_in_memory)
+    with pm.Model(), pytensor.config.change_flags(cxx=""):
+        buf = ds.as_tensor()
+        state = pytensor.scan(
+            lambda x, state: pt.tanh(x + state),
+            sequences=[buf[:, :3].T],
+            outputs_info=[pt.zeros_like(buf[:, 0])],
+            return_updates=False,
+        )
+        pm.Normal("y", pm.Normal("b") * state[-1], observed=buf[:, 1], total_size=60)
+        ds.fit_callback()
 
 
 def test_a_variable_that_pm_observe_made_is_given_its_total_size_where_it_is_written(ds):
