@@ -77,8 +77,8 @@ _JITTERS = (0.1, 0.1, 0.1, 0.01, 0.01, 0.001)
 _FAR = (1.0, 1.0, 3.0, 3.0, 10.0, 10.0)
 """How far from there to look for a point where the log-likelihood of a row is finite."""
 
-_MOST_ROWS = 512
-"""Rows that a graph is tried on, at most, where it does not need as many as a batch has."""
+_TRIED_VALUES, _FEWEST_ROWS = 1 << 16, 8
+"""Values of the rows that a graph is tried on, where it does not need as many as a batch has."""
 
 
 class TiedError(Exception):
@@ -232,7 +232,7 @@ class LikelihoodGraph:
         return max(points, key=share)
 
     def _evaluate_all(self, batch: np.ndarray) -> dict[Variable, Any]:
-        """Return the values of all variables for a few rows, else for as many as a batch has.
+        """Return the values of all variables for some rows, else for as many as a batch has.
 
         An array or a latent variable can have the length of a batch. An index of the batch can be
         out of range, where zero is not.
@@ -240,7 +240,7 @@ class LikelihoodGraph:
         variables = [self.rows, *self._parameters]
         variables += [v for node in self.nodes for v in node.outputs]
         compute = self._compile(variables)
-        few = batch[:_MOST_ROWS]
+        few = batch[: max(_FEWEST_ROWS, _TRIED_VALUES // batch[0].size)]
         for rows in (few, np.zeros_like(few), batch, np.zeros_like(batch)):
             try:
                 return dict(zip(variables, compute(rows, *self._point)))
