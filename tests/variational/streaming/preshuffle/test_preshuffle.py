@@ -25,6 +25,7 @@ import pytest
 from hypothesis import given, settings
 
 from pymc.variational._streaming.preshuffle import cli, plan
+from pymc.variational._streaming.utils import progress_bar
 from pymc.variational.streaming import StreamError, StreamWarning, parquet_source, preshuffle
 from tests.variational.streaming import strategies
 from tests.variational.streaming.preshuffle.preshuffled import (
@@ -414,3 +415,20 @@ def test_the_progress_bar_shows_rows_per_second(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "100%" in shown
     assert "rows/s" in shown
+
+
+def test_a_progress_bar_keeps_to_a_line_and_gives_no_share_of_an_unknown_number(capsys):
+    for description, total in [("Finding levels of carrier, origin", 3e12), ("Polishing", None)]:
+        with progress_bar(description, total) as advance:
+            for _ in range(3):
+                advance(1e12)
+    known, unknown = capsys.readouterr().err.splitlines()
+    assert re.search(r"100% +[\d,]{10,} rows/s", known)
+    assert "%" not in unknown
+
+
+@pytest.mark.parametrize("split", ["train", "train=most"])
+def test_a_split_that_cannot_be_read_is_named_by_its_option(split, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["preshuffle", "in", "out", "--seed", "0", "--split", split])
+    assert f"argument --split: invalid split value: '{split}'" in capsys.readouterr().err
