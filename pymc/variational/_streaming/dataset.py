@@ -219,9 +219,10 @@ class StreamingDataset:
         return self[column].astype("int64")
 
     def __repr__(self) -> str:
+        rows = self._source.describe(None if self._endless else self.total_size)
         return (
             f"<StreamingDataset {self._buffer.name!r}: batches of {self._batch_size:,} from "
-            f"{self._source.describe()}; epoch {self.epoch}, {self.rows_seen:,} rows seen>"
+            f"{rows}; epoch {self.epoch}, {self.rows_seen:,} rows seen>"
         )
 
     def __iter__(self) -> Iterator[np.ndarray]:

@@ -147,6 +147,8 @@ class TestShownInANotebook:
         assert repr(ds) == (
             "<StreamingDataset 'stream': batches of 2 from 7 rows of row, twice; epoch 0, 0 rows seen>"
         )
+        counted = StreamingDataset(lambda: iter([np.ones((7, 1))]), batch_size=2)
+        assert "batches of 2 from 7 rows of shape (1,);" in repr(counted)
 
 
 class TestCycle:
