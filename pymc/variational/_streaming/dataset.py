@@ -190,12 +190,16 @@ class StreamingDataset:
 
     @property
     def coords(self) -> dict[str, tuple[Any, ...]]:
-        """Levels of the category columns, for ``pm.Model(coords=ds.coords)``; a null is "null"."""
+        """Levels of the category columns, for ``pm.Model(coords=ds.coords)``.
+
+        A null is "null", or "(null)" beside a string "null".
+        """
         self._source.probe()
-        return {
-            name: tuple("null" if level is None else level for level in levels)
-            for name, levels in self._source.levels.items()
-        }
+        coords = {}
+        for name, levels in self._source.levels.items():
+            null = "(null)" if "null" in levels else "null"
+            coords[name] = tuple(null if level is None else level for level in levels)
+        return coords
 
     def __getitem__(self, column: str | list[str]) -> TensorVariable:
         """Return a column of the current batch, shape (batch_size,), or a matrix of several."""

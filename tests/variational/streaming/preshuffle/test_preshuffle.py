@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
@@ -351,10 +352,14 @@ def test_columns_that_only_folders_name_are_not_lost(tmp_path):
     (tmp_path / "in").mkdir()
     for day in (1, 2):
         write(tmp_path / "in" / f"day={day}", pa.table({"row": [day, 10 * day]}))
-    with pytest.raises(
-        ValueError, match=r"the values of \['day'\] are only in the names of folders"
-    ):
+    lost = r"the values of \['day'\] are only in the names of folders; pass pyarrow.dataset"
+    with pytest.raises(ValueError, match=lost):
         shuffle(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(ValueError, match="the values of 'day' are only in the names of folders"):
+        parquet_source(tmp_path / "in", columns=["row", "day"])
+    reader = pa.dataset.dataset(tmp_path / "in", partitioning="hive").scanner().to_reader()
+    shuffle(reader, tmp_path / "whole")
+    assert set(parquet_source(tmp_path / "whole").columns) == {"row", "day"}
     shuffle(tmp_path / "in", tmp_path / "out", columns=["row"])
     shuffle(tmp_path / "in" / "day=1", tmp_path / "one")
     assert rows_in_order(tmp_path / "one") in ([1, 10], [10, 1])
