@@ -333,7 +333,7 @@ class StreamingDataset:
             if key not in Position._fields and state[key] != mine:
                 raise ValueError(
                     f"{key}={mine!r} where the state was saved with {state[key]!r}; "
-                    "make the dataset as it was then"
+                    "make the dataset as it was then, of the same rows, columns and levels"
                 )
         self.close()
         self._reader.go_to(Position(*(state[key] for key in Position._fields)))

@@ -96,6 +96,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as err:
+        if err.errno is not None:
+            err.filename = os.fspath(path)  # a full disk names none
+        raise
     finally:
         part.unlink(missing_ok=True)
 
