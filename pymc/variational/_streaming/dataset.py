@@ -190,12 +190,16 @@ class StreamingDataset:
 
     @property
     def coords(self) -> dict[str, tuple[Any, ...]]:
-        """Levels of the category columns, for ``pm.Model(coords=ds.coords)``; a null is "null"."""
+        """Levels of the category columns, for ``pm.Model(coords=ds.coords)``.
+
+        A null is "null", or "(null)" beside a string "null".
+        """
         self._source.probe()
-        return {
-            name: tuple("null" if level is None else level for level in levels)
-            for name, levels in self._source.levels.items()
-        }
+        coords = {}
+        for name, levels in self._source.levels.items():
+            null = "(null)" if "null" in levels else "null"
+            coords[name] = tuple(null if level is None else level for level in levels)
+        return coords
 
     def __getitem__(self, column: str | list[str]) -> TensorVariable:
         """Return a column of the current batch, shape (batch_size,), or a matrix of several."""
@@ -219,9 +223,10 @@ class StreamingDataset:
         return self[column].astype("int64")
 
     def __repr__(self) -> str:
+        rows = self._source.describe(None if self._endless else self.total_size)
         return (
             f"<StreamingDataset {self._buffer.name!r}: batches of {self._batch_size:,} from "
-            f"{self._source.describe()}; epoch {self.epoch}, {self.rows_seen:,} rows seen>"
+            f"{rows}; epoch {self.epoch}, {self.rows_seen:,} rows seen>"
         )
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -328,7 +333,7 @@ class StreamingDataset:
             if key not in Position._fields and state[key] != mine:
                 raise ValueError(
                     f"{key}={mine!r} where the state was saved with {state[key]!r}; "
-                    "make the dataset as it was then"
+                    "make the dataset as it was then, of the same rows, columns and levels"
                 )
         self.close()
         self._reader.go_to(Position(*(state[key] for key in Position._fields)))

@@ -28,7 +28,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from pymc.progress_bar import CustomProgress, default_progress_theme
@@ -95,6 +96,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as err:
+        if err.errno is not None:
+            err.filename = os.fspath(path)  # a full disk names none
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -144,8 +149,8 @@ def progress_bar(
     bar = CustomProgress(
         "[progress.description]{task.description}",
         BarColumn(),
-        "[progress.percentage]{task.percentage:>3.0f}%",
-        _RowsPerSecond(),
+        TaskProgressColumn(),
+        _RowsPerSecond(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(),
         console=console,
         disable=not show,

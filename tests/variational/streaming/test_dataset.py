@@ -21,6 +21,7 @@ import time
 import warnings
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import pymc as pm
@@ -31,6 +32,7 @@ from pymc.variational.streaming import (
     StreamError,
     StreamingDataset,
     StreamWarning,
+    arrow_source,
     parquet_source,
     shuffle_buffer,
 )
@@ -147,6 +149,13 @@ class TestShownInANotebook:
         assert repr(ds) == (
             "<StreamingDataset 'stream': batches of 2 from 7 rows of row, twice; epoch 0, 0 rows seen>"
         )
+        counted = StreamingDataset(lambda: iter([np.ones((7, 1))]), batch_size=2)
+        assert "batches of 2 from 7 rows of shape (1,);" in repr(counted)
+
+
+def test_null_and_the_string_null_have_coordinates_of_their_own():
+    source = arrow_source(pa.table({"x": ["null"]}), categories={"x": ["null", None]})
+    assert StreamingDataset(source, batch_size=1).coords == {"x": ("null", "(null)")}
 
 
 class TestCycle:

@@ -40,7 +40,7 @@ from pymc.variational._streaming.fit.gaussian import (
 )
 from pymc.variational._streaming.fit.mean_field import moment_draws
 from pymc.variational._streaming.fit.newton import Optimum, Rows, find_optimum, is_dense
-from pymc.variational._streaming.fit.report import POLISH, FitReport, StreamRows
+from pymc.variational._streaming.fit.report import GO_ON, POLISH, FitReport, StreamRows
 from pymc.variational._streaming.fit.ridge import Target
 from pymc.variational._streaming.fit.sample import Corrected, Sample, expected_of_rows
 from pymc.variational._streaming.fit.trust_region import RELATIVE_STEP, Function
@@ -164,6 +164,7 @@ def check_fit(
         Density(group, streams),
         (scale(group).T / ratio).T,
         rows=rows,
+        remedy=GO_ON if any(stream._endless for stream in streams) else POLISH,
         executor=executor,
         seed=seed,
         progressbar=progressbar,

@@ -364,10 +364,15 @@ def _only_stream(model: Model) -> StreamingDataset:
     """Return the dataset of the one stream that *model* observes."""
     offers = [buffer.tag.fit_callback for buffer in streams_of(model, model.basic_RVs)]
     streams = [offer.dataset and offer.dataset() for offer in offers]
-    if len(streams) != 1 or streams[0] is None:
+    if len(streams) != 1:
         raise StreamError(
-            f"the model of approx observes {len(streams)} streams whose rows could be meant, or "
-            "their dataset is gone; pass ds=..., the one whose place the rows take"
+            f"the model of approx observes {len(streams)} streams; pass ds=..., the one whose place "
+            "the rows take"
+        )
+    if streams[0] is None:
+        raise StreamError(
+            "the StreamingDataset of approx.model is gone; keep a reference to it as long as to "
+            "approx, as a function does that returns both"
         )
     return streams[0]
 

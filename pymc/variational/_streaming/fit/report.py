@@ -28,7 +28,16 @@ from pymc.variational.opvi import Approximation, Group
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COMPARE", "POLISH", "POLISH_AGAIN", "Finding", "FitReport", "StreamRows", "Verdict"]
+__all__ = [
+    "COMPARE",
+    "GO_ON",
+    "POLISH",
+    "POLISH_AGAIN",
+    "Finding",
+    "FitReport",
+    "StreamRows",
+    "Verdict",
+]
 
 Verdict = Literal[
     "fine",
@@ -74,6 +83,8 @@ _MAX_NAMES = 60
 POLISH = "Call polish(approx, ds)."
 POLISH_AGAIN = "Call polish(approx, ds) with a higher max_passes."
 COMPARE = "Compare with pm.sample on a part of the rows."
+GO_ON = "Make more steps, or check more rows."
+"""What to do on a stream without end, which polish refuses."""
 
 _EXPLANATIONS = {
     "fine": "The means are at most {z:.2g} posterior sd off, the scales {percent:.2g} %.",
@@ -368,9 +379,8 @@ class FitReport:
 
     def _remedy(self) -> str:
         """Return the next step where means or scales are off, or may be."""
-        if self.verdict == "unknown" and self.z_error > _FINE_Z:
-            return "Check all rows."
-        return self.remedy
+        is_short = self.verdict == "unknown" and self.z_error > _FINE_Z
+        return "Check all rows." if is_short and self.remedy != GO_ON else self.remedy
 
     def _numbers(self) -> list[str]:
         lines = [f"{self.rows:,} rows; ELBO {self.elbo:,.2f} ± {self.elbo_error:.2g}"]

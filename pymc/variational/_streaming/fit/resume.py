@@ -142,6 +142,8 @@ def resumable_fit(
             f"path={path!r} is a URI, and a checkpoint is a local file; pass a local path, and "
             "copy the file to the store"
         )
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"path={path!r} is a folder; pass the name of a file")
     streams = as_streams(datasets)
     if any(getattr(callback, "is_of_stream", False) for callback in callbacks):
         raise ValueError(
@@ -233,7 +235,11 @@ class _Checkpoint(Callback):
                 "pass at least as many, or another path"
             )
         for ds, position in zip(self.streams, header["streams"]):
-            ds.load_state_dict(position)
+            try:
+                ds.load_state_dict(position)
+            except ValueError as err:
+                message = f"{self.path} is of another fit: {err}, or pass another path"
+                raise ValueError(message) from None
         for name, variable in self.variables.items():
             value = arrays.get(name)
             if name in header["generators"]:

@@ -16,7 +16,7 @@
 A local result is built in a hidden folder beside the destination, and one rename publishes it.
 Other filesystems cannot rename folders.  There the files are uploaded when all are built, and the
 first of each folder last: every file says how many there must be, so that a source refuses the
-others until it is there.
+others until it is there.  Only then are old files deleted.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ except ImportError:  # Windows
 
 __all__ = ["Workspace", "Writer", "flush", "open_workspace", "publish", "refuse_to_replace"]
 
-_LATER_PART = re.compile(r"part-(?!0+-)\d{5,}-of-\d{5,}\.\w+")
+_LATER_PART = re.compile(r"part-(?!0+-)\d{5,}-of-\d{5,}-\w+\.\w+")
 """Names of the files that are uploaded before the first of their folder."""
 _REPLACED = "replaced"
 """Name of the folder that holds a destination's old contents while new ones take their place."""
@@ -72,9 +72,10 @@ class Writer:
     """Rows of a record batch in a row-major file."""
 
     def name(self, part: Part) -> str:
-        """Return the path of a file below the destination."""
-        n_files = self.marks[part.folder].n_files
-        return os.path.join(part.folder, f"part-{part.index:05}-of-{n_files:05}.{self.format}")
+        """Return the path of a file below the destination, which differs between shuffles."""
+        mark = self.marks[part.folder]
+        name = f"part-{part.index:05}-of-{mark.n_files:05}-{mark.shuffle[:8]}.{self.format}"
+        return os.path.join(part.folder, name)
 
     def write(self, path: str, part: Part, batches: Iterable["pa.RecordBatch"]) -> int:
         """Write a file of the result, and return its number of rows."""
@@ -230,13 +231,16 @@ def _rename(work: Workspace, files: Mapping[str, str]) -> None:
 
 
 def _upload(work: Workspace, files: Mapping[str, str]) -> None:
+    """Upload the files beside old ones, which have other names, and then delete those."""
     pafs = pa.fs
     work.fs.create_dir(work.destination, recursive=True)
-    work.fs.delete_dir_contents(work.destination)
+    old = {info.path.strip("/") for info in _list_files(work.fs, work.destination)}
+    new = set()
     try:
         for name in sorted(files, key=lambda name: not _LATER_PART.search(name)):
             target = f"{work.destination}/{name}"
             work.fs.create_dir(os.path.dirname(target), recursive=True)
+            new.add(target.strip("/"))
             pafs.copy_files(
                 files[name],
                 target,
@@ -245,9 +249,12 @@ def _upload(work: Workspace, files: Mapping[str, str]) -> None:
                 use_threads=False,
             )
     except BaseException:
-        with contextlib.suppress(Exception):
-            work.fs.delete_dir_contents(work.destination)
+        for path in new - old:
+            with contextlib.suppress(Exception):
+                work.fs.delete_file(path)
         raise
+    for path in old - new:
+        work.fs.delete_file(path)
 
 
 def refuse_to_replace(fs: "pa.fs.FileSystem", destination: str, *, overwrite: bool) -> None:
@@ -255,22 +262,24 @@ def refuse_to_replace(fs: "pa.fs.FileSystem", destination: str, *, overwrite: bo
 
     The contents of an upload that was killed are replaced in any case.
     """
-    pafs, local = pa.fs, is_local(fs)
-    if local:
+    if is_local(fs):
         destination = os.path.realpath(destination)
         _require_replaceable(destination)
-    selector = pafs.FileSelector(destination, allow_not_found=True, recursive=not local)
-    infos = [
-        info
-        for info in fs.get_file_info(selector)
-        if local or (info.type == pafs.FileType.File and info.base_name)
-    ]
-    unfinished = not local and all(_LATER_PART.fullmatch(info.base_name) for info in infos)
-    if infos and not unfinished and not overwrite:
+        is_kept = os.path.isdir(destination) and bool(os.listdir(destination))
+    else:
+        found = _list_files(fs, destination)
+        is_kept = not all(_LATER_PART.fullmatch(info.base_name) for info in found)
+    if is_kept and not overwrite:
         raise FileExistsError(
             f"destination={destination!r} exists and is not empty; "
             "pass overwrite=True to replace it, or choose another"
         )
+
+
+def _list_files(fs: "pa.fs.FileSystem", folder: str) -> list["pa.fs.FileInfo"]:
+    selector = pa.fs.FileSelector(folder, allow_not_found=True, recursive=True)
+    files = (info for info in fs.get_file_info(selector) if info.type == pa.fs.FileType.File)
+    return [info for info in files if info.base_name]  # some stores list folders as empty objects
 
 
 def _require_replaceable(destination: str) -> None:

@@ -110,9 +110,10 @@ class Source(ABC):
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.blocks()
 
-    def describe(self) -> str:
-        """Say how many rows there are and what they hold, as far as it is known."""
-        rows = "an unknown number of rows" if self.n_rows is None else f"{self.n_rows:,} rows"
+    def describe(self, n_rows: int | None = None) -> str:
+        """Say how many rows there are, by default *n_rows*, and what they hold, if it is known."""
+        n_rows = n_rows if self.n_rows is None else self.n_rows
+        rows = "an unknown number of rows" if n_rows is None else f"{n_rows:,} rows"
         if self.columns is not None:
             return f"{rows} of {', '.join(shorten(self.columns))}"
         return rows if self.sample_shape is None else f"{rows} of shape {self.sample_shape}"

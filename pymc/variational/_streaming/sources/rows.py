@@ -35,6 +35,7 @@ from pymc.variational._streaming.sources.summary import (
 )
 
 __all__ = [
+    "IN_FOLDERS",
     "PIECE_ROWS",
     "FileSource",
     "RowFormat",
@@ -46,6 +47,11 @@ __all__ = [
     "skip_rows",
 ]
 
+IN_FOLDERS = (
+    "only in the names of folders; pass "
+    'pyarrow.dataset.dataset(path, partitioning="hive").scanner().to_reader() to preshuffle, '
+    "which writes them as columns"
+)
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 PIECE_ROWS = 1 << 18
 _PIECE_VALUES = 1 << 20
@@ -205,16 +211,14 @@ class RowFormat:
         name = self.columns[j]
         scalar, is_time = batch.column(name)[row], self.types[j].is_time
         value = scalar.cast(pa.string()).as_py() if is_time else scalar.as_py()
-        problem = ""
-        if value is None:
-            value = "null"
-        elif name in self.levels:
-            value = repr(value)
+        problem, shown = "", "null" if value is None else value
+        if name in self.levels:
+            shown = shown if value is None else repr(value)
             levels = self.levels[name].to_pylist()
             problem = f", which is none of its {describe_levels(levels)}"
-        elif is_time or np.isfinite(float(value)):
+        elif value is not None and (is_time or np.isfinite(float(value))):
             problem = f", which {self.dtype} cannot hold exactly"
-        return row, f"column {name!r} is {value}{problem}"
+        return row, f"column {name!r} is {shown}{problem}"
 
     def _invalid(self, j: int, array: "pa.Array", values: np.ndarray) -> np.ndarray | np.bool:
         """Mark the nulls of a column, and the integers that ``dtype`` may not hold.
@@ -331,6 +335,8 @@ def choose_columns(
         raise ValueError(f"{where}: no columns to stream; columns={columns!r}")
     for name in names:
         if len(schema.get_all_field_indices(name)) != 1:
+            if f"/{name}=" in where:
+                raise ValueError(f"{where}: the values of {name!r} are {IN_FOLDERS}")
             problem = "more than one column" if name in schema.names else "no column"
             raise ValueError(f"{where}: has {problem} {name!r}; its columns are {schema.names}")
     if len(set(names)) < len(names):

@@ -259,7 +259,7 @@ def _describe(column: ColumnSummary) -> list[str]:
     """Return the figures and the first levels of a column as text."""
     unit = {"date": "D", "timestamp": "m"}.get(column.type.partition("[")[0].strip("3264"))
     levels = column.levels or ()
-    shown = ", ".join(map(str, levels[:_SHOWN_LEVELS]))
+    shown = ", ".join(str(level) or "''" for level in levels[:_SHOWN_LEVELS])
     if len(levels) > _SHOWN_LEVELS:
         shown += f", ... ({len(levels)})"
     places = (_format(value, unit) for value in (column.min, column.max, column.mean))

@@ -45,6 +45,7 @@ from pymc.variational._streaming.sources.parquet.paths import (
     stands_for,
 )
 from pymc.variational._streaming.sources.rows import (
+    IN_FOLDERS,
     by_file,
     choose_columns,
     is_pandas_index,
@@ -306,8 +307,7 @@ def _refuse_partitions(paths: Sequence[str], columns: Sequence[str]) -> None:
     lost = sorted({part.partition("=")[0] for part in differ}.difference(columns))
     if lost:
         raise ValueError(
-            f"{paths[0]}: the values of {lost} are only in the names of folders; "
-            "write them into the files, or pass columns=[...] to leave them out"
+            f"{paths[0]}: the values of {lost} are {IN_FOLDERS}; columns=[...] leaves them out"
         )
 
 

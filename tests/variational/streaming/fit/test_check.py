@@ -363,6 +363,10 @@ class TestStreams:
         assert report.z_error == pytest.approx(100 / n_rows**0.5, rel=0.4)
         assert abs(report.z[0]) < 3 * report.z_error
         assert report.verdict == ("unknown" if n_rows == 5_000 else "fine")
+        step = "Make more steps, or check more rows."
+        assert (step in str(report)) == (n_rows == 5_000)
+        place(approx, 1.0, 0.2)
+        assert step in str(check_fit(approx, ds, rows=5_000))
 
     def test_what_is_no_fit_or_no_dataset(self, regression, fit):
         ds, approx = fit

@@ -11,6 +11,8 @@
 #   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 #   See the License for the specific language governing permissions and
 #   limitations under the License.
+import gc
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -285,3 +287,13 @@ def test_saved_draws_open_again_without_invented_rows(approx, tmp_path):
     assert list(opened.posterior["effect"].coords["group"].values) == list("abc")
     assert opened.posterior["mean"].sizes["mean_dim_0"] == 0
     assert opened.observed_data["y"].size == 0
+
+
+def test_a_dataset_that_is_gone_is_named(tmp_path):
+    ds = StreamingDataset(np.ones((10, 1)), batch_size=5)
+    with pm.Model() as model:
+        pm.Normal("y", pm.Normal("mu"), 1, observed=ds.as_tensor()[:, 0], total_size=ds.total_size)
+    del ds
+    gc.collect()
+    with pytest.raises(StreamError, match=r"StreamingDataset of approx.model is gone; keep a ref"):
+        predict(pm.MeanField(model=model), np.ones((3, 1)), to=tmp_path / "p.parquet")

@@ -62,6 +62,16 @@ def test_no_spelling_hides_that_places_overlap(source, destination):
     assert pq.read_metadata(memory.open("/b/in/a.parquet")).num_rows == 100
 
 
+def test_a_shuffle_on_a_store_takes_the_place_of_another_or_of_itself():
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    with memory.open("/c/in/a.parquet", "wb") as file:
+        pq.write_table(pa.table({"row": range(100)}), file)
+    for seed in (0, 0, 1):
+        shuffle("c/in", "c/out", seed=seed, filesystem=memory, overwrite=True)
+        found = parquet_source("c/out", filesystem=memory)
+        assert (found.n_rows, found.mark.seed) == (100, seed)
+
+
 def test_destinations_that_cannot_be_replaced_are_refused(tmp_path, monkeypatch):
     source = numbered(tmp_path / "in", 100)
     (tmp_path / "file").write_text("mine")

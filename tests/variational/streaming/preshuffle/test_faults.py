@@ -181,6 +181,23 @@ def test_an_upload_that_fails_is_taken_back(source, tmp_path, monkeypatch):
     require_whole(tmp_path)
 
 
+@pytest.mark.parametrize("options", [{"seed": 1}, {"split": {"a": 0.5, "b": 0.5}}, {}])
+def test_an_upload_that_fails_keeps_what_it_would_have_replaced(
+    source, tmp_path, monkeypatch, options
+):
+    shuffle(source)
+    before = digests(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(pa.fs, "copy_files", fail_after(pa.fs.copy_files, 5))
+        with pytest.raises(OSError, match="gone"):
+            shuffle(source, filesystem=remote, overwrite=True, **options)
+    assert digests(tmp_path / "out") == before
+    shuffle(source, filesystem=remote, overwrite=True, **options)
+    for folder in options.get("split", [""]):
+        assert parquet_source(tmp_path / "out" / folder).mark.seed == options.get("seed", 0)
+    assert set(before).isdisjoint(digests(tmp_path / "out")) == bool(options)
+
+
 def test_a_full_disk_is_named_and_leaves_nothing(source, tmp_path):
     """A limit on the size of files fails writes as a full disk does, without one."""
     resource = pytest.importorskip("resource")

@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
 from hypothesis import given, settings
 
 from pymc.variational._streaming.preshuffle import cli, plan
+from pymc.variational._streaming.utils import progress_bar
 from pymc.variational.streaming import StreamError, StreamWarning, parquet_source, preshuffle
 from tests.variational.streaming import strategies
 from tests.variational.streaming.preshuffle.preshuffled import (
@@ -71,7 +73,7 @@ def test_all_types_values_and_metadata_are_kept(tmp_path, n_rows):
     source = write(tmp_path / "in", table, row_group_size=700)
     expected = pq.read_table(source / "a.parquet")
     report = shuffle(source, tmp_path / "out")
-    assert report.piles > 10
+    assert report.partitions > 10
     files = sorted((tmp_path / "out").iterdir())
     found = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("row")
     for name in expected.column_names:
@@ -137,7 +139,7 @@ def test_partitions_that_turn_out_too_large_are_scattered_again(tmp_path, monkey
     table = pa.table({"row": np.arange(4000), "text": ["x" * int(w) for w in widths]})
     source = write(tmp_path / "in", table, row_group_size=4000)
     report = shuffle(source, tmp_path / "out")
-    assert table.nbytes / report.piles > 4 * (1 << 12)
+    assert table.nbytes / report.partitions > 4 * (1 << 12)
     assert pq.read_table(tmp_path / "out").sort_by("row").equals(table)
     assert rows_in_order(tmp_path / "out") != list(range(4000))
 
@@ -157,7 +159,7 @@ def test_files_hold_several_partitions_and_do_not_change_the_order(tmp_path, mon
     for files, expected in ((16, 16), (4, 4), (3, 3), (1, 1)):
         cut_small(monkeypatch.setattr, files=files)
         report = shuffle(source, tmp_path / f"{files}")
-        assert report.piles == 16
+        assert report.partitions == 16
         assert len(list((tmp_path / f"{files}").glob("*.parquet"))) == expected
         assert rows_in_order(tmp_path / f"{files}") == rows_in_order(tmp_path / "16")
 
@@ -181,7 +183,7 @@ def test_the_mark_says_what_was_shuffled(tmp_path, monkeypatch):
     report = shuffle(source, tmp_path / "out", seed=7)
     mark = parquet_source(tmp_path / "out").mark
     assert (mark.seed, mark.n_rows, mark.source) == (7, 5000, str(source))
-    assert mark.n_files == len(list((tmp_path / "out").iterdir())) == 4 < report.piles
+    assert mark.n_files == len(list((tmp_path / "out").iterdir())) == 4 < report.partitions
     shuffle(tmp_path / "out", tmp_path / "again", seed=8)
     assert parquet_source(tmp_path / "again").mark.seed == 8
 
@@ -253,7 +255,7 @@ def test_pages_carry_checksums_that_are_verified(tmp_path):
 
 def test_the_report_is_short_and_right(tmp_path):
     report = shuffle(numbered(tmp_path / "in", 1000), tmp_path / "out")
-    assert report.piles == 1
+    assert report.partitions == 1
     assert report.bytes_written > sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
     assert re.fullmatch(
         r".*/out: 1,000 rows shuffled in 1 partitions, 0.00 GB read, 0.00 GB written, "
@@ -350,10 +352,14 @@ def test_columns_that_only_folders_name_are_not_lost(tmp_path):
     (tmp_path / "in").mkdir()
     for day in (1, 2):
         write(tmp_path / "in" / f"day={day}", pa.table({"row": [day, 10 * day]}))
-    with pytest.raises(
-        ValueError, match=r"the values of \['day'\] are only in the names of folders"
-    ):
+    lost = r"the values of \['day'\] are only in the names of folders; pass pyarrow.dataset"
+    with pytest.raises(ValueError, match=lost):
         shuffle(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(ValueError, match="the values of 'day' are only in the names of folders"):
+        parquet_source(tmp_path / "in", columns=["row", "day"])
+    reader = pa.dataset.dataset(tmp_path / "in", partitioning="hive").scanner().to_reader()
+    shuffle(reader, tmp_path / "whole")
+    assert set(parquet_source(tmp_path / "whole").columns) == {"row", "day"}
     shuffle(tmp_path / "in", tmp_path / "out", columns=["row"])
     shuffle(tmp_path / "in" / "day=1", tmp_path / "one")
     assert rows_in_order(tmp_path / "one") in ([1, 10], [10, 1])
@@ -414,3 +420,20 @@ def test_the_progress_bar_shows_rows_per_second(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "100%" in shown
     assert "rows/s" in shown
+
+
+def test_a_progress_bar_keeps_to_a_line_and_gives_no_share_of_an_unknown_number(capsys):
+    for description, total in [("Finding levels of carrier, origin", 3e12), ("Polishing", None)]:
+        with progress_bar(description, total) as advance:
+            for _ in range(3):
+                advance(1e12)
+    known, unknown = capsys.readouterr().err.splitlines()
+    assert re.search(r"100% +[\d,]{10,} rows/s", known)
+    assert "%" not in unknown
+
+
+@pytest.mark.parametrize("split", ["train", "train=most"])
+def test_a_split_that_cannot_be_read_is_named_by_its_option(split, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["preshuffle", "in", "out", "--seed", "0", "--split", split])
+    assert f"argument --split: invalid split value: '{split}'" in capsys.readouterr().err
