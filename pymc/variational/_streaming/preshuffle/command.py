@@ -78,7 +78,7 @@ class PreshuffleReport:
     """What a shuffle did. It prints as one line."""
 
     rows: int
-    partitions: int
+    piles: int
     """Partitions that were each permuted by itself; a file of the result holds some of them."""
     bytes_read: int
     """From source files and scratch."""
@@ -91,7 +91,7 @@ class PreshuffleReport:
 
     def __repr__(self) -> str:
         return (
-            f"{self.destination}: {self.rows:,} rows shuffled in {self.partitions} partitions, "
+            f"{self.destination}: {self.rows:,} rows shuffled in {self.piles} partitions, "
             f"{self.bytes_read / 1e9:.2f} GB read, {self.bytes_written / 1e9:.2f} GB written, "
             f"{self.seconds:.1f} s ({self.rows / self.seconds:,.0f} rows/s), "
             f"peak memory {self.peak_memory / 1e9:.2f} GB"
@@ -227,7 +227,7 @@ def preshuffle(
     _suggest_rows(path, writer)
     return PreshuffleReport(
         rows=gathered.rows,
-        partitions=plan.n_partitions,
+        piles=plan.n_partitions,
         bytes_read=table.n_bytes + scattered.bytes,
         bytes_written=scattered.bytes + gathered.bytes,
         seconds=time.monotonic() - start,

@@ -104,7 +104,7 @@ def shuffle_many(folder) -> tuple[np.ndarray, np.ndarray]:
     with pytest.MonkeyPatch.context() as patch:
         cut_small(patch.setattr, block=1 << 16, tasks=N_PARTITIONS)
         report = preshuffle(folder / "in.parquet", folder / "out", seed=0, progressbar=False)
-    assert report.partitions == N_PARTITIONS
+    assert report.piles == N_PARTITIONS
     sizes = [pq.read_metadata(file).num_rows for file in sorted((folder / "out").iterdir())]
     return np.argsort(rows_in_order(folder / "out")), np.array(sizes)
 

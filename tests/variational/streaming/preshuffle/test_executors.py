@@ -62,7 +62,7 @@ def expected(source):
 
 def shuffle(source, destination, executor):
     report = preshuffle(source, destination, seed=0, executor=executor, progressbar=False)
-    assert report.partitions > 10
+    assert report.piles > 10
     return digests(destination)
 
 

@@ -73,7 +73,7 @@ def test_all_types_values_and_metadata_are_kept(tmp_path, n_rows):
     source = write(tmp_path / "in", table, row_group_size=700)
     expected = pq.read_table(source / "a.parquet")
     report = shuffle(source, tmp_path / "out")
-    assert report.partitions > 10
+    assert report.piles > 10
     files = sorted((tmp_path / "out").iterdir())
     found = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("row")
     for name in expected.column_names:
@@ -139,7 +139,7 @@ def test_partitions_that_turn_out_too_large_are_scattered_again(tmp_path, monkey
     table = pa.table({"row": np.arange(4000), "text": ["x" * int(w) for w in widths]})
     source = write(tmp_path / "in", table, row_group_size=4000)
     report = shuffle(source, tmp_path / "out")
-    assert table.nbytes / report.partitions > 4 * (1 << 12)
+    assert table.nbytes / report.piles > 4 * (1 << 12)
     assert pq.read_table(tmp_path / "out").sort_by("row").equals(table)
     assert rows_in_order(tmp_path / "out") != list(range(4000))
 
@@ -159,7 +159,7 @@ def test_files_hold_several_partitions_and_do_not_change_the_order(tmp_path, mon
     for files, expected in ((16, 16), (4, 4), (3, 3), (1, 1)):
         cut_small(monkeypatch.setattr, files=files)
         report = shuffle(source, tmp_path / f"{files}")
-        assert report.partitions == 16
+        assert report.piles == 16
         assert len(list((tmp_path / f"{files}").glob("*.parquet"))) == expected
         assert rows_in_order(tmp_path / f"{files}") == rows_in_order(tmp_path / "16")
 
@@ -183,7 +183,7 @@ def test_the_mark_says_what_was_shuffled(tmp_path, monkeypatch):
     report = shuffle(source, tmp_path / "out", seed=7)
     mark = parquet_source(tmp_path / "out").mark
     assert (mark.seed, mark.n_rows, mark.source) == (7, 5000, str(source))
-    assert mark.n_files == len(list((tmp_path / "out").iterdir())) == 4 < report.partitions
+    assert mark.n_files == len(list((tmp_path / "out").iterdir())) == 4 < report.piles
     shuffle(tmp_path / "out", tmp_path / "again", seed=8)
     assert parquet_source(tmp_path / "again").mark.seed == 8
 
@@ -255,7 +255,7 @@ def test_pages_carry_checksums_that_are_verified(tmp_path):
 
 def test_the_report_is_short_and_right(tmp_path):
     report = shuffle(numbered(tmp_path / "in", 1000), tmp_path / "out")
-    assert report.partitions == 1
+    assert report.piles == 1
     assert report.bytes_written > sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
     assert re.fullmatch(
         r".*/out: 1,000 rows shuffled in 1 partitions, 0.00 GB read, 0.00 GB written, "
