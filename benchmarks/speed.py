@@ -98,7 +98,7 @@ def shapes(data: Data, turns: int) -> str:
     lines = []
     for name, case in models.items():
         environment = {"OPENBLAS_NUM_THREADS": "1"} if ONE_THREAD in name else {}
-        ways = {
+        ways: dict[str, Any] = {
             LIMIT: cases.on_one_batch,
             READY: cases.on_ready_batches,
             STREAM: cases.on_stream,
