@@ -301,8 +301,7 @@ class LikelihoodGraph:
     ) -> list[int]:
         """Return the axis of each output that moves with the rows, and keeps them apart.
 
-        What moves with a shift by one place, and has a first half that depends on the first half
-        of the rows alone, depends on one row at each place.
+        A shift by one place, and a first half of their own, leave each place no row but its own.
         """
         n = len(self._values[self.rows])
         order, kept = np.roll(np.arange(n), 1), np.arange((n + 1) // 2)
@@ -323,8 +322,7 @@ class LikelihoodGraph:
                 and a.shape == c.shape
                 and same(a.take(kept, axis), c.take(kept, axis))
             )
-            axis = next(fitting, None)
-            if axis is None:
+            if (axis := next(fitting, None)) is None:
                 raise TiedError(f"{node.op} does not keep the rows apart")
             found.append(axis)
         return found
@@ -433,8 +431,7 @@ def _simplify(
                     fgraph.add_output(condition)
                     names.append(node.op.msg)
     in2out(local_remove_check_parameter).rewrite(fgraph)
-    outputs = list(fgraph.outputs)
-    return outputs[: len(graphs)], dict(zip(outputs[len(graphs) :], names))
+    return fgraph.outputs[: len(graphs)], dict(zip(fgraph.outputs[len(graphs) :], names))
 
 
 def _conjuncts(conditions: Sequence[Variable]) -> Iterator[Variable]:
@@ -449,6 +446,5 @@ def _conjuncts(conditions: Sequence[Variable]) -> Iterator[Variable]:
 
 
 def _jitter(value: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarray:
-    if value.dtype.kind != "f":
-        return value
-    return (value + rng.uniform(-size, size, value.shape)).astype(value.dtype)
+    noise = rng.uniform(-size, size, value.shape) if value.dtype.kind == "f" else 0
+    return (value + noise).astype(value.dtype)

@@ -206,21 +206,6 @@ def test_ties_through_values_that_no_row_has_are_refused(ds, mean, message):
             ds.fit_callback()
 
 
-@pytest.mark.parametrize(
-    "tie",
-    [pt.cumsum, lambda x: x[::-1], lambda x: pt.roll(x, 1), lambda x: pt.set_subtensor(x[0], 0)],
-    ids=["sum", "reverse", "roll", "first"],
-)
-@pytest.mark.parametrize("batch_size", [2, 3, 4])
-def test_ties_within_small_batches_are_refused(batch_size, tie):
-    rows = np.random.default_rng(0).normal(size=(12, 2))
-    with StreamingDataset(rows, batch_size=batch_size) as ds, pm.Model():
-        buf = ds.as_tensor()
-        pm.Normal("y", pm.Normal("b") * tie(buf[:, 0]), observed=buf[:, 1], total_size=12)
-        with pytest.raises(StreamError, match="'y' ties the rows of a batch together"):
-            ds.fit_callback()
-
-
 ACCEPTED = {
     "named axes": lambda buf, n: pm.Normal("y", 0, 1, observed=buf[:, :3], total_size=(n, None)),
     "scale that is linear": lambda buf, n: pm.Normal(

@@ -22,7 +22,7 @@ from pytensor.link.c.op import COp
 
 import pymc as pm
 
-from pymc.variational.streaming import StreamingDataset
+from pymc.variational.streaming import StreamError, StreamingDataset
 
 MODE = pytensor.config.mode
 N = 40
@@ -251,3 +251,18 @@ def test_it_is_accepted_with_all_of_its_rows_without_waiting_for_a_c_compiler(
         while ds.rows_seen < N:
             ds.advance()
         del callback
+
+
+@pytest.mark.parametrize(
+    "tie",
+    [pt.cumsum, lambda x: x[::-1], lambda x: pt.roll(x, 1), lambda x: pt.set_subtensor(x[0], 0)],
+    ids=["sum", "reverse", "roll", "first"],
+)
+@pytest.mark.parametrize("batch_size", [2, 3, 4])
+def test_ties_within_small_batches_are_refused(batch_size, tie):
+    rows = np.random.default_rng(0).normal(size=(12, 2))
+    with StreamingDataset(rows, batch_size=batch_size) as ds, pm.Model():
+        buf = ds.as_tensor()
+        pm.Normal("y", pm.Normal("b") * tie(buf[:, 0]), observed=buf[:, 1], total_size=12)
+        with pytest.raises(StreamError, match="'y' ties the rows of a batch together"):
+            ds.fit_callback()

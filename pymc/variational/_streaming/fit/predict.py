@@ -366,8 +366,8 @@ def _only_stream(model: Model) -> StreamingDataset:
     streams = [offer.dataset and offer.dataset() for offer in offers]
     if len(streams) != 1:
         raise StreamError(
-            f"the model of approx observes {len(streams)} streams; pass ds=..., the one whose place "
-            "the rows take"
+            f"the model of approx observes {len(streams)} streams whose rows could be meant; "
+            "pass ds=..., the one whose place the rows take"
         )
     if streams[0] is None:
         raise StreamError(

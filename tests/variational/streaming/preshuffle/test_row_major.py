@@ -179,7 +179,7 @@ class TestGuarantees:
         file = min((tmp_path / "out").iterdir())
         blocks = source.blocks()
         next(blocks)
-        other = bytearray((tmp_path / "other" / file.name).read_bytes())
+        other = bytearray(min((tmp_path / "other").iterdir()).read_bytes())
         if change == "changed in place":
             other = bytearray(file.read_bytes())
             other[len(other) // 2] ^= 16

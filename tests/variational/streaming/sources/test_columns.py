@@ -295,9 +295,7 @@ class TestCategories:
     def test_null_is_a_level_only_if_asked_for(self, encode):
         values = pa.array(["b", None, "a"])
         table = pa.table({"x": values.dictionary_encode() if encode else values})
-        with pytest.raises(
-            StreamError, match="'x' is null, which is none of its levels 'a', 'b' in"
-        ):
+        with pytest.raises(StreamError, match="x' is null, which is none of its levels 'a', 'b' "):
             rows_of(arrow_source(table, categories={"x": ["a", "b"]}))
         source = arrow_source(table, categories={"x": ["a", None, "b"]})
         assert rows_of(source)[:, 0].tolist() == [2, 1, 0]
