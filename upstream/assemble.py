@@ -94,7 +94,7 @@ def place_files() -> dict[str, int]:
 
 
 def imported(path: str, paths: Iterable[str]) -> set[str]:
-    """Return those of *paths* that a file imports, also by pages that it names, or runs."""
+    """Return those of *paths* that a file, or a page that it names, imports or runs."""
     text = read(path).decode()
     text += "".join(read(page).decode() for page in PAGE.findall(text))
     names = set(re.findall(r"\btests\.variational[\w.]*", text))
