@@ -34,9 +34,9 @@ from pymc.variational._streaming.fit.gaussian import (
     marginal_sd,
     mean,
     names,
+    polished,
     refuse_endless,
     scale,
-    widening,
 )
 from pymc.variational._streaming.fit.mean_field import moment_draws
 from pymc.variational._streaming.fit.newton import Optimum, Rows, find_optimum, is_dense
@@ -120,7 +120,8 @@ def check_fit(
 
     The posterior's standard deviations are those of linear response: of the inverse of the
     expected Hessian. Those of a fit that :func:`polish` left, and that is as it was, keep what that
-    found beyond the nearest Gaussian, such as the tails.
+    found beyond the nearest Gaussian, such as the tails or a curved path, and the verdict what it
+    found doubtful.
 
     *Cost*: a gradient of every row, and the sample. *Memory*: 64 MB of rows, and 100 vectors of
     the parameters, or matrices where the whole Hessian is estimated.
@@ -158,18 +159,19 @@ def check_fit(
     group = gaussian_group(approx)
     if rows is not None:
         rows = positive_int("rows", rows)
-    ratio = widening(group)
+    known = polished(group)
     report = measure(
         group,
         Density(group, streams),
-        (scale(group).T / ratio).T,
+        (scale(group).T / known.widening).T,
         rows=rows,
+        target=known.target,
         remedy=GO_ON if any(stream._endless for stream in streams) else POLISH,
         executor=executor,
         seed=seed,
         progressbar=progressbar,
     )
-    return replace(report, sd=report.sd * ratio)
+    return replace(report, sd=report.sd * known.widening, found=known.found)
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -189,7 +191,8 @@ def measure(
 ) -> FitReport:
     """Compare the Gaussian with the mean of *group*, and these scales, with all rows.
 
-    The curvature near the mean is that of *target*, or of a *sample*, or else of one that is drawn.
+    The curvature near the mean is that of a *sample*, or of one that is drawn, and what is measured
+    is the Gaussian of a *target* in its coordinates, with its sample if it has one.
     Of many parameters, the *shared* ones get exact standard deviations. The *remedy* is what to do
     where the Gaussian is off.
     """
@@ -198,11 +201,12 @@ def measure(
     n_known = sum(min(stream.total_size or 0, rows or math.inf) for stream in density.streams)
     with progress_bar("Checking", int(n_known) or None, show=progressbar) as advance:
         read = partial(_read_all, density, rows=rows, executor=executor, advance=advance)
-        n_kept = 0 if target or sample else _sample_size(density.streams, scales)
+        given = target.density if target else None
+        n_kept = 0 if given or sample else _sample_size(density.streams, scales)
         passes = read(partial(_score, x=at), keep=n_kept, min_blocks=_MIN_BLOCKS)
-        if target:
-            sample, error = target.density.sample, 0.0
-            addends, factors = target.density.difference, 1.0
+        if given:
+            sample, error = given.sample, 0.0
+            addends, factors = given.difference, 1.0
         else:
             sample = sample or _sample(density, passes)
             error = sample.relative_error
@@ -226,6 +230,8 @@ def measure(
         optimum = find_optimum(at, scales, rows_of_sample, rng)
     if not (np.isfinite(optimum.step).all() and np.isfinite(optimum.elbo)):
         raise density.not_finite(remedy)
+    if target is not None:
+        optimum = optimum._replace(principal_s=optimum.s)
     report = _report(group, density, scales, passes, gradient, optimum)
     return replace(report, remedy=remedy)
 

@@ -13,8 +13,8 @@
 #   limitations under the License.
 """What averages, checks and resumed fits are given: streams, and Gaussian approximations."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from pymc.variational.approximations import FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import Approximation, Group
 
 __all__ = [
+    "Polished",
     "as_streams",
     "gaussian_group",
     "log_volume",
@@ -33,12 +34,23 @@ __all__ = [
     "mean",
     "names",
     "place",
+    "polished",
     "refuse_endless",
     "scale",
     "set_mean",
     "times",
-    "widening",
 ]
+
+
+class Polished(NamedTuple):
+    """What is known of the posterior beyond the mean and the scales of an approximation."""
+
+    widening: np.ndarray
+    """Standard deviations of the posterior over those of the Gaussian nearest to it, shape (d,)."""
+    target: Any = None
+    """Coordinates in which that is the nearest one, if the posterior lies along a curved path."""
+    found: Mapping[Any, Any] = {}
+    """What makes the numbers doubtful."""
 
 
 def as_streams(ds: StreamingDataset | Sequence[StreamingDataset]) -> list[StreamingDataset]:
@@ -112,12 +124,8 @@ def scale(group: Group) -> np.ndarray:
     return factor
 
 
-def place(group: Group, means: np.ndarray, scales: np.ndarray, ratio: np.ndarray) -> None:
-    """Set the means, and the scales in the form that :func:`scale` returns.
-
-    It is noted that the scales stand for those of the Gaussian nearest to the posterior times
-    *ratio*, shape (d,).
-    """
+def place(group: Group, means: np.ndarray, scales: np.ndarray, known: Polished) -> None:
+    """Set the means, and the scales in the form that :func:`scale` returns, and note what is known."""
     set_mean(group, means)
     if isinstance(group, MeanFieldGroup):
         _set(_parameter(group, "rho"), _inverse_softplus(scales))
@@ -125,14 +133,14 @@ def place(group: Group, means: np.ndarray, scales: np.ndarray, ratio: np.ndarray
         factor = scales.copy()
         np.fill_diagonal(factor, _inverse_softplus(np.diag(scales)))
         _set(_parameter(group, "L_tril"), factor[np.tril_indices(group.ddim)])
-    _parameter(group, "mu").tag.widening = mean(group), scale(group), ratio
+    _parameter(group, "mu").tag.polished = mean(group), scale(group), known
 
 
-def widening(group: Group) -> np.ndarray:
-    """Return the ratio that :func:`place` noted, ones if another mean or scale was set since."""
-    noted: Any = getattr(_parameter(group, "mu").tag, "widening", (None, None, None))
+def polished(group: Group) -> Polished:
+    """Return what :func:`place` noted, or nothing if another mean or scale was set since."""
+    noted: Any = getattr(_parameter(group, "mu").tag, "polished", (None, None, None))
     is_same = all(map(np.array_equal, noted[:2], (mean(group), scale(group))))
-    return noted[2] if is_same else np.ones(group.ddim)
+    return noted[2] if is_same else Polished(np.ones(group.ddim))
 
 
 def marginal_sd(scale: np.ndarray) -> np.ndarray:

@@ -26,10 +26,10 @@ from pymc.variational._streaming.fit.gaussian import log_volume, times
 from pymc.variational._streaming.fit.trust_region import Function
 
 __all__ = [
-    "PosteriorMoments",
     "Probe",
+    "WeightedDraws",
     "best_gaussian",
-    "importance_moments",
+    "importance_draws",
     "normal_draws",
     "number_of_pairs",
 ]
@@ -49,15 +49,20 @@ _ENOUGH = 0.5
 _SMALL = 0.03
 """Relative change of moments that is little."""
 
+_MIN_EFFICIENCY = 0.2
+"""Share of effective draws below which importance sampling is not trusted."""
+
 _KEPT = 0.6
 """Share of the draws that another round must leave effective."""
 
 _NEARLY_GAUSSIAN = 0.95
-"""Share of effective draws below which the next ones are taken from a wider Gaussian."""
+"""Share of effective draws below which some of the next ones go farther."""
 
-_WIDER = 0.4
-"""By how much it is wider, times the root of the number of parameters: draws reach the tails, and
-whatever that number, three quarters of them remain effective."""
+_FAR = 3.0
+"""Factor by which these go farther along a parameter."""
+
+_FAR_SHARE = 0.25
+"""Share of the draws that do."""
 
 _STANDARD_ERRORS = 1.0
 """Standard errors up to which a correction of a moment is taken for noise."""
@@ -78,14 +83,42 @@ _MAX_RATIO = 4.0
 """Factor by which a variance may change in one step."""
 
 
-class PosteriorMoments(NamedTuple):
-    """Moments of a posterior density."""
+class WeightedDraws(NamedTuple):
+    """Draws with weights, by which they are from a density, and others, from a Gaussian near it."""
 
     mean: np.ndarray
     covariance: np.ndarray
-    skewness: np.ndarray
+    """Moments of the Gaussian."""
+    points: np.ndarray
+    weights: np.ndarray
+    plain: np.ndarray
     efficiency: float
     """Effective number of draws over their number, 1 for a Gaussian density."""
+
+    @property
+    def is_efficient(self) -> bool:
+        return self.efficiency > _MIN_EFFICIENCY
+
+    def moments(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return mean, covariance and skewness of *x*, which is near to each of the points.
+
+        Correlations stay as they are, and means and variances are corrected by what is beyond the
+        noise.
+        """
+        # Differences between both kinds of weights, and between x and y, in which noise cancels.
+        center, at = self.plain @ x, self.plain @ self.points
+        offsets, y = x - center, self.points - at
+        covariance = (self.plain * offsets.T) @ offsets - (self.plain * y.T) @ y
+        mean, covariance = self.mean + (center - at), self.covariance + covariance
+        shift = self.weights @ offsets
+        squares = (offsets - shift) ** 2
+        variance = self.weights @ squares
+        skewness = self.weights @ (squares * (offsets - shift)) / variance**1.5
+        growth = variance / (self.plain @ offsets**2) - 1
+        spread = (self.weights - self.plain) ** 2
+        shift = _beyond_noise(shift, np.sqrt(spread @ squares))
+        ratio = np.sqrt(1 + _beyond_noise(growth, np.sqrt(spread @ (squares / variance - 1) ** 2)))
+        return mean + shift, covariance * np.outer(ratio, ratio), skewness
 
 
 def number_of_pairs(size: int, n_rows: int, n_likelihoods: int) -> tuple[int, int]:
@@ -198,48 +231,65 @@ def best_gaussian(
     return None
 
 
-def importance_moments(
+def importance_draws(
     log_density: Callable[[np.ndarray], float],
     mean: np.ndarray,
     covariance: np.ndarray,
     pairs: int,
     rng: np.random.Generator,
-) -> PosteriorMoments:
-    """Return the moments of a density near N(mean, covariance).
+    tailed: Sequence[int],
+) -> WeightedDraws:
+    """Return draws from a density near N(mean, covariance).
 
     Each round draws from the Gaussian with the moments of the one before, until enough draws are
-    effective (Cappé et al. 2004); the largest weights are truncated (Ionides 2008). Correlations
-    stay as they are, and means and variances are corrected by what is beyond the noise.
+    effective (Cappé et al. 2004); the largest weights are truncated (Ionides 2008). Where the
+    density is not nearly Gaussian, some draws reach into the tails of the *tailed* parameters.
+    Where few draws are effective, the weights are those of the Gaussian.
     """
-    half = normal_draws(len(mean), pairs, rng)
-    draws = np.concatenate([half, -half])
-    best, wide = PosteriorMoments(mean, covariance, np.zeros(len(mean)), 0.0), 1.0
-    for _ in range(_ROUNDS):
-        offsets = wide * draws @ np.linalg.cholesky(covariance).T
-        logs = np.array([log_density(mean + offset) for offset in offsets])
-        logs = np.nan_to_num(logs, nan=-np.inf) + (draws**2).sum(axis=1) / 2
+    half, found = normal_draws(len(mean), pairs, rng), list[WeightedDraws]()
+    # Which of the tailed parameters a draw goes far along, if any.
+    far = rng.choice(len(tailed), len(half)), rng.random(len(half)) < _FAR_SHARE
+    for n in range(_ROUNDS):
+        factor = np.linalg.cholesky(covariance)
+        draws, excess = half, np.zeros(2 * len(half))
+        if n and found[-1].efficiency < _NEARLY_GAUSSIAN:
+            draws, excess = _reach(half, factor[tailed], *far)
+        draws = np.concatenate([draws, -draws])
+        points = mean + draws @ factor.T
+        logs = np.array([log_density(point) for point in points])
+        logs = np.nan_to_num(logs, nan=-np.inf) + (draws**2).sum(axis=1) / 2 - excess
         weights = np.exp(logs - logs.max())
         weights = np.minimum(weights, weights.mean() * math.sqrt(len(weights)))
-        weights /= weights.sum()
+        weights, plain = weights / weights.sum(), np.exp(-excess) / np.exp(-excess).sum()
         efficiency = float(1 / (weights**2).sum() / len(weights))
-        if efficiency < _KEPT * best.efficiency:
+        if n and efficiency < _KEPT * found[-1].efficiency:
             break
-        shift = weights @ offsets
-        squares = (offsets - shift) ** 2
-        variance = weights @ squares
-        skewness = weights @ (squares * (offsets - shift)) / variance**1.5
-        # Ratios of weighted to unweighted draws, in which most of the noise cancels.
-        excess = wide**2 * variance / (offsets**2).mean(axis=0) - 1
-        spread = (weights - 1 / len(weights)) ** 2
-        shift = _beyond_noise(shift, np.sqrt(spread @ squares))
-        ratio = np.sqrt(1 + _beyond_noise(excess, np.sqrt(spread @ (squares / variance - 1) ** 2)))
-        mean, covariance = mean + shift, covariance * np.outer(ratio, ratio)
-        best = PosteriorMoments(mean, covariance, skewness, efficiency)
-        change = max(np.abs(shift / np.sqrt(variance)).max(), np.abs(np.log(ratio)).max())
+        found.append(WeightedDraws(mean, covariance, points, weights, plain, efficiency))
+        before, sd = mean, np.sqrt(np.diag(covariance))
+        mean, covariance, _ = found[-1].moments(points)
+        new_sd = np.sqrt(np.diag(covariance))
+        change = max(np.abs((mean - before) / new_sd).max(), np.abs(np.log(new_sd / sd)).max())
         if efficiency > _ENOUGH and change < _SMALL:
             break
-        wide = 1 + (efficiency < _NEARLY_GAUSSIAN) * _WIDER / math.sqrt(len(mean))
-    return best
+    last = found[-1]
+    if not last.is_efficient:
+        return found[0]._replace(weights=found[0].plain, efficiency=last.efficiency)
+    return last
+
+
+def _reach(
+    draws: np.ndarray, rows: np.ndarray, chosen: np.ndarray, is_far: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return standard normal draws, of which some are far along parameters, and both signs' log ratio.
+
+    The *rows* of a factor of the covariance are those of the parameters, of which one is *chosen*
+    for each draw. The ratio is that of the density of these draws over the standard normal one.
+    """
+    axes = rows / np.linalg.norm(rows, axis=1)[:, None]
+    along = (draws * axes[chosen]).sum(axis=1) * is_far * (_FAR - 1)
+    draws = draws + along[:, None] * axes[chosen]
+    wide = np.exp((draws @ axes.T) ** 2 / 2 * (1 - _FAR**-2)).mean(axis=1) / _FAR
+    return draws, np.tile(np.log(1 - _FAR_SHARE + _FAR_SHARE * wide), 2)
 
 
 def _beyond_noise(estimate: np.ndarray, error: np.ndarray) -> np.ndarray:

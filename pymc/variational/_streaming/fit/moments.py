@@ -13,12 +13,16 @@
 #   limitations under the License.
 """Moments of a posterior that is near a Gaussian, along a path that may be curved."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 
 from pymc.variational._streaming.fit.gaussian_fit import (
     Probe,
+    WeightedDraws,
     best_gaussian,
-    importance_moments,
+    importance_draws,
     normal_draws,
     number_of_pairs,
 )
@@ -41,8 +45,9 @@ _WEIGHTED_ROWS = 2**25
 
 _WEIGHTED_PAIRS = (500, 4_000)
 
-_MIN_EFFICIENCY = 0.2
-"""Share of effective draws below which importance sampling is not trusted."""
+_MAX_WIDENING = 1.05
+"""Standard deviation over that of the nearest Gaussian, beyond which a parameter may have tails
+that another one makes, as the spread of some groups does those of their mean."""
 
 _MAX_SKEWNESS = 0.7
 """Skewness of a parameter beyond which a Gaussian is misleading; that of an exponential is 2."""
@@ -57,6 +62,9 @@ _NEARBY = 0.3
 _MAX_CURVED = 3
 """Parameters along which a path may be curved."""
 
+_MAX_OTHERS = 2
+"""Other paths that are tried where the first one does not reach the tails."""
+
 _ROUNDS = 4
 """Points of a ridge, one after the other, around which the posterior is fitted."""
 
@@ -67,30 +75,60 @@ _Path = tuple[np.ndarray, list[int], np.ndarray]
 """A point, the parameters along which a path runs through it, and the covariance of these."""
 
 
+class _Fit(NamedTuple):
+    """The Gaussian nearest to a density in coordinates that follow a path."""
+
+    target: Target
+    draws: WeightedDraws
+
+    @property
+    def reaches_tails(self) -> bool:
+        variance = np.diag(self.draws.moments(self.draws.points)[1])
+        widening = np.sqrt(variance / np.diag(self.target.covariance))
+        others = np.delete(widening, self.target.transform.chosen)
+        return self.draws.is_efficient and bool((others < _MAX_WIDENING).all())
+
+
 def fit_moments(run: Search, mode: Mode) -> bool:
     """Keep the moments of the posterior, if it is near a Gaussian along a path or at its mode."""
     path, at_mode = _path(run, mode), (mode.x, list[int](), np.zeros((0, 0)))
-    return _fit_along(run, mode, path) or (bool(path[1]) and _fit_along(run, mode, at_mode))
+    best = _fit_along(run, mode, path)
+    if best is None and path[1]:
+        best = _fit_along(run, mode, at_mode)
+    if best is None:
+        return False
+    others = _other_paths(run, mode, best.target.transform.chosen)
+    try:
+        while not best.reaches_tails and (other := next(others, None)) is not None:
+            fit = _fit_along(run, mode, other)
+            if fit is not None and fit.draws.efficiency > best.draws.efficiency:
+                best = fit
+    finally:
+        _keep(run, best)
+    return True
 
 
-def _fit_along(run: Search, mode: Mode, path: _Path) -> bool:
-    """Keep the moments of a density that is near a Gaussian in coordinates that follow a path."""
+def _fit_along(run: Search, mode: Mode, path: _Path) -> _Fit | None:
+    """Return the Gaussian nearest to a density in coordinates that follow a path, if there is one."""
     x, curved, spread = path
     for n in range(_ROUNDS):
         target = _target(run, mode, (x, curved, spread))
         size, transform = len(x), target.transform
         pairs = number_of_pairs(size, target.density.sample.n_rows, _FEW_LIKELIHOODS)
-        draws = [normal_draws(size, n, run.rng) for n in pairs]
-        parts = list(zip((target.likelihood, target.prior), draws))
+        halves = [normal_draws(size, n, run.rng) for n in pairs]
+        parts = list(zip((target.likelihood, target.prior), halves))
         best = best_gaussian(parts, target.mean, target.covariance)
         if best is None:
-            return False
+            return None
         x, sd = transform.place(best[0])[0], np.sqrt(np.diag(best[1]))
         is_near = (np.abs(x - transform.center)[curved] < _SETTLED * sd[curved]).all()
-        if is_near or n == _ROUNDS - 1:
-            _keep(run, target, *best)
-            return True
-    return False
+        target = target._replace(mean=best[0], covariance=best[1])
+        if is_near:
+            break
+    n_pairs = int(np.clip(_WEIGHTED_ROWS // target.density.sample.n_rows, *_WEIGHTED_PAIRS))
+    tailed = run.shared or list(range(len(x)))
+    draws = importance_draws(target.value, target.mean, target.covariance, n_pairs, run.rng, tailed)
+    return _Fit(target, draws)
 
 
 def _target(run: Search, mode: Mode, path: _Path) -> Target:
@@ -135,8 +173,30 @@ def _path(run: Search, mode: Mode) -> _Path:
     return x, curved, spread
 
 
+def _other_paths(run: Search, mode: Mode, known: np.ndarray) -> Iterator[_Path]:
+    """Yield paths along others of the parameters that many may depend on, scales first."""
+    sample, steps = run.sample.first(_DRAW_ROWS), RELATIVE_STEP * mode.curvature.scale
+    covariance = mode.curvature.covariance()
+    sd, shifts = np.sqrt(np.diag(covariance)), _shifts(run, mode.x, covariance)
+
+    def rank(k: int) -> tuple[bool, bool, float]:
+        return "[" in run.names[k], "_log__" not in run.names[k], -shifts[k]
+
+    chosen = set(run.shared).difference(known) if len(sd) > 1 else set[int]()
+    for k in sorted(chosen, key=rank)[:_MAX_OTHERS]:
+        found = Ridge(sample, [k], steps).climb(mode.x, sd[[k]] / 2)
+        if found is not None:
+            yield found[0], [k], found[1]
+
+
 def _most_drawn(run: Search, x: np.ndarray, covariance: np.ndarray) -> int | None:
-    """Return the parameter that the volume of the others draws farthest from a mode, if any far.
+    """Return the parameter that the volume of the others draws farthest from a mode, if any far."""
+    shifts = _shifts(run, x, covariance)
+    return int(np.argmax(shifts)) if shifts.max() > _SHIFTED else None
+
+
+def _shifts(run: Search, x: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """Return how far the volume of the others draws parameters from a mode, in sd.
 
     The mean of the gradient around the mode says how that volume grows.
     """
@@ -146,23 +206,18 @@ def _most_drawn(run: Search, x: np.ndarray, covariance: np.ndarray) -> int | Non
     probe = Probe(few.value_and_gradient, normal_draws(size, size, run.rng), x, factor)
     shift = covariance @ probe.even.mean(axis=0) / _NEARBY**2
     sd = np.sqrt(np.diag(covariance))
-    shift = np.abs(shift) / np.where(sd > 0, sd, np.inf)
-    return int(np.argmax(shift)) if shift.max() > _SHIFTED else None
+    return np.abs(shift) / np.where(sd > 0, sd, np.inf)
 
 
-def _keep(run: Search, target: Target, mean: np.ndarray, covariance: np.ndarray) -> None:
+def _keep(run: Search, fit: _Fit) -> None:
     """Keep the moments of a density near a Gaussian."""
-    pairs = int(np.clip(_WEIGHTED_ROWS // target.density.sample.n_rows, *_WEIGHTED_PAIRS))
-    moments = importance_moments(target.value, mean, covariance, pairs, run.rng)
-    run.target = target._replace(mean=mean, covariance=covariance)
-    if moments.efficiency > _MIN_EFFICIENCY:
-        run.widening = np.sqrt(np.diag(moments.covariance) / np.diag(covariance))
-        mean, covariance = moments.mean, moments.covariance
-    else:
-        run.note_not_gaussian(f"{moments.efficiency:.1%} of draws are effective", run.remedy())
-    worst = int(np.argmax(np.abs(moments.skewness)))
-    if abs(moments.skewness[worst]) > _MAX_SKEWNESS:
-        why = f"{run.names[worst]} has skewness {moments.skewness[worst]:.2g}"
-        run.note_not_gaussian(why, COMPARE)
-    mean, run.covariance = target.transform.moments(mean, covariance, run.rng)
+    run.target, draws = fit.target, fit.draws
+    x = np.array([run.target.transform.place(point)[0] for point in draws.points])
+    mean, run.covariance, skewness = draws.moments(x)
+    run.widening = np.sqrt(np.diag(run.covariance) / np.diag(run.target.covariance))
+    if not draws.is_efficient:
+        run.note_not_gaussian(f"{draws.efficiency:.1%} of draws are effective", run.remedy())
+    worst = int(np.argmax(np.abs(skewness)))
+    if abs(skewness[worst]) > _MAX_SKEWNESS:
+        run.note_not_gaussian(f"{run.names[worst]} has skewness {skewness[worst]:.2g}", COMPARE)
     run.keep(mean, run.covariance)

@@ -30,6 +30,7 @@ from scipy.linalg import hadamard
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.fit.check import measure
 from pymc.variational._streaming.fit.gaussian import (
+    Polished,
     as_streams,
     gaussian_group,
     marginal_sd,
@@ -204,7 +205,7 @@ def polish(
         remedy = _search(run, group)
         note_flat(run)
         if run.best is not None and run.is_better(run.best):
-            place(group, *run.best, run.widening)
+            place(group, *run.best, run.known())
         else:
             run.covariance = None
             run.notes.append("no better fit was found, and approx is left as it was")
@@ -238,7 +239,7 @@ def _search(run: Search, group: Group) -> str:
         if run.best is not None:
             after, before = run.sample.values([run.best[0], run.before[0]])
             best = run.before if after < before else run.best
-            place(group, *best, np.ones(run.density.size))
+            place(group, *best, Polished(np.ones(run.density.size)))
         raise
     run.max_passes = math.inf
     return remedy
@@ -350,5 +351,5 @@ def _measured(run: Search, group: Group, **kwargs: Any) -> FitReport:
         return measure(group, run.density, scales, sample=sample, shared=run.shared, **kwargs)
     scales = np.linalg.cholesky(run.covariance)
     report = measure(group, run.density, scales, target=run.target, **kwargs)
-    optimum = report.optimum._replace(covariance=run.covariance, principal_s=report.s)
+    optimum = report.optimum._replace(covariance=run.covariance)
     return replace(report, sd=np.sqrt(np.diag(run.covariance)), optimum=optimum)

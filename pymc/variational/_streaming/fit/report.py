@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from pymc.variational._streaming.errors import StreamError
-from pymc.variational._streaming.fit.gaussian import mean, names, place, widening
+from pymc.variational._streaming.fit.gaussian import Polished, mean, names, place, polished
 from pymc.variational._streaming.fit.newton import Optimum
 from pymc.variational.approximations import FullRank, FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import Approximation, Group
@@ -269,12 +269,14 @@ class FitReport:
                 approx = Approximation([whole, MeanFieldGroup(None)])
         if sorted(name for group in approx.groups for name in names(group)) != sorted(self.names):
             raise StreamError("the model has changed since the fit; fit and check it again")
-        ratio = widening(self.group)
+        known = polished(self.group)
         for group in approx.groups:
             chosen = [self.names.index(name) for name in names(group)]
             is_full = isinstance(group, FullRankGroup)
             scales = np.linalg.cholesky(self._covariance(chosen)) if is_full else self.sd[chosen]
-            place(group, self.start[chosen], scales, ratio[chosen])
+            whole = known if chosen == list(range(len(self.names))) else Polished(np.ones(0))
+            noted = whole._replace(widening=known.widening[chosen])
+            place(group, self.start[chosen], scales, noted)
         return approx
 
     def covariance(self) -> np.ndarray:

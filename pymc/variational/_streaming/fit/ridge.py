@@ -14,11 +14,13 @@
 """Coordinates in which a posterior that lies along a curved ridge is near a Gaussian."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pymc.variational._streaming.fit.sample import Corrected, LogDensity
+from scipy.interpolate import CubicSpline
+
+from pymc.variational._streaming.fit.sample import LogDensity
 from pymc.variational._streaming.fit.trust_region import (
     RELATIVE_STEP,
     Curvature,
@@ -30,19 +32,19 @@ from pymc.variational._streaming.fit.trust_region import (
 
 __all__ = ["Ridge", "RidgeTransform", "Target"]
 
-_NODES = (-2, -1, 1, 2)
+_NODES = np.arange(-4, 5)
 """Standard deviations from its centre at which the path of the ridge is looked up."""
 
+_SPLINES = CubicSpline(_NODES, np.eye(len(_NODES)), bc_type="natural")
+"""A curve through 1 at each node, and 0 at the others."""
+
 _ON_RIDGE = 1e-3
-"""Standard deviations from the ridge, which polynomials through its points multiply."""
+"""Standard deviations from the ridge."""
 
 _LONGEST = 1.0
 """Longest step along the ridge."""
 
 _MAX_STEPS = 12
-
-_PUSHED = 4_000
-"""Pairs of draws that are taken from straight coordinates to the parameters."""
 
 
 class Ridge:
@@ -122,8 +124,21 @@ class Ridge:
         """Return coordinates in which the ridge is straight around a mode given the chosen ones."""
         spread = np.linalg.cholesky(covariance)
         middle = self.mode(x)[1]
-        paths = [[self.mode(self._moved(x, u * s))[1] for u in _NODES] for s in spread.T]
+        paths = [
+            [*self._path(x, middle, -s)[::-1], middle, *self._path(x, middle, s)] for s in spread.T
+        ]
         return RidgeTransform(self.chosen, x, spread, middle, paths)
+
+    def _path(self, x: np.ndarray, mode: Mode, step: np.ndarray) -> list[Mode]:
+        """Return the modes at the nodes to one side, each the one before where there is none."""
+        path = []
+        for _ in range(_NODES[-1]):
+            x = self._moved(x, step)
+            whole, found = self.mode(x)
+            if found.curvature.is_concave:
+                x, mode = whole, found
+            path.append(mode)
+        return path
 
     def _given(self, x: np.ndarray) -> np.ndarray:
         """Return the covariance given the chosen ones, which is 0 for these, shape (d, d)."""
@@ -140,10 +155,10 @@ class Ridge:
 class RidgeTransform:
     """Coordinates y of parameters x, in which the others' distribution given the chosen ones is one.
 
-    Mean and factor of the covariance of the others are polynomials of the chosen ones, the
-    diagonal of the factor on a log scale. Around the centre, y is x to first order, and everywhere
-    if none are chosen. The *spread* is a factor of the covariance of the chosen ones, *middle* the
-    mode of the others at the centre, and *paths* those at the nodes along each column of *spread*.
+    Mean and factor of the covariance of the others are splines of the chosen ones, the diagonal of
+    the factor on a log scale. Around the centre, y is x to first order, and everywhere if none are
+    chosen. The *spread* is a factor of the covariance of the chosen ones, *middle* the mode of the
+    others at the centre, and *paths* those at the nodes along each column of *spread*.
     """
 
     def __init__(
@@ -154,23 +169,18 @@ class RidgeTransform:
         middle: Mode,
         paths: Sequence[Sequence[Mode]],
     ):
-        self._chosen, self.center = np.array(chosen, int), center
-        self._others = others = np.setdiff1d(np.arange(len(center)), self._chosen)
+        self.chosen, self.center = np.array(chosen, int), center
+        self._others = others = np.setdiff1d(np.arange(len(center)), self.chosen)
         self._spread, self._middle = spread, _position(middle)
-        powers = np.linalg.inv(np.vander(_NODES, len(_NODES) + 1, increasing=True)[:, 1:])
-        self._paths = [
-            [
-                np.tensordot(powers, np.stack(part) - at, 1)
-                for part, at in zip(zip(*map(_position, path)), self._middle)
-            ]
-            for path in paths
-        ]
-        """Coefficients of mean, factor and log widths, without the constant, along each path."""
-        k = len(chosen)
+        ways = [_position(mode) - self._middle for path in paths for mode in path]
+        self._paths = np.array(ways).reshape(len(chosen) * len(_NODES), len(self._middle))
+        """Mean, factor and log widths at the nodes of each path, less those at the centre."""
+        k, (_, factor, logs) = len(chosen), self._parts(self._middle)
         self._tangent = np.zeros((len(center), len(center)))
         self._tangent[np.ix_(chosen, range(k))] = spread
-        self._tangent[others, :k] = np.array([path[0][0] for path in self._paths]).T
-        self._tangent[others, k:] = self._middle[1] * np.exp(self._middle[2])
+        means = self._paths[:, : len(others)].reshape(k, len(_NODES), len(others))
+        self._tangent[others, :k] = (_weights(np.zeros(1))[1][0] @ means).T
+        self._tangent[others, k:] = factor * np.exp(logs)
         self._inverse = np.linalg.inv(self._tangent)
 
     @property
@@ -181,62 +191,54 @@ class RidgeTransform:
     def place(self, y: np.ndarray) -> tuple[np.ndarray, float]:
         """Return the parameters, and the log volume of the transform there."""
         u, e = self._split(y)
-        mean, factor, logs = self._at(u)
+        mean, factor, logs = self._at(_weights(u)[0])
         x = y.copy()
         x[self._others] = mean + factor @ (np.exp(logs) * e)
-        return x, float((logs - self._middle[2]).sum())
+        return x, self._volume(logs)
 
     def straighten(self, function: Function, *, volume: bool = False) -> Function:
         """Return a function of the coordinates, or with the *volume* a log density of them."""
 
         def straight(y: np.ndarray) -> tuple[float, np.ndarray]:
             u, e = self._split(y)
-            mean, factor, logs = self._at(u)
+            weights, slopes = _weights(u)
+            mean, factor, logs = self._at(weights)
             widths, x = np.exp(logs), y.copy()
-            x[self._others] = mean + factor @ (widths * e)
+            offset = widths * e
+            x[self._others] = mean + factor @ offset
             value, gradient = function(x)
-            chosen, rest = gradient[self._chosen], gradient[self._others]
-            along = self._spread.T @ chosen
-            for k, path in enumerate(self._paths):
-                shift, turn, growth = (np.tensordot(_slopes(u[k]), part, 1) for part in path)
-                moved = shift + turn @ (widths * e) + factor @ (growth * widths * e)
-                along[k] += rest @ moved + volume * growth.sum()
-            value += volume * float((logs - self._middle[2]).sum())
-            slope = np.concatenate([along, widths * (factor.T @ rest)])
-            return value, self._inverse.T @ slope
+            rest = gradient[self._others]
+            turned = factor.T @ rest
+            by_part = [rest, np.outer(rest, offset).ravel(), turned * offset + volume]
+            along = (self._paths @ np.concatenate(by_part)).reshape(-1, len(_NODES))
+            along = self._spread.T @ gradient[self.chosen] + (slopes * along).sum(axis=1)
+            value += volume * self._volume(logs)
+            return value, self._inverse.T @ np.concatenate([along, widths * turned])
 
         return straight
 
-    def moments(
-        self, mean: np.ndarray, covariance: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and covariance of the parameters, where the coordinates are Gaussian."""
-        if not len(self._chosen):
-            return mean, covariance
-        half = rng.normal(size=(_PUSHED, len(mean))) @ np.linalg.cholesky(covariance).T
-        offsets = np.concatenate([half, -half])
-        x = np.array([self.place(mean + offset)[0] for offset in offsets])
-        # What is linear is exact, and the draws give the rest.
-        covariance = covariance + np.cov(x.T) - np.cov(offsets.T)
-        return x.mean(axis=0), covariance
+    def _volume(self, logs: np.ndarray) -> float:
+        return float((logs - self._parts(self._middle)[2]).sum())
 
-    def _split(self, y: np.ndarray) -> list[np.ndarray]:
+    def _split(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return standard normal coordinates of the chosen ones and of the others."""
-        return np.split(self._inverse @ (y - self.center), [len(self._chosen)])
+        e, k = self._inverse @ (y - self.center), len(self.chosen)
+        return e[:k], e[k:]
 
-    def _at(self, u: np.ndarray) -> list[np.ndarray]:
+    def _at(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return mean, factor with a diagonal of ones, and log widths of the others."""
-        parts = list(self._middle)
-        for step, path in zip(u, self._paths):
-            powers = step ** np.arange(1, len(_NODES) + 1)
-            parts = [part + np.tensordot(powers, more, 1) for part, more in zip(parts, path)]
-        return parts
+        return self._parts(self._middle + weights.ravel() @ self._paths)
+
+    def _parts(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        n = len(self._others)
+        return position[:n], position[n:-n].reshape(n, n), position[-n:]
 
 
 class Target(NamedTuple):
     """A log density of the coordinates of a transform, in which it is near a Gaussian."""
 
-    density: Corrected
+    density: Any
+    """Corrected density of the parameters, None where that is yet to be made."""
     transform: RidgeTransform
     mean: np.ndarray
     covariance: np.ndarray
@@ -256,14 +258,18 @@ class Target(NamedTuple):
         return self.density.likelihood(x)[0] + (self.density.prior(x)[0] + volume)
 
 
-def _slopes(step: float) -> np.ndarray:
-    """Return the derivatives of the powers of a step."""
-    n = np.arange(1, len(_NODES) + 1)
-    return n * step ** (n - 1)
+def _weights(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weights of the nodes for each step, and their derivatives, shape (k, nodes)."""
+    held = np.clip(steps, _NODES[0], _NODES[-1])
+    piece = np.searchsorted(_NODES[1:-1], held, side="right")
+    t = (held - _NODES[piece])[:, None]
+    a, b, c, d = _SPLINES.c[:, piece]
+    slopes = (3 * a * t + 2 * b) * t + c
+    return ((a * t + b) * t + c) * t + d + (steps - held)[:, None] * slopes, slopes
 
 
-def _position(mode: Mode) -> list[np.ndarray]:
-    """Return mean, and factor of the covariance as a unit triangle and log widths."""
+def _position(mode: Mode) -> np.ndarray:
+    """Return mean, factor of the covariance as a unit triangle, and log widths, one after another."""
     factor = np.linalg.cholesky(mode.curvature.covariance())
     widths = np.diag(factor)
-    return [mode.x, factor / widths, np.log(widths)]
+    return np.concatenate([mode.x, (factor / widths).ravel(), np.log(widths)])

@@ -28,6 +28,7 @@ from pytensor.graph.traversal import ancestors
 from pymc.variational._streaming.dataset import StreamingDataset
 from pymc.variational._streaming.fit.density import Density, Term, add_up, sum_over_rows
 from pymc.variational._streaming.fit.gaussian import (
+    Polished,
     log_volume,
     marginal_sd,
     mean,
@@ -157,6 +158,13 @@ class Search(LogDensity):
 
     def show(self, found: Mode | MeanField) -> None:
         self._advance(0, f"Polishing, {found.distance:.2g} sd to go")
+
+    def known(self) -> Polished:
+        """Return what is known of the posterior beyond the best fit."""
+        target = self.target
+        if target is not None:
+            target = target._replace(density=None) if len(target.transform.chosen) else None
+        return Polished(self.widening, target, self.found)
 
     def is_better(self, after: Fit) -> bool:
         """Whether the evidence lower bound on all rows has not fallen, at the same draws."""

@@ -267,7 +267,8 @@ def normal_hierarchy(n_groups: int, n_rows: int, centred: bool = True):
     group = rng.integers(n_groups, size=n_rows)
     y = rng.normal(size=n_groups)[group] + 2 + 2 * rng.normal(size=n_rows)
     size, total = np.bincount(group, minlength=n_groups), np.bincount(group, y, n_groups)
-    log_spreads = np.linspace(-1.5, 1.0, 126)
+    low = -1.5 if n_groups > 10 else -14.0
+    log_spreads = np.linspace(low, 1.6, int(40 * (1.6 - low)))
     logp, first, second = [], [], []
     for tau in np.exp(-2 * log_spreads):
         precision = np.diag(np.r_[1 / 100 + n_groups * tau, size / 4 + tau])
@@ -290,16 +291,8 @@ def normal_hierarchy(n_groups: int, n_rows: int, centred: bool = True):
     return np.column_stack([group, y]), mean, sd
 
 
-@pytest.mark.parametrize(
-    "n_groups, n_rows, centred",
-    [(50, 1_000, True), (600, 3_000, True), (50, 60_000, False), (20, 1_000, False)],
-)
-def test_a_hierarchy_ends_at_the_posterior(n_groups, n_rows, centred):
-    """Of many parameters, the scale of the effects seems surer unless their scales follow it.
-
-    Non-centred, many rows pin the scale times its effects, on a curved ridge in their product.
-    """
-    rows, mean, sd = normal_hierarchy(n_groups, n_rows, centred)
+def new_hierarchy(rows, n_groups: int, centred: bool = True):
+    """Return a stream of such rows, and an approximation that was not fitted."""
     ds = StreamingDataset(rows, batch_size=100)
     with pm.Model() as model:
         mu, spread = pm.Normal("mu", 0, 10), pm.HalfNormal("spread", 1)
@@ -311,7 +304,20 @@ def test_a_hierarchy_ends_at_the_posterior(n_groups, n_rows, centred):
         )
         r = ds.as_tensor()
         pm.Normal("y", a[r[:, 0].astype("int64")], 2, observed=r[:, 1], total_size=ds.total_size)
-    approx = pm.MeanField(model=model)
+    return ds, pm.MeanField(model=model)
+
+
+@pytest.mark.parametrize(
+    "n_groups, n_rows, centred",
+    [(50, 1_000, True), (600, 3_000, True), (50, 60_000, False), (20, 1_000, False)],
+)
+def test_a_hierarchy_ends_at_the_posterior(n_groups, n_rows, centred):
+    """Of many parameters, the scale of the effects seems surer unless their scales follow it.
+
+    Non-centred, many rows pin the scale times its effects, on a curved ridge in their product.
+    """
+    rows, mean, sd = normal_hierarchy(n_groups, n_rows, centred)
+    ds, approx = new_hierarchy(rows, n_groups, centred)
     # At this seed an effect seems to stand for the scale.
     report = polish(approx, ds, seed=2, progressbar=False)
     assert report.names[:2] == ("mu", "spread_log__")
@@ -325,6 +331,27 @@ def test_a_hierarchy_ends_at_the_posterior(n_groups, n_rows, centred):
     assert float(draws["mu"].std()) == pytest.approx(sd[0], rel=0.1)
     effects = draws["a" if centred else "z"].std(("chain", "draw"))
     np.testing.assert_allclose(effects, sd[2:], rtol=0.15)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_few_groups_leave_their_mean_a_tail_and_a_check_agrees(centred):
+    """The sd of that mean is proportional to the spread, which six groups leave unsure."""
+    rows, mean, sd = normal_hierarchy(6, 300, centred)
+    ds, approx = new_hierarchy(rows, 6, centred)
+    for report in (polish(approx, ds, progressbar=False), check_fit(approx, ds, progressbar=False)):
+        assert report.verdict == "fine"
+        np.testing.assert_allclose((position(approx)[0] - mean) / sd, 0, atol=0.02)
+        np.testing.assert_allclose(report.sd, sd, rtol=0.03)
+
+
+def test_a_long_tail_is_told_of_and_measured():
+    """Three groups of thirty rows hardly say that their spread is not zero."""
+    rows, mean, sd = normal_hierarchy(3, 90, centred=False)
+    ds, approx = new_hierarchy(rows, 3, centred=False)
+    report = polish(approx, ds, progressbar=False)
+    assert report.verdict == "not Gaussian" and "spread_log__ has skewness" in str(report)
+    np.testing.assert_allclose((position(approx)[0] - mean) / sd, 0, atol=0.05)
+    np.testing.assert_allclose(report.sd, sd, rtol=0.06)
 
 
 def test_the_noise_of_many_groups_does_not_enter_what_they_share():

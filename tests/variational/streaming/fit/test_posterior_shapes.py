@@ -97,14 +97,16 @@ def test_a_posterior_with_tails_ends_fine_and_a_check_agrees(family):
 
 @pytest.mark.parametrize("rows", [[3.0], [-5.0, -5.3, 6.0, 6.4, 5.9]], ids=["one", "two clumps"])
 def test_heavy_tails_are_told_of(rows):
-    """The sd of one Cauchy variable with this prior is 3.9; without the tails it seems 1.9."""
+    """The sd of one Cauchy variable with this prior is 4.0; that of the nearest Gaussian is 1.6."""
     ds = StreamingDataset(np.array(rows)[:, None], batch_size=1)
     with pm.Model() as model:
         location, y = pm.Normal("location", 0, 20), ds.as_tensor()[:, 0]
         pm.Cauchy("y", location, 1, observed=y, total_size=ds.total_size)
     report = polish(pm.MeanField(model=model), ds, progressbar=False)
     assert report.verdict == "not Gaussian"
-    assert "falls off slowly along location" in str(report)
+    assert "slowly along location" in str(report) or "location has skewness" in str(report)
+    if len(rows) == 1:
+        np.testing.assert_allclose(report.sd, 3.97, rtol=0.1)
 
 
 def test_moments_are_those_of_a_skewed_posterior():
