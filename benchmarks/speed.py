@@ -21,6 +21,7 @@ the fits of a table take turns of some thousand steps.  The fit on one batch is 
 nothing.  With ``--folder`` the data are kept.  Shuffling needs ``duckdb``.
 """
 
+import os
 import shutil
 import statistics
 import time
@@ -97,7 +98,8 @@ def shapes(data: Data, turns: int) -> str:
     }
     lines = []
     for name, case in models.items():
-        environment = {"OPENBLAS_NUM_THREADS": "1"} if ONE_THREAD in name else {}
+        threads = 1 if ONE_THREAD in name else os.cpu_count()
+        environment = {"OPENBLAS_NUM_THREADS": str(threads)}
         ways: dict[str, Any] = {
             LIMIT: cases.on_one_batch,
             READY: cases.on_ready_batches,
