@@ -274,8 +274,8 @@ class FitReport:
             chosen = [self.names.index(name) for name in names(group)]
             is_full = isinstance(group, FullRankGroup)
             scales = np.linalg.cholesky(self._covariance(chosen)) if is_full else self.sd[chosen]
-            whole = known if chosen == list(range(len(self.names))) else Polished(np.ones(0))
-            noted = whole._replace(widening=known.widening[chosen])
+            is_all = chosen == list(range(len(self.names)))
+            noted = known if is_all else Polished(known.widening[chosen])
             place(group, self.start[chosen], scales, noted)
         return approx
 
