@@ -214,7 +214,6 @@ def _keep(run: Search, fit: _Fit) -> None:
     run.target, draws = fit.target, fit.draws
     x = np.array([run.target.transform.place(point)[0] for point in draws.points])
     mean, run.covariance, skewness = draws.moments(x)
-    run.widening = np.sqrt(np.diag(run.covariance) / np.diag(run.target.covariance))
     if not draws.is_efficient:
         run.note_not_gaussian(f"{draws.efficiency:.1%} of draws are effective", run.remedy())
     worst = int(np.argmax(np.abs(skewness)))

@@ -125,8 +125,6 @@ class Search(LogDensity):
         self.covariance: np.ndarray | None = None
         self.target: Target | None = None
         """What serves for the curvature when the fit is checked, with the Gaussian nearest to it."""
-        self.widening = np.ones(len(self.names))
-        """Standard deviations of the posterior over those of that Gaussian."""
         self.found: dict[Verdict, Finding] = {}
         self.notes: list[str] = []
 
@@ -161,10 +159,12 @@ class Search(LogDensity):
 
     def known(self) -> Polished:
         """Return what is known of the posterior beyond the best fit."""
-        target = self.target
-        if target is not None:
-            target = target._replace(density=None) if len(target.transform.chosen) else None
-        return Polished(self.widening, target, self.found)
+        if self.covariance is None or self.target is None:
+            return Polished(np.ones(len(self.names)), found=self.found)
+        widening = np.sqrt(np.diag(self.covariance) / np.diag(self.target.covariance))
+        is_curved = len(self.target.transform.chosen) > 0
+        target = self.target._replace(density=None) if is_curved else None
+        return Polished(widening, target, self.found)
 
     def is_better(self, after: Fit) -> bool:
         """Whether the evidence lower bound on all rows has not fallen, at the same draws."""
