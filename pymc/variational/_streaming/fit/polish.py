@@ -143,7 +143,7 @@ def polish(
     *Order*: samples are drawn from the whole table, each row with the same chance, unless
     :func:`preshuffle` has shuffled it; and all rows count in the end. So ordered rows do no harm.
 
-    *Cost*: two or three passes for the gradient and one or two for the Hessian, which takes two
+    *Cost*: some three passes for the gradient and mostly one for the Hessian, which takes two
     gradients of each row for each parameter, or for each set of parameters without second
     derivatives among them; beyond 512 parameters, 16 or 32 gradients of each row in each of some
     five passes, as long as a sample in memory has many rows for each parameter. *Memory*: a sample

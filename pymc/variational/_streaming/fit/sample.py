@@ -232,6 +232,9 @@ class Corrected(LogDensity):
     def likelihood_hessian(self, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
         return self.sample.likelihood_hessian(x, steps) + self.difference
 
+    def values(self, points: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array([self.value_and_gradient(x)[0] for x in points])
+
 
 def expected_of_rows(term: Term, rows: np.ndarray, **kwargs: Any) -> tuple[Any, ...]:
     """Return what :func:`expected` returns of the likelihood of some rows."""

@@ -167,11 +167,16 @@ class Search(LogDensity):
         return Polished(widening, target, self.found)
 
     def is_better(self, after: Fit) -> bool:
-        """Whether the evidence lower bound on all rows has not fallen, at the same draws."""
+        """Whether the evidence lower bound has not fallen, at the same draws.
+
+        Where what a sample says was corrected to all rows, that is asked: of fits that are nearly
+        as good it says the same as all rows do.
+        """
         draws = moment_draws(len(after[0]), _COMPARED_PAIRS, self.rng)
         fits, signs = (after, self.before), (1, -1)
         points = [x + s * times(scale, d) for x, scale in fits for d in draws for s in signs]
-        bounds = self.values(points).reshape(2, len(draws), 2).mean(axis=2)
+        density = self if self.target is None else self.target.density
+        bounds = density.values(points).reshape(2, len(draws), 2).mean(axis=2)
         bounds = bounds + np.array([[log_volume(scale)] for _, scale in fits])
         gain = (bounds[0] - bounds[1])[np.isfinite(bounds[1])]
         is_finite = bool(np.isfinite(bounds[0]).all())
@@ -276,12 +281,13 @@ def note_flat(run: Search) -> None:
     """Note a direction in which the density has not fallen, or little, far from the mean."""
     if run.density.size > MAX_DENSE:
         return
-    (mean, scale), sample = run.best or run.before, run.sample.first(SIZES[0])
+    mean, scale = run.best or run.before
+    density = run.sample.first(SIZES[0]) if run.target is None else run.target.density
     covariance = np.diag(marginal_sd(scale) ** 2) if run.covariance is None else run.covariance
     values, vectors = np.linalg.eigh(covariance)
     axes = [*(_FAR * vectors * np.sqrt(values)).T[::-1], *_open_directions(run.mode)]
     offsets = [sign * axis for axis in axes for sign in (1, -1)]
-    top, *heights = sample.values([mean, *(mean + offset for offset in offsets)])
+    top, *heights = density.values([mean, *(mean + offset for offset in offsets)])
     flat = [offset for offset, height in zip(offsets, heights) if height > top - _SLOW]
     if not flat:
         return

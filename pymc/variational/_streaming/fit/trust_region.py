@@ -37,7 +37,10 @@ Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
 """Function that returns its value and gradient."""
 
 _REUSE = 0.5
-"""Standard deviations that a step may have gone before the Hessian is computed anew."""
+"""Standard deviations that steps may have gone before the Hessian is computed anew."""
+
+_CONTRACTED = 0.02
+"""Share of a step that is left to go, up to which the Hessian has hardly changed along it."""
 
 _HEAVY_DAMPING, _MAX_DAMPING = 1e12, 1e30
 """Damping that is raised faster, and that without which no step raises a function."""
@@ -221,12 +224,24 @@ def maximize(
         found = _rise(function, x, value, gradient, curvature, damping)
         if found is None:
             break
-        x, value, gradient, damping = found
-        moved += distance
+        before, (x, value, gradient, damping) = gradient, found
+        moved += 0.0 if _has_led(curvature, before, gradient) else distance
         if moved > _REUSE:
             curvature = _curvature(hessian, x, RELATIVE_STEP * curvature.scale)
             at, moved = x, 0.0
     return Mode(x, value, gradient, curvature, at, distance)
+
+
+def _has_led(curvature: Curvature, before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether a Newton step has led where it should, in every parameter.
+
+    The curvature is then still the one along the step.
+    """
+    if not curvature.is_concave:
+        return False
+    step, rest = (np.abs(curvature.step(gradient, 0.0)[0]) for gradient in (before, after))
+    sd = np.sqrt(np.diag(curvature.covariance()))
+    return bool((rest < _CONTRACTED * np.maximum(step, sd)).all())
 
 
 def _curvature(

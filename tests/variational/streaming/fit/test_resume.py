@@ -254,6 +254,7 @@ class TestRefusals:
             with pytest.raises(ValueError, match=r"no loss, .* fit with ADVI"):
                 resumable_fit(pm.SVGD(n_particles=3), 9, path=tmp_path / "f", datasets=[])
 
+    @pytest.mark.filterwarnings("ignore:The RandomType SharedVariables:UserWarning")
     def test_a_backend_whose_random_state_cannot_be_saved_is_refused(self, rows, tmp_path):
         pytest.importorskip("jax")
         with pytest.raises(ValueError, match=r'JAX keeps the state .* pass backend="numba"'):
