@@ -190,6 +190,8 @@ class RidgeTransform:
 
     def place(self, y: np.ndarray) -> tuple[np.ndarray, float]:
         """Return the parameters, and the log volume of the transform there."""
+        if not len(self.chosen):
+            return y, 0.0
         u, e = self._split(y)
         mean, factor, logs = self._at(_weights(u)[0])
         x = y.copy()
@@ -198,6 +200,8 @@ class RidgeTransform:
 
     def straighten(self, function: Function, *, volume: bool = False) -> Function:
         """Return a function of the coordinates, or with the *volume* a log density of them."""
+        if not len(self.chosen):
+            return function
 
         def straight(y: np.ndarray) -> tuple[float, np.ndarray]:
             u, e = self._split(y)
