@@ -64,10 +64,9 @@ class StreamingDataset:
         Whether the source never ends, as a generator of new rows. The *total_size*, which must be
         an int, then says how many rows the posterior stands for, and counts as an epoch.
     order_check : {"warn", "raise", "off"}, default "warn"
-        What to do when windows of the stream differ more than random ones would, so that the
-        posterior would be wrong: warn once with an :class:`OrderWarning`, or raise an
-        :class:`OrderError`. A sample is checked before the first step, and the rows while they
-        stream; see :func:`check_order`.
+        What to do when windows of the stream differ more than random ones would, which makes the
+        posterior wrong: warn once with an :class:`OrderWarning`, or raise an :class:`OrderError`.
+        A sample is checked before the fit, and the rows as they stream; see :func:`check_order`.
     prefetch : bool, default True
         Read ahead in a thread; the batches are the same either way. While its batches are used,
         all threads of the process are switched every 0.1 ms (``sys.setswitchinterval``).
@@ -211,8 +210,13 @@ class StreamingDataset:
                 f"{', '.join(map(repr, missing)) or '[]'} is not a column of the source, which "
                 f"names {list(columns)}; slice ds.as_tensor() by position"
             )
-        slices = [self._buffer[:, columns.index(name)] for name in names]
-        return slices[0] if isinstance(column, str) else pytensor.tensor.stack(slices, axis=1)
+        places = [columns.index(name) for name in names]
+        if isinstance(column, str):
+            return self._buffer[:, places[0]]
+        # Neighbours are a slice, which is a view; columns one by one would be copied in each step.
+        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+        slices = [self._buffer[:, run[0] : run[-1] + 1] for run in runs]
+        return pytensor.tensor.concatenate(slices, axis=1)
 
     def index(self, column: str) -> TensorVariable:
         """Return the positions of a category column among its levels, int64, (batch_size,)."""
@@ -252,12 +256,12 @@ class StreamingDataset:
         Raises
         ------
         StreamError
-            If the model in whose context this is called uses the stream wrongly: no observed
-            variable depends on it, or one has another ``total_size``, or its log-likelihood is
-            not one independent term per row. Without a context, the first step finds it.
-            From then on every row must be what the model needs: whole numbers where a column is
-            cast to integers, indices within the axis that they index, observed values in the
-            support of their distribution, and parameters that it gives within their bounds.
+            If the model in context uses the stream wrongly: no observed variable depends on it, or
+            one has another ``total_size``, or its log-likelihood is not one independent term per
+            row. Without a context, the first step finds it. From then on every row must be what
+            the model needs: whole numbers where a column is cast to integers, indices within the
+            axis that they index, observed values in the support of their distribution, and
+            parameters that it gives within their bounds.
         """
         self._require_own_rows()
         callback = self._driver = FitCallback(self)
@@ -273,12 +277,9 @@ class StreamingDataset:
         and its rows, as :meth:`fit_callback` does; a loop outside of one is not checked.
         """
         self._require_own_rows()
-        is_unused = self._driver is not None and self._reader.is_open
-        self._driver = None
-        if is_unused:
-            return True
+        is_driven, self._driver = self._driver is not None, None
         if self._reader.is_open:
-            return self._advance()
+            return is_driven or self._advance()
         return FitCallback(self).begin(must_observe=False)
 
     def rows(self, rows: Any) -> AbstractContextManager[None]:

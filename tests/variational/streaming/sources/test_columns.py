@@ -442,9 +442,9 @@ class TestTables:
             StreamingDataset(buffer, batch_size=6)
 
     def test_several_columns_are_a_matrix_and_missing_ones_are_named(self):
-        ds = StreamingDataset(pd.DataFrame({"x": [1.0], "y": [2.0], "z": [3.0]}), batch_size=1)
-        with ds:
+        with StreamingDataset(pd.DataFrame({"x": [1], "y": [2], "z": [3]}), batch_size=1) as ds:
             ds.advance()
-            assert ds[["z", "x"]].eval().tolist() == [[3, 1]]
+            assert ds[["z", "x", "y"]].eval().tolist() == [[3, 1, 2]]
+        assert ds[["x", "y"]].owner.inputs[0] is ds.as_tensor(), "neighbours are not copied"
         with pytest.raises(KeyError, match="'a', 'b' is not a column of the source"):
             ds[["a", "x", "b"]]
