@@ -64,9 +64,10 @@ class StreamingDataset:
         Whether the source never ends, as a generator of new rows. The *total_size*, which must be
         an int, then says how many rows the posterior stands for, and counts as an epoch.
     order_check : {"warn", "raise", "off"}, default "warn"
-        What to do when windows of the stream differ more than random ones would, which makes the
-        posterior wrong: warn once with an :class:`OrderWarning`, or raise an :class:`OrderError`.
-        A sample is checked before the fit, and the rows as they stream; see :func:`check_order`.
+        What to do when windows of the stream differ more than random ones would, so that the
+        posterior would be wrong: warn once with an :class:`OrderWarning`, or raise an
+        :class:`OrderError`. A sample is checked before the first step, and the rows while they
+        stream; see :func:`check_order`.
     prefetch : bool, default True
         Read ahead in a thread; the batches are the same either way. While its batches are used,
         all threads of the process are switched every 0.1 ms (``sys.setswitchinterval``).
@@ -256,12 +257,12 @@ class StreamingDataset:
         Raises
         ------
         StreamError
-            If the model in context uses the stream wrongly: no observed variable depends on it, or
-            one has another ``total_size``, or its log-likelihood is not one independent term per
-            row. Without a context, the first step finds it. From then on every row must be what
-            the model needs: whole numbers where a column is cast to integers, indices within the
-            axis that they index, observed values in the support of their distribution, and
-            parameters that it gives within their bounds.
+            If the model in whose context this is called uses the stream wrongly: no observed
+            variable depends on it, or one has another ``total_size``, or its log-likelihood is
+            not one independent term per row. Without a context, the first step finds it.
+            From then on every row must be what the model needs: whole numbers where a column is
+            cast to integers, indices within the axis that they index, observed values in the
+            support of their distribution, and parameters that it gives within their bounds.
         """
         self._require_own_rows()
         callback = self._driver = FitCallback(self)
